@@ -1,0 +1,85 @@
+"""Everything TSQP raises on purpose.
+
+    TSQPError
+    ├── UsageError                 options that are unknown or contradict each other
+    ├── ModelError                 a checkpoint cannot be used
+    │   ├── UnsupportedModel       an architecture, option or format we do not implement
+    │   ├── CheckpointError        a file is missing, cut, or contradicts the config
+    │   └── TokenizerError         no tokenizer or no chat template where one is needed
+    ├── PromptError                an empty or over-long prompt, or an impossible parameter
+    ├── OutOfMemory                would not fit; names the bytes needed and the bytes there are
+    └── WorkerError                something between here and the worker
+        ├── WorkerUnavailable      nobody serves that endpoint, or it cannot be served
+        ├── HandshakeError         both sides are up, but disagree on model, dtype or version
+        ├── ProtocolError          the peer sent something that is not a valid message
+        ├── WorkerLost             the worker vanished or stopped answering during a session
+        └── RemoteError            the worker reported a failure; carries its traceback
+
+Each message is one sentence: what happened, to which thing, and what to do about it.
+No message holds a prompt, an answer or a token id.
+"""
+
+
+class TSQPError(Exception):
+    """Base of every error that TSQP raises on purpose."""
+
+
+class UsageError(TSQPError):
+    """Options that are unknown or contradict each other."""
+
+
+class ModelError(TSQPError):
+    """A checkpoint cannot be used."""
+
+
+class UnsupportedModel(ModelError):
+    """An architecture, option or file format that TSQP does not implement."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint file is missing, cut short, or contradicts its config."""
+
+
+class TokenizerError(ModelError):
+    """The model has no tokenizer, or no chat template, where one is needed."""
+
+
+class PromptError(TSQPError):
+    """A prompt or a sampling parameter that cannot be served."""
+
+
+class OutOfMemory(TSQPError):
+    """Something would not fit in memory; the message names both figures in bytes."""
+
+
+class WorkerError(TSQPError):
+    """Something failed between this process and a worker."""
+
+
+class WorkerUnavailable(WorkerError):
+    """Nobody serves the endpoint, or the endpoint cannot be served."""
+
+
+class HandshakeError(WorkerError):
+    """Both sides are up but disagree on protocol version, dtype or weights."""
+
+
+class ProtocolError(WorkerError):
+    """The peer sent something that is not a valid message."""
+
+
+class WorkerLost(WorkerError):
+    """The worker vanished, or stopped answering, in the middle of a session."""
+
+
+class RemoteError(WorkerError):
+    """The worker reported a failure.
+
+    Attributes:
+        remote_traceback: the worker's own traceback, as text. It comes from outside, so it is
+            shown to people and never interpreted.
+    """
+
+    def __init__(self, message: str, remote_traceback: str = "") -> None:
+        super().__init__(message)
+        self.remote_traceback = remote_traceback
