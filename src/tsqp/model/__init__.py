@@ -1,0 +1,1 @@
+"""WHAT A MODEL IS, for both sides: its shape, its files, its digest. Weights are public."""

@@ -1,0 +1,73 @@
+"""Where weights come from: one interface over four kinds of source."""
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from tsqp.errors import CheckpointError
+from tsqp.model import demo
+from tsqp.model.config import ModelConfig
+from tsqp.model.gguf_file import GGUFCheckpoint
+from tsqp.model.random_weights import RandomCheckpoint
+from tsqp.model.safetensors_file import SafetensorsCheckpoint
+
+
+class Checkpoint(Protocol):
+    """Tensors under their Hugging Face names, each read when it is asked for."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def name(self) -> str:
+        """What people call this model; for logs and messages."""
+        ...
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor in private memory, floating point.
+
+        Safetensors keep the dtype they are stored in; GGUF and random weights are float32.
+        May be called from several threads.
+
+        Raises:
+            CheckpointError: there is no such tensor, it is cut short, or has another shape.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release files; safe to call twice."""
+        ...
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open "demo", "random:NAME[:SEED]", a .gguf file, or a Hugging Face directory.
+
+    Raises:
+        UnsupportedModel: a kind of model that TSQP does not implement.
+        CheckpointError: something is missing, cut short, or contradicts the config.
+    """
+    if model == "demo":
+        return GGUFCheckpoint(demo.locate())
+    if model.startswith("random:"):
+        return RandomCheckpoint.parse(model)
+    path = Path(model)
+    try:
+        return _open_path(path)
+    except OSError as exc:
+        raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
+
+
+def _open_path(path: Path) -> Checkpoint:
+    if path.is_dir():
+        return SafetensorsCheckpoint(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no checkpoint at {path}: give a directory, a .gguf file, random:NAME or"
+            " demo."
+        )
+    if path.suffix.lower() != ".gguf":
+        raise CheckpointError(
+            f"{path} is not a .gguf file: give a directory with config.json, or a .gguf file."
+        )
+    return GGUFCheckpoint(path)

@@ -1,0 +1,60 @@
+"""A digest of what a worker may hold, the same for every file format of the same numbers.
+
+It covers linear weights, biases and the embedding, but no norms: those never leave the TEE.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.model.config import linear_shapes
+from tsqp.model.files import bytes_of
+
+
+class WeightsDigest:
+    """SHA-256 over the tensors' own SHA-256s in the order of their names.
+
+    A tensor's own hash covers its Hugging Face name, shape, dtype and little-endian bytes, so
+    the order of the updates and the fusing of layers do not matter.
+    """
+
+    def __init__(self) -> None:
+        self._hashes: dict[str, bytes] = {}
+
+    def update(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor, contiguous and on the CPU; a name that was seen counts once."""
+        if name in self._hashes:  # a tied output projection is the embedding
+            return
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        head = json.dumps([name, list(tensor.shape), dtype])
+        found = hashlib.sha256(head.encode() + b"\n")
+        found.update(bytes_of(tensor))
+        self._hashes[name] = found.digest()
+
+    def hexdigest(self) -> str:
+        """The digest of what was added so far: 64 hexadecimal digits."""
+        return hashlib.sha256(b"".join(h for _, h in sorted(self._hashes.items()))).hexdigest()
+
+
+def weights_digest(checkpoint: Checkpoint, dtype: torch.dtype, threads: int = 2) -> str:
+    """The digest of all linear weights, biases and the embedding, converted to `dtype`.
+
+    Holds one tensor a thread at a time.
+
+    Raises:
+        CheckpointError: a tensor is missing, cut short or of another shape.
+    """
+    digest = WeightsDigest()
+
+    def add(item: tuple[str, tuple[int, ...]]) -> None:
+        name, shape = item
+        digest.update(name, checkpoint.read(name, shape).to(dtype).contiguous())
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(add, linear_shapes(checkpoint.config).items()):
+            pass
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""Reading files that may be missing, cut short or hostile, with one sentence for each mishap."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsqp.errors import CheckpointError
+
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: unreadable, larger than MAX_JSON_BYTES, not JSON, or not an object.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as exc:
+        raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than the {MAX_JSON_BYTES} bytes TSQP accepts.")
+    return parse_json(text, path)
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `text`; `path` is for the message only."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(f"{path} does not hold valid JSON: fetch it again.") from exc
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object: fetch it again.")
+    return found
+
+
+class BinaryFile:
+    """A file read at given places into memory of our own.
+
+    It is never mapped: a mapping would fault later, inside computation, if the file changed, and
+    inside an enclave it would occupy the whole file's size at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        if not path.is_file():
+            raise CheckpointError(f"There is no file {path}.")
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise CheckpointError(f"Cannot open {path}: {exc.strerror}.") from exc
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (bytes, writable) from `offset` on; safe from several threads.
+
+        Raises:
+            CheckpointError: the file ends first, or cannot be read.
+        """
+        assert self._descriptor is not None, "closed"
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+            except OSError as exc:
+                raise CheckpointError(f"Cannot read {self.path}: {exc.strerror}.") from exc
+            if count == 0:
+                raise CheckpointError(f"{self.path} is cut short: fetch it again.")
+            done += count
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset` on; raises as `read_into` does."""
+        buffer = bytearray(count)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, without a copy."""
+    assert tensor.is_contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises CheckpointError unless the shapes are equal."""
+    if found != expected:
+        raise CheckpointError(
+            f"Tensor {name} of {where} has shape {list(found)} where the config asks for"
+            f" {list(expected)}."
+        )

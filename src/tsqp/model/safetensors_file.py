@@ -1,0 +1,167 @@
+"""Hugging Face directories: config.json and one or many safetensors files."""
+
+import math
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from tsqp.errors import CheckpointError, UnsupportedModel
+from tsqp.model.config import from_hf
+from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json, read_json
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class SafetensorsFile:
+    """One safetensors file: an 8-byte length, a JSON header, then the tensors' bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = BinaryFile(path)
+        try:
+            self._start, self._entries = _read_header(self._file)
+        except CheckpointError:
+            self._file.close()
+            raise
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        entry = self._entries[name]
+        where = str(self._file.path)
+        check_shape(where, name, tuple(entry.shape), shape)
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise UnsupportedModel(
+                f"Tensor {name} of {where} has dtype {entry.dtype[:40]!a}, and TSQP reads"
+                f" {', '.join(_DTYPES)}."
+            )
+        begin, end = entry.data_offsets
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise _corrupt(self._file)
+        tensor = torch.empty(shape, dtype=dtype)
+        self._file.read_into(self._start + begin, bytes_of(tensor))
+        return tensor
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _read_header(file: BinaryFile) -> tuple[int, dict[str, _Entry]]:
+    """Where the tensors' bytes start, and the entries; all of them lie inside the file."""
+    if file.size < 8:
+        raise _corrupt(file)
+    length = int.from_bytes(file.read(0, 8), "little")
+    start = 8 + length
+    if length > MAX_HEADER_BYTES or start > file.size:
+        raise _corrupt(file)
+    header = parse_json(file.read(8, length), file.path)
+    header.pop("__metadata__", None)
+    try:
+        entries = msgspec.convert(header, dict[str, _Entry])
+    except msgspec.ValidationError as exc:
+        raise _corrupt(file) from exc
+    for entry in entries.values():
+        begin, end = entry.data_offsets
+        if not 0 <= begin <= end <= file.size - start:
+            raise _corrupt(file)
+    return start, entries
+
+
+def _corrupt(file: BinaryFile) -> CheckpointError:
+    return CheckpointError(f"{file.path} is cut short or not a safetensors file: fetch it again.")
+
+
+class SafetensorsCheckpoint:
+    """A directory as transformers writes it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = str(directory)
+        config_path = directory / "config.json"
+        if not config_path.is_file():
+            raise CheckpointError(
+                f"{directory} has no config.json, so it is not a checkpoint directory."
+            )
+        generation_path = directory / "generation_config.json"
+        generation = read_json(generation_path) if generation_path.is_file() else None
+        self.config = from_hf(read_json(config_path), generation)
+        self._files: dict[str, SafetensorsFile] = {}
+        try:
+            self._where = self._locate(directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _locate(self, directory: Path) -> dict[str, SafetensorsFile]:
+        """Which file holds each tensor."""
+        single = directory / "model.safetensors"
+        if single.is_file():
+            file = self._open(single)
+            return dict.fromkeys(file.names(), file)
+        index_path = directory / "model.safetensors.index.json"
+        if not index_path.is_file():
+            raise _no_weights(directory)
+        where = {}
+        for name, shard in _weight_map(index_path).items():
+            where[name] = file = self._open(directory / shard)
+            if name not in file.names():
+                raise CheckpointError(f"{directory / shard} lacks tensor {name[:200]!a}.")
+        return where
+
+    def _open(self, path: Path) -> SafetensorsFile:
+        if path.name not in self._files:
+            if not path.is_file():
+                raise CheckpointError(f"The checkpoint lacks its file {path}: fetch it again.")
+            self._files[path.name] = SafetensorsFile(path)
+        return self._files[path.name]
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See `checkpoint.Checkpoint`."""
+        file = self._where.get(name)
+        if file is None:
+            raise CheckpointError(f"{self.name} lacks tensor {name}.")
+        return file.read(name, shape)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _weight_map(index_path: Path) -> dict[str, str]:
+    try:
+        index = msgspec.convert(read_json(index_path), _Index)
+    except msgspec.ValidationError as exc:
+        raise CheckpointError(f"{index_path} has no valid weight_map: fetch it again.") from exc
+    for shard in index.weight_map.values():
+        # The index is not trusted: only plain names, so that it cannot point outside.
+        if not shard.endswith(".safetensors") or "\0" in shard or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index_path} names the file {shard[:200]!a}, which is not a safetensors file"
+                " beside it."
+            )
+    return index.weight_map
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    if (directory / "pytorch_model.bin").exists() or any(directory.glob("pytorch_model*.bin")):
+        return CheckpointError(
+            f"{directory} holds pytorch_model.bin only, a pickle file, which TSQP refuses because"
+            " loading one can run any code: convert it to safetensors."
+        )
+    return CheckpointError(
+        f"{directory} has neither model.safetensors nor model.safetensors.index.json."
+    )

@@ -1,0 +1,148 @@
+"""From a checkpoint's tensors to the tensors that computation uses, one group at a time.
+
+Shape suffixes: F output and D input features of a linear layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsqp.errors import ModelError, OutOfMemory
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.model.config import LAYER_GROUPS, ModelConfig, Part, parts
+from tsqp.model.digest import WeightsDigest
+from tsqp.model.memory import available_bytes
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeights:
+    """The weights of one group of linear layers, the parts' outputs concatenated along F.
+
+    Attributes:
+        weight_FD: contiguous, in the run's dtype.
+        bias_F: None if no part has a bias; zeros for the parts without one.
+    """
+
+    weight_FD: Tensor
+    bias_F: Tensor | None
+
+
+def parse_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    """The dtype called `name`, where "auto" means the checkpoint's own.
+
+    Raises:
+        ModelError: no such dtype.
+    """
+    dtype = DTYPES.get(config.dtype if name == "auto" else name)
+    if dtype is None:
+        raise ModelError(f"There is no dtype {name!r}: choose auto, {', '.join(DTYPES)}.")
+    return dtype
+
+
+def read_linear(
+    checkpoint: Checkpoint,
+    layer: int,
+    group: str,
+    dtype: torch.dtype,
+    digest: WeightsDigest | None = None,
+) -> LinearWeights:
+    """Read one group (see `config.parts`) into one tensor, and add its parts to `digest`.
+
+    Raises:
+        CheckpointError: a tensor is missing, cut short or of another shape.
+    """
+    group_parts = parts(checkpoint.config, layer, group)
+    features = sum(part.out_features for part in group_parts)
+    weight_FD = torch.empty(features, group_parts[0].in_features, dtype=dtype)
+    start = 0
+    for part in group_parts:
+        rows = slice(start, start + part.out_features)
+        _read_into(weight_FD[rows], checkpoint, f"{part.name}.weight", digest)
+        start = rows.stop
+    return LinearWeights(weight_FD, read_bias(checkpoint, layer, group, dtype, digest))
+
+
+def read_bias(
+    checkpoint: Checkpoint,
+    layer: int,
+    group: str,
+    dtype: torch.dtype,
+    digest: WeightsDigest | None = None,
+) -> Tensor | None:
+    """The biases of one group, [F]: None if no part has one, zeros for the parts without."""
+    group_parts = parts(checkpoint.config, layer, group)
+    if not any(part.bias for part in group_parts):
+        return None
+    bias_F = torch.zeros(sum(part.out_features for part in group_parts), dtype=dtype)
+    start = 0
+    for part in group_parts:
+        rows = slice(start, start + part.out_features)
+        if part.bias:
+            _read_into(bias_F[rows], checkpoint, f"{part.name}.bias", digest)
+        start = rows.stop
+    return bias_F
+
+
+def read_embedding(
+    checkpoint: Checkpoint, dtype: torch.dtype, digest: WeightsDigest | None = None
+) -> Tensor:
+    """The embedding table, [vocab_size, hidden_size], added to `digest`."""
+    config = checkpoint.config
+    table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+    _read_into(table, checkpoint, "model.embed_tokens.weight", digest)
+    return table
+
+
+def read_norm(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+    """A norm's scale, [hidden_size].
+
+    `name` is the whole tensor name: "model.norm.weight", or "model.layers.0." followed by
+    "input_layernorm.weight" or "post_attention_layernorm.weight".
+    """
+    return checkpoint.read(name, (checkpoint.config.hidden_size,)).to(dtype)
+
+
+def _read_into(
+    target: Tensor, checkpoint: Checkpoint, name: str, digest: WeightsDigest | None
+) -> None:
+    target.copy_(checkpoint.read(name, tuple(target.shape)))
+    if digest is not None:
+        digest.update(name, target)
+
+
+def linear_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of all linear weights and biases, the output projection (also a tied one) included."""
+    groups = [parts(config, layer, g) for layer in range(config.num_layers) for g in LAYER_GROUPS]
+    groups.append(parts(config, -1, "lm_head"))
+    return int(dtype.itemsize) * sum(_elements(part) for group in groups for part in group)
+
+
+def embedding_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the embedding table."""
+    return int(dtype.itemsize) * config.vocab_size * config.hidden_size
+
+
+def _elements(part: Part) -> int:
+    return part.out_features * (part.in_features + part.bias)
+
+
+def check_memory(required: int, what: str) -> None:
+    """Refuse early what would not fit.
+
+    Args:
+        required: bytes.
+        what: names the thing, as the subject of the message: "The model's weights".
+
+    Raises:
+        OutOfMemory: fewer bytes are free, in the machine or in this process's control group.
+    """
+    available = available_bytes()
+    if required > available:
+        raise OutOfMemory(
+            f"{what} would take {required} bytes ({required / 2**30:.1f} GiB), and {available}"
+            f" bytes ({available / 2**30:.1f} GiB) are available: free some, or choose a smaller"
+            " dtype or model."
+        )

@@ -1,0 +1,223 @@
+"""GGUF files, whole and damaged."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from model_helpers import LLAMA3_ROPE, WriteGGUF, make_model, rope_freqs
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from tsqp.errors import CheckpointError, ModelError, UnsupportedModel
+from tsqp.model import demo
+from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.config import Llama3Scaling, from_hf
+from tsqp.model.files import BinaryFile
+from tsqp.model.gguf_reader import read_header
+
+
+def assert_equal_tensors(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    checkpoint = open_checkpoint(str(path))
+    assert len(expected) > 10
+    for name, tensor in expected.items():
+        found = checkpoint.read(name, tuple(tensor.shape))
+        assert found.dtype == torch.float32
+        assert torch.equal(found, tensor), name
+    checkpoint.close()
+
+
+def test_every_tensor_with_biases_is_the_one_that_was_converted(
+    model: Any, write_gguf: WriteGGUF
+) -> None:
+    assert_equal_tensors(write_gguf(model), model.state_dict())
+
+
+def test_the_config_is_the_one_that_was_converted(model: Any, write_gguf: WriteGGUF) -> None:
+    found = open_checkpoint(str(write_gguf(model))).config
+    theirs = from_hf(model.config.to_dict(), {"eos_token_id": [2, 3]})
+    assert found.rms_norm_eps == pytest.approx(theirs.rms_norm_eps, rel=1e-7)
+    for field in theirs.__dataclass_fields__:
+        if field != "rms_norm_eps":
+            assert getattr(found, field) == getattr(theirs, field), field
+
+
+def test_a_bias_that_is_left_out_is_zero(model: Any, write_gguf: WriteGGUF) -> None:
+    path = write_gguf(model, leave_out=("blk.1.attn_output.bias",))
+    checkpoint = open_checkpoint(str(path))
+    assert not checkpoint.read("model.layers.1.self_attn.o_proj.bias", (32,)).any()
+    assert checkpoint.read("model.layers.0.self_attn.o_proj.bias", (32,)).any()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "float32"), ("Q4_0", "float32")],
+)
+def test_encodings_are_undone_exactly(
+    model: Any, write_gguf: WriteGGUF, quantization: str, dtype: str
+) -> None:
+    encoding = GGMLQuantizationType[quantization]
+    checkpoint = open_checkpoint(str(write_gguf(model, quantization=encoding)))
+    weight = model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    expected = gguf.dequantize(gguf.quantize(weight.numpy(), encoding), encoding)
+    found = checkpoint.read("model.layers.0.mlp.up_proj.weight", (64, 32))
+    assert np.array_equal(found.numpy(), expected)
+    assert checkpoint.config.dtype == dtype
+
+
+def test_llama3_scaling_is_recovered_from_the_factors(write_gguf: WriteGGUF) -> None:
+    model = make_model(rope_parameters=dict(LLAMA3_ROPE), head_dim=64)
+    path = write_gguf(model, tensors={"rope_freqs.weight": rope_freqs(model.config)})
+    assert open_checkpoint(str(path)).config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+
+
+def test_rotary_factors_of_another_scaling_are_refused(model: Any, write_gguf: WriteGGUF) -> None:
+    factors = np.linspace(1, 7, 8, dtype=np.float32)
+    path = write_gguf(model, tensors={"rope_freqs.weight": factors})
+    with pytest.raises(UnsupportedModel, match="rope_freqs"):
+        open_checkpoint(str(path))
+
+
+def test_rotary_factors_of_one_change_nothing(model: Any, write_gguf: WriteGGUF) -> None:
+    path = write_gguf(model, tensors={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
+    assert open_checkpoint(str(path)).config.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("llama.rope.scaling.type", "yarn", "yarn"),
+        ("llama.expert_count", 8, "expert_count"),
+        ("llama.rope.scale_linear", 2.0, "scale_linear"),
+    ],
+)
+def test_options_that_are_not_implemented_are_named(
+    model: Any, write_gguf: WriteGGUF, key: str, value: Any, word: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=word):
+        open_checkpoint(str(write_gguf(model, metadata={key: value})))
+
+
+def test_another_architecture_is_named(model: Any, write_gguf: WriteGGUF) -> None:
+    with pytest.raises(UnsupportedModel, match=r"'qwen3'.*supports llama"):
+        open_checkpoint(str(write_gguf(model, architecture="qwen3")))
+
+
+def test_a_tensor_without_a_place_is_refused(model: Any, write_gguf: WriteGGUF) -> None:
+    path = write_gguf(model, tensors={"blk.0.attn_q_norm.weight": np.ones(8, dtype=np.float32)})
+    with pytest.raises(UnsupportedModel, match="attn_q_norm"):
+        open_checkpoint(str(path))
+
+
+def test_an_encoding_without_a_decoder_is_named(model: Any, write_gguf: WriteGGUF) -> None:
+    path = write_gguf(model, tensors={"rope_freqs.weight": np.ones(8, dtype=np.int32)})
+    with pytest.raises(UnsupportedModel, match="encoding I32"):
+        open_checkpoint(str(path))
+
+
+def test_an_unknown_encoding_is_named(model: Any, write_gguf: WriteGGUF) -> None:
+    path = write_gguf(model)
+    raw = bytearray(path.read_bytes())
+    name = b"output_norm.weight"
+    place = raw.index(name) + len(name) + 4 + 8  # after the number of dimensions, and one of them
+    raw[place : place + 4] = (999).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(UnsupportedModel, match=r"output_norm.*encoding 999"):
+        open_checkpoint(str(path))
+
+
+def test_a_missing_tensor_is_named(model: Any, write_gguf: WriteGGUF) -> None:
+    checkpoint = open_checkpoint(str(write_gguf(model, leave_out=("blk.1.ffn_up.weight",))))
+    with pytest.raises(CheckpointError, match=r"lacks tensor model\.layers\.1\.mlp\.up_proj"):
+        checkpoint.read("model.layers.1.mlp.up_proj.weight", (64, 32))
+
+
+def test_a_wrong_shape_names_the_tensor_and_both_shapes(model: Any, write_gguf: WriteGGUF) -> None:
+    checkpoint = open_checkpoint(str(write_gguf(model)))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*\[32\].*\[31\]"):
+        checkpoint.read("model.norm.weight", (31,))
+
+
+def test_a_file_cut_anywhere_is_refused_when_it_is_opened(
+    model: Any, write_gguf: WriteGGUF
+) -> None:
+    path = write_gguf(model, tokens=["a", "bc"])
+    raw = path.read_bytes()
+    header = read_header(BinaryFile(path))
+    data_end = max(tensor.offset + tensor.size for tensor in header.tensors.values())
+    for keep in [0, 4, 7, *range(8, 3000, 37), data_end // 2, data_end - 1]:
+        path.write_bytes(raw[:keep])
+        with pytest.raises(CheckpointError, match=r"model\.gguf (is cut short|is not a GGUF)"):
+            open_checkpoint(str(path))
+
+
+def test_flipped_header_bytes_raise_nothing_but_model_errors(
+    model: Any, write_gguf: WriteGGUF
+) -> None:
+    path = write_gguf(model, tokens=["a", "bc"])
+    raw = path.read_bytes()
+    first = min(tensor.offset for tensor in read_header(BinaryFile(path)).tensors.values())
+    refused = 0
+    for place in range(0, first, 11):
+        damaged = bytearray(raw)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            open_checkpoint(str(path)).close()
+        except ModelError:
+            refused += 1
+    assert refused > first / 11 / 2
+
+
+def test_a_big_endian_file_is_refused(model: Any, write_gguf: WriteGGUF) -> None:
+    path = write_gguf(model)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:4] + raw[4:8][::-1] + raw[8:])
+    with pytest.raises(UnsupportedModel, match="GGUF version"):
+        open_checkpoint(str(path))
+
+
+def test_lists_of_strings_are_skipped_and_what_follows_is_read(
+    model: Any, write_gguf: WriteGGUF
+) -> None:
+    path = write_gguf(model, tokens=["", "é" * 300, "x"], metadata={"zz.after": 77})
+    metadata = read_header(BinaryFile(path)).metadata
+    assert metadata["zz.after"] == 77
+    assert metadata["tokenizer.ggml.tokens"] == []
+
+
+def test_a_large_vocabulary_opens_quickly(model: Any, write_gguf: WriteGGUF) -> None:
+    path = write_gguf(model, tokens=[f"token{i}" for i in range(50_000)])
+    start = time.perf_counter()
+    open_checkpoint(str(path)).close()
+    assert time.perf_counter() - start < 1  # the library itself takes about 3 s
+
+
+@pytest.fixture(scope="module")
+def demo_file() -> Path:
+    try:
+        return demo.locate()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+
+
+def test_the_demo_model_equals_what_transformers_dequantises(demo_file: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    theirs = load_gguf_checkpoint(demo_file, return_tensors=True, model_to_load=model)
+    assert len(theirs["tensors"]) == 272
+    assert_equal_tensors(demo_file, theirs["tensors"])
+    assert open_checkpoint("demo").config.rope_theta == theirs["config"]["rope_theta"]
