@@ -1,0 +1,1 @@
+"""Where a linear layer runs: one file a privacy mode."""

@@ -1,0 +1,104 @@
+"""What the decoder asks for, and who answers.
+
+The decoder yields a request and is resumed with its answer. An `Offload` starts requests and
+owns the KV cache of its sequences. Shape suffixes: T tokens of all sequences, flat; D input and
+F output features of a linear layer; H query heads; J key/value heads; K features of one head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from torch import Tensor
+
+LM_HEAD = -1  # the "layer" of the output projection
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one sequence inside a flat batch.
+
+    Attributes:
+        sequence: the id under which the offload keeps this sequence's KV.
+        start: position of the first token in its sequence; equals the KV length before the step.
+        length: number of tokens, at least 1.
+    """
+
+    sequence: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Rows of the embedding table. Answer: x_TD in the model's dtype."""
+
+    token_ids_T: Tensor  # int64
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One group of linear layers that share their input. Answer: y_TF, outputs concatenated."""
+
+    layer: int  # 0-based, or LM_HEAD
+    group: str  # "qkv", "o", "gate_up", "down", "lm_head"
+    x_TD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Append k and v to the cache of each segment's sequence, then attend causally.
+
+    Answer: y_TD with D = H·K, the heads concatenated. q and k are already rotated.
+    """
+
+    layer: int
+    q_THK: Tensor
+    k_TJK: Tensor
+    v_TJK: Tensor
+    segments: Sequence[Segment]
+
+
+Request = Embedding | Linear | Attention
+
+
+class Pending(Protocol):
+    """A request that has been started.
+
+    `with pending as y:` waits for the answer. The tensor may lie in memory shared with the
+    worker: it is valid inside the block only, and must be copied to be kept.
+    """
+
+    def __enter__(self) -> Tensor: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class Offload(Protocol):
+    """Answers the decoder's requests, and owns the KV cache of its sequences."""
+
+    def start(self, request: Request) -> Pending:
+        """Begin `request`. Its tensors have been read, or copied, when this returns."""
+        ...
+
+    def alloc(self, sequence: int, capacity: int) -> None:
+        """Make room for `capacity` tokens of KV under a new id."""
+        ...
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a sequence."""
+        ...
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; safe to call twice."""
+        ...

@@ -1,0 +1,147 @@
+"""`--privacy open`: linear layers and the embedding run on a worker that reads everything.
+
+For a GPU that is trusted, and the yardstick for the private modes. Attention and the KV cache stay
+in the TEE (`--attention tee`). Biases are added here, as [P3] wants it in every mode.
+
+Shape suffixes: T tokens; D input and F output features of a linear layer.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from tsqp.model.config import ModelConfig, parts
+from tsqp.tee.offload.base import Attention, Embedding, Pending, Request
+from tsqp.tee.offload.local import LocalAttention, Ready
+from tsqp.wire import messages
+from tsqp.wire.channel import Channel, Reply
+from tsqp.wire.messages import Operation
+from tsqp.wire.tensors import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The worker behind `channel` computes the output features [start, stop) of a group."""
+
+    channel: Channel
+    start: int
+    stop: int
+
+
+class OpenOffload:
+    """Sends plain token ids and activations to one worker.
+
+    Args:
+        biases_F: bias by (layer, group), of the groups that have one.
+        timeout: seconds that the worker may take for one call.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        biases_F: Mapping[tuple[int, str], Tensor],
+        timeout: float,
+    ) -> None:
+        self.attention = LocalAttention(config, dtype)
+        self._channel = channel
+        self._config = config
+        self._dtype = dtype
+        self._biases_F = biases_F
+        self._timeout = timeout
+
+    def start(self, request: Request) -> Pending:
+        if isinstance(request, Attention):
+            return self.attention.start(request)
+        if isinstance(request, Embedding):
+            features, bias_F = self._config.hidden_size, None
+            return self._call(messages.Embed(), request.token_ids_T, self._whole(features), bias_F)
+        group = parts(self._config, request.layer, request.group)
+        features = sum(part.out_features for part in group)
+        operation = messages.Linear(request.layer, request.group)
+        bias_F = self._biases_F.get((request.layer, request.group))
+        return self._call(operation, request.x_TD, self._whole(features), bias_F)
+
+    def alloc(self, sequence: int, capacity: int) -> None:
+        self.attention.alloc(sequence, capacity)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        self.attention.truncate(sequence, length)
+
+    def free(self, sequence: int) -> None:
+        self.attention.free(sequence)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _whole(self, features: int) -> tuple[Shard, ...]:
+        """Which worker computes which features of a group: as yet, one computes all."""
+        return (Shard(self._channel, 0, features),)
+
+    def _call(
+        self, operation: Operation, x: Tensor, shards: Sequence[Shard], bias_F: Tensor | None
+    ) -> Pending:
+        rows = len(x)
+        block = min(_rows_per_call(x, shard, self._dtype) for shard in shards)
+        if len(shards) == 1 and rows <= block:
+            return self._submit(operation, x, shards[0], bias_F)
+        y_TF = torch.empty(rows, shards[-1].stop, dtype=self._dtype)
+        for first in range(0, rows, block):
+            some = slice(first, min(first + block, rows))
+            biases_F = [None if bias_F is None else bias_F[s.start : s.stop] for s in shards]
+            pending = [
+                self._submit(operation, x[some], shard, shard_bias_F)
+                for shard, shard_bias_F in zip(shards, biases_F, strict=True)
+            ]
+            for shard, answer in zip(shards, pending, strict=True):
+                with answer as part_TF:
+                    y_TF[some, shard.start : shard.stop] = part_TF
+        return Ready(y_TF)
+
+    def _submit(
+        self, operation: Operation, x: Tensor, shard: Shard, bias_F: Tensor | None
+    ) -> "RemoteAnswer":
+        inputs = [Spec(tuple(x.shape), x.dtype)]
+        outputs = [Spec((len(x), shard.stop - shard.start), self._dtype)]
+        slot = shard.channel.reserve(operation, inputs, outputs)
+        slot.inputs[0].copy_(x)
+        ticket = shard.channel.submit(slot)
+        return RemoteAnswer(shard.channel, ticket, bias_F, self._timeout)
+
+
+class RemoteAnswer:
+    """An answer on its way. Without a bias it is read where the worker wrote it."""
+
+    def __init__(
+        self, channel: Channel, ticket: int, bias_F: Tensor | None, timeout: float
+    ) -> None:
+        self._channel = channel
+        self._ticket = ticket
+        self._bias_F = bias_F
+        self._timeout = timeout
+        self._reply: Reply | None = None
+
+    def __enter__(self) -> Tensor:
+        self._reply = self._channel.wait(self._ticket, time.monotonic() + self._timeout)
+        y_TF = self._reply.outputs[0]
+        return y_TF if self._bias_F is None else y_TF + self._bias_F
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._reply is not None
+        self._reply.__exit__(kind, error, traceback)
+
+
+def _rows_per_call(x: Tensor, shard: Shard, dtype: torch.dtype) -> int:
+    """How many rows of `x` fit into one call with their answers."""
+    row_bytes = x[0].nbytes + (shard.stop - shard.start) * dtype.itemsize
+    return max(1, shard.channel.max_call_bytes // row_bytes)

@@ -1,0 +1,70 @@
+"""One request's state, and how the next tokens of several become one batch."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tsqp.tee.decoder import Batch
+from tsqp.tee.offload.base import Segment
+from tsqp.tee.sampler import Sampler
+from tsqp.tee.sampling import SamplingParams
+from tsqp.tee.text_stream import TextStream
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request on its way through the engine."""
+
+    id: int
+    params: SamplingParams
+    token_ids: list[int]  # the prompt, then what was generated
+    prompt_tokens: int
+    capacity: int  # tokens, prompt included, at which it ends
+    sampler: Sampler
+    stream: TextStream | None
+    computed: int = 0  # tokens whose KV is in the cache
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that have yet to be computed."""
+        return len(self.token_ids) - self.computed
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether the next token to be computed is one of the prompt's."""
+        return self.computed < self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `length` tokens of a sequence."""
+
+    sequence: Sequence
+    length: int
+
+    @property
+    def ends_known_tokens(self) -> bool:
+        """Whether the token after this chunk is the next to be chosen."""
+        return self.length == self.sequence.remaining
+
+
+def flat_batch(chunks: list[Chunk]) -> Batch:
+    """The tokens of these chunks as the decoder takes them."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    logits_rows: list[int] = []
+    for chunk in chunks:
+        sequence, start = chunk.sequence, chunk.sequence.computed
+        end = start + chunk.length
+        token_ids += sequence.token_ids[start:end]
+        positions += range(start, end)
+        segments.append(Segment(sequence.id, start, chunk.length))
+        if chunk.ends_known_tokens:
+            logits_rows.append(len(token_ids) - 1)
+    return Batch(
+        torch.tensor(token_ids, dtype=torch.int64),
+        torch.tensor(positions, dtype=torch.int64),
+        segments,
+        torch.tensor(logits_rows, dtype=torch.int64),
+    )

@@ -1,0 +1,90 @@
+"""Where the time of the trusted side goes, by kind of operation."""
+
+from time import perf_counter
+
+KINDS = (
+    "embedding",
+    "linear",
+    "attention",
+    "norm",
+    "rope",
+    "activation",
+    "sampling",
+)
+
+
+class Timer:
+    """Adds up the seconds spent inside its `with` blocks. Does not nest within itself."""
+
+    __slots__ = ("_began", "calls", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.calls = 0
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += perf_counter() - self._began
+        self.calls += 1
+
+
+class Stats:
+    """Seconds and calls by kind, and the timings of whole steps, since the last `reset`.
+
+    "embedding", "linear" and "attention" are what the offload answers, waiting included; the
+    other kinds are computed here.
+
+    Attributes:
+        prefill_s: wall time of steps that contain prompt tokens.
+        decode_s: wall time of all other steps.
+        wait_s: the part of both in which no lane could go on.
+        tee_cpu_s: CPU time of this process, all threads, during the steps.
+        prefill_tokens: prompt tokens computed.
+        decode_tokens: generated tokens computed.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._timers = {kind: Timer() for kind in KINDS}
+        self.prefill_s = 0.0
+        self.decode_s = 0.0
+        self.wait_s = 0.0
+        self.tee_cpu_s = 0.0
+        self.prefill_tokens = 0
+        self.decode_tokens = 0
+
+    def time(self, kind: str) -> Timer:
+        """`with stats.time("norm"): ...` adds to one of KINDS."""
+        return self._timers[kind]
+
+    @property
+    def tee_s(self) -> float:
+        """Seconds of the steps in which this side was at work."""
+        return self.prefill_s + self.decode_s - self.wait_s
+
+    def timings(self) -> dict[str, float]:
+        """The figures that `generate --json` prints, in seconds."""
+        return {
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "tee_s": self.tee_s,
+            "wait_s": self.wait_s,
+            "tee_cpu_s": self.tee_cpu_s,
+        }
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything, ready for JSON."""
+        return {
+            **self.timings(),
+            "prefill_tokens": self.prefill_tokens,
+            "decode_tokens": self.decode_tokens,
+            "operations": {
+                kind: {"seconds": timer.seconds, "calls": timer.calls}
+                for kind, timer in self._timers.items()
+            },
+        }

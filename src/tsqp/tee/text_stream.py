@@ -1,0 +1,59 @@
+"""An answer's text as it grows, up to a stop string."""
+
+from collections.abc import Sequence
+
+from tsqp.tee.tokenizer import Detokenizer, Tokenizer
+
+
+class TextStream:
+    """Turns tokens into text that will not be taken back.
+
+    Text that may be the beginning of a stop string is held until that is settled.
+
+    Attributes:
+        text: everything released so far.
+        stopped: a stop string has appeared; no more text comes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop_strings = stop_strings
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text it releases."""
+        self._held += self._detokenizer.push(token_id)
+        return self._release(at_end=False)
+
+    def finish(self) -> str:
+        """Return what was still held, unless a stop string came."""
+        self._held += self._detokenizer.flush()
+        return self._release(at_end=True)
+
+    def _release(self, at_end: bool) -> str:
+        if self.stopped:
+            self._held = ""
+            return ""
+        found = [at for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            end = min(found)
+        else:
+            end = len(self._held) - (0 if at_end else self._possible_stop())
+        released, self._held = self._held[:end], self._held[end:]
+        self.text += released
+        return released
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        return max(
+            (
+                length
+                for stop in self._stop_strings
+                for length in range(1, len(stop))
+                if self._held.endswith(stop[:length])
+            ),
+            default=0,
+        )

@@ -1,0 +1,41 @@
+"""The real demo model, and one small random model, opened once a module."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tee_helpers import write_llama
+from transformers import LlamaForCausalLM
+
+from tsqp.errors import CheckpointError
+from tsqp.model import demo
+from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.tee.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkpoint, LlamaForCausalLM]]:
+    """A small random checkpoint and transformers' model of it."""
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    reference = write_llama(folder)
+    checkpoint = open_checkpoint(str(folder))
+    yield checkpoint, reference
+    checkpoint.close()
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Iterator[Checkpoint]:
+    """SmolLM2-135M-Instruct."""
+    try:
+        demo.locate()
+    except CheckpointError as exc:
+        pytest.skip(str(exc))
+    checkpoint = open_checkpoint("demo")
+    yield checkpoint
+    checkpoint.close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm: Checkpoint) -> Tokenizer:
+    """SmolLM2's."""
+    return Tokenizer("demo")

@@ -1,0 +1,120 @@
+"""Small models written by transformers, and a forward pass driven by hand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.model.config import ModelConfig, tensor_shapes
+from tsqp.tee.decoder import Batch, Decoder
+from tsqp.tee.engine import Engine
+from tsqp.tee.lanes import run_lanes
+from tsqp.tee.offload.base import Offload, Segment
+from tsqp.tee.offload.local import LocalOffload
+from tsqp.tee.stats import Stats
+from tsqp.tee.tokenizer import Tokenizer
+
+TINY: dict[str, object] = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 640,
+    "tie_word_embeddings": True,
+    "eos_token_id": 7,
+    "bos_token_id": 1,
+}
+
+
+def write_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
+    """Save a small random Llama in `folder`, and return transformers' own float32 model of it."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(TINY | changes), attn_implementation="sdpa")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # transformers starts norms at one and biases at zero, which would hide mistakes.
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + 0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def reference_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
+    """transformers' model of any checkpoint of ours."""
+    config = checkpoint.config
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_positions,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_word_embeddings,
+            attn_implementation="sdpa",
+        )
+    )
+    shapes = tensor_shapes(config)
+    model.load_state_dict({n: checkpoint.read(n, s) for n, s in shapes.items()}, strict=False)
+    model.tie_weights()
+    return model.to(dtype).eval()
+
+
+def all_logits(decoder: Decoder, offload: Offload, token_ids: Sequence[int], chunk: int) -> Tensor:
+    """Logits of every position, [T, V], computed `chunk` tokens at a time as sequence 0."""
+    offload.alloc(0, len(token_ids))
+    pieces = []
+    for start in range(0, len(token_ids), chunk):
+        ids = list(token_ids[start : start + chunk])
+        positions = torch.arange(start, start + len(ids))
+        rows = torch.arange(len(ids))
+        batch = Batch(torch.tensor(ids), positions, [Segment(0, start, len(ids))], rows)
+        stats = Stats()
+        pieces += run_lanes(offload, [decoder.forward(batch, stats)], stats)
+    offload.free(0)
+    return torch.cat(pieces)
+
+
+def make_engine(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: int,
+) -> tuple[Engine, LocalOffload]:
+    offload = LocalOffload(checkpoint, dtype)
+    decoder = Decoder(checkpoint, dtype)
+    return Engine(decoder, offload, checkpoint.config, tokenizer, **options), offload
+
+
+def config_of(**changes: object) -> ModelConfig:
+    """A ModelConfig for parts that look at no weights."""
+    values: dict[str, object] = {
+        "model_type": "llama",
+        "vocab_size": 101,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_layers": 2,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_positions": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "bos_token_id": None,
+        "eos_token_ids": (),
+        "dtype": "float32",
+    }
+    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
