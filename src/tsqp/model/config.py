@@ -119,11 +119,15 @@ def parts(config: ModelConfig, layer: int, group: str) -> tuple[Part, ...]:
     }[group]
 
 
+def linear_groups(config: ModelConfig) -> list[tuple[int, str]]:
+    """All groups of a model as (layer, group), the output projection last."""
+    layers = range(config.num_layers)
+    return [*((layer, group) for layer in layers for group in LAYER_GROUPS), (-1, "lm_head")]
+
+
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all linear weights, biases and the embedding by name; a tied one once."""
-    layers = range(config.num_layers)
-    linears = [part for layer in layers for g in LAYER_GROUPS for part in parts(config, layer, g)]
-    linears += parts(config, -1, "lm_head")
+    linears = [part for key in linear_groups(config) for part in parts(config, *key)]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, config.hidden_size)
     }

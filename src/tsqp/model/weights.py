@@ -86,6 +86,18 @@ def read_bias(
     return bias_F
 
 
+def lay_out(weight_FD: Tensor) -> Tensor:
+    """The same matrix in the memory order in which a CPU multiplies one token fastest.
+
+    In float32 that is column by column: MKL's matrix-vector product then reads memory 1.4 to 2
+    times as fast, and products with many tokens take as long as before. The half-width types go
+    through oneDNN, which wants rows.
+    """
+    if weight_FD.dtype != torch.float32:
+        return weight_FD
+    return weight_FD.t().contiguous().t()
+
+
 def read_embedding(
     checkpoint: Checkpoint, dtype: torch.dtype, digest: WeightsDigest | None = None
 ) -> Tensor:

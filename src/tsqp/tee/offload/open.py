@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from tsqp.model.config import ModelConfig, parts
+from tsqp.model.config import ModelConfig, linear_groups, parts
 from tsqp.tee.offload.base import Attention, Embedding, Pending, Request
 from tsqp.tee.offload.local import LocalAttention, Ready
 from tsqp.wire import messages
@@ -50,8 +50,13 @@ class OpenOffload:
     ) -> None:
         self.attention = LocalAttention(config, dtype)
         self._channel = channel
-        self._config = config
         self._dtype = dtype
+        # Which worker computes which features of a group: as yet, one computes all.
+        self._groups = {
+            key: (Shard(channel, 0, sum(part.out_features for part in parts(config, *key))),)
+            for key in linear_groups(config)
+        }
+        self._embedding = (Shard(channel, 0, config.hidden_size),)
         self._biases_F = biases_F
         self._timeout = timeout
 
@@ -59,13 +64,10 @@ class OpenOffload:
         if isinstance(request, Attention):
             return self.attention.start(request)
         if isinstance(request, Embedding):
-            features, bias_F = self._config.hidden_size, None
-            return self._call(messages.Embed(), request.token_ids_T, self._whole(features), bias_F)
-        group = parts(self._config, request.layer, request.group)
-        features = sum(part.out_features for part in group)
-        operation = messages.Linear(request.layer, request.group)
-        bias_F = self._biases_F.get((request.layer, request.group))
-        return self._call(operation, request.x_TD, self._whole(features), bias_F)
+            return self._call(messages.Embed(), request.token_ids_T, self._embedding, None)
+        key = (request.layer, request.group)
+        operation = messages.Linear(*key)
+        return self._call(operation, request.x_TD, self._groups[key], self._biases_F.get(key))
 
     def alloc(self, sequence: int, capacity: int) -> None:
         self.attention.alloc(sequence, capacity)
@@ -78,10 +80,6 @@ class OpenOffload:
 
     def close(self) -> None:
         self._channel.close()
-
-    def _whole(self, features: int) -> tuple[Shard, ...]:
-        """Which worker computes which features of a group: as yet, one computes all."""
-        return (Shard(self._channel, 0, features),)
 
     def _call(
         self, operation: Operation, x: Tensor, shards: Sequence[Shard], bias_F: Tensor | None

@@ -1,0 +1,1 @@
+"""THE WORKER: assume it hostile. It holds public weights and no secret."""

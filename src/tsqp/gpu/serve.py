@@ -1,0 +1,127 @@
+"""`tsqp worker`: load, listen, serve, and leave nothing behind."""
+
+import logging
+import signal
+import sys
+import threading
+from types import FrameType
+
+import torch
+
+from tsqp.errors import UsageError
+from tsqp.gpu.weights import load_weights
+from tsqp.gpu.worker import Worker
+from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.weights import parse_dtype
+from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.server import Server
+from tsqp.wire.tensors import DTYPE_NAMES
+
+log = logging.getLogger("tsqp")
+
+READY = "ready"  # what a supervised worker says on standard output
+
+
+def serve(
+    model: str,
+    listen: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    threads: int | None = None,
+    max_shm_bytes: int = 2**30,
+    insecure: bool = False,
+    supervised: bool = False,
+) -> None:
+    """Load a model's linear weights and serve them until SIGINT or SIGTERM.
+
+    Args:
+        model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
+        listen: ipc:///PATH or tcp://HOST:PORT.
+        device: "cpu" or "cuda".
+        max_shm_bytes: most shared memory for one session; 0 keeps tensors on the socket.
+        insecure: listen on an address that other machines can reach.
+        supervised: say "ready" on standard output, and stop at the end of standard input.
+
+    Raises:
+        UsageError: a listening address that is not allowed, or no such device.
+        ModelError: the checkpoint cannot be used.
+        WorkerUnavailable: the endpoint cannot be served.
+    """
+    endpoint = parse_endpoint(listen)
+    _check_listening(endpoint, insecure)
+    where = _parse_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    if supervised:
+        threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
+    checkpoint = open_checkpoint(model)
+    # Listening comes before loading, which may be long: an address in use shows at once.
+    server = Server(endpoint, max_shm_bytes=max_shm_bytes, log=log.info)
+    try:
+        log.info("loading %s …", checkpoint.name)
+        loaded_dtype = parse_dtype(dtype, checkpoint.config)
+        weights = load_weights(checkpoint, loaded_dtype, where, lambda *_: _heed(stop))
+        checkpoint.close()
+        log.info(
+            "serving %s in %s on %s at %s (weights %s…)",
+            checkpoint.name,
+            DTYPE_NAMES[weights.dtype],
+            where,
+            server.address,
+            weights.digest[:12],
+        )
+        if supervised:
+            print(READY, flush=True)
+        server.serve(Worker(weights), stop.is_set)
+    except _Stopped:
+        pass
+    finally:
+        server.close()
+
+
+def _check_listening(endpoint: Endpoint, insecure: bool) -> None:
+    if endpoint.scheme not in ("ipc", "tcp"):
+        raise UsageError(f"A worker listens on ipc:///PATH or tcp://HOST:PORT, not on {endpoint}.")
+    if not endpoint.is_loopback and not insecure:
+        raise UsageError(
+            f"Other machines can reach {endpoint}, and the link is not encrypted; "
+            "listen on 127.0.0.1 or ipc, or pass --insecure."
+        )
+
+
+def _parse_device(name: str) -> torch.device:
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise UsageError(f"There is no device {name!r}; choose cpu or cuda.")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "torch sees no CUDA device here; use --device cpu, or install its CUDA build."
+        )
+    return torch.device("cuda")
+
+
+class _Stopped(Exception):
+    """A signal that came while loading, and that ends the loading."""
+
+
+def _heed(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise _Stopped
+
+
+def _stop_at_end_of_input(stop: threading.Event) -> None:
+    """Standard input ends when the parent does, however it ends."""
+    sys.stdin.read()
+    stop.set()
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)

@@ -1,0 +1,1 @@
+"""WHAT CROSSES: everything that a hostile GPU host can see or send."""

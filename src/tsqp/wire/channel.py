@@ -1,0 +1,217 @@
+"""The interface between the TEE and one worker, and the in-process channel.
+
+    slot = channel.reserve(operation, inputs, outputs)    # tensors to write into
+    slot.inputs[0].copy_(x)
+    ticket = channel.submit(slot)                          # now the worker works
+    with channel.wait(ticket, deadline) as reply:          # reply.outputs are valid in here only
+        ...
+
+Several tickets may be in flight. The channel belongs to one thread.
+"""
+
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from types import TracebackType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tsqp.errors import RemoteError, TSQPError
+from tsqp.wire.handshake import check_agreement
+from tsqp.wire.messages import Hello, Operation, Welcome
+from tsqp.wire.tensors import Spec
+
+
+@dataclass(slots=True)
+class Counters:
+    """What crossed one channel. Tensor bytes are counted wherever they travelled."""
+
+    calls: dict[str, int] = field(default_factory=dict)  # by kind of operation
+    sent_bytes: int = 0  # tensors, TEE → worker
+    received_bytes: int = 0  # tensors, worker → TEE
+    socket_bytes: int = 0  # frames both ways: messages, and inline tensors
+    compute_s: dict[str, float] = field(default_factory=dict)  # worker's own word, by kind
+
+    def count_call(self, kind: str) -> None:
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+
+    def count_compute(self, kind: str, seconds: float) -> None:
+        self.compute_s[kind] = self.compute_s.get(kind, 0.0) + seconds
+
+    def add(self, other: "Counters") -> None:
+        """Add what another channel counted."""
+        for entry in fields(self):
+            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+            if isinstance(mine, dict):
+                for kind, value in theirs.items():
+                    mine[kind] = mine.get(kind, 0) + value
+            else:
+                setattr(self, entry.name, mine + theirs)
+
+
+class Slot(Protocol):
+    """A call being prepared: write the inputs, then submit."""
+
+    @property
+    def inputs(self) -> Sequence[Tensor]: ...
+
+
+class Reply(Protocol):
+    """An answer. Its outputs may be shared memory: valid inside the `with` block only."""
+
+    @property
+    def outputs(self) -> Sequence[Tensor]: ...
+
+    def __enter__(self) -> "Reply": ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Channel(Protocol):
+    """A session with one worker."""
+
+    endpoint: str
+    transport: str  # "inproc", "shm" or "inline"
+    reason: str  # why this transport
+    counters: Counters
+
+    @property
+    def max_call_bytes(self) -> int:
+        """Bytes of inputs and outputs beyond which a call should be split by rows."""
+        ...
+
+    def reserve(
+        self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
+    ) -> Slot:
+        """Room for a call's tensors, uninitialised."""
+        ...
+
+    def submit(self, slot: Slot) -> int:
+        """Send a reserved call and return its ticket. The slot must not be touched any more."""
+        ...
+
+    def wait(self, ticket: int, deadline: float) -> Reply:
+        """The answer to `ticket`, waiting until `deadline` (of time.monotonic) at most.
+
+        Raises:
+            RemoteError: the worker reported a failure.
+            WorkerLost: the worker vanished, or the deadline passed.
+            ProtocolError: what came back is not a valid answer.
+        """
+        ...
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a call; its late answer will be discarded."""
+        ...
+
+    def close(self) -> None:
+        """End the session; safe to call twice."""
+        ...
+
+
+class Service(Protocol):
+    """What a worker does, whatever carries its messages."""
+
+    def welcome(self, hello: Hello) -> Welcome:
+        """What this worker serves. Agreement and segments are the carrier's business."""
+        ...
+
+    def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
+        """Raise ProtocolError unless these are the shapes that `operation` wants."""
+        ...
+
+    def run(
+        self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        """Compute; the outputs are written in place."""
+        ...
+
+
+def kind_of(operation: Operation) -> str:
+    """The name under which statistics count an operation."""
+    return operation.__struct_config__.tag  # type: ignore[return-value]
+
+
+@dataclass(slots=True)
+class InprocSlot:
+    """A call in plain process memory; it is its own reply."""
+
+    operation: Operation
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    error: RemoteError | None = None
+
+    def __enter__(self) -> "InprocSlot":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+class InprocChannel:
+    """A worker inside this process, computing at `submit`: for tests and benchmarks."""
+
+    endpoint = "inproc"
+    transport = "inproc"
+    reason = "the worker runs inside this process"
+    max_call_bytes = 2**62
+
+    def __init__(self, service: Service, hello: Hello) -> None:
+        self.counters = Counters()
+        self.welcome = service.welcome(hello)
+        check_agreement(hello, self.welcome)
+        self._service = service
+        self._calls: dict[int, InprocSlot] = {}
+        self._tickets = 0
+
+    def reserve(
+        self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
+    ) -> InprocSlot:
+        self._service.check(operation, inputs, outputs)
+        return InprocSlot(
+            operation,
+            [torch.empty(spec.shape, dtype=spec.dtype) for spec in inputs],
+            [torch.empty(spec.shape, dtype=spec.dtype) for spec in outputs],
+        )
+
+    def submit(self, slot: Slot) -> int:
+        assert isinstance(slot, InprocSlot)
+        kind = kind_of(slot.operation)
+        start = time.perf_counter()
+        try:
+            self._service.run(slot.operation, slot.inputs, slot.outputs)
+        except Exception as exc:
+            message = str(exc) if isinstance(exc, TSQPError) else repr(exc)
+            slot.error = RemoteError(f"The worker failed: {message}", traceback.format_exc())
+        self.counters.count_call(kind)
+        self.counters.count_compute(kind, time.perf_counter() - start)
+        self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
+        self.counters.received_bytes += sum(tensor.nbytes for tensor in slot.outputs)
+        self._tickets += 1
+        self._calls[self._tickets] = slot
+        return self._tickets
+
+    def wait(self, ticket: int, deadline: float) -> InprocSlot:
+        slot = self._calls.pop(ticket)
+        if slot.error is not None:
+            raise slot.error
+        return slot
+
+    def cancel(self, ticket: int) -> None:
+        self._calls.pop(ticket, None)
+
+    def close(self) -> None:
+        self._calls.clear()

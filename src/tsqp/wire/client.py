@@ -1,0 +1,322 @@
+"""The TEE's channel to a worker process: messages over ZeroMQ, tensors in shared memory or inline.
+
+Everything that arrives is checked against this side's own books: the ticket must be one that is
+out, the tensors must have exactly the lengths that the call asked for.
+"""
+
+import hmac
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from tsqp.errors import (
+    HandshakeError,
+    ProtocolError,
+    RemoteError,
+    WorkerError,
+    WorkerLost,
+    WorkerUnavailable,
+)
+from tsqp.wire.channel import Counters, Slot, kind_of
+from tsqp.wire.codec import encode, printable, tee_decoder
+from tsqp.wire.endpoint import Endpoint
+from tsqp.wire.handshake import check_agreement
+from tsqp.wire.mailbox import CAN_POLL, MAILBOX_BYTES, MAX_FRAME, SLOTS, Mailbox
+from tsqp.wire.messages import (
+    INLINE,
+    Attach,
+    Bye,
+    Call,
+    Failure,
+    FromWorker,
+    Hello,
+    Message,
+    Operation,
+    Probe,
+    Result,
+    TensorRef,
+    Welcome,
+)
+from tsqp.wire.shm import ALIGNMENT, MIN_SEGMENT, SHM_FOLDER, Arena, Segment
+from tsqp.wire.tensors import Spec, raw
+from tsqp.wire.zmq import NO_DOORBELL, ClientSocket
+
+
+class _Call:
+    """One call, from reservation to release: the slot, then the reply."""
+
+    def __init__(
+        self,
+        channel: "RemoteChannel",
+        operation: Operation,
+        place: int | None,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        refs: tuple[TensorRef, ...],
+    ) -> None:
+        self.operation = operation
+        self.place = place  # in the arena, or None for inline
+        self.inputs = inputs
+        self.outputs = outputs
+        self.refs = refs
+        self.answered = False
+        self.error: RemoteError | None = None
+        self._channel = channel
+
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._channel.release(self)
+
+
+class RemoteChannel:
+    """A session with a worker process. Belongs to one thread."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        hello: Hello,
+        *,
+        connect_timeout: float = 5.0,
+        shm_folder: Path = SHM_FOLDER,
+        no_shm_reason: str = "--no-shm was given",
+    ) -> None:
+        """Connect and shake hands.
+
+        Args:
+            endpoint: ipc or tcp.
+            hello: what this side needs; `shm_bytes` = 0 keeps the tensors inline.
+            connect_timeout: seconds for the connection, and again for the handshake.
+            no_shm_reason: what to report where `shm_bytes` is 0.
+
+        Raises:
+            WorkerUnavailable: nobody serves the endpoint.
+            HandshakeError: the worker runs another version, model or dtype.
+        """
+        self.endpoint = str(endpoint)
+        self.counters = Counters()
+        self.transport = "inline"
+        self.reason = no_shm_reason
+        self._decoder = tee_decoder(self.endpoint)
+        self._segment: Segment | None = None
+        self._arena: Arena | None = None
+        self._mailbox: Mailbox | None = None
+        self._calls: dict[int, _Call] = {}
+        self._cancelled: dict[int, _Call] = {}
+        self._last_ticket = 0
+        self._socket = ClientSocket(endpoint, connect_timeout)
+        try:
+            self.welcome = self._shake_hands(hello, time.monotonic() + connect_timeout)
+            if hello.shm_bytes:
+                self._attach(hello, self.welcome, shm_folder)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def max_call_bytes(self) -> int:
+        """Half the segment, so that an answer in use leaves room for the next call."""
+        return self._arena.size // 2 if self._arena else 2**30
+
+    def reserve(
+        self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
+    ) -> _Call:
+        specs = [*inputs, *outputs]
+        place = self._arena.take(sum(map(_room, specs))) if self._arena else None
+        tensors, refs = [], []
+        offset = INLINE if place is None else place
+        for spec in specs:
+            refs.append(spec.at(offset))
+            if place is None or self._segment is None:
+                tensors.append(torch.empty(spec.shape, dtype=spec.dtype))
+            else:
+                tensors.append(self._segment.tensor(offset, spec.shape, spec.dtype))
+                offset += _room(spec)
+        split = len(inputs)
+        return _Call(self, operation, place, tensors[:split], tensors[split:], tuple(refs))
+
+    def submit(self, slot: Slot) -> int:
+        assert isinstance(slot, _Call)
+        split = len(slot.inputs)
+        call = Call(slot.operation, slot.refs[:split], slot.refs[split:])
+        self._last_ticket += 1
+        ticket = self._last_ticket
+        inline = [] if slot.place is not None else [raw(tensor) for tensor in slot.inputs]
+        try:
+            if not (slot.place is not None and self._post(call, ticket)):
+                self._send(call, ticket, inline)
+        except BaseException:  # a message that was sent in part cannot be taken back
+            self.close()
+            raise
+        self._calls[ticket] = slot
+        self.counters.count_call(kind_of(slot.operation))
+        self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
+        return ticket
+
+    def wait(self, ticket: int, deadline: float) -> _Call:
+        self._check_open()
+        call = self._calls[ticket]
+        try:
+            while not call.answered:
+                self._receive(deadline)
+        except WorkerError:
+            self.close()
+            raise
+        del self._calls[ticket]
+        if call.error is not None:
+            self.release(call)
+            raise call.error
+        return call
+
+    def cancel(self, ticket: int) -> None:
+        call = self._calls.pop(ticket, None)
+        if call is not None and call.answered:
+            self.release(call)
+        elif call is not None:
+            self._cancelled[ticket] = call  # the worker may write there until it has answered
+
+    def release(self, call: _Call) -> None:
+        """Give back the memory of an answered call, once."""
+        if call.place is not None and self._arena is not None:
+            self._arena.give_back(call.place)
+            call.place = None
+        call.inputs, call.outputs = [], []
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            try:
+                with suppress(WorkerError):
+                    self._send(Bye(), 0, [])
+            finally:
+                self._socket.close()
+        if self._segment is not None:
+            self._segment.close()
+        self._segment = self._arena = self._mailbox = None
+        self._calls.clear()
+        self._cancelled.clear()
+
+    def _send(self, message: Message, ticket: int, inline: list[memoryview]) -> None:
+        self._check_open()
+        frames: list[bytes | memoryview] = [encode(message, ticket), *inline]
+        self.counters.socket_bytes += sum(map(len, frames))
+        self._socket.send(frames)
+
+    def _post(self, call: Call, ticket: int) -> bool:
+        """Send a call through the mailbox; False where it has no room."""
+        if self._mailbox is None or len(self._calls) + len(self._cancelled) >= SLOTS:
+            return False
+        self._check_open()
+        frame = encode(call, ticket)
+        if len(frame) > MAX_FRAME:
+            return False
+        if self._mailbox.post(frame):
+            self._send(Probe(), 0, [])
+        return True
+
+    def _check_open(self) -> None:
+        if self._socket.closed:
+            raise WorkerLost(f"The session with the worker at {self.endpoint} has ended.")
+
+    def _next(self, deadline: float) -> tuple[int, FromWorker]:
+        self._check_open()
+        mailbox = self._mailbox
+        while mailbox is None or (mail := mailbox.take()) is None:
+            frame = self._socket.receive(deadline, mailbox or NO_DOORBELL)
+            if frame is not None:
+                self.counters.socket_bytes += len(frame)
+                return self._decoder.decode(frame)
+        return self._decoder.decode(mail)
+
+    def _receive(self, deadline: float) -> None:
+        """Take one message from the socket and note whose answer it is."""
+        ticket, message = self._next(deadline)
+        if isinstance(message, Probe):
+            self._receive_inline([])
+            if time.monotonic() >= deadline:
+                raise WorkerLost(f"The worker at {self.endpoint} sent probes instead of answers.")
+            return
+        call = self._calls.get(ticket) or self._cancelled.get(ticket)
+        if isinstance(message, Failure) and (call is None or message.kind == "protocol"):
+            raise self._remote_error(message)  # and with it the worker has ended the session
+        if call is None or call.answered or not isinstance(message, Result | Failure):
+            raise ProtocolError(
+                f"The worker at {self.endpoint} answered a call that is not open; "
+                "restart the worker, and do not trust it."
+            )
+        if isinstance(message, Failure):
+            call.error = self._remote_error(message)
+        else:
+            self.counters.count_compute(kind_of(call.operation), message.compute_ns / 1e9)
+            self.counters.received_bytes += sum(tensor.nbytes for tensor in call.outputs)
+        self._receive_inline(call.outputs if call.place is None and call.error is None else [])
+        call.answered = True
+        if self._cancelled.pop(ticket, None) is not None:
+            self.release(call)
+
+    def _remote_error(self, failure: Failure) -> RemoteError:
+        text = f"The worker at {self.endpoint} failed: {printable(failure.message)}"
+        return RemoteError(text, printable(failure.traceback, keep="\n"))
+
+    def _receive_inline(self, tensors: list[Tensor]) -> None:
+        buffers = [raw(tensor) for tensor in tensors]
+        self._socket.receive_exactly(buffers, f"The worker at {self.endpoint}")
+        self.counters.socket_bytes += sum(buffer.nbytes for buffer in buffers)
+
+    def _shake_hands(self, hello: Hello, deadline: float) -> Welcome:
+        self._send(hello, 0, [])
+        try:
+            _, message = self._next(deadline)
+        except WorkerLost as exc:
+            raise WorkerUnavailable(
+                f"The worker at {self.endpoint} accepts connections but does not answer; "
+                "wait if it is still loading its model, else look at its output."
+            ) from exc
+        self._receive_inline([])
+        if isinstance(message, Failure):
+            reason = printable(message.message)
+            raise HandshakeError(f"Refused by the worker at {self.endpoint}: {reason}")
+        if not isinstance(message, Welcome) or not hmac.compare_digest(message.nonce, hello.nonce):
+            raise ProtocolError(f"The worker at {self.endpoint} answered the handshake wrongly.")
+        try:
+            check_agreement(hello, message)
+        except HandshakeError as exc:
+            raise HandshakeError(f"Refused the worker at {self.endpoint}: {exc}") from None
+        return message
+
+    def _attach(self, hello: Hello, welcome: Welcome, folder: Path) -> None:
+        """Map the worker's segment, and tell it to remove the name."""
+        if welcome.segment is None:
+            self.reason = printable(welcome.reason) or "the worker offers no shared memory"
+            return
+        try:
+            if not MIN_SEGMENT <= welcome.segment.size <= hello.shm_bytes:
+                raise WorkerUnavailable("the worker offers a segment of another size than asked")
+            segment = Segment.open(welcome.segment.name, welcome.segment.size, folder)
+            if not hmac.compare_digest(segment.read(len(hello.nonce)), hello.nonce):
+                raise WorkerUnavailable("a segment of that name belongs to somebody else")
+        except WorkerError as exc:
+            self.reason = str(exc)
+        else:
+            self._segment = segment
+            self._arena = Arena(segment.size, start=MAILBOX_BYTES)
+            self.transport = "shm"
+            self.reason = f"{segment.size} bytes in {folder}"
+            if CAN_POLL:
+                self._mailbox = Mailbox(segment.memory(MAILBOX_BYTES), "tee")
+                self.transport = "poll"
+        self._send(Attach(self._segment is not None, self._mailbox is not None), 0, [])
+
+
+def _room(spec: Spec) -> int:
+    return -(-spec.nbytes // ALIGNMENT) * ALIGNMENT

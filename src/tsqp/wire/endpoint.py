@@ -1,0 +1,80 @@
+"""Where a worker is: parsing `--listen` and `--worker`."""
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Literal
+
+from tsqp.errors import WorkerUnavailable
+
+MAX_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1
+FORMS = "ipc:///PATH, tcp://HOST:PORT, local, or inproc"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A parsed endpoint. `address` is a path for ipc and HOST:PORT for tcp, else empty."""
+
+    scheme: Literal["ipc", "tcp", "local", "inproc"]
+    address: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.address}" if self.address else self.scheme
+
+    @property
+    def is_abstract(self) -> bool:
+        """An ipc name in Linux's abstract namespace, which leaves no file."""
+        return self.scheme == "ipc" and self.address.startswith("@")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only processes of this machine can reach it."""
+        if self.scheme != "tcp":
+            return True
+        host = self.address.rpartition(":")[0].strip("[]")
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Parse an endpoint.
+
+    Raises:
+        WorkerUnavailable: `text` is not one of the known forms.
+    """
+    if text == "local":
+        return Endpoint("local")
+    if text == "inproc":
+        return Endpoint("inproc")
+    scheme, separator, address = text.partition("://")
+    if separator and scheme == "ipc":
+        return Endpoint("ipc", _checked_path(address))
+    if separator and scheme == "tcp":
+        return Endpoint("tcp", _checked_host_and_port(address))
+    raise WorkerUnavailable(f"{text!r} is not an endpoint; use {FORMS}.")
+
+
+def _checked_path(path: str) -> str:
+    if not path.isprintable() or path in ("", "@", "*"):  # "*" is libzmq's, for any path at all
+        raise WorkerUnavailable(
+            f"An ipc endpoint needs a path, as in ipc:///run/tsqp.sock; {FORMS}."
+        )
+    if len(path.encode()) > MAX_SOCKET_PATH:
+        raise WorkerUnavailable(
+            f"The socket path {path} is longer than the {MAX_SOCKET_PATH} bytes that Unix sockets "
+            "allow; use a shorter one, in /tmp or /run."
+        )
+    return path
+
+
+def _checked_host_and_port(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not host.isprintable() or not is_port or host == "" or (":" in host) != is_bracketed:
+        raise WorkerUnavailable(
+            f"{'tcp://' + address!r} lacks a host or a port from 0 to 65535; "
+            "write it as tcp://127.0.0.1:5555 or tcp://[::1]:5555."
+        )
+    return address

@@ -1,0 +1,26 @@
+"""What both sides must agree on before the first call; each of them checks."""
+
+import hmac
+
+from tsqp.errors import HandshakeError
+from tsqp.wire.messages import Hello, Welcome
+
+
+def check_agreement(hello: Hello, welcome: Welcome) -> None:
+    """Raise HandshakeError unless the worker serves what the client needs."""
+    if welcome.dtype != hello.dtype:
+        raise HandshakeError(
+            f"the worker computes in {welcome.dtype} and this side in {hello.dtype}; "
+            "start both with the same --dtype."
+        )
+    if not hmac.compare_digest(welcome.weights_digest, hello.weights_digest):
+        raise HandshakeError(
+            f"the worker holds other weights (digest {welcome.weights_digest[:12]}…, here "
+            f"{hello.weights_digest[:12]}…); start both with the same model."
+        )
+    missing = sorted(set(hello.abilities) - set(welcome.abilities))
+    if missing:
+        raise HandshakeError(
+            f"the worker cannot do {', '.join(missing)}; "
+            "install the same tsqp version on both sides."
+        )

@@ -1,0 +1,135 @@
+"""Every message that crosses between the TEE and a worker, one frozen struct each.
+
+All fields are typed and bounded; msgspec refuses anything else while decoding. Tensors do not
+travel in messages: a `TensorRef` says where one lies, in the shared segment or in the frames that
+follow. The TEE chooses every place and every shape, for requests and for answers, so an answer
+carries nothing that the TEE would have to believe.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+
+MAX_LAYERS = 4096
+MAX_DIMENSION = 2**31 - 1
+MAX_TENSORS = 8
+MAX_SENTENCE = 2000
+MAX_TRACEBACK = 16_000
+
+Dtype = Literal["float32", "float16", "bfloat16", "int64"]
+Dimension = Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
+Offset = Annotated[int, Meta(ge=-1, le=2**48)]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Name = Annotated[str, Meta(pattern=r"^[0-9a-z_:-]{1,64}\Z")]
+Sentence = Annotated[str, Meta(max_length=MAX_SENTENCE)]
+Traceback = Annotated[str, Meta(max_length=MAX_TRACEBACK)]
+Evidence = Annotated[bytes, Meta(max_length=65_536)]
+Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+INLINE = -1  # the offset of a tensor that travels as a frame of its own
+
+
+class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Base of all messages."""
+
+
+class TensorRef(Message, frozen=True):
+    """A tensor's type, shape and place: a byte offset in the segment, or INLINE."""
+
+    dtype: Dtype
+    shape: Annotated[tuple[Dimension, ...], Meta(min_length=1, max_length=4)]
+    offset: Offset
+
+
+class SegmentRef(Message, frozen=True):
+    """A shared-memory segment that the worker made: its name in /dev/shm and its bytes."""
+
+    name: Annotated[str, Meta(pattern=r"^tsqp-[0-9a-f]{32}\Z")]
+    size: Annotated[int, Meta(ge=1, le=2**40)]
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """TEE → worker, first: who I am and what I need.
+
+    `shm_bytes` is the segment wanted, 0 for none. `evidence` is reserved for attestation.
+    """
+
+    nonce: Nonce
+    weights_digest: Digest
+    dtype: Dtype
+    abilities: Annotated[tuple[Name, ...], Meta(max_length=16)]
+    shm_bytes: Annotated[int, Meta(ge=0, le=2**40)]
+    evidence: Evidence = b""
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Worker → TEE: what I serve. `reason` says why there is no segment, where there is none."""
+
+    nonce: Nonce
+    weights_digest: Digest
+    dtype: Dtype
+    abilities: Annotated[tuple[Name, ...], Meta(max_length=16)]
+    device: Name
+    segment: SegmentRef | None
+    reason: Sentence = ""
+    evidence: Evidence = b""
+
+
+class Attach(Message, frozen=True, tag="attach"):
+    """TEE → worker: whether the segment is mapped, and messages are polled for in it.
+
+    The worker unlinks the segment in either case.
+    """
+
+    mapped: bool
+    poll: bool
+
+
+class Linear(Message, frozen=True, tag="linear"):
+    """y = x · Wᵀ for one group of one layer (-1 is the output projection)."""
+
+    layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)]
+    group: Name
+
+
+class Embed(Message, frozen=True, tag="embed"):
+    """Rows of the embedding table; only in `open`, where the worker may know the tokens."""
+
+
+Operation = Linear | Embed
+
+
+class Call(Message, frozen=True, tag="call"):
+    """TEE → worker: do `operation` on `inputs` and put the answer at `outputs`."""
+
+    operation: Operation
+    inputs: Annotated[tuple[TensorRef, ...], Meta(max_length=MAX_TENSORS)]
+    outputs: Annotated[tuple[TensorRef, ...], Meta(max_length=MAX_TENSORS)]
+
+
+class Result(Message, frozen=True, tag="result"):
+    """Worker → TEE: the outputs are where the call wanted them."""
+
+    compute_ns: Annotated[int, Meta(ge=0, le=2**62)]
+
+
+class Failure(Message, frozen=True, tag="failure"):
+    """Worker → TEE: the call, or the handshake, failed."""
+
+    kind: Literal["refused", "protocol", "error"]
+    message: Sentence
+    traceback: Traceback = ""
+
+
+class Probe(Message, frozen=True, tag="probe"):
+    """Either way: wake up and look. Needs no answer; a dead link shows when it is sent."""
+
+
+class Bye(Message, frozen=True, tag="bye"):
+    """TEE → worker: free what this session holds."""
+
+
+FromTEE = Hello | Attach | Call | Probe | Bye
+FromWorker = Welcome | Result | Failure | Probe

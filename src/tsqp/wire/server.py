@@ -1,0 +1,271 @@
+"""The worker's serving loop: sessions, their shared memory, and one call after the other.
+
+A client is no more trusted than the worker is: every reference it sends is checked against its
+own segment and against the shapes that the operation wants, before anything is read or allocated.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from tsqp.errors import HandshakeError, ProtocolError, TSQPError, WorkerUnavailable
+from tsqp.wire.channel import Service
+from tsqp.wire.codec import encode, printable, worker_decoder
+from tsqp.wire.endpoint import Endpoint
+from tsqp.wire.handshake import check_agreement
+from tsqp.wire.mailbox import MAILBOX_BYTES, Mailbox
+from tsqp.wire.messages import (
+    INLINE,
+    MAX_SENTENCE,
+    MAX_TRACEBACK,
+    Attach,
+    Bye,
+    Call,
+    Failure,
+    FromTEE,
+    Hello,
+    Message,
+    Probe,
+    Result,
+    SegmentRef,
+    TensorRef,
+)
+from tsqp.wire.shm import SHM_FOLDER, Segment
+from tsqp.wire.tensors import raw, spec_of
+from tsqp.wire.zmq import MAX_FRAME, ServerSocket
+
+LOOK_EVERY_S = 0.5  # how often a busy worker looks for clients that left
+LOOKS = 10  # libzmq reports a broken connection some time before it drops the peer
+
+
+@dataclass(slots=True)
+class Session:
+    """What one client holds."""
+
+    segment: Segment | None = None
+    mailbox: Mailbox | None = None
+    last_sent: int = 0  # ticket of the last call through the socket
+    last_posted: int = 0  # and through the mailbox: the two may overtake each other
+
+    def attach(self, message: Attach) -> None:
+        """The client has mapped the segment, or could not."""
+        if self.segment is not None:
+            self.segment.unlink()
+            if message.poll and self.mailbox is None:
+                self.mailbox = Mailbox(self.segment.memory(MAILBOX_BYTES), "worker")
+        if not message.mapped:
+            self.close()
+
+    def note(self, ticket: int, posted: bool) -> None:
+        """Refuse a ticket that does not come after the one before it on its way."""
+        if ticket <= (self.last_posted if posted else self.last_sent):
+            raise ProtocolError("A client sent the same call twice.")
+        if posted:
+            self.last_posted = ticket
+        else:
+            self.last_sent = ticket
+
+    def close(self) -> None:
+        self.mailbox = None
+        if self.segment is not None:
+            self.segment.close()
+            self.segment = None
+
+
+class Server:
+    """Serves a `Service` on one endpoint, to many sessions, from one thread."""
+
+    _service: Service
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        max_shm_bytes: int = 2**30,
+        shm_folder: Path = SHM_FOLDER,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Bind `endpoint`.
+
+        Args:
+            max_shm_bytes: most bytes of shared memory for one session; 0 keeps tensors inline.
+            log: takes one line about a session that begins or ends.
+
+        Raises:
+            WorkerUnavailable: the endpoint cannot be served.
+        """
+        self.sessions: dict[bytes, Session] = {}
+        self._decoder = worker_decoder()
+        self._max_shm_bytes = max_shm_bytes
+        self._shm_folder = shm_folder
+        self._log = log
+        self._socket = ServerSocket(endpoint)
+
+    @property
+    def address(self) -> str:
+        """The endpoint in use."""
+        return self._socket.address
+
+    def serve(self, service: Service, stop: Callable[[], bool]) -> None:
+        """Serve until `stop()`, which is asked several times a second, is true."""
+        self._service = service
+        looked = time.monotonic()
+        looks = 0
+        busy = False
+        while not stop():
+            mailed = self._take_mail()
+            # A worker without work sleeps at once; between two calls it looks for the next.
+            incoming = self._socket.receive(self, wait=not mailed, spin=busy)
+            if incoming is not None:
+                self._handle(*incoming)
+                self._socket.drain()
+            busy = mailed or incoming is not None
+            if time.monotonic() - looked > LOOK_EVERY_S:
+                looked = time.monotonic()
+                looks = LOOKS if self._socket.a_peer_left() else max(0, looks - 1)
+                if looks:
+                    self._free_lost_sessions()
+
+    def close(self) -> None:
+        """End all sessions and stop listening; nothing stays in /dev/shm or on disk."""
+        for identity in list(self.sessions):
+            self._end(identity, "the worker stops")
+        self._socket.close()
+
+    @property
+    def has_mail(self) -> bool:
+        """Whether any session has posted a call."""
+        return any(s.mailbox is not None and s.mailbox.has_mail for s in self.sessions.values())
+
+    def say_asleep(self, asleep: bool) -> None:
+        """Tell all sessions that post."""
+        for session in self.sessions.values():
+            if session.mailbox is not None:
+                session.mailbox.say_asleep(asleep)
+
+    def _take_mail(self) -> bool:
+        """Do one posted call of each session; whether there was any."""
+        found = False
+        for identity, session in list(self.sessions.items()):
+            if session.mailbox is not None and (frame := session.mailbox.take()) is not None:
+                self._handle(identity, frame, posted=True)
+                found = True
+        return found
+
+    def _handle(self, identity: bytes, frame: bytes | memoryview, *, posted: bool = False) -> None:
+        """Do what one message asks, which came through the socket or was posted."""
+        ticket = 0
+        try:
+            ticket, message = self._decoder.decode(frame)
+            if posted and not isinstance(message, Call):
+                raise ProtocolError("A client posted something that is not a call.")
+            self._dispatch(identity, ticket, message, posted)
+        except HandshakeError as exc:
+            self._send(identity, Failure("refused", _sentence(str(exc))), ticket)
+        except ProtocolError as exc:
+            self._send(identity, Failure("protocol", _sentence(str(exc))), ticket)
+            self._end(identity, str(exc))
+        except Exception as exc:
+            text = str(exc) if isinstance(exc, TSQPError) else f"{type(exc).__name__}: {exc}"
+            trace = printable(traceback.format_exc()[-MAX_TRACEBACK:], keep="\n")
+            self._send(identity, Failure("error", _sentence(text), trace), ticket)
+
+    def _dispatch(self, identity: bytes, ticket: int, message: FromTEE, posted: bool) -> None:
+        if isinstance(message, Hello):
+            self._begin(identity, message)
+            return
+        session = self.sessions.get(identity)
+        if session is None:
+            raise ProtocolError("A client spoke before its handshake; begin with one.")
+        match message:
+            case Call():
+                self._call(identity, session, ticket, message, posted)
+            case Attach():
+                session.attach(message)
+            case Bye():
+                self._end(identity, "done")
+
+    def _begin(self, identity: bytes, hello: Hello) -> None:
+        if identity in self.sessions:
+            raise ProtocolError("A client shook hands twice in one session.")
+        welcome = self._service.welcome(hello)
+        check_agreement(hello, welcome)
+        session = Session()
+        reason = ""
+        size = min(hello.shm_bytes, self._max_shm_bytes)
+        if size:
+            try:
+                session.segment = Segment.create(size, self._shm_folder)
+                session.segment.write(hello.nonce)
+            except WorkerUnavailable as exc:
+                reason = _sentence(f"the worker has {exc}")
+        elif hello.shm_bytes:
+            reason = "the worker was started with --no-shm"
+        segment = session.segment
+        self.sessions[identity] = session
+        self._log(f"session opened, {len(self.sessions)} now")
+        reference = SegmentRef(segment.path.name, segment.size) if segment else None
+        self._send(identity, msgspec.structs.replace(welcome, segment=reference, reason=reason), 0)
+
+    def _call(
+        self, identity: bytes, session: Session, ticket: int, call: Call, posted: bool
+    ) -> None:
+        session.note(ticket, posted)
+        specs = [spec_of(ref) for ref in (*call.inputs, *call.outputs)]
+        self._service.check(call.operation, specs[: len(call.inputs)], specs[len(call.inputs) :])
+        inputs = [self._place(session, ref) for ref in call.inputs]
+        self._socket.receive_exactly(_inline(inputs, call.inputs), "A client")
+        outputs = [self._place(session, ref) for ref in call.outputs]
+        start = time.perf_counter_ns()
+        self._service.run(call.operation, inputs, outputs)
+        result = Result(time.perf_counter_ns() - start)
+        if not posted or session.mailbox is None:
+            self._send(identity, result, ticket, _inline(outputs, call.outputs))
+        elif session.mailbox.post(encode(result, ticket)):
+            self._socket.probe(identity, encode(Probe()))
+
+    def _place(self, session: Session, ref: TensorRef) -> Tensor:
+        spec = spec_of(ref)
+        if ref.offset == INLINE:
+            if spec.nbytes > MAX_FRAME:
+                raise ProtocolError(f"A client wants a tensor of {spec.nbytes} bytes in one frame.")
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        if session.segment is None:
+            raise ProtocolError("A client named shared memory that its session does not have.")
+        return session.segment.tensor(ref.offset, *spec)
+
+    def _send(
+        self, identity: bytes, message: Message, ticket: int, inline: Sequence[memoryview] = ()
+    ) -> None:
+        # Only a session is waited for, once: a peer must not hold up the others again and again.
+        wait = isinstance(message, Result)
+        if not self._socket.send(identity, [encode(message, ticket), *inline], wait=wait):
+            self._end(identity, "the client left")
+
+    def _free_lost_sessions(self) -> None:
+        """Send each session one small message: to a peer that left, that fails at once."""
+        for identity in list(self.sessions):
+            if not self._socket.probe(identity, encode(Probe())):
+                self._end(identity, "the client left")
+
+    def _end(self, identity: bytes, why: str) -> None:
+        session = self.sessions.pop(identity, None)
+        if session is not None:
+            session.close()
+            self._log(f"session ended ({why}), {len(self.sessions)} left")
+
+
+def _inline(tensors: list[Tensor], refs: tuple[TensorRef, ...]) -> list[memoryview]:
+    """The bytes of those tensors that travel as frames."""
+    pairs = zip(tensors, refs, strict=True)
+    return [raw(tensor) for tensor, ref in pairs if ref.offset == INLINE]
+
+
+def _sentence(text: str) -> str:
+    return printable(text[:MAX_SENTENCE])

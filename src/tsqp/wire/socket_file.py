@@ -1,0 +1,57 @@
+"""The file of a Unix socket: what libzmq would overwrite, or leave behind."""
+
+import socket
+import stat
+from pathlib import Path
+
+from tsqp.errors import WorkerUnavailable
+
+
+def identify(path: Path) -> tuple[int, int]:
+    """Which file lies at `path`: its device and inode."""
+    status = path.lstat()
+    return status.st_dev, status.st_ino
+
+
+def remove_own(path: Path, identity: tuple[int, int]) -> None:
+    """Remove the file at `path` unless another one has taken its place."""
+    try:
+        if identify(path) == identity:
+            path.unlink()
+    except OSError:
+        return  # gone already, or out of reach: nothing is left to do
+
+
+def remove_stale(path: Path) -> None:
+    """Remove a socket file that nobody listens on; libzmq itself would replace a live one too.
+
+    Raises:
+        WorkerUnavailable: a live worker listens there, or it is no socket, or has no folder.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise WorkerUnavailable(
+                f"Cannot listen on ipc://{path}: there is no folder {path.parent}; make it first."
+            ) from None
+        return
+    except OSError as exc:
+        raise WorkerUnavailable(f"Cannot listen on ipc://{path}: {exc.strerror}.") from exc
+    if not stat.S_ISSOCK(mode):
+        raise WorkerUnavailable(
+            f"Cannot listen on ipc://{path}: that is a file and no socket; choose another path."
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as exc:
+            raise WorkerUnavailable(f"Cannot listen on ipc://{path}: {exc}.") from exc
+    raise WorkerUnavailable(
+        f"Cannot listen on ipc://{path}: a worker already serves there; choose another path, "
+        "or stop that worker."
+    )
