@@ -1,0 +1,5 @@
+"""`python -m tsqp`."""
+
+from tsqp.cli import main
+
+main()

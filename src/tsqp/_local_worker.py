@@ -1,0 +1,88 @@
+"""A worker as a child process: the endpoint `local`.
+
+Same machine, same user, same trust domain as the TEE side: for trying things out.
+"""
+
+import secrets
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from tsqp.errors import WorkerUnavailable
+from tsqp.gpu.serve import READY
+
+STOP_S = 5.0
+
+
+class LocalWorker:
+    """Starts `tsqp worker` and stops it again.
+
+    The child reads its standard input and stops at its end, so it cannot outlive this process,
+    however this process ends. It listens in Linux's abstract namespace: no file is left behind.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Start a worker; it loads while this side does.
+
+        Args:
+            arguments: the model and options for `tsqp worker`, without --listen.
+        """
+        self.endpoint = f"ipc://@tsqp-{secrets.token_hex(16)}"
+        command = [sys.executable, "-m", "tsqp", "worker", *arguments]
+        self._process = subprocess.Popen(
+            [*command, "--listen", self.endpoint, "--supervised"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which then stops the child
+        )
+        self._last_words: deque[str] = deque(maxlen=20)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """Stop the worker; safe to call twice."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join(STOP_S)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def await_ready(self) -> None:
+        """Wait until the worker serves.
+
+        Raises:
+            WorkerUnavailable: it ended instead; carries its last words.
+        """
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == READY:
+                return
+        self._process.wait()
+        self._listener.join(STOP_S)
+        reason = self._last_words[-1] if self._last_words else "it said nothing"
+        raise WorkerUnavailable(
+            f"The local worker ended with exit status {self._process.returncode}: "
+            f"{reason.removeprefix('error: ')}"
+        )
+
+    def _listen(self) -> None:
+        """Keep the child's last lines, and its pipe from filling up."""
+        assert self._process.stderr is not None
+        with self._process.stderr as stream:
+            for line in stream:
+                if line.strip():
+                    self._last_words.append(line.strip())

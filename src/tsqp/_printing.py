@@ -1,0 +1,119 @@
+"""What `generate` and `demo` print: the answer as it comes, then the statistics."""
+
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+from tsqp._wiring import LLM
+from tsqp.model import demo
+from tsqp.tee.sampling import Completion
+from tsqp.tee.stats import KINDS
+
+OPERATIONS = {"embedding": "embed"}  # what the wire calls a kind, where its name differs
+
+_stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+class Printer:
+    """One prompt streams; several are printed when all are done; JSON is one last line."""
+
+    def __init__(self, llm: LLM, *, prompts: int, json_output: bool) -> None:
+        self._llm = llm
+        self._json_output = json_output
+        self._stream = prompts == 1 and not json_output
+
+    def on_text(self, number: int, text: str) -> None:
+        """Print a new piece of an answer, if it streams."""
+        if self._stream:
+            print(text, end="", flush=True)
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """Print what has not streamed, and the statistics."""
+        if self._json_output:
+            print_statistics(self._llm)
+            print(json.dumps(as_json(self._llm, completions)))
+            return
+        if self._stream:
+            print(flush=True)
+        else:
+            for number, completion in enumerate(completions, 1):
+                print(f"[{number}] {completion.text}", flush=True)
+        print_statistics(self._llm)
+
+
+def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
+    """The object that `generate --json` prints."""
+    rpc = llm.rpc
+    return {
+        "outputs": [
+            {
+                "text": completion.text,
+                "token_ids": list(completion.token_ids),
+                "prompt_tokens": completion.prompt_tokens,
+                "finish_reason": completion.finish_reason,
+            }
+            for completion in completions
+        ],
+        "privacy": llm.privacy,
+        "transport": llm.transport,
+        "transport_reason": llm.transport_reason,
+        "timings": llm.stats.timings(),
+        "operations": llm.stats.as_dict()["operations"],
+        "rpc": {
+            "calls": sum(rpc.calls.values()),
+            "sent_bytes": rpc.sent_bytes,
+            "received_bytes": rpc.received_bytes,
+            "socket_bytes": rpc.socket_bytes,
+            "calls_by_kind": rpc.calls,
+            "worker_s": rpc.compute_s,
+        },
+    }
+
+
+def print_statistics(llm: LLM) -> None:
+    """Where the time went, and what crossed, on standard error."""
+    stats, rpc = llm.stats, llm.rpc
+    rate = stats.decode_tokens / stats.decode_s if stats.decode_s else 0.0
+    say(
+        f"\nprivacy {llm.privacy}: prefill {stats.prefill_tokens} tokens in "
+        f"{stats.prefill_s:.2f} s, decode {stats.decode_tokens} tokens in "
+        f"{stats.decode_s:.2f} s ({rate:.1f} a second)"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("operation", "side", "calls", "seconds"):
+        table.add_column(name, justify="left" if name in ("operation", "side") else "right")
+    for kind in KINDS:
+        timer = stats.time(kind)
+        operation = OPERATIONS.get(kind, kind)
+        side = "worker" if operation in rpc.calls else "TEE"
+        table.add_row(kind, side, f"{timer.calls:,}", f"{timer.seconds:.3f}")
+        if operation in rpc.calls:
+            table.add_row("  of it computing", side, "", f"{rpc.compute_s.get(operation, 0):.3f}")
+    table.add_row("waiting for the worker", "", "", f"{stats.wait_s:.3f}")
+    _stderr.print(table)
+    if rpc.calls:
+        say(
+            f"transport {llm.transport}: {sum(rpc.calls.values()):,} calls, "
+            f"{rpc.sent_bytes / 1e6:.1f} MB to the worker, {rpc.received_bytes / 1e6:.1f} MB back, "
+            f"{rpc.socket_bytes / 1e3:.1f} kB through the socket"
+        )
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    _stderr.print(text)
+
+
+def fetch_demo_model() -> None:
+    """Fetch the demo model with a progress bar, unless it is there."""
+    columns = (TextColumn("Fetching SmolLM2-135M-Instruct"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=_stderr, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        demo.fetch(progress)

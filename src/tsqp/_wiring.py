@@ -1,0 +1,283 @@
+"""The only place that joins the zones: builds a TEE side, a worker side, or both."""
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from tsqp._local_worker import LocalWorker
+from tsqp.errors import UsageError
+from tsqp.gpu.weights import load_weights
+from tsqp.gpu.worker import Worker
+from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.model.config import LAYER_GROUPS, parts
+from tsqp.model.digest import weights_digest
+from tsqp.model.weights import (
+    check_memory,
+    embedding_bytes,
+    linear_bytes,
+    parse_dtype,
+    read_bias,
+)
+from tsqp.tee.decoder import Decoder
+from tsqp.tee.engine import Engine
+from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.local import LocalOffload
+from tsqp.tee.offload.open import OpenOffload
+from tsqp.tee.sampling import Completion, SamplingParams
+from tsqp.tee.stats import Stats
+from tsqp.tee.tokenizer import Tokenizer
+from tsqp.wire.channel import Channel, Counters, InprocChannel
+from tsqp.wire.client import RemoteChannel
+from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.messages import Hello
+from tsqp.wire.tensors import DTYPE_NAMES
+
+log = logging.getLogger("tsqp")
+
+PRIVACY_MODES = ("tee", "open")
+MIN_SHM = 2**20
+MAX_SHM = 2**30
+
+
+class LLM:
+    """A model that answers from this process, which is the trusted side.
+
+    Usable as a context manager; `close` ends the session with the worker.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        privacy: str,
+        worker: str | Sequence[str] | None = None,
+        attention: str = "tee",
+        dtype: str = "auto",
+        threads: int | None = None,
+        prefill_chunk: int = 512,
+        timeout: float = 8.0,
+        shm: bool = True,
+        lanes: int = 1,
+    ) -> None:
+        """Load what this side needs and open a session with the worker.
+
+        Args:
+            model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
+            privacy: "tee" (no worker) or "open" (the worker reads everything).
+            worker: where the worker listens; "local" starts one as a child process.
+            attention: where the attention products run; "tee".
+            dtype: "float32", "float16", "bfloat16", or "auto", the checkpoint's own.
+            threads: for computing on this side; None leaves torch's choice.
+            prefill_chunk: most prompt tokens in one step.
+            timeout: seconds that the worker may take for one call.
+            shm: share memory with a worker on the same machine.
+            lanes: half-batches that take turns, 1 or 2.
+
+        Raises:
+            UsageError: options that are unknown or contradict each other.
+            ModelError: the checkpoint cannot be used.
+            WorkerError: there is no worker, or it serves something else.
+        """
+        endpoint = _check_options(privacy, worker, attention)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.privacy = privacy
+        self._channel: Channel | None = None
+        self._local: LocalWorker | None = None
+        try:
+            self._tokenizer = Tokenizer(model)
+            checkpoint = open_checkpoint(model)
+            try:
+                self.config = checkpoint.config
+                self.dtype = parse_dtype(dtype, self.config)
+                if endpoint is not None:
+                    rows = prefill_chunk if shm else 0
+                    self._channel = self._connect(endpoint, model, checkpoint, rows)
+                self._offload = _offload(checkpoint, self.dtype, self._channel, timeout)
+                decoder = Decoder(checkpoint, self.dtype)
+            finally:
+                checkpoint.close()
+            self._engine = Engine(
+                decoder,
+                self._offload,
+                self.config,
+                self._tokenizer,
+                prefill_chunk=prefill_chunk,
+                lanes=lanes,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Complete one or several prompts, all of them at once.
+
+        Args:
+            prompts: texts, or token ids.
+            params: how to choose tokens; the same for all prompts.
+            on_text: called with the number of the prompt and each new piece of its answer.
+
+        Returns:
+            one completion a prompt, in order.
+
+        Raises:
+            PromptError: a prompt is empty, or longer than the model's context.
+            WorkerError: the worker failed; nothing is left running.
+        """
+        several = [prompts] if isinstance(prompts, str) else prompts
+        ids = [self.tokenize(p) if isinstance(p, str) else list(p) for p in several]
+        return self._engine.generate(ids, params or SamplingParams(), on_text)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Completion:
+        """Answer a conversation, `[{"role": "user", "content": "..."}, ...]`.
+
+        Raises:
+            TokenizerError: the model has no chat template.
+        """
+        ids = self._tokenizer.encode_chat(messages)
+        return self.generate([ids], params, on_text=on_text)[0]
+
+    def tokenize(self, text: str, *, chat: bool = False) -> list[int]:
+        """The token ids of a prompt; with `chat`, of a conversation that begins with it.
+
+        Raises:
+            TokenizerError: the model has no tokenizer, or no chat template.
+        """
+        if chat:
+            return self._tokenizer.encode_chat([{"role": "user", "content": text}])
+        return self._tokenizer.encode(text)
+
+    @property
+    def stats(self) -> Stats:
+        """Where the time of this side went since it was loaded."""
+        return self._engine.stats
+
+    @property
+    def transport(self) -> str:
+        """How tensors reach the worker: "none", "inproc", "shm" or "inline"."""
+        return self._channel.transport if self._channel else "none"
+
+    @property
+    def transport_reason(self) -> str:
+        """Why this transport."""
+        return self._channel.reason if self._channel else "no worker"
+
+    @property
+    def rpc(self) -> Counters:
+        """What crossed between this side and the worker since the session began."""
+        return self._channel.counters if self._channel else Counters()
+
+    def close(self) -> None:
+        """End the session, and stop a local worker; safe to call twice."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._local is not None:
+            self._local.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _connect(
+        self, endpoint: Endpoint, model: str, checkpoint: Checkpoint, rows: int
+    ) -> Channel:
+        log.warning("privacy open: the worker reads every prompt and every answer")
+        if endpoint.scheme == "local":
+            log.info("starting a worker on this machine, in the same trust domain")
+            self._local = LocalWorker([model, "--dtype", DTYPE_NAMES[self.dtype]])
+        hello = _hello(checkpoint, self.dtype, rows)
+        if endpoint.scheme == "inproc":
+            weights = load_weights(checkpoint, self.dtype, torch.device("cpu"))
+            return InprocChannel(Worker(weights), hello)
+        if self._local is not None:
+            _ = self._tokenizer.exists  # reads it, which takes seconds, while the worker loads
+            self._local.await_ready()
+            endpoint = parse_endpoint(self._local.endpoint)
+        channel = RemoteChannel(endpoint, hello)
+        log.info("worker at %s: transport %s (%s)", endpoint, channel.transport, channel.reason)
+        return channel
+
+
+def _check_options(
+    privacy: str, worker: str | Sequence[str] | None, attention: str
+) -> Endpoint | None:
+    """The worker's endpoint, or None where the mode takes none."""
+    if privacy not in PRIVACY_MODES:
+        raise UsageError(
+            f"There is no privacy mode {privacy!r}; choose {' or '.join(PRIVACY_MODES)}."
+        )
+    if attention != "tee":
+        raise UsageError(f"There is no attention mode {attention!r}; choose tee.")
+    workers = [worker] if isinstance(worker, str) else list(worker or [])
+    if privacy == "tee":
+        if workers:
+            raise UsageError("--privacy tee takes no --worker; leave it out, or choose open.")
+        return None
+    if len(workers) != 1:
+        raise UsageError(
+            f"--privacy {privacy} needs one --worker, not {len(workers)}; "
+            "name the endpoint of a running `tsqp worker`, or `local`."
+        )
+    return parse_endpoint(workers[0])
+
+
+def _hello(checkpoint: Checkpoint, dtype: torch.dtype, rows: int) -> Hello:
+    """What this side needs; `rows` are the tokens of a step, 0 for no shared memory."""
+    # Room for an answer in use and for the next call, twice over for a second lane.
+    wanted = 4 * rows * _widest_call(checkpoint, dtype)
+    return Hello(
+        nonce=secrets.token_bytes(32),
+        weights_digest=weights_digest(checkpoint, dtype),
+        dtype=DTYPE_NAMES[dtype],
+        abilities=("embedding", "linear"),
+        shm_bytes=min(max(wanted, MIN_SHM), MAX_SHM) if rows else 0,
+    )
+
+
+def _widest_call(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of one row's input and output, of the group where they are most."""
+    groups = [parts(checkpoint.config, 0, group) for group in LAYER_GROUPS]
+    return dtype.itemsize * max(
+        group[0].in_features + sum(part.out_features for part in group) for group in groups
+    )
+
+
+def _offload(
+    checkpoint: Checkpoint, dtype: torch.dtype, channel: Channel | None, timeout: float
+) -> Offload:
+    config = checkpoint.config
+    if channel is None:
+        tied = config.tie_word_embeddings
+        required = linear_bytes(config, dtype) + (0 if tied else embedding_bytes(config, dtype))
+        check_memory(required, f"The weights of {checkpoint.name}")
+        return LocalOffload(checkpoint, dtype)
+    biases_F = {
+        (layer, group): bias_F
+        for layer in range(config.num_layers)
+        for group in LAYER_GROUPS
+        if (bias_F := read_bias(checkpoint, layer, group, dtype)) is not None
+    }
+    return OpenOffload(channel, config, dtype, biases_F, timeout)

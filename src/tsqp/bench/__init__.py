@@ -1,0 +1,1 @@
+"""MEASUREMENTS, from outside: nothing else imports this."""

@@ -1,0 +1,71 @@
+"""Plain transformers over the same weights: the outside reference for speed."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.model.config import ModelConfig, linear_shapes, norm_names
+
+
+class Transformers:
+    """The model in transformers, with SDPA attention, on this machine's CPU."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        from transformers import LlamaForCausalLM
+
+        config = _hf_config(checkpoint.config)
+        with torch.device("meta"):
+            self._model: Any = LlamaForCausalLM(config).to(dtype)
+        self._model.to_empty(device="cpu").eval()
+        # Buffers are not in a checkpoint, and a model made on "meta" has none of its numbers.
+        self._model.model.rotary_emb = type(self._model.model.rotary_emb)(config)
+        shapes = linear_shapes(checkpoint.config)
+        shapes |= dict.fromkeys(norm_names(checkpoint.config), (checkpoint.config.hidden_size,))
+        state = {name: checkpoint.read(name, shape).to(dtype) for name, shape in shapes.items()}
+        self._model.load_state_dict(state, strict=False, assign=True)
+        self._model.tie_weights()
+
+    @torch.inference_mode()
+    def run(self, prompt_ids: Sequence[int], new_tokens: int) -> tuple[float, float]:
+        """Seconds for the prompt, and for each further token, chosen greedily."""
+        start = time.perf_counter()
+        out = self._model(torch.tensor([prompt_ids]), use_cache=True, logits_to_keep=1)
+        prefill_s = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            token = out.logits[:, -1:].argmax(-1)
+            out = self._model(token, past_key_values=out.past_key_values, use_cache=True)
+        return prefill_s, (time.perf_counter() - start) / (new_tokens - 1)
+
+
+def _hf_config(config: ModelConfig) -> Any:
+    from transformers import LlamaConfig
+
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if (scaling := config.rope_scaling) is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=config.tie_word_embeddings,
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        attn_implementation="sdpa",
+    )

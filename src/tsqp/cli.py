@@ -1,0 +1,285 @@
+"""The command line: parses, calls, prints.
+
+Settings come from flags, then TSQP_* variables (and the prototype's LLAMA_* names), then the TOML
+file of --config, whose keys are option names; a table named for a command speaks to it alone.
+"""
+
+import logging
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from tsqp._settings import read_settings
+from tsqp.errors import PromptError, RemoteError, TSQPError, UsageError
+
+DEMO_PROMPT = "What is the capital of France? Answer in one sentence."
+
+app = typer.Typer(
+    name="tsqp",
+    help="Private LLM inference on a GPU that nobody has to trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        envvar=["TSQP_MODEL", "LLAMA_MODEL_PATH"],
+        help="A Hugging Face directory, a .gguf file, random:NAME[:SEED], or demo.",
+        show_default=False,
+    ),
+]
+WorkerEndpoint = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--worker",
+        envvar=["TSQP_WORKER", "LLAMA_IPC_PATH"],
+        help="Where the worker listens: ipc:///PATH, tcp://HOST:PORT, or local (starts one).",
+    ),
+]
+Privacy = Annotated[
+    str,
+    typer.Option(envvar="TSQP_PRIVACY", help="tee: no worker. open: the worker reads everything."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        envvar=["TSQP_DTYPE", "LLAMA_DTYPE"],
+        help="float32, float16, bfloat16, or auto: the checkpoint's own.",
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, envvar="TSQP_THREADS", help="Threads for computing.")
+]
+PrefillChunk = Annotated[
+    int, typer.Option(min=1, envvar="TSQP_PREFILL_CHUNK", help="Prompt tokens in one step.")
+]
+Timeout = Annotated[
+    float,
+    typer.Option(min=0.1, envvar="TSQP_TIMEOUT", help="Seconds the worker may take for one call."),
+]
+NoShm = Annotated[bool, typer.Option("--no-shm", help="Send tensors through the socket.")]
+JsonOutput = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
+]
+Attention = Annotated[
+    str, typer.Option(envvar="TSQP_ATTENTION", help="Where Q·Kᵀ and P·V run in open: tee.")
+]
+
+
+def _note_debug(context: typer.Context, value: bool) -> bool:
+    context.ensure_object(dict)["debug"] = value
+    return value
+
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        envvar="TSQP_DEBUG",
+        callback=_note_debug,
+        help="Show tracebacks, the worker's included.",
+    ),
+]
+
+
+@app.callback()
+def _settings(
+    config: Annotated[
+        Path | None,
+        typer.Option(envvar="TSQP_CONFIG", callback=read_settings, help="Settings, in TOML."),
+    ] = None,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: Model,
+    privacy: Privacy,
+    worker: WorkerEndpoint = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    prompt_ids: Annotated[
+        Path | None,
+        typer.Option(help="Token ids in a JSON file: one list, or a list of lists."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after an end token.")
+    ] = False,
+    attention: Attention = "tee",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    prefill_chunk: PrefillChunk = 512,
+    timeout: Timeout = 8.0,
+    no_shm: NoShm = False,
+    json_output: JsonOutput = False,
+    debug: Debug = False,
+) -> None:
+    """Complete prompts, or answer them with --chat."""
+    from tsqp import LLM, SamplingParams
+    from tsqp._printing import Printer
+
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    prompts = _prompts(prompt, prompt_ids, chat)
+    with LLM(
+        model,
+        privacy=privacy,
+        worker=worker,
+        attention=attention,
+        dtype=dtype,
+        threads=threads,
+        prefill_chunk=prefill_chunk,
+        timeout=timeout,
+        shm=not no_shm,
+    ) as llm:
+        ids = [llm.tokenize(p, chat=chat) if isinstance(p, str) else p for p in prompts]
+        printer = Printer(llm, prompts=len(ids), json_output=json_output)
+        printer.finish(llm.generate(ids, params, on_text=printer.on_text))
+
+
+@app.command()
+def worker(
+    model: Model,
+    listen: Annotated[
+        str,
+        typer.Option(
+            envvar=["TSQP_LISTEN", "LLAMA_IPC_PATH"], help="ipc:///PATH or tcp://HOST:PORT."
+        ),
+    ],
+    device: Annotated[
+        str, typer.Option(envvar=["TSQP_DEVICE", "LLAMA_GPU_DEVICE"], help="cpu or cuda.")
+    ] = "cpu",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    no_shm: NoShm = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen where other machines can reach it.")
+    ] = False,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model's linear layers to TEE processes. Runs on the machine with the GPU."""
+    from tsqp.gpu.serve import serve
+
+    serve(
+        model,
+        listen,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_shm_bytes=0 if no_shm else 2**30,
+        insecure=insecure,
+        supervised=supervised,
+    )
+
+
+@app.command()
+def demo(
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Download the demo model first, if need be.")
+    ] = False,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = DEMO_PROMPT,
+    debug: Debug = False,
+) -> None:
+    """A real model answers through a TEE process and a worker process, both on this machine."""
+    from tsqp import LLM, SamplingParams
+    from tsqp._printing import Printer, fetch_demo_model, say
+
+    if fetch:
+        fetch_demo_model()
+    say(f"Model   SmolLM2-135M-Instruct\nAsking  {prompt}")
+    with LLM("demo", privacy="open", worker="local") as llm:
+        printer = Printer(llm, prompts=1, json_output=False)
+        ids = llm.tokenize(prompt, chat=True)
+        params = SamplingParams(temperature=0, max_tokens=256)
+        printer.finish(llm.generate([ids], params, on_text=printer.on_text))
+
+
+@app.command()
+def bench(
+    model: Model,
+    dtype: Dtype = "auto",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 33,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for each side.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this new file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time transformers, tee and open in turn, on this machine's CPU."""
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists; name a new file, or remove it.")
+    from tsqp.bench.compare import compare
+    from tsqp.bench.table import print_result
+
+    result = compare(
+        model,
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads or os.cpu_count() or 1,
+    )
+    print_result(result, command="tsqp " + shlex.join(sys.argv[1:]), out=out)
+
+
+def _prompts(
+    texts: list[str] | None, ids_file: Path | None, chat: bool
+) -> list[str] | list[list[int]]:
+    if bool(texts) == bool(ids_file):
+        raise UsageError("Give either --prompt or --prompt-ids.")
+    if texts:
+        return texts
+    if chat:
+        raise UsageError("--chat goes with --prompt; ids are taken as they are.")
+    assert ids_file is not None
+    return _read_ids(ids_file)
+
+
+def _read_ids(path: Path) -> list[list[int]]:
+    try:
+        ids = msgspec.json.decode(path.read_bytes(), type=list[int | list[int]])
+    except (OSError, msgspec.DecodeError) as exc:
+        raise PromptError(f"Cannot read token ids from {path}: {exc}.") from exc
+    several = [each for each in ids if isinstance(each, list)]
+    if several and len(several) < len(ids):
+        raise PromptError(f"{path} mixes token ids and lists of them; give one list, or lists.")
+    return several or [[each for each in ids if isinstance(each, int)]]
+
+
+def main() -> None:
+    """Run the command line; exit status 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tsqp").setLevel(logging.INFO)
+    state: dict[str, bool] = {}
+    try:
+        app(obj=state)
+    except TSQPError as exc:
+        if state.get("debug"):
+            traceback.print_exc()
+            if isinstance(exc, RemoteError) and exc.remote_traceback:
+                print(f"The worker's traceback:\n{exc.remote_traceback}", file=sys.stderr)
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(2 if isinstance(exc, UsageError) else 1)
