@@ -31,7 +31,7 @@ from tsqp.tee.sampling import Completion, SamplingParams
 from tsqp.tee.stats import Stats
 from tsqp.tee.tokenizer import Tokenizer
 from tsqp.wire.channel import Channel, Counters, InprocChannel
-from tsqp.wire.client import RemoteChannel
+from tsqp.wire.client import RemoteChannel, check_reachable
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.messages import Hello
 from tsqp.wire.tensors import DTYPE_NAMES
@@ -208,12 +208,14 @@ class LLM:
         if endpoint.scheme == "local":
             log.info("starting a worker on this machine, in the same trust domain")
             self._local = LocalWorker([model, "--dtype", DTYPE_NAMES[self.dtype]])
+        elif endpoint.scheme != "inproc":
+            check_reachable(endpoint)  # the digest of a large model takes a while
         hello = _hello(checkpoint, self.dtype, rows)
         if endpoint.scheme == "inproc":
             weights = load_weights(checkpoint, self.dtype, torch.device("cpu"))
             return InprocChannel(Worker(weights), hello)
         if self._local is not None:
-            _ = self._tokenizer.exists  # reads it, which takes seconds, while the worker loads
+            self._tokenizer.preload()  # takes seconds, as the worker does meanwhile
             self._local.await_ready()
             endpoint = parse_endpoint(self._local.endpoint)
         channel = RemoteChannel(endpoint, hello)

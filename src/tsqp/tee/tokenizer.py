@@ -56,6 +56,10 @@ class Tokenizer:
         except TokenizerError:
             return False
 
+    def preload(self) -> None:
+        """Read it now; if there is none, that shows when it is needed."""
+        _ = self.exists
+
     def encode(self, text: str) -> list[int]:
         """Token ids as transformers gives them, with the beginning token where it adds one."""
         return list(self._tokenizer(text)["input_ids"])

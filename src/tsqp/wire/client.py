@@ -80,6 +80,11 @@ class _Call:
         self._channel.release(self)
 
 
+def check_reachable(endpoint: Endpoint, timeout: float = 5.0) -> None:
+    """Raise WorkerUnavailable unless something serves `endpoint`: cheap, before dear work."""
+    ClientSocket(endpoint, timeout).close()
+
+
 class RemoteChannel:
     """A session with a worker process. Belongs to one thread."""
 
