@@ -30,7 +30,8 @@ class LocalWorker:
             arguments: the model and options for `tsqp worker`, without --listen.
         """
         self.endpoint = f"ipc://@tsqp-{secrets.token_hex(16)}"
-        command = [sys.executable, "-m", "tsqp", "worker", *arguments]
+        # -P: the current folder, which may be a downloaded model's, is not a place to import from.
+        command = [sys.executable, "-P", "-m", "tsqp", "worker", *arguments]
         self._process = subprocess.Popen(
             [*command, "--listen", self.endpoint, "--supervised"],
             stdin=subprocess.PIPE,
@@ -42,11 +43,6 @@ class LocalWorker:
         self._last_words: deque[str] = deque(maxlen=20)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-
-    @property
-    def pid(self) -> int:
-        """The worker's process id."""
-        return self._process.pid
 
     def close(self) -> None:
         """Stop the worker; safe to call twice."""

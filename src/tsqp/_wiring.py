@@ -13,7 +13,7 @@ from tsqp.errors import UsageError
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
-from tsqp.model.config import LAYER_GROUPS, parts
+from tsqp.model.config import LAYER_GROUPS, ModelConfig, parts
 from tsqp.model.digest import weights_digest
 from tsqp.model.weights import (
     check_memory,
@@ -41,6 +41,7 @@ log = logging.getLogger("tsqp")
 PRIVACY_MODES = ("tee", "open")
 MIN_SHM = 2**20
 MAX_SHM = 2**30
+HEAD_ROWS = 8  # sequences whose logits travel in one call; more are split
 
 
 class LLM:
@@ -61,6 +62,7 @@ class LLM:
         prefill_chunk: int = 512,
         timeout: float = 8.0,
         shm: bool = True,
+        insecure: bool = False,
         lanes: int = 1,
     ) -> None:
         """Load what this side needs and open a session with the worker.
@@ -71,23 +73,32 @@ class LLM:
             worker: where the worker listens; "local" starts one as a child process.
             attention: where the attention products run; "tee".
             dtype: "float32", "float16", "bfloat16", or "auto", the checkpoint's own.
-            threads: for computing on this side; None leaves torch's choice.
+            threads: for computing, on this side and on a local worker; None leaves torch's choice.
             prefill_chunk: most prompt tokens in one step.
             timeout: seconds that the worker may take for one call.
             shm: share memory with a worker on the same machine.
-            lanes: half-batches that take turns, 1 or 2.
+            insecure: speak to a worker on another machine over a link that is not encrypted.
+            lanes: parts of a batch that take turns, so that both sides work at once.
 
         Raises:
             UsageError: options that are unknown or contradict each other.
             ModelError: the checkpoint cannot be used.
             WorkerError: there is no worker, or it serves something else.
         """
-        endpoint = _check_options(privacy, worker, attention)
+        endpoint = _check_options(privacy, worker, attention, insecure)
+        for name, number in (
+            ("prefill_chunk", prefill_chunk),
+            ("lanes", lanes),
+            ("threads", 1 if threads is None else threads),
+        ):
+            if number < 1:
+                raise UsageError(f"{name} is {number}; it must be 1 or more.")
         if threads is not None:
             torch.set_num_threads(threads)
         self.privacy = privacy
         self._channel: Channel | None = None
         self._local: LocalWorker | None = None
+        self._offload: Offload | None = None
         try:
             self._tokenizer = Tokenizer(model)
             checkpoint = open_checkpoint(model)
@@ -95,8 +106,8 @@ class LLM:
                 self.config = checkpoint.config
                 self.dtype = parse_dtype(dtype, self.config)
                 if endpoint is not None:
-                    rows = prefill_chunk if shm else 0
-                    self._channel = self._connect(endpoint, model, checkpoint, rows)
+                    shm_bytes = _segment_bytes(self.config, self.dtype, prefill_chunk) if shm else 0
+                    self._channel = self._connect(endpoint, model, checkpoint, shm_bytes, threads)
                 self._offload = _offload(checkpoint, self.dtype, self._channel, timeout)
                 decoder = Decoder(checkpoint, self.dtype)
             finally:
@@ -116,7 +127,7 @@ class LLM:
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
@@ -124,7 +135,7 @@ class LLM:
 
         Args:
             prompts: texts, or token ids.
-            params: how to choose tokens; the same for all prompts.
+            sampling_params: how to choose tokens; the same for all prompts.
             on_text: called with the number of the prompt and each new piece of its answer.
 
         Returns:
@@ -136,12 +147,12 @@ class LLM:
         """
         several = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.tokenize(p) if isinstance(p, str) else list(p) for p in several]
-        return self._engine.generate(ids, params or SamplingParams(), on_text)
+        return self._engine.generate(ids, sampling_params or SamplingParams(), on_text)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         on_text: Callable[[int, str], None] | None = None,
     ) -> Completion:
@@ -151,7 +162,7 @@ class LLM:
             TokenizerError: the model has no chat template.
         """
         ids = self._tokenizer.encode_chat(messages)
-        return self.generate([ids], params, on_text=on_text)[0]
+        return self.generate([ids], sampling_params, on_text=on_text)[0]
 
     def tokenize(self, text: str, *, chat: bool = False) -> list[int]:
         """The token ids of a prompt; with `chat`, of a conversation that begins with it.
@@ -170,7 +181,7 @@ class LLM:
 
     @property
     def transport(self) -> str:
-        """How tensors reach the worker: "none", "inproc", "shm" or "inline"."""
+        """How calls and tensors reach the worker (docs/troubleshooting.md); "none" without one."""
         return self._channel.transport if self._channel else "none"
 
     @property
@@ -185,10 +196,14 @@ class LLM:
 
     def close(self) -> None:
         """End the session, and stop a local worker; safe to call twice."""
-        if self._channel is not None:
-            self._channel.close()
-        if self._local is not None:
-            self._local.close()
+        try:
+            if self._offload is not None:
+                self._offload.close()
+            if self._channel is not None:
+                self._channel.close()
+        finally:
+            if self._local is not None:
+                self._local.close()
 
     def __enter__(self) -> Self:
         return self
@@ -202,15 +217,22 @@ class LLM:
         self.close()
 
     def _connect(
-        self, endpoint: Endpoint, model: str, checkpoint: Checkpoint, rows: int
+        self,
+        endpoint: Endpoint,
+        model: str,
+        checkpoint: Checkpoint,
+        shm_bytes: int,
+        threads: int | None,
     ) -> Channel:
         log.warning("privacy open: the worker reads every prompt and every answer")
         if endpoint.scheme == "local":
             log.info("starting a worker on this machine, in the same trust domain")
-            self._local = LocalWorker([model, "--dtype", DTYPE_NAMES[self.dtype]])
+            arguments = [model, "--dtype", DTYPE_NAMES[self.dtype]]
+            arguments += [] if threads is None else ["--threads", str(threads)]
+            self._local = LocalWorker(arguments)
         elif endpoint.scheme != "inproc":
             check_reachable(endpoint)  # the digest of a large model takes a while
-        hello = _hello(checkpoint, self.dtype, rows)
+        hello = _hello(checkpoint, self.dtype, shm_bytes)
         if endpoint.scheme == "inproc":
             weights = load_weights(checkpoint, self.dtype, torch.device("cpu"))
             return InprocChannel(Worker(weights), hello)
@@ -224,7 +246,7 @@ class LLM:
 
 
 def _check_options(
-    privacy: str, worker: str | Sequence[str] | None, attention: str
+    privacy: str, worker: str | Sequence[str] | None, attention: str, insecure: bool
 ) -> Endpoint | None:
     """The worker's endpoint, or None where the mode takes none."""
     if privacy not in PRIVACY_MODES:
@@ -243,28 +265,36 @@ def _check_options(
             f"--privacy {privacy} needs one --worker, not {len(workers)}; "
             "name the endpoint of a running `tsqp worker`, or `local`."
         )
-    return parse_endpoint(workers[0])
+    endpoint = parse_endpoint(workers[0])
+    if not endpoint.is_loopback and not insecure:
+        raise UsageError(
+            f"The link to {endpoint} is not encrypted, and whoever it passes can read and change "
+            "what crosses; use a worker on this machine, or pass --insecure."
+        )
+    return endpoint
 
 
-def _hello(checkpoint: Checkpoint, dtype: torch.dtype, rows: int) -> Hello:
-    """What this side needs; `rows` are the tokens of a step, 0 for no shared memory."""
-    # Room for an answer in use and for the next call, twice over for a second lane.
-    wanted = 4 * rows * _widest_call(checkpoint, dtype)
+def _hello(checkpoint: Checkpoint, dtype: torch.dtype, shm_bytes: int) -> Hello:
     return Hello(
         nonce=secrets.token_bytes(32),
         weights_digest=weights_digest(checkpoint, dtype),
         dtype=DTYPE_NAMES[dtype],
         abilities=("embedding", "linear"),
-        shm_bytes=min(max(wanted, MIN_SHM), MAX_SHM) if rows else 0,
+        shm_bytes=shm_bytes,
     )
 
 
-def _widest_call(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of one row's input and output, of the group where they are most."""
-    groups = [parts(checkpoint.config, 0, group) for group in LAYER_GROUPS]
-    return dtype.itemsize * max(
-        group[0].in_features + sum(part.out_features for part in group) for group in groups
-    )
+def _segment_bytes(config: ModelConfig, dtype: torch.dtype, rows: int) -> int:
+    """Shared memory for the calls of a step of `rows` tokens."""
+
+    def row_bytes(layer: int, group: str) -> int:
+        members = parts(config, layer, group)
+        return dtype.itemsize * (members[0].in_features + sum(p.out_features for p in members))
+
+    widest = max(rows * row_bytes(0, group) for group in LAYER_GROUPS)
+    widest = max(widest, min(rows, HEAD_ROWS) * row_bytes(-1, "lm_head"))
+    # Room for an answer in use and for the next call, twice over for a second lane.
+    return min(max(4 * widest, MIN_SHM), MAX_SHM)
 
 
 def _offload(

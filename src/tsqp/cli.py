@@ -66,6 +66,10 @@ Timeout = Annotated[
     typer.Option(min=0.1, envvar="TSQP_TIMEOUT", help="Seconds the worker may take for one call."),
 ]
 NoShm = Annotated[bool, typer.Option("--no-shm", help="Send tensors through the socket.")]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="Allow an address of another machine; it is not encrypted."),
+]
 JsonOutput = Annotated[
     bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
 ]
@@ -105,7 +109,10 @@ def generate(
     model: Model,
     privacy: Privacy,
     worker: WorkerEndpoint = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt, or - for standard input; may be repeated."),
+    ] = None,
     prompt_ids: Annotated[
         Path | None,
         typer.Option(help="Token ids in a JSON file: one list, or a list of lists."),
@@ -126,6 +133,7 @@ def generate(
     prefill_chunk: PrefillChunk = 512,
     timeout: Timeout = 8.0,
     no_shm: NoShm = False,
+    insecure: Insecure = False,
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:
@@ -153,6 +161,7 @@ def generate(
         prefill_chunk=prefill_chunk,
         timeout=timeout,
         shm=not no_shm,
+        insecure=insecure,
     ) as llm:
         ids = [llm.tokenize(p, chat=chat) if isinstance(p, str) else p for p in prompts]
         printer = Printer(llm, prompts=len(ids), json_output=json_output)
@@ -169,14 +178,13 @@ def worker(
         ),
     ],
     device: Annotated[
-        str, typer.Option(envvar=["TSQP_DEVICE", "LLAMA_GPU_DEVICE"], help="cpu or cuda.")
+        str,
+        typer.Option(envvar=["TSQP_DEVICE", "LLAMA_GPU_DEVICE"], help="cpu, cuda or cuda:NUMBER."),
     ] = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
     no_shm: NoShm = False,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen where other machines can reach it.")
-    ] = False,
+    insecure: Insecure = False,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
     debug: Debug = False,
 ) -> None:
@@ -231,6 +239,8 @@ def bench(
     """Time transformers, tee and open in turn, on this machine's CPU."""
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; name a new file, or remove it.")
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"There is no folder {out.parent} for --out; make it first.")
     from tsqp.bench.compare import compare
     from tsqp.bench.table import print_result
 
@@ -251,11 +261,18 @@ def _prompts(
     if bool(texts) == bool(ids_file):
         raise UsageError("Give either --prompt or --prompt-ids.")
     if texts:
-        return texts
+        return [_read_stdin() if text == "-" else text for text in texts]
     if chat:
         raise UsageError("--chat goes with --prompt; ids are taken as they are.")
     assert ids_file is not None
     return _read_ids(ids_file)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as exc:
+        raise PromptError("Standard input is not valid UTF-8; convert the prompt first.") from exc
 
 
 def _read_ids(path: Path) -> list[list[int]]:
@@ -275,7 +292,7 @@ def main() -> None:
     logging.getLogger("tsqp").setLevel(logging.INFO)
     state: dict[str, bool] = {}
     try:
-        app(obj=state)
+        app(obj=state, auto_envvar_prefix="TSQP")
     except TSQPError as exc:
         if state.get("debug"):
             traceback.print_exc()
@@ -283,3 +300,9 @@ def main() -> None:
                 print(f"The worker's traceback:\n{exc.remote_traceback}", file=sys.stderr)
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(2 if isinstance(exc, UsageError) else 1)
+    except Exception as exc:
+        if state.get("debug"):
+            traceback.print_exc()
+        kind = type(exc).__name__
+        print(f"error: Unexpected {kind}; run again with --debug, and report it.", file=sys.stderr)
+        sys.exit(1)

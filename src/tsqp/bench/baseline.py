@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import ModelConfig, linear_shapes, norm_names
+from tsqp.model.config import ModelConfig, tensor_shapes
 
 
 class Transformers:
@@ -22,10 +22,10 @@ class Transformers:
         self._model.to_empty(device="cpu").eval()
         # Buffers are not in a checkpoint, and a model made on "meta" has none of its numbers.
         self._model.model.rotary_emb = type(self._model.model.rotary_emb)(config)
-        shapes = linear_shapes(checkpoint.config)
-        shapes |= dict.fromkeys(norm_names(checkpoint.config), (checkpoint.config.hidden_size,))
+        shapes = tensor_shapes(checkpoint.config)
         state = {name: checkpoint.read(name, shape).to(dtype) for name, shape in shapes.items()}
-        self._model.load_state_dict(state, strict=False, assign=True)
+        loaded = self._model.load_state_dict(state, strict=False, assign=True)
+        assert not loaded.unexpected_keys and set(loaded.missing_keys) <= {"lm_head.weight"}
         self._model.tie_weights()
 
     @torch.inference_mode()

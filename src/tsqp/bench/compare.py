@@ -19,7 +19,9 @@ import tsqp
 from tsqp import LLM, SamplingParams
 from tsqp.bench.baseline import Transformers
 from tsqp.bench.ceilings import Ceilings, measure_ceilings
+from tsqp.errors import UsageError
 from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.config import parts
 from tsqp.model.weights import linear_bytes, parse_dtype
 
 Run = Callable[[], tuple[float, float]]
@@ -86,6 +88,11 @@ def compare(
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     torch_dtype = parse_dtype(dtype, config)
+    if prompt_tokens + new_tokens > config.max_positions:
+        raise UsageError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the context of "
+            f"{config.max_positions} tokens; ask for fewer."
+        )
     prompt_ids = [secrets.randbelow(config.vocab_size) for _ in range(prompt_tokens)]
     baseline = Transformers(checkpoint, torch_dtype)
     name = str(torch_dtype).removeprefix("torch.")
@@ -110,11 +117,13 @@ def compare(
     forwards = (rounds + 1) * new_tokens
     ceilings = measure_ceilings(torch_dtype)
     weights = linear_bytes(config, torch_dtype)
-    per_token = 2 * weights / torch_dtype.itemsize
+    # The output projection is applied to the last position of a prompt alone.
+    head = sum(p.out_features * p.in_features for p in parts(config, -1, "lm_head"))
+    per_token = 2 * (weights / torch_dtype.itemsize - head)
     prefill = {mode: [pair[0] for pair in pairs] for mode, pairs in measured.items()}
     decode = {mode: [pair[1] for pair in pairs] for mode, pairs in measured.items()}
     return Result(
-        model=checkpoint.name,
+        model=Path(model).name,  # no path of this machine
         dtype=name,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -130,7 +139,7 @@ def compare(
             "tensor_bytes_per_round": (rpc.sent_bytes + rpc.received_bytes) / (rounds + 1),
         },
         ceilings=ceilings,
-        prefill_floor_s=per_token * prompt_tokens / ceilings.matmul_flops,
+        prefill_floor_s=(per_token * prompt_tokens + 2 * head) / ceilings.matmul_flops,
         decode_floor_s=weights / ceilings.read_bytes_per_s,
         machine=_machine(),
     )
@@ -165,15 +174,22 @@ def _machine() -> dict[str, str]:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "cpu": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
         "simd": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tsqp": tsqp.__version__,
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str:
+    """The commit of the checkout that this package lies in, marked where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return "unknown"
+    return found.stdout.strip()

@@ -29,9 +29,9 @@ def print_result(result: Result, *, command: str, out: Path | None) -> None:
     )
     Console(stderr=True, width=140).print(table)
     line = json.dumps({"command": command, **result.as_json()})
+    print(line, flush=True)  # first: should the file fail, the figures are not lost
     if out is not None:
         out.write_text(line + "\n")
-    print(line)
 
 
 def _show(figure: Figure, digits: int) -> str:

@@ -38,7 +38,7 @@ def serve(
     Args:
         model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
         listen: ipc:///PATH or tcp://HOST:PORT.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:NUMBER".
         max_shm_bytes: most shared memory for one session; 0 keeps tensors on the socket.
         insecure: listen on an address that other machines can reach.
         supervised: say "ready" on standard output, and stop at the end of standard input.
@@ -95,13 +95,18 @@ def _check_listening(endpoint: Endpoint, insecure: bool) -> None:
 def _parse_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
-    if name != "cuda":
-        raise UsageError(f"There is no device {name!r}; choose cpu or cuda.")
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
+        raise UsageError(f"There is no device {name!r}; choose cpu, cuda or cuda:NUMBER.")
     if not torch.cuda.is_available():
         raise UsageError(
             "torch sees no CUDA device here; use --device cpu, or install its CUDA build."
         )
-    return torch.device("cuda")
+    if int(number or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"There is no device {name}; torch sees {torch.cuda.device_count()} of them here."
+        )
+    return torch.device("cuda", int(number or 0))
 
 
 class _Stopped(Exception):

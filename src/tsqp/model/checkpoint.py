@@ -51,7 +51,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         return GGUFCheckpoint(demo.locate())
     if model.startswith("random:"):
         return RandomCheckpoint.parse(model)
-    path = Path(model)
+    path = Path(model).expanduser()
     try:
         return _open_path(path)
     except OSError as exc:

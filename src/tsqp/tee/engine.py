@@ -93,14 +93,6 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
 
-    @property
-    def waiting_sequences(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def running_sequences(self) -> int:
-        return len(self._running)
-
     def add(self, prompt_ids: abc.Sequence[int], params: SamplingParams) -> int:
         """Queue a prompt and return the id of its sequence.
 
@@ -117,7 +109,7 @@ class Engine:
             prompt_tokens=prompt_tokens,
             capacity=min(prompt_tokens + params.max_tokens, self._config.max_positions),
             sampler=Sampler(params),
-            stream=self._stream(params),
+            stream=self._stream(params, prompt_ids),
         )
         self._waiting.append(sequence)
         return sequence.id
@@ -204,9 +196,9 @@ class Engine:
                 f" {config.vocab_size}: encode it with this model's tokenizer."
             )
 
-    def _stream(self, params: SamplingParams) -> TextStream | None:
+    def _stream(self, params: SamplingParams, prompt_ids: abc.Sequence[int]) -> TextStream | None:
         if self._tokenizer is not None and self._tokenizer.exists:
-            return TextStream(self._tokenizer, params.stop_strings)
+            return TextStream(self._tokenizer, params.stop_strings, prompt_ids)
         if params.stop_strings:
             raise PromptError("Stop strings need a tokenizer, and this model has none.")
         return None

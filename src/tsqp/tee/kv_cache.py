@@ -36,6 +36,16 @@ class KvCache:
         """Bytes reserved for all sequences."""
         return sum(entry.kv_L2JCK.nbytes for entry in self._entries.values())
 
+    @property
+    def _promised_bytes(self) -> int:
+        """Bytes reserved but not yet taken from the system, about."""
+        return sum(
+            entry.kv_L2JCK.nbytes
+            * (entry.kv_L2JCK.shape[3] - entry.lengths[0])
+            // entry.kv_L2JCK.shape[3]
+            for entry in self._entries.values()
+        )
+
     def alloc(self, sequence: int, capacity: int) -> None:
         """Make room for `capacity` tokens under a new id.
 
@@ -45,7 +55,7 @@ class KvCache:
         assert sequence not in self._entries, "this sequence has its memory already"
         layers, two, heads, features = self._shape
         needed = layers * two * heads * capacity * features * self._dtype.itemsize
-        check_memory(needed, "The KV cache of a sequence")
+        check_memory(needed + self._promised_bytes, "The KV cache of the running sequences")
         kv_L2JCK = torch.empty(layers, two, heads, capacity, features, dtype=self._dtype)
         views = [(kv_2JCK[0], kv_2JCK[1]) for kv_2JCK in kv_L2JCK]
         self._entries[sequence] = _Entry(kv_L2JCK, views, [0] * layers)

@@ -6,7 +6,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from tsqp.tee.offload.base import Attention, Embedding, Offload, Pending, Request
+from tsqp.tee.offload.base import Attention, Embedding, Offload, Pending, Ready, Request
 from tsqp.tee.stats import Stats, Timer
 
 Lane = Generator[Request, Tensor, Tensor]
@@ -15,8 +15,9 @@ Lane = Generator[Request, Tensor, Tensor]
 def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Tensor]:
     """Drive several forward passes at once, in turn, and return what each returns.
 
-    The request of one lane is started before the answer of another is waited for. Whatever is
-    raised, by a lane or by the offload, closes all lanes and goes on to the caller.
+    The request of one lane is started before the answer of another is waited for; a lane whose
+    answer is there at once goes on at once. Whatever is raised, by a lane or by the offload, closes
+    all lanes, gives up the answers that are out, and goes on to the caller.
     """
     results: dict[int, Tensor] = {}
     started: deque[tuple[int, Timer, Pending]] = deque()
@@ -24,7 +25,12 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
     def start(lane: int, request: Request) -> None:
         timer = stats.time(_kind(request))
         with timer:
-            started.append((lane, timer, offload.start(request)))
+            pending = offload.start(request)
+        entry = (lane, timer, pending)
+        if isinstance(pending, Ready):
+            started.appendleft(entry)
+        else:
+            started.append(entry)
 
     try:
         for lane, generator in enumerate(lanes):
@@ -41,6 +47,8 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
                 except StopIteration as end:
                     results[lane] = end.value
     finally:
+        for _, _, pending in started:
+            pending.cancel()
         for generator in lanes:
             generator.close()
     return [results[lane] for lane in range(len(lanes))]

@@ -15,8 +15,10 @@ class TextStream:
         stopped: a stop string has appeared; no more text comes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, stop_strings: Sequence[str], prompt_ids: Sequence[int] = ()
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._stop_strings = stop_strings
         self._held = ""
         self.text = ""

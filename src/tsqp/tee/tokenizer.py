@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tsqp.errors import TokenizerError
+from tsqp.errors import PromptError, TokenizerError
 from tsqp.model import demo
 
+CONTEXT_TOKENS = 6  # tokens of the prompt that the first ones of an answer are decoded after
+MAX_WAITING = 32  # tokens without text after which no more is waited for: no character is as long
 _REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 
 
@@ -61,7 +63,12 @@ class Tokenizer:
         _ = self.exists
 
     def encode(self, text: str) -> list[int]:
-        """Token ids as transformers gives them, with the beginning token where it adds one."""
+        """Token ids as transformers gives them, with the beginning token where it adds one.
+
+        Raises:
+            PromptError: the text is not valid Unicode.
+        """
+        _check_unicode(text)
         return list(self._tokenizer(text)["input_ids"])
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -71,7 +78,10 @@ class Tokenizer:
 
         Raises:
             TokenizerError: there is no template, or it refuses these messages.
+            PromptError: a content is not valid Unicode.
         """
+        for message in messages:
+            _check_unicode(message.get("content", ""))
         if not self._tokenizer.chat_template:
             raise TokenizerError(
                 "The model's tokenizer has no chat template: send a plain prompt instead."
@@ -98,18 +108,19 @@ class Tokenizer:
 class Detokenizer:
     """Text as it comes, one token at a time, only ever in whole characters."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         # The last tokens that gave text, which the next ones are decoded after: whether a word
         # starts with a space depends on what is before it.
-        self._context: list[int] = []
+        self._context = list(prompt_ids[-CONTEXT_TOKENS:])
         self._waiting: list[int] = []
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; often empty."""
         self._waiting.append(token_id)
         text = self._decode_waiting()
-        if not text or text.endswith(_REPLACEMENT):
+        incomplete = not text or text.endswith(_REPLACEMENT)
+        if incomplete and len(self._waiting) < MAX_WAITING:
             return ""
         self._context, self._waiting = self._waiting, []
         return text
@@ -123,6 +134,16 @@ class Detokenizer:
     def _decode_waiting(self) -> str:
         before = self._tokenizer.decode(self._context)
         return self._tokenizer.decode(self._context + self._waiting)[len(before) :]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError(
+            "The prompt is not valid Unicode text: it holds half of a surrogate pair, or bytes "
+            "that are not UTF-8; correct its encoding."
+        ) from None
 
 
 def _read(path: Path) -> Any:

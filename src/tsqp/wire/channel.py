@@ -12,7 +12,7 @@ Several tickets may be in flight. The channel belongs to one thread.
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
@@ -40,16 +40,6 @@ class Counters:
 
     def count_compute(self, kind: str, seconds: float) -> None:
         self.compute_s[kind] = self.compute_s.get(kind, 0.0) + seconds
-
-    def add(self, other: "Counters") -> None:
-        """Add what another channel counted."""
-        for entry in fields(self):
-            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
-            if isinstance(mine, dict):
-                for kind, value in theirs.items():
-                    mine[kind] = mine.get(kind, 0) + value
-            else:
-                setattr(self, entry.name, mine + theirs)
 
 
 class Slot(Protocol):
@@ -79,7 +69,7 @@ class Channel(Protocol):
     """A session with one worker."""
 
     endpoint: str
-    transport: str  # "inproc", "shm" or "inline"
+    transport: str  # "inproc", "poll" and "shm" (shared memory), or "inline"
     reason: str  # why this transport
     counters: Counters
 

@@ -131,8 +131,8 @@ class RemoteChannel:
 
     @property
     def max_call_bytes(self) -> int:
-        """Half the segment, so that an answer in use leaves room for the next call."""
-        return self._arena.size // 2 if self._arena else 2**30
+        """A third of the segment: one answer in use, the next call, and the gaps between."""
+        return self._arena.size // 3 if self._arena else 2**30
 
     def reserve(
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]

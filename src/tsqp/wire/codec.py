@@ -22,7 +22,6 @@ from tsqp.wire.messages import PROTOCOL_VERSION, FromTEE, FromWorker, Message
 MAGIC = b"TSQP"
 HEADER = struct.Struct("<4sHHQI")
 MAX_MESSAGE = 128 * 1024
-MAX_TICKET = 2**64 - 1
 
 M = TypeVar("M")
 

@@ -40,6 +40,7 @@ from tsqp.wire.shm import SHM_FOLDER, Segment
 from tsqp.wire.tensors import raw, spec_of
 from tsqp.wire.zmq import MAX_FRAME, ServerSocket
 
+MAX_SESSIONS = 64
 LOOK_EVERY_S = 0.5  # how often a busy worker looks for clients that left
 LOOKS = 10  # libzmq reports a broken connection some time before it drops the peer
 
@@ -194,6 +195,8 @@ class Server:
     def _begin(self, identity: bytes, hello: Hello) -> None:
         if identity in self.sessions:
             raise ProtocolError("A client shook hands twice in one session.")
+        if len(self.sessions) >= MAX_SESSIONS:
+            raise HandshakeError(f"the worker serves {MAX_SESSIONS} clients already; try later.")
         welcome = self._service.welcome(hello)
         check_agreement(hello, welcome)
         session = Session()

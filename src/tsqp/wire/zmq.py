@@ -24,6 +24,7 @@ SILENCE_MS = 4000  # a peer that misses its heartbeats for this long is gone
 TICK_MS = 100  # how often a blocked wait looks at its deadline and at the connection
 SEND_MS = 1000  # how long a peer that does not read is waited for
 SPIN_S = 0.001
+MAX_UNREAD = 16  # messages that wait for a peer before it counts as one that does not read
 MAX_FRAME = 2**31
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -269,6 +270,7 @@ class ServerSocket(_Socket):
         try:
             if self._path is not None:
                 remove_stale(self._path)
+            self._socket.set(zmq.SNDHWM, MAX_UNREAD)
             self._socket.set(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that left is an error
             self._watch(zmq.EVENT_DISCONNECTED)
             mask = os.umask(0o177)  # the socket file is for this user alone

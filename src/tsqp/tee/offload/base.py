@@ -79,6 +79,28 @@ class Pending(Protocol):
         traceback: TracebackType | None,
     ) -> None: ...
 
+    def cancel(self) -> None:
+        """Give up an answer that has not been waited for."""
+        ...
+
+
+class Ready:
+    """A request that was answered when it was started; the tensor is private memory."""
+
+    __slots__ = ("_answer",)
+
+    def __init__(self, answer: Tensor) -> None:
+        self._answer = answer
+
+    def __enter__(self) -> Tensor:
+        return self._answer
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
 
 class Offload(Protocol):
     """Answers the decoder's requests, and owns the KV cache of its sequences."""

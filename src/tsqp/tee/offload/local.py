@@ -9,22 +9,7 @@ from tsqp.model.config import LAYER_GROUPS, ModelConfig
 from tsqp.model.weights import LinearWeights, lay_out, read_embedding, read_linear
 from tsqp.tee import ops
 from tsqp.tee.kv_cache import KvCache
-from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Request
-
-
-class Ready:
-    """A request that was answered when it was started; the tensor is private memory."""
-
-    __slots__ = ("_answer",)
-
-    def __init__(self, answer: Tensor) -> None:
-        self._answer = answer
-
-    def __enter__(self) -> Tensor:
-        return self._answer
-
-    def __exit__(self, *_: object) -> None:
-        pass
+from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Ready, Request
 
 
 class LocalAttention:

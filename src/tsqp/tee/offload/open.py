@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tsqp.model.config import ModelConfig, linear_groups, parts
-from tsqp.tee.offload.base import Attention, Embedding, Pending, Request
-from tsqp.tee.offload.local import LocalAttention, Ready
+from tsqp.tee.offload.base import Attention, Embedding, Pending, Ready, Request
+from tsqp.tee.offload.local import LocalAttention
 from tsqp.wire import messages
 from tsqp.wire.channel import Channel, Reply
 from tsqp.wire.messages import Operation
@@ -125,7 +125,11 @@ class RemoteAnswer:
         self._reply: Reply | None = None
 
     def __enter__(self) -> Tensor:
-        self._reply = self._channel.wait(self._ticket, time.monotonic() + self._timeout)
+        try:
+            self._reply = self._channel.wait(self._ticket, time.monotonic() + self._timeout)
+        except BaseException:  # Ctrl-C too: nobody else will ask for this answer
+            self.cancel()
+            raise
         y_TF = self._reply.outputs[0]
         return y_TF if self._bias_F is None else y_TF + self._bias_F
 
@@ -137,6 +141,9 @@ class RemoteAnswer:
     ) -> None:
         assert self._reply is not None
         self._reply.__exit__(kind, error, traceback)
+
+    def cancel(self) -> None:
+        self._channel.cancel(self._ticket)
 
 
 def _rows_per_call(x: Tensor, shard: Shard, dtype: torch.dtype) -> int:

@@ -1,0 +1,21 @@
+"""The commands and options are a promise: changing them is a decision."""
+
+from command_line_helpers import surface
+
+COMMANDS = {
+    "": "--config",
+    "generate": """
+        --attention --chat --debug --dtype --ignore-eos --insecure --json --max-tokens --no-shm
+        --prefill-chunk --privacy --prompt --prompt-ids --seed --stop --temperature --threads
+        --timeout --top-k --top-p --worker MODEL
+    """,
+    "worker": """
+        --debug --device --dtype --insecure --listen --no-shm --supervised --threads MODEL
+    """,
+    "demo": "--debug --fetch --prompt",
+    "bench": "--debug --dtype --new-tokens --out --prompt-tokens --rounds --threads MODEL",
+}
+
+
+def test_the_commands_and_their_options_are_frozen() -> None:
+    assert surface() == {name: options.split() for name, options in COMMANDS.items()}

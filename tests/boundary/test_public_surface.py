@@ -1,0 +1,63 @@
+"""What `import tsqp` offers: changing it is a decision, not an accident."""
+
+import inspect
+
+import pytest
+
+import tsqp
+
+
+def test_the_public_names_are_frozen() -> None:
+    assert tsqp.__all__ == ["LLM", "Completion", "SamplingParams", "TSQPError", "__version__"]
+    for name in tsqp.__all__:
+        assert getattr(tsqp, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'tsqp' has no attribute 'Model'"):
+        _ = tsqp.Model
+
+
+def test_the_arguments_of_llm_are_frozen() -> None:
+    assert list(inspect.signature(tsqp.LLM).parameters) == [
+        "model",
+        "privacy",
+        "worker",
+        "attention",
+        "dtype",
+        "threads",
+        "prefill_chunk",
+        "timeout",
+        "shm",
+        "insecure",
+        "lanes",
+    ]
+    public = {name for name in dir(tsqp.LLM) if not name.startswith("_")}
+    assert public == {
+        "chat",
+        "close",
+        "generate",
+        "rpc",
+        "stats",
+        "tokenize",
+        "transport",
+        "transport_reason",
+    }
+
+
+def test_the_fields_of_parameters_and_completions_are_frozen() -> None:
+    assert list(inspect.signature(tsqp.SamplingParams).parameters) == [
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "stop",
+        "seed",
+        "ignore_eos",
+    ]
+    assert list(inspect.signature(tsqp.Completion).parameters) == [
+        "text",
+        "token_ids",
+        "prompt_tokens",
+        "finish_reason",
+    ]
