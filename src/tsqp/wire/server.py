@@ -196,6 +196,8 @@ class Server:
         if identity in self.sessions:
             raise ProtocolError("A client shook hands twice in one session.")
         if len(self.sessions) >= MAX_SESSIONS:
+            self._free_lost_sessions()
+        if len(self.sessions) >= MAX_SESSIONS:
             raise HandshakeError(f"the worker serves {MAX_SESSIONS} clients already; try later.")
         welcome = self._service.welcome(hello)
         check_agreement(hello, welcome)
@@ -220,6 +222,8 @@ class Server:
         self, identity: bytes, session: Session, ticket: int, call: Call, posted: bool
     ) -> None:
         session.note(ticket, posted)
+        if posted and any(ref.offset == INLINE for ref in (*call.inputs, *call.outputs)):
+            raise ProtocolError("A client posted a call whose tensors are not in shared memory.")
         specs = [spec_of(ref) for ref in (*call.inputs, *call.outputs)]
         self._service.check(call.operation, specs[: len(call.inputs)], specs[len(call.inputs) :])
         inputs = [self._place(session, ref) for ref in call.inputs]

@@ -1,0 +1,316 @@
+"""Messages and bytes: what is encoded comes back, and nothing else is accepted."""
+
+import struct
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tsqp.errors import HandshakeError, ProtocolError
+from tsqp.wire import messages
+from tsqp.wire.codec import (
+    HEADER,
+    MAX_MESSAGE,
+    Decoder,
+    encode,
+    printable,
+    tee_decoder,
+    worker_decoder,
+)
+from tsqp.wire.messages import (
+    Attach,
+    Bye,
+    Call,
+    Embed,
+    Failure,
+    Hello,
+    Linear,
+    Message,
+    Probe,
+    Result,
+    SegmentRef,
+    TensorRef,
+    Welcome,
+)
+from tsqp.wire.server import Session
+
+NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789_:-"
+dtypes = st.sampled_from(["float32", "float16", "bfloat16", "int64"])
+digests = st.text("0123456789abcdef", min_size=64, max_size=64)
+nonces = st.binary(min_size=32, max_size=32)
+names = st.text(NAME_CHARACTERS, min_size=1, max_size=64)
+abilities = st.lists(names, max_size=16).map(tuple)
+any_text = st.characters(exclude_categories=["Cs"])
+sentences = st.text(any_text, max_size=200) | st.just("\U0001f512" * messages.MAX_SENTENCE)
+tracebacks = st.text(any_text, max_size=200) | st.just("\U0001f512" * messages.MAX_TRACEBACK)
+evidence = st.binary(max_size=100) | st.just(b"\xff" * 65_536)
+tickets = st.integers(0, 2**64 - 1)
+references = st.builds(
+    TensorRef,
+    dtypes,
+    st.lists(st.integers(1, messages.MAX_DIMENSION), min_size=1, max_size=4).map(tuple),
+    st.integers(-1, 2**48),
+)
+tensors = st.lists(references, max_size=messages.MAX_TENSORS).map(tuple)
+segments = st.builds(
+    SegmentRef,
+    st.text("0123456789abcdef", min_size=32, max_size=32).map("tsqp-".__add__),
+    st.integers(1, 2**40),
+)
+operations = st.builds(Linear, st.integers(-1, messages.MAX_LAYERS - 1), names) | st.just(Embed())
+from_tee = st.one_of(
+    st.builds(Hello, nonces, digests, dtypes, abilities, st.integers(0, 2**40), evidence),
+    st.builds(Attach, st.booleans(), st.booleans()),
+    st.builds(Call, operations, tensors, tensors),
+    st.just(Probe()),
+    st.just(Bye()),
+)
+from_worker = st.one_of(
+    st.builds(
+        Welcome,
+        nonces,
+        digests,
+        dtypes,
+        abilities,
+        names,
+        st.none() | segments,
+        sentences,
+        evidence,
+    ),
+    st.builds(Result, st.integers(0, 2**62)),
+    st.builds(Failure, st.sampled_from(["refused", "protocol", "error"]), sentences, tracebacks),
+    st.just(Probe()),
+)
+WORKER = worker_decoder()
+TEE = tee_decoder("ipc:///run/tsqp.sock")
+
+
+def frame(body: bytes, **changes: int | bytes) -> bytes:
+    """`body` behind a header whose fields can be wrong."""
+    fields = {"magic": b"TSQP", "version": 1, "zero": 0, "ticket": 1, "length": len(body)} | changes
+    return struct.pack("<4sHHQI", *fields.values()) + body
+
+
+def reads_alike_or_not_at_all(data: bytes) -> None:
+    """Either side refuses `data`, or reads a message that is the same when written and read."""
+    for decoder in (WORKER, TEE):
+        try:
+            ticket, message = decoder.decode(data)
+        except (ProtocolError, HandshakeError) as exc:
+            assert str(exc).isprintable()
+        else:
+            assert decoder.decode(encode(message, ticket)) == (ticket, message)
+
+
+@given(from_tee, tickets)
+def test_every_message_of_the_tee_comes_back_as_it_was(message: Message, ticket: int) -> None:
+    assert WORKER.decode(encode(message, ticket)) == (ticket, message)
+
+
+@given(from_worker, tickets)
+def test_every_message_of_the_worker_comes_back_as_it_was(message: Message, ticket: int) -> None:
+    assert TEE.decode(memoryview(encode(message, ticket))) == (ticket, message)
+
+
+def test_the_strategies_cover_every_message() -> None:
+    covered = {Hello, Attach, Call, Bye, Welcome, Result, Failure, Probe}
+    assert set((messages.FromTEE | messages.FromWorker).__args__) == covered
+
+
+def test_the_largest_messages_fit() -> None:
+    reference = TensorRef("bfloat16", (messages.MAX_DIMENSION,) * 4, 2**48)
+    call = Call(Linear(4095, "z" * 64), (reference,) * 8, (reference,) * 8)
+    failure = Failure("protocol", "\U0001f512" * 2000, "\U0001f512" * 16_000)
+    for message in (call, failure):
+        assert len(encode(message, 2**64 - 1)) <= MAX_MESSAGE
+
+
+def test_a_frame_is_laid_out_as_the_module_says() -> None:
+    body = b"\x93\xa6attach\xc3\xc2"  # ["attach", true, false] in msgpack
+    head = b"TSQP" + b"\x01\x00" + b"\x00\x00" + b"\x05" + b"\x00" * 7 + b"\x0a\x00\x00\x00"
+    assert encode(Attach(True, False), 5) == head + body
+
+
+@settings(max_examples=2000)
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(data: bytes) -> None:
+    reads_alike_or_not_at_all(data)
+
+
+@settings(max_examples=2000)
+@given(st.binary(max_size=200))
+@example(b"\x91" * 100_000 + b"\x00")
+@example(msgspec.msgpack.encode(["failure", "error", "x"])[:-1] + b"\xff")
+def test_garbage_behind_a_good_header_is_refused(body: bytes) -> None:
+    reads_alike_or_not_at_all(frame(body))
+
+
+scalars = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=3)
+json_like = scalars | st.lists(scalars | st.lists(scalars, max_size=3), max_size=3)
+tags = st.sampled_from(["hello", "attach", "call", "bye", "welcome", "result", "failure", "probe"])
+
+
+@settings(max_examples=500)
+@given(tags, st.lists(json_like, max_size=4))
+def test_fields_of_the_wrong_type_are_refused(tag: str, fields: list[object]) -> None:
+    reads_alike_or_not_at_all(frame(msgspec.msgpack.encode([tag, *fields])))
+
+
+@settings(max_examples=1000)
+@given(from_tee | from_worker, st.data())
+def test_a_flipped_bit_is_refused_or_makes_another_valid_message(
+    message: Message, data: st.DataObject
+) -> None:
+    flipped = bytearray(encode(message, 1))
+    bit = data.draw(st.integers(0, len(flipped) * 8 - 1))
+    flipped[bit // 8] ^= 1 << bit % 8
+    reads_alike_or_not_at_all(bytes(flipped))
+
+
+@settings(max_examples=1000)
+@given(from_tee | from_worker, st.data())
+def test_a_truncated_message_is_refused(message: Message, data: st.DataObject) -> None:
+    whole = encode(message)
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    body = whole[HEADER.size : cut]
+    for decoder in (WORKER, TEE):
+        for part in (whole[:cut], frame(body)):
+            with pytest.raises(ProtocolError):
+                decoder.decode(part)
+
+
+@given(from_tee, st.binary(min_size=1, max_size=50))
+def test_bytes_behind_the_message_are_refused(message: Message, rest: bytes) -> None:
+    body = encode(message)[HEADER.size :]
+    for data in (encode(message) + rest, frame(body + rest)):
+        with pytest.raises(ProtocolError):
+            WORKER.decode(data)
+
+
+@given(from_tee, st.integers(0, 2**16 - 1).filter(lambda version: version != 1))
+def test_another_version_is_named_with_what_to_do(message: Message, version: int) -> None:
+    body = encode(message)[HEADER.size :]
+    with pytest.raises(HandshakeError, match=f"version {version} .* same tsqp version"):
+        WORKER.decode(frame(body, version=version))
+
+
+@settings(max_examples=500)
+@given(st.integers(MAX_MESSAGE + 1, 2**22), st.sampled_from([WORKER, TEE]))
+def test_an_oversized_message_is_refused_whatever_its_header_says(
+    length: int, decoder: Decoder[Message]
+) -> None:
+    data = bytearray(length)
+    data[: HEADER.size] = HEADER.pack(b"TSQP", 1, 0, 1, length - HEADER.size)
+    with pytest.raises(ProtocolError, match=f"a message of {length} bytes"):
+        decoder.decode(memoryview(data))
+
+
+@settings(max_examples=500)
+@given(st.lists(st.tuples(st.integers(0, 9) | tickets, st.booleans()), max_size=30))
+def test_only_a_ticket_above_all_before_it_on_its_way_is_taken(
+    calls: list[tuple[int, bool]],
+) -> None:
+    session = Session()
+    highest = {True: 0, False: 0}
+    for ticket, posted in calls:
+        if ticket > highest[posted]:
+            session.note(ticket, posted)
+            highest[posted] = ticket
+        else:
+            with pytest.raises(ProtocolError, match="same call twice"):
+                session.note(ticket, posted)
+
+
+def test_an_oversized_message_is_refused_with_both_figures() -> None:
+    with pytest.raises(ProtocolError, match=f"{MAX_MESSAGE + 1} bytes.*{MAX_MESSAGE}"):
+        WORKER.decode(bytes(MAX_MESSAGE + 1))
+
+
+@pytest.mark.parametrize("changes", [{"magic": b"HTTP"}, {"zero": 1}, {"length": 4}, {"length": 6}])
+def test_a_wrong_header_is_refused(changes: dict[str, int | bytes]) -> None:
+    body = encode(Bye())[HEADER.size :]
+    assert WORKER.decode(frame(body)) == (1, Bye())
+    with pytest.raises(ProtocolError):
+        WORKER.decode(frame(body, **changes))
+
+
+@given(from_worker.filter(lambda message: not isinstance(message, Probe)))
+def test_a_worker_accepts_no_message_of_a_worker(message: Message) -> None:
+    with pytest.raises(ProtocolError):
+        WORKER.decode(encode(message))
+
+
+@given(from_tee.filter(lambda message: not isinstance(message, Probe)))
+def test_a_tee_accepts_no_message_of_a_tee(message: Message) -> None:
+    with pytest.raises(ProtocolError, match=r"ipc:///run/tsqp\.sock"):
+        TEE.decode(encode(message))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ["unknown"],
+        ["bye", 1],
+        ["attach", True, True, True],
+        ["attach", 1, True],
+        ["attach", True, 1],
+        ["attach", True],
+        ["attach"],
+        {"type": "bye"},
+        ["call", ["linear", -2, "qkv"], [], []],
+        ["call", ["linear", 4096, "qkv"], [], []],
+        ["call", ["linear", 0, "qkv\n"], [], []],
+        ["call", ["linear", 0, ""], [], []],
+        ["call", ["linear", 0, "q" * 65], [], []],
+        ["call", ["unknown"], [], []],
+        ["call", ["embed"], [["float32", [0], 0]], []],
+        ["call", ["embed"], [["float32", [2**31], 0]], []],
+        ["call", ["embed"], [["float32", [], 0]], []],
+        ["call", ["embed"], [["float32", [1] * 5, 0]], []],
+        ["call", ["embed"], [["float64", [1], 0]], []],
+        ["call", ["embed"], [["float32", [1], -2]], []],
+        ["call", ["embed"], [["float32", [1], 2**48 + 1]], []],
+        ["call", ["embed"], [["float32", [1], 0]] * 9, []],
+        ["call", ["embed"], [["float32", [1], 0, 0]], []],
+        ["hello", b"n" * 31, "a" * 64, "float32", [], 0],
+        ["hello", b"n" * 32, "a" * 63, "float32", [], 0],
+        ["hello", b"n" * 32, "A" * 64, "float32", [], 0],
+        ["hello", b"n" * 32, "a" * 64 + "\n", "float32", [], 0],
+        ["hello", b"n" * 32, "a" * 64, "float32", ["linear"] * 17, 0],
+        ["hello", b"n" * 32, "a" * 64, "float32", [], -1],
+        ["hello", b"n" * 32, "a" * 64, "float32", [], 2**40 + 1],
+        ["hello", b"n" * 32, "a" * 64, "float32", [], 0, b"e" * 65_537],
+    ],
+    ids=lambda body: str(body)[:50],
+)
+def test_a_worker_refuses(body: object) -> None:
+    with pytest.raises(ProtocolError):
+        WORKER.decode(frame(msgspec.msgpack.encode(body)))
+
+
+@pytest.mark.parametrize(
+    "name", ["../tsqp-" + "0" * 32, "tsqp-" + "0" * 32 + "\n", "tsqp-" + "g" * 32, "/etc/passwd"]
+)
+def test_a_tee_refuses_a_segment_called(name: str) -> None:
+    def body(name: str) -> bytes:
+        fields = ["welcome", b"n" * 32, "a" * 64, "float32", [], "cpu", [name, 1]]
+        return frame(msgspec.msgpack.encode(fields))
+
+    assert TEE.decode(body("tsqp-" + "0" * 32))
+    with pytest.raises(ProtocolError):
+        TEE.decode(body(name))
+
+
+@given(st.text())
+def test_printable_text_can_be_encoded_and_moves_no_cursor(text: str) -> None:
+    shown = printable(text + "\x1b[2J\udc80\u202e\n")
+    assert len(shown) == len(text) + 7
+    assert shown.encode().decode() == shown
+    assert not set(shown) & {"\x1b", "\r", "\n", "\x07", "\u202e"}
+
+
+@given(st.text(st.characters(categories=["L", "N", "P"])))
+def test_printable_text_stays_as_it_is(text: str) -> None:
+    assert printable(text + " …") == text + " …"
+    assert printable("a\tb\nc", keep="\n") == "a b\nc"

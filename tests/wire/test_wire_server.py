@@ -1,0 +1,162 @@
+"""Several clients of one worker, that come and go."""
+
+import signal
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+from wire_helpers import (
+    SEGMENT,
+    SHARED,
+    HelperProcess,
+    WorkerThread,
+    begin,
+    client_process,
+    echoes,
+    eventually,
+    finish,
+    hello,
+    worker_process,
+)
+from wire_peers import RawClient
+
+import tsqp.wire.server
+import tsqp.wire.zmq
+from tsqp.errors import HandshakeError
+from tsqp.wire.client import RemoteChannel
+from tsqp.wire.codec import encode
+from tsqp.wire.messages import Bye, Failure, Welcome
+from tsqp.wire.server import MAX_SESSIONS, Server
+from tsqp.wire.zmq import ServerSocket
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
+
+def test_clients_at_once_get_their_own_answers(worker: HelperProcess, shared_folder: Path) -> None:
+    wrong: list[str] = []
+
+    def ask(number: int) -> None:
+        shm_bytes = SEGMENT if number % 2 else 0
+        channel = RemoteChannel(
+            worker.endpoint, hello(shm_bytes=shm_bytes), shm_folder=shared_folder
+        )
+        for i in range(100):
+            value = number * 1000.0 + i
+            tickets = [begin(channel, torch.full((number + 1,), value + 0.25 * j)) for j in (0, 1)]
+            for j in (1, 0):
+                if not bool((finish(channel, tickets[j])[0] == value + 0.25 * j).all()):
+                    wrong.append(f"client {number}, call {i}")
+        channel.close()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+def test_a_killed_client_is_freed(tmp_path: Path, shm_folder: Path) -> None:
+    with worker_process(tmp_path / "worker", f"ipc://{tmp_path}/socket", shm_folder) as worker:
+        survivor = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
+        with client_process(tmp_path / "client", worker.endpoint, shm_folder) as client:
+            assert client.says(f"connected over {SHARED}"), client.words
+            assert len(worker.segments) == 2
+            client.send_signal(signal.SIGKILL)
+            assert worker.says("session ended (the client left), 1 left", 10)
+            assert eventually(lambda: len(worker.segments) == 1)
+        assert echoes(survivor)
+        survivor.close()
+        assert worker.says("0 left")
+        assert eventually(lambda: worker.segments == [])
+
+
+def test_a_stopped_client_is_freed(
+    tmp_path: Path, shm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tsqp.wire.zmq, "HEARTBEAT_MS", 200)
+    monkeypatch.setattr(tsqp.wire.zmq, "SILENCE_MS", 1500)
+    with (
+        WorkerThread("tcp://127.0.0.1:0", shm_folder=shm_folder) as own,
+        client_process(tmp_path / "client", own.endpoint, shm_folder) as client,
+    ):
+        assert client.says(f"connected over {SHARED}"), client.words
+        client.send_signal(signal.SIGSTOP)
+        assert eventually(lambda: not own.server.sessions, 9)
+
+
+def test_a_closed_channel_is_freed_at_once(busy: WorkerThread, shm_folder: Path) -> None:
+    channel = RemoteChannel(busy.endpoint, hello(), shm_folder=shm_folder)
+    assert len(busy.server.sessions) == 2
+    channel.close()
+    assert eventually(lambda: len(busy.server.sessions) == 1)
+
+
+def test_clients_that_come_and_go_while_the_worker_is_away_are_freed(shm_folder: Path) -> None:
+    worker = WorkerThread("tcp://127.0.0.1:0", shm_folder=shm_folder)
+    for _ in range(5):
+        with RawClient(worker.endpoint) as client:
+            client.send(encode(hello()))
+    with worker:
+        assert eventually(lambda: "session opened, 1 now" in worker.log)
+        assert eventually(lambda: not worker.server.sessions and not list(shm_folder.iterdir()))
+        channel = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
+        assert echoes(channel)
+        channel.close()
+
+
+def test_a_client_that_never_attaches_leaves_no_file(busy: WorkerThread, shm_folder: Path) -> None:
+    with RawClient(busy.endpoint) as client:
+        assert isinstance(client.shake_hands(), Welcome)
+        assert len(list(shm_folder.iterdir())) == 1
+    assert eventually(lambda: list(shm_folder.iterdir()) == [])
+
+
+def test_an_idle_client_may_leave_thousands_of_probes_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed = 0
+    probe_all = Server._free_lost_sessions
+
+    def probe_often(server: Server) -> None:
+        nonlocal probed
+        for _ in range(50):
+            probe_all(server)
+        probed += 50
+
+    monkeypatch.setattr(tsqp.wire.zmq, "TICK_MS", 1)
+    monkeypatch.setattr(tsqp.wire.server, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(ServerSocket, "a_peer_left", lambda socket: True)
+    monkeypatch.setattr(Server, "_free_lost_sessions", probe_often)
+    with WorkerThread(f"ipc://{tmp_path}/socket") as worker:
+        idle = RemoteChannel(worker.endpoint, hello(shm_bytes=0))
+        assert eventually(lambda: probed > 5000)  # more than both sockets hold
+        assert echoes(idle)
+        idle.close()
+
+
+def test_one_client_too_many_is_refused_until_another_leaves(tmp_path: Path) -> None:
+    with (
+        WorkerThread(f"ipc://{tmp_path}/socket") as worker,
+        zmq.Context() as context,
+        ExitStack() as stack,
+    ):
+        *clients, last = [
+            stack.enter_context(RawClient(worker.endpoint, context))
+            for _ in range(MAX_SESSIONS + 1)
+        ]
+        for client in clients:
+            assert isinstance(client.shake_hands(shm_bytes=0), Welcome)
+        refusal = last.shake_hands(shm_bytes=0)
+        assert isinstance(refusal, Failure)
+        assert refusal.kind == "refused"
+        assert f"serves {MAX_SESSIONS} clients already; try later" in refusal.message
+        with pytest.raises(HandshakeError, match=f"{MAX_SESSIONS} clients already"):
+            RemoteChannel(worker.endpoint, hello(shm_bytes=0))
+        clients[0].send(encode(Bye()))
+        assert eventually(lambda: len(worker.server.sessions) < MAX_SESSIONS)
+        assert isinstance(last.shake_hands(shm_bytes=0), Welcome)
