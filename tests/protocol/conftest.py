@@ -1,0 +1,138 @@
+"""Commands that leave nothing behind, and the models and workers that tests share."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from protocol_helpers import (
+    PLAIN_OUTPUT,
+    Commands,
+    Main,
+    Result,
+    Running,
+    is_setting,
+    socket_endpoint,
+    write_ids,
+)
+from torch import manual_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tsqp import cli
+from tsqp.errors import CheckpointError
+from tsqp.model import demo
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Commands]:
+    """Runs commands; at the end no process, no socket and no segment may be left."""
+    commands = Commands(tmp_path)
+    try:
+        yield commands
+        commands.finish()
+    finally:
+        commands.close()
+
+
+@pytest.fixture(scope="session")
+def shared_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """For workers that tests share."""
+    commands = Commands(tmp_path_factory.mktemp("shared"))
+    try:
+        yield commands
+        commands.finish()
+    finally:
+        commands.close()
+
+
+@pytest.fixture
+def main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Main:
+    """The command line, in this process."""
+    for name in filter(is_setting, list(os.environ)):
+        monkeypatch.delenv(name)
+
+    def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
+        began = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", ["tsqp", *map(str, arguments)])
+            for name, value in (PLAIN_OUTPUT | dict(env or {})).items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        assert isinstance(end.value.code, int)
+        return Result(end.value.code, *capsys.readouterr(), time.monotonic() - began)
+
+    return run
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    """A file for --prompt-ids, for any model."""
+    return write_ids(tmp_path / "ids.json", range(1, 41))
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """SmolLM2-135M-Instruct."""
+    try:
+        return demo.locate()
+    except CheckpointError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="session")
+def speaking(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that streams nonsense for a long time: random weights, a real tokenizer."""
+    folder = tmp_path_factory.mktemp("speaking")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        str(demo_path.parent), gguf_file=demo_path.name, local_files_only=True
+    )
+    tokenizer.save_pretrained(folder)
+    manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=100_000,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="1MB")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_worker(shared_commands: Commands) -> str:
+    """The endpoint of a worker with random:tiny in float32."""
+    endpoint = f"ipc://{shared_commands.folder}/tiny.sock"
+    shared_commands.worker("random:tiny", endpoint)
+    return endpoint
+
+
+@pytest.fixture(scope="session")
+def demo_worker(demo_path: Path, shared_commands: Commands) -> Running:
+    """A worker with the real model in float32; see `demo_ipc`."""
+    endpoint = f"ipc://{shared_commands.folder}/demo.sock"
+    return shared_commands.worker("demo", endpoint, "--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def demo_ipc(demo_worker: Running) -> str:
+    """Where `demo_worker` listens."""
+    return socket_endpoint(demo_worker.stderr)
+
+
+@pytest.fixture(scope="session")
+def demo_tcp(demo_path: Path, shared_commands: Commands) -> str:
+    """The endpoint of another worker with the real model in float32."""
+    worker = shared_commands.worker("demo", "tcp://127.0.0.1:0", "--dtype", "float32")
+    return socket_endpoint(worker.stderr)

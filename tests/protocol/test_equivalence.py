@@ -1,0 +1,256 @@
+"""Every mode and every transport gives the tokens of transformers, in float32, on a real model."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from protocol_helpers import SHARED, Commands, socket_endpoint
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tsqp import LLM, SamplingParams
+from tsqp.tee.decoder import Batch
+from tsqp.tee.lanes import run_lanes
+from tsqp.tee.offload.base import Segment
+from tsqp.tee.stats import Stats
+from tsqp.tee.tokenizer import Tokenizer
+
+Answers = list[tuple[int, ...]]
+
+TOKENS = 64
+CLEAR_GAP = 1e-3  # between the two largest logits; below, rounding may decide
+GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+LICENSE = (Path(__file__).parents[2] / "LICENSE").read_text()
+PLAIN = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "1, 2, 3, 4, 5,",
+    LICENSE[5000:9800],
+]
+CHAT = [
+    "What is the capital of France? Answer in one sentence.",
+    "Why is the sky blue?",
+    "What is 12 times 12?",
+    "Summarise this text in one sentence.\n" + LICENSE[1000:5600],
+]
+LONG_PLAIN, SHORT_CHAT = 3, 5
+FEW_TOKENS = 16
+SMALL_PROMPTS = [[5, 6, 7], list(range(1, 51)), [9], [n % 101 for n in range(400, 100, -1)]]
+TRANSPORTS = {
+    ("tee", True): "none",
+    ("inproc", True): "inproc",
+    ("ipc", True): SHARED,
+    ("ipc", False): "inline",
+    ("tcp", True): SHARED,
+    ("tcp", False): "inline",
+}
+
+
+@pytest.fixture(scope="session")
+def prompts(demo_path: Path) -> list[list[int]]:
+    """Half of them plain and half of them chats; the last of each half has over 900 tokens."""
+    tokenizer = Tokenizer("demo")
+    chats = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in CHAT]
+    ids = [tokenizer.encode(text) for text in PLAIN] + chats
+    assert [len(prompt) > 900 for prompt in ids] == ([False] * 3 + [True]) * 2
+    return ids
+
+
+@pytest.fixture(scope="session")
+def transformers_model(demo_path: Path) -> LlamaForCausalLM:
+    """The demo file as transformers itself reads it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(demo_path.parent), gguf_file=demo_path.name, dtype=torch.float32, local_files_only=True
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def reference(transformers_model: LlamaForCausalLM, prompts: list[list[int]]) -> Answers:
+    """The greedy tokens of transformers, in which no choice is a close one."""
+    short = [number for number, prompt in enumerate(prompts) if len(prompt) <= 900]
+    long = [number for number, prompt in enumerate(prompts) if len(prompt) > 900]
+    chosen: dict[int, tuple[int, ...]] = {}
+    for numbers in (short, long):
+        some = [prompts[number] for number in numbers]
+        chosen |= dict(zip(numbers, greedy(transformers_model, some), strict=True))
+    return [chosen[number] for number in range(len(prompts))]
+
+
+def greedy(
+    model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], tokens: int = TOKENS
+) -> Answers:
+    """The likeliest tokens after each prompt; none may have a close rival."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    mask = (torch.arange(longest) >= longest - lengths).long()  # padding is on the left
+    columns = []
+    cache = None
+    with torch.inference_mode():
+        for _ in range(tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            out = model(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = out.past_key_values
+            best = out.logits[:, -1].topk(2)
+            assert float((best.values[:, 0] - best.values[:, 1]).min()) > CLEAR_GAP
+            ids = best.indices[:, :1]
+            columns.append(ids)
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    return [tuple(row.tolist()) for row in torch.cat(columns, 1)]
+
+
+def together(llm: LLM, prompts: Sequence[Sequence[int]]) -> Answers:
+    return [answer.token_ids for answer in llm.generate(prompts, GREEDY)]
+
+
+def one_by_one(llm: LLM, prompts: Sequence[Sequence[int]]) -> Answers:
+    return [answer.token_ids for prompt in prompts for answer in llm.generate([prompt], GREEDY)]
+
+
+def test_tee_gives_the_tokens_of_transformers(prompts: list[list[int]], reference: Answers) -> None:
+    with LLM("demo", privacy="tee", dtype="float32", prefill_chunk=2048) as llm:
+        assert llm.transport == "none"
+        assert together(llm, prompts) == reference
+
+
+def test_tee_in_chunks_and_one_by_one_gives_the_tokens_of_transformers(
+    prompts: list[list[int]], reference: Answers
+) -> None:
+    with LLM("demo", privacy="tee", dtype="float32", prefill_chunk=100) as llm:
+        for number in (LONG_PLAIN, SHORT_CHAT):
+            assert one_by_one(llm, [prompts[number]]) == [reference[number]]
+
+
+@pytest.mark.parametrize(
+    ("where", "shm", "prefill_chunk", "lanes", "alone"),
+    [
+        ("inproc", True, 100, 2, []),
+        ("ipc", True, 100, 1, [LONG_PLAIN]),
+        ("ipc", False, 2048, 2, []),
+        ("tcp", True, 2048, 1, []),
+        ("tcp", False, 512, 1, [SHORT_CHAT]),
+    ],
+)
+def test_open_gives_the_tokens_of_transformers(
+    where: str,
+    shm: bool,
+    prefill_chunk: int,
+    lanes: int,
+    alone: list[int],
+    prompts: list[list[int]],
+    reference: Answers,
+    demo_ipc: str,
+    demo_tcp: str,
+) -> None:
+    with LLM(
+        "demo",
+        privacy="open",
+        worker={"ipc": demo_ipc, "tcp": demo_tcp}.get(where, where),
+        dtype="float32",
+        shm=shm,
+        prefill_chunk=prefill_chunk,
+        lanes=lanes,
+    ) as llm:
+        assert llm.transport == TRANSPORTS[where, shm]
+        assert together(llm, prompts) == reference
+        for number in alone:
+            assert one_by_one(llm, [prompts[number]]) == [reference[number]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answers]:
+    """A small random model without a tokenizer, and what transformers answers to SMALL_PROMPTS."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return folder, greedy(model, SMALL_PROMPTS, FEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def small_workers(small: tuple[Path, Answers], shared_commands: Commands) -> dict[str, str]:
+    """Endpoints by kind."""
+    folder, _ = small
+    listen = {"ipc": f"ipc://{shared_commands.folder}/small.sock", "tcp": "tcp://127.0.0.1:0"}
+    workers = {kind: shared_commands.worker(folder, listen[kind]) for kind in listen}
+    return {kind: socket_endpoint(worker.stderr) for kind, worker in workers.items()}
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("prefill_chunk", [16, 1000])
+@pytest.mark.parametrize(("where", "shm"), TRANSPORTS)
+def test_every_combination_gives_the_tokens_of_transformers(
+    where: str,
+    shm: bool,
+    prefill_chunk: int,
+    lanes: int,
+    small: tuple[Path, Answers],
+    small_workers: dict[str, str],
+) -> None:
+    folder, expected = small
+    with LLM(
+        str(folder),
+        privacy="tee" if where == "tee" else "open",
+        worker=None if where == "tee" else small_workers.get(where, where),
+        shm=shm,
+        lanes=lanes,
+        prefill_chunk=prefill_chunk,
+    ) as llm:
+        assert llm.transport == TRANSPORTS[where, shm]
+        params = SamplingParams(temperature=0, max_tokens=FEW_TOKENS, ignore_eos=True)
+        assert [each.token_ids for each in llm.generate(SMALL_PROMPTS, params)] == expected
+        for prompt, answer in zip(SMALL_PROMPTS, expected, strict=True):
+            assert llm.generate([prompt], params)[0].token_ids == answer
+
+
+def test_open_in_bfloat16_is_as_exact_as_transformers(
+    transformers_model: LlamaForCausalLM, prompts: list[list[int]]
+) -> None:
+    ids = prompts[LONG_PLAIN][:200] + prompts[SHORT_CHAT]
+    exact = reference_logits(transformers_model, ids)
+    theirs = reference_logits(deepcopy(transformers_model).to(torch.bfloat16), ids)
+    with LLM("demo", privacy="open", worker="local", dtype="bfloat16") as llm:
+        assert llm.transport == SHARED
+        ours = logits(llm, ids)
+    assert rms(theirs - exact) > 0.01
+    assert rms(ours - exact) <= 1.5 * rms(theirs - exact)
+
+
+def reference_logits(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0].float()
+
+
+def logits(llm: LLM, ids: list[int]) -> Tensor:
+    """The logits of every position, [T, V], which only tests ask for."""
+    engine, length = llm._engine, len(ids)
+    rows = torch.arange(length)
+    batch = Batch(torch.tensor(ids), rows, [Segment(0, 0, length)], rows)
+    stats = Stats()
+    engine._offload.alloc(0, length)
+    with torch.inference_mode():
+        [logits_TV] = run_lanes(engine._offload, [engine._decoder.forward(batch, stats)], stats)
+    engine._offload.free(0)
+    return logits_TV.float()
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())

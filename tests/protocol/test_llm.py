@@ -1,0 +1,84 @@
+"""The Python class, on a worker process: what streams is what is returned."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from protocol_helpers import SHARED, Commands, eventually
+
+from tsqp import LLM, SamplingParams
+from tsqp.errors import PromptError, WorkerLost
+
+PROMPTS = ["Once upon a time", "Il était une fois", "1, 2, 3"]
+
+
+@pytest.fixture(scope="module")
+def llm(speaking: Path, shared_commands: Commands) -> Iterator[LLM]:
+    endpoint = f"ipc://{shared_commands.folder}/speaking.sock"
+    shared_commands.worker(speaking, endpoint)
+    with LLM(str(speaking), privacy="open", worker=endpoint) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_streamed_pieces_add_up_to_the_text_of_each_prompt(llm: LLM, temperature: float) -> None:
+    pieces: dict[int, list[str]] = {number: [] for number in range(len(PROMPTS))}
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=40, ignore_eos=True)
+    completions = llm.generate(
+        PROMPTS, sampling_params=params, on_text=lambda number, text: pieces[number].append(text)
+    )
+    assert [len(each.token_ids) for each in completions] == [40] * 3
+    for number, completion in enumerate(completions):
+        assert len(pieces[number]) > 10
+        assert all(pieces[number])
+        assert "".join(pieces[number]) == completion.text
+
+
+def test_a_stop_string_is_neither_streamed_nor_returned(llm: LLM) -> None:
+    params = SamplingParams(temperature=1, seed=1, max_tokens=40, ignore_eos=True)
+    whole = llm.generate(PROMPTS[0], params)[0].text
+    stop = whole[30:36]
+    pieces: list[str] = []
+    params = SamplingParams(temperature=1, seed=1, max_tokens=40, ignore_eos=True, stop=stop)
+    [stopped] = llm.generate(
+        PROMPTS[0], sampling_params=params, on_text=lambda _, text: pieces.append(text)
+    )
+    assert stopped.text == whole[: whole.index(stop)]
+    assert "".join(pieces) == stopped.text
+    assert stopped.finish_reason == "stop"
+
+
+def test_a_conversation_is_a_prompt_in_the_template(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    question = [{"role": "user", "content": "Who?"}]
+    pieces: list[str] = []
+    answer = llm.chat(question, sampling_params=params, on_text=lambda _, text: pieces.append(text))
+    ids = llm.tokenize("Who?", chat=True)
+    assert answer == llm.generate([ids], params)[0]
+    assert answer.prompt_tokens == len(ids) > len(llm.tokenize("Who?"))
+    assert "".join(pieces) == answer.text
+
+
+def test_a_failing_prompt_leaves_the_session_usable(llm: LLM) -> None:
+    assert llm.transport == SHARED
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    before = llm.generate(PROMPTS, params)
+    with pytest.raises(PromptError, match="prompt is empty"):
+        llm.generate([*PROMPTS, ""], params)
+    with pytest.raises(ZeroDivisionError):
+        llm.generate(PROMPTS, params, on_text=lambda number, text: print(1 // 0))
+    assert llm.generate(PROMPTS, params) == before
+
+
+def test_a_closed_session_says_so_and_leaves_no_local_worker(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in commands.tag.items():
+        monkeypatch.setenv(name, value)
+    llm = LLM("random:tiny", privacy="open", worker="local")
+    [worker] = commands.processes()
+    llm.close()
+    llm.close()
+    assert eventually(lambda: not worker.is_running())
+    with pytest.raises(WorkerLost, match="has ended"):
+        llm.generate([[1]])
