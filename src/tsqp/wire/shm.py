@@ -25,6 +25,7 @@ from tsqp.model.memory import available_bytes
 SHM_FOLDER = Path("/dev/shm")
 ALIGNMENT = 64  # a cache line
 MIN_SEGMENT = 256 * 1024
+MAX_VIEWS = 1024  # kept, as the same few calls come again and again
 
 
 class Segment:
@@ -34,6 +35,7 @@ class Segment:
         self.path = path
         self.size = size
         self._mapping: mmap.mmap | None = mapping
+        self._views: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
 
     @classmethod
     def create(cls, size: int, folder: Path = SHM_FOLDER) -> "Segment":
@@ -97,6 +99,15 @@ class Segment:
         Raises:
             ProtocolError: it would not lie wholly inside the segment, or is not aligned.
         """
+        key = (offset, shape, dtype)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            view = self._views[key] = self._make_view(offset, shape, dtype)
+        return view
+
+    def _make_view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = prod(shape)
         if offset % ALIGNMENT or offset < 0 or offset + count * dtype.itemsize > self.size:
             raise ProtocolError(
@@ -130,6 +141,7 @@ class Segment:
     def close(self) -> None:
         """Unlink and unmap; views that are still alive keep the mapping until they die."""
         self.unlink()
+        self._views.clear()
         self._mapping = None
 
 
