@@ -1,6 +1,7 @@
 """The only place that joins the zones: builds a TEE side, a worker side, or both."""
 
 import logging
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -93,6 +94,8 @@ class LLM:
         ):
             if number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more.")
+        if not 0 < timeout < math.inf:
+            raise UsageError(f"timeout is {timeout}; it must be a number of seconds above 0.")
         if threads is not None:
             torch.set_num_threads(threads)
         self.privacy = privacy

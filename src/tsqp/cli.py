@@ -1,7 +1,7 @@
 """The command line: parses, calls, prints.
 
 Settings come from flags, then TSQP_* variables (and the prototype's LLAMA_* names), then the TOML
-file of --config, whose keys are option names; a table named for a command speaks to it alone.
+file of --config: see docs/settings.md.
 """
 
 import logging
@@ -71,7 +71,10 @@ Insecure = Annotated[
     typer.Option("--insecure", help="Allow an address of another machine; it is not encrypted."),
 ]
 JsonOutput = Annotated[
-    bool, typer.Option("--json", help="One JSON object as the last line of standard output.")
+    bool,
+    typer.Option(
+        "--json", envvar="TSQP_JSON", help="One JSON object as the last line of standard output."
+    ),
 ]
 Attention = Annotated[
     str, typer.Option(envvar="TSQP_ATTENTION", help="Where Q·Kᵀ and P·V run in open: tee.")
@@ -106,6 +109,7 @@ def _settings(
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Model,
     privacy: Privacy,
     worker: WorkerEndpoint = None,
@@ -151,6 +155,8 @@ def generate(
         ignore_eos=ignore_eos,
     )
     prompts = _prompts(prompt, prompt_ids, chat)
+    if privacy == "tee" and not _is_from_command_line(context, "worker"):
+        worker = None  # a setting for the other modes
     with LLM(
         model,
         privacy=privacy,
@@ -253,6 +259,11 @@ def bench(
         threads=threads or os.cpu_count() or 1,
     )
     print_result(result, command="tsqp " + shlex.join(sys.argv[1:]), out=out)
+
+
+def _is_from_command_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _prompts(

@@ -143,3 +143,18 @@ def test_a_variable_of_ours_comes_before_one_of_the_prototype(main: Main, ids: P
     variables = {"TSQP_DTYPE": "ours", "LLAMA_DTYPE": "theirs"}
     result = main(*GENERATE, "--prompt-ids", ids, env=variables)
     assert "no dtype 'ours'" in result.error
+
+
+def test_a_worker_from_a_variable_is_for_the_modes_that_take_one(main: Main, ids: Path) -> None:
+    variable = {"TSQP_WORKER": "ipc:///nowhere.sock"}
+    assert main(*GENERATE, "--prompt-ids", ids, env=variable).status == 0
+    result = main(*GENERATE, "--prompt-ids", ids, "--worker", "ipc:///nowhere.sock")
+    assert result.status == 2
+    assert "takes no --worker" in result.error
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf"])
+def test_a_timeout_that_never_ends_is_wrong_usage(main: Main, ids: Path, timeout: str) -> None:
+    result = main(*GENERATE, "--prompt-ids", ids, "--timeout", timeout)
+    assert result.status == 2
+    assert "timeout" in result.stderr

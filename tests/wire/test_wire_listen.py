@@ -1,5 +1,6 @@
 """Where a worker can listen, and what is left of its socket."""
 
+import errno
 import socket
 import stat
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     with WorkerThread(f"ipc://{path}") as worker:
         assert serves(worker)
     assert not path.exists()
+
+
+def test_a_stale_socket_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as crashed:
+        crashed.bind(str(path))
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        assert "cannot be removed (Permission denied)" in refusal(Endpoint("ipc", str(path)))
 
 
 def test_a_live_worker_is_not_replaced(tmp_path: Path) -> None:

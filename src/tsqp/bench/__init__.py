@@ -1,1 +1,1 @@
-"""MEASUREMENTS, from outside: nothing else imports this."""
+"""MEASUREMENTS, from outside: only the command line imports this."""

@@ -63,7 +63,8 @@ def load_weights(
     else:
         _check_device_memory(required, device, checkpoint.name)
     digest = WeightsDigest()
-    embedding = _place(read_embedding(checkpoint, dtype, digest), device)
+    table = read_embedding(checkpoint, dtype, digest)
+    embedding = _place(table, device) if tied else table.to(device)  # only a product wants columns
     linear: dict[tuple[int, str], Tensor] = {}
     for layer in range(config.num_layers):
         for group in LAYER_GROUPS:

@@ -43,7 +43,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
 class BinaryFile:
     """A file read at given places into memory of our own.
 
-    It is never mapped: a mapping would fault later, inside computation, if the file changed, and
+    Never mapped: a mapping would fault later, inside computation, if the file changed, and
     inside an enclave it would occupy the whole file's size at once.
     """
 

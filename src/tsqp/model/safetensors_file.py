@@ -40,6 +40,9 @@ class SafetensorsFile:
     def names(self) -> list[str]:
         return list(self._entries)
 
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         entry = self._entries[name]
         where = str(self._file.path)
@@ -118,7 +121,7 @@ class SafetensorsCheckpoint:
         where = {}
         for name, shard in _weight_map(index_path).items():
             where[name] = file = self._open(directory / shard)
-            if name not in file.names():
+            if not file.has(name):
                 raise CheckpointError(f"{directory / shard} lacks tensor {name[:200]!a}.")
         return where
 

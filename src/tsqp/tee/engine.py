@@ -133,10 +133,10 @@ class Engine:
             raise
         self.stats.tee_cpu_s += process_time() - cpu_began
         self.stats.prefill_tokens += prompt_tokens
-        self.stats.decode_tokens += sum(c.length for c in chunks) - prompt_tokens
         if prompt_tokens:
             self.stats.prefill_s += perf_counter() - began
         else:
+            self.stats.decode_tokens += len(chunks)
             self.stats.decode_s += perf_counter() - began
         return outputs
 

@@ -19,7 +19,7 @@ class SamplingParams:
         top_p: keep the fewest likeliest tokens whose probabilities add up to at least this.
         top_k: keep this many likeliest tokens, before `top_p`; 0 or -1 keeps all.
         max_tokens: tokens to generate at most.
-        stop: a string, or several, that end the answer; they are not part of it.
+        stop: a string, or several, or None, that end the answer; they are not part of it.
         seed: makes the answer reproducible; None draws one from the system.
         ignore_eos: go on after the model's end-of-sequence token.
 
@@ -31,7 +31,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 16
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = None
     seed: int | None = None
     ignore_eos: bool = False
 
@@ -52,7 +52,7 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class Stats:
         wait_s: the part of both in which no lane could go on.
         tee_cpu_s: CPU time of this process, all threads, during the steps.
         prefill_tokens: prompt tokens computed.
-        decode_tokens: generated tokens computed.
+        decode_tokens: generated tokens computed in the steps of `decode_s`.
     """
 
     def __init__(self) -> None:

@@ -46,6 +46,8 @@ from tsqp.wire.shm import ALIGNMENT, MIN_SEGMENT, SHM_FOLDER, Arena, Segment
 from tsqp.wire.tensors import Spec, raw
 from tsqp.wire.zmq import NO_DOORBELL, ClientSocket
 
+MAX_INLINE = 2**29  # bytes of a call that travels in frames; more are split
+
 
 class _Call:
     """One call, from reservation to release: the slot, then the reply."""
@@ -132,7 +134,7 @@ class RemoteChannel:
     @property
     def max_call_bytes(self) -> int:
         """A third of the segment: one answer in use, the next call, and the gaps between."""
-        return self._arena.size // 3 if self._arena else 2**30
+        return self._arena.size // 3 if self._arena else MAX_INLINE
 
     def reserve(
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]

@@ -47,7 +47,7 @@ def remove_stale(path: Path) -> None:
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
+            _remove(path)
             return
         except OSError as exc:
             raise WorkerUnavailable(f"Cannot listen on ipc://{path}: {exc}.") from exc
@@ -55,3 +55,13 @@ def remove_stale(path: Path) -> None:
         f"Cannot listen on ipc://{path}: a worker already serves there; choose another path, "
         "or stop that worker."
     )
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise WorkerUnavailable(
+            f"Cannot listen on ipc://{path}: an old socket file is there and cannot be removed "
+            f"({exc.strerror}); remove it, or choose another path."
+        ) from exc

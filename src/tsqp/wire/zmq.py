@@ -25,8 +25,8 @@ TICK_MS = 100  # how often a blocked wait looks at its deadline and at the conne
 SEND_MS = 1000  # how long a peer that does not read is waited for
 SPIN_S = 0.001
 LOOKS = 8  # at the mailbox for one at the socket
-MAX_UNREAD = 16  # messages that wait for a peer before it counts as one that does not read
-MAX_FRAME = 2**31
+MAX_UNREAD = 16  # messages that wait, here or for a peer, before no more are taken
+MAX_FRAME = 2**30
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -71,6 +71,7 @@ class _Socket:
         self._socket.set(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
         self._socket.set(zmq.HANDSHAKE_IVL, SILENCE_MS)
         self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME)
+        self._socket.set(zmq.RCVHWM, MAX_UNREAD)
         self._socket.set(zmq.SNDTIMEO, SEND_MS)
         # Only where it is asked for: with it, "localhost" may no longer mean 127.0.0.1.
         self._socket.set(zmq.IPV6, int(endpoint.address.startswith("[")))
