@@ -6,6 +6,7 @@
     │   ├── UnsupportedModel       an architecture, option or format we do not implement
     │   ├── CheckpointError        a file is missing, cut, or contradicts the config
     │   └── TokenizerError         no tokenizer or no chat template where one is needed
+    ├── NumericalError             an activation that is not a finite number
     ├── PromptError                an empty or over-long prompt, or an impossible parameter
     ├── OutOfMemory                would not fit; names the bytes needed and the bytes there are
     └── WorkerError                something between here and the worker
@@ -13,6 +14,7 @@
         ├── HandshakeError         both sides are up, but disagree on model, dtype or version
         ├── ProtocolError          the peer sent something that is not a valid message
         ├── WorkerLost             the worker vanished or stopped answering during a session
+        ├── IntegrityError         the worker's product is wrong: nothing of it was used
         └── RemoteError            the worker reported a failure; carries its traceback
 
 Each message is one sentence: what happened, to which thing, and what to do about it.
@@ -44,6 +46,10 @@ class TokenizerError(ModelError):
     """The model has no tokenizer, or no chat template, where one is needed."""
 
 
+class NumericalError(TSQPError):
+    """An activation is NaN or infinite; the message names the layer."""
+
+
 class PromptError(TSQPError):
     """A prompt or a sampling parameter that cannot be served."""
 
@@ -70,6 +76,10 @@ class ProtocolError(WorkerError):
 
 class WorkerLost(WorkerError):
     """The worker vanished, or stopped answering, in the middle of a session."""
+
+
+class IntegrityError(WorkerError):
+    """A worker returned something that is not the product; no token was computed from it."""
 
 
 class RemoteError(WorkerError):

@@ -14,6 +14,7 @@ from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json, read
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = {"I8": torch.int8, **_DTYPES}
 
 
 class _Entry(msgspec.Struct):
@@ -32,7 +33,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self._file = BinaryFile(path)
         try:
-            self._start, self._entries = _read_header(self._file)
+            self._start, self._entries, self.metadata = _read_header(self._file)
         except CheckpointError:
             self._file.close()
             raise
@@ -43,11 +44,22 @@ class SafetensorsFile:
     def has(self, name: str) -> bool:
         return name in self._entries
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        entry = self._entries[name]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self._file.size - self._start
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entry(name).shape)
+
+    def read(self, name: str, shape: tuple[int, ...], stored: str = "") -> Tensor:
+        """One tensor, of one of the dtypes of checkpoints, or of exactly the dtype `stored`."""
+        entry = self._entry(name)
         where = str(self._file.path)
         check_shape(where, name, tuple(entry.shape), shape)
-        dtype = _DTYPES.get(entry.dtype)
+        if stored and entry.dtype != stored:
+            raise CheckpointError(f"Tensor {name} of {where} is not {stored}: fetch it again.")
+        dtype = _STORED[stored] if stored else _DTYPES.get(entry.dtype)
         if dtype is None:
             raise UnsupportedModel(
                 f"Tensor {name} of {where} has dtype {entry.dtype[:40]!a}, and TSQP reads"
@@ -63,9 +75,15 @@ class SafetensorsFile:
     def close(self) -> None:
         self._file.close()
 
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self._file.path} lacks tensor {name}.")
+        return entry
 
-def _read_header(file: BinaryFile) -> tuple[int, dict[str, _Entry]]:
-    """Where the tensors' bytes start, and the entries; all of them lie inside the file."""
+
+def _read_header(file: BinaryFile) -> tuple[int, dict[str, _Entry], dict[str, str]]:
+    """Where the tensors' bytes start, the entries, which all lie inside the file, and metadata."""
     if file.size < 8:
         raise _corrupt(file)
     length = int.from_bytes(file.read(0, 8), "little")
@@ -73,16 +91,17 @@ def _read_header(file: BinaryFile) -> tuple[int, dict[str, _Entry]]:
     if length > MAX_HEADER_BYTES or start > file.size:
         raise _corrupt(file)
     header = parse_json(file.read(8, length), file.path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     try:
         entries = msgspec.convert(header, dict[str, _Entry])
+        metadata = msgspec.convert(metadata or {}, dict[str, str])
     except msgspec.ValidationError as exc:
         raise _corrupt(file) from exc
     for entry in entries.values():
         begin, end = entry.data_offsets
         if not 0 <= begin <= end <= file.size - start:
             raise _corrupt(file)
-    return start, entries
+    return start, entries, metadata
 
 
 def _corrupt(file: BinaryFile) -> CheckpointError:

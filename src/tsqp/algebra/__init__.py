@@ -1,0 +1,1 @@
+"""PURE MATHS: residues, digits, fixed point. No input or output, no secrets, no randomness."""

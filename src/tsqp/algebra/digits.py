@@ -1,0 +1,77 @@
+"""Residues mod p as int8 digits and back [P9], for arrays on a CPU.
+
+Shape suffixes: N residues in a row; L digits of each.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsqp.algebra.native import compiled, inlined
+from tsqp.algebra.params import Field
+
+Residues = NDArray[np.int32]
+
+
+def split(residues_N: Residues, field: Field, digits_LN: NDArray[np.int8]) -> None:
+    """Write the balanced base-256 digits of c', lowest first: Σ 256^l · digits[l] ≡ c (mod p).
+
+    Args:
+        residues_N: in [0, p); other values give digits of something else, and no error.
+        digits_LN: receives values in [-128, 127].
+    """
+    _split(residues_N, field.largest_digits, field.p, digits_LN)
+
+
+def join(products_LN: NDArray[np.int32], field: Field, residues_N: Residues) -> None:
+    """Write Σ 256^l · products[l] mod p, in [0, p). The products may be any int32."""
+    if field.digits == 4:
+        _join4(products_LN, field.bits, field.gap, residues_N)
+    else:
+        _join3(products_LN, field.bits, field.gap, residues_N)
+
+
+@compiled("void(int32[::1], int64, int64, int8[:, ::1])")
+def _split(residues_N: Residues, largest: int, p: int, digits_LN: NDArray[np.int8]) -> None:
+    # Adding 128 to every digit makes balanced digits plain bytes, without a carry to pass on.
+    shift = np.int64(0x80808080)
+    for level in range(digits_LN.shape[0]):
+        row_N = digits_LN[level]
+        move = np.int64(8 * level)
+        for i in range(residues_N.size):
+            c = np.int64(residues_N[i])
+            if c > largest:
+                c -= p
+            row_N[i] = np.int8(((c + shift) >> move) & 255 ^ 128)
+
+
+@inlined
+def _reduce(value: Any, bits: int, gap: int) -> Any:
+    """value mod 2^bits - gap, for |value| < 2^56 (bits = 31) or 2^48 (bits = 24)."""
+    low = (np.int64(1) << bits) - 1
+    value = (value >> bits) * gap + (value & low)  # ≡ value; |value| < 2^(bits + 1)
+    value = (value >> bits) * gap + (value & low)  # in [-2 gap, 2^bits + 2 gap)
+    p = low + 1 - gap
+    if value < 0:
+        value += p
+    if value >= p:
+        value -= p
+    return value
+
+
+@compiled("void(int32[:, ::1], int64, int64, int32[::1])")
+def _join4(products_LN: NDArray[np.int32], bits: int, gap: int, residues_N: Residues) -> None:
+    p0_N, p1_N, p2_N, p3_N = products_LN[0], products_LN[1], products_LN[2], products_LN[3]
+    for i in range(residues_N.size):
+        value = (np.int64(p3_N[i]) << 24) + (np.int64(p2_N[i]) << 16)
+        value += (np.int64(p1_N[i]) << 8) + np.int64(p0_N[i])
+        residues_N[i] = np.int32(_reduce(value, bits, gap))
+
+
+@compiled("void(int32[:, ::1], int64, int64, int32[::1])")
+def _join3(products_LN: NDArray[np.int32], bits: int, gap: int, residues_N: Residues) -> None:
+    p0_N, p1_N, p2_N = products_LN[0], products_LN[1], products_LN[2]
+    for i in range(residues_N.size):
+        value = (np.int64(p2_N[i]) << 16) + (np.int64(p1_N[i]) << 8) + np.int64(p0_N[i])
+        residues_N[i] = np.int32(_reduce(value, bits, gap))

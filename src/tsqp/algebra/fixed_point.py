@@ -1,0 +1,90 @@
+"""Weights and activations as integers, so that products of them never overflow mod p.
+
+Shape suffixes: D input and F output features.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsqp.algebra.params import Field
+
+MIN_LEVELS = 2**6  # of a typical row's activations; below, the answer would be mostly rounding
+TINY = 2.0**-100  # a row of smaller weights counts as zeros
+ROUNDING_MARGIN = 2.0**-30  # for the float64 arithmetic of the scale
+BLOCK_ELEMENTS = 2**24  # worked on at once, to bound the memory of temporaries
+
+
+def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """[P1]: int8 weights in [-127, 127] and a float32 scale for each output row.
+
+    Args:
+        weight_FD: float32 and finite, on the CPU, so that the division is IEEE's everywhere.
+    """
+    features, width = weight_FD.shape
+    integers_FD = torch.empty(features, width, dtype=torch.int8)
+    scale_F = torch.empty(features, dtype=torch.float32)
+    for rows in _row_blocks(features, width):
+        block = weight_FD[rows]
+        largest = block.abs().amax(dim=1)
+        tiny = largest < TINY
+        scale = torch.where(tiny, 1.0, largest / 127)
+        rounded = (block / scale[:, None]).round_().clamp_(-127, 127)
+        rounded[tiny] = 0
+        integers_FD[rows], scale_F[rows] = rounded.to(torch.int8), scale
+    return integers_FD, scale_F
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How large |Wq · x| can get: exact properties of a group's integer weights [P2].
+
+    Attributes:
+        l1: max over output rows of the sum of |Wq|.
+        l2_squared: max over output rows of the sum of Wq².
+        width: D.
+    """
+
+    l1: int
+    l2_squared: int
+    width: int
+
+    @classmethod
+    def of(cls, integers_FD: Tensor) -> "Bounds":
+        features, width = integers_FD.shape
+        l1 = l2_squared = 0
+        for rows in _row_blocks(features, width):
+            block = integers_FD[rows].to(torch.int32)
+            l1 = max(l1, int(block.abs().sum(dim=1, dtype=torch.int64).max()))
+            l2_squared = max(l2_squared, int(block.square().sum(dim=1, dtype=torch.int64).max()))
+        return cls(l1, l2_squared, width)
+
+    def room(self, field: Field) -> float:
+        """How large |Wq · xq| may get before rounding, [P2]: the scale is this over its bound.
+
+        Raises:
+            ValueError: the field is too small for these weights; says what it would keep.
+        """
+        if self.l1 >= field.p - 1:
+            raise ValueError(f"a row's weights add up to {self.l1}, and p is {field.p}")
+        room = (1 - ROUNDING_MARGIN) * (field.p - 1 - self.l1) / 2
+        if (levels := self._typical_levels(room)) < MIN_LEVELS:
+            raise ValueError(
+                f"a typical row of {self.width} activations would keep {levels:.0f} levels, and "
+                f"{MIN_LEVELS} are needed"
+            )
+        return room
+
+    def _typical_levels(self, room: float) -> float:
+        """Integers between the smallest and the largest entry of a row of normal values."""
+        if self.l2_squared == 0:
+            return math.inf
+        deviation = room / math.sqrt(self.l2_squared * self.width)
+        return 2 * deviation * math.sqrt(2 * math.log(max(self.width, 2))) + 1
+
+
+def _row_blocks(features: int, width: int) -> list[slice]:
+    step = max(1, BLOCK_ELEMENTS // width)
+    return [slice(first, first + step) for first in range(0, features, step)]

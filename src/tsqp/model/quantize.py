@@ -1,0 +1,91 @@
+"""The integer weights of the private modes, the same on both sides [P1].
+
+Shape suffixes: F output and D input features of a group.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsqp.algebra.fixed_point import quantize_rows
+from tsqp.errors import CheckpointError
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.model.config import ModelConfig, linear_groups, parts
+from tsqp.model.digest import WeightsDigest
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerWeights:
+    """One group of linear layers in fixed point; biases are not part of it.
+
+    Attributes:
+        weight_FD: int8 in [-127, 127], the parts' outputs concatenated along F.
+        scale_F: float32.
+    """
+
+    weight_FD: Tensor
+    scale_F: Tensor
+
+
+def group_shape(config: ModelConfig, layer: int, group: str) -> tuple[int, int]:
+    """(F, D) of one group."""
+    members = parts(config, layer, group)
+    return sum(part.out_features for part in members), members[0].in_features
+
+
+def integer_bytes(config: ModelConfig) -> int:
+    """Bytes of all integer weights and scales."""
+    shapes = [group_shape(config, *key) for key in linear_groups(config)]
+    return sum(features * (width + 4) for features, width in shapes)
+
+
+def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWeights:
+    """Read one group and convert it, one part at a time.
+
+    Raises:
+        CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
+    """
+    features, width = group_shape(checkpoint.config, layer, group)
+    weight_FD = torch.empty(features, width, dtype=torch.int8)
+    scale_F = torch.empty(features, dtype=torch.float32)
+    start = 0
+    for part in parts(checkpoint.config, layer, group):
+        rows = slice(start, start + part.out_features)
+        name = f"{part.name}.weight"
+        floats_FD = checkpoint.read(name, (part.out_features, width)).float()
+        if not floats_FD.sum().isfinite() and not floats_FD.isfinite().all():
+            raise CheckpointError(f"Tensor {name} of {checkpoint.name} holds NaN or infinity.")
+        weight_FD[rows], scale_F[rows] = quantize_rows(floats_FD)
+        start = rows.stop
+    return IntegerWeights(weight_FD, scale_F)
+
+
+def tensor_names(layer: int, group: str) -> tuple[str, str]:
+    """The names of a group's integers and scales, in digests and in prepared files."""
+    prefix = group if layer < 0 else f"layers.{layer}.{group}"
+    return f"{prefix}.weight", f"{prefix}.scale"
+
+
+def add_to_digest(digest: WeightsDigest, layer: int, group: str, weights: IntegerWeights) -> None:
+    """Add one group to the digest that both sides compare."""
+    weight_name, scale_name = tensor_names(layer, group)
+    digest.update(weight_name, weights.weight_FD)
+    digest.update(scale_name, weights.scale_F)
+
+
+def quantize_all(
+    checkpoint: Checkpoint, progress: Progress = lambda done, total: None
+) -> Iterator[tuple[tuple[int, str], IntegerWeights]]:
+    """All groups of a model, one at a time, the output projection last.
+
+    Args:
+        progress: called with the groups done and their total.
+    """
+    keys = linear_groups(checkpoint.config)
+    for number, key in enumerate(keys, 1):
+        yield key, quantize_group(checkpoint, *key)
+        progress(number, len(keys))
