@@ -1,0 +1,80 @@
+"""Check vectors: how a wrong product is noticed without computing it [P6].
+
+Shape suffixes: D input and F output features of a group.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tsqp.algebra import digits
+from tsqp.algebra.int8_product import int8_product
+from tsqp.algebra.params import CHECK_MODULUS, MAX_WIDTH, WIDE
+from tsqp.tee.crypto.rng import uniform_check
+
+VECTORS = 2  # each misses a wrong row with probability 2^-31
+MAX_FAILURES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CheckVectors:
+    """Two secret vectors for one group, used against one worker until it fails once.
+
+    Attributes:
+        k_2F: uniform on [0, P).
+        kw_2D: k_i · Wq mod P.
+    """
+
+    k_2F: NDArray[np.int32]
+    kw_2D: NDArray[np.int32]
+
+    @classmethod
+    def draw(cls, weight_FD: Tensor) -> "CheckVectors":
+        """[P6] for int8 weights in [-127, 127]."""
+        k_2F = uniform_check((VECTORS, weight_FD.shape[0]))
+        return cls(k_2F, _times(k_2F, weight_FD))
+
+
+def _times(k_2F: NDArray[np.int32], weight_FD: Tensor) -> NDArray[np.int32]:
+    """k · Wq mod P by exact digit products, over at most MAX_WIDTH output features at once."""
+    features, width = weight_FD.shape
+    levels = WIDE.digits
+    total_2D = np.zeros((VECTORS, width), np.int64)
+    part_2D = np.empty((VECTORS, width), np.int32)
+    for first in range(0, features, MAX_WIDTH):
+        rows = slice(first, first + MAX_WIDTH)
+        some_2F = np.ascontiguousarray(k_2F[:, rows])
+        digits_LN = np.empty((levels, some_2F.size), np.int8)
+        digits.split(some_2F.reshape(-1), WIDE, digits_LN)
+        digits_MF = torch.from_numpy(digits_LN).view(levels * VECTORS, -1)
+        products_MD = int8_product(digits_MF, weight_FD[rows])
+        digits.join(products_MD.view(levels, -1).numpy(), WIDE, part_2D.reshape(-1))
+        total_2D += part_2D
+    return (total_2D % CHECK_MODULUS).astype(np.int32)
+
+
+class FailureLimit:
+    """How often workers may fail a check before nothing is offloaded any more [P7].
+
+    Without it an adversary could reconnect and try again until a forgery passes.
+    """
+
+    def __init__(self, limit: int = MAX_FAILURES) -> None:
+        self._left = limit
+        self._lock = threading.Lock()
+
+    @property
+    def reached(self) -> bool:
+        return self._left <= 0
+
+    def count(self) -> None:
+        """Note a failure."""
+        with self._lock:
+            self._left -= 1
+
+
+process_limit = FailureLimit()  # of the whole process, whatever the number of sessions

@@ -1,0 +1,328 @@
+"""The two loops of a masked linear layer: one pass over the input, one over the answer.
+
+Only a finished row of c is ever written to memory that the worker can map. A row of the answer is
+copied from there once, and everything is computed from the copy: the worker may change the shared
+one at any moment.
+
+Shape suffixes: T tokens; D input and F output features; N of either; B bytes of a row.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsqp.algebra.native import compiled, inlined
+from tsqp.algebra.params import CHECK_MODULUS, Field
+from tsqp.algebra.residue_bytes import Bytes, Int32, in_planes, read_row, write_row
+
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+ALL_ROWS = -1  # what a kernel returns where no row is at fault
+MIN_ROWS = 16  # below, a second thread costs more than it saves
+BLOCK = 256  # products k · xq that add up without overflow: 2^31 · 2^24 · 2^8 = 2^63
+
+
+class RowPool:
+    """A few threads that share the rows of one call."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(max(threads - 1, 1), "tsqp-rows")
+
+    def run(self, rows: int, kernel: Callable[[slice], int]) -> int:
+        """Call `kernel` on disjoint slices of the rows; the first row at fault, or ALL_ROWS."""
+        parts = max(1, min(self._threads, rows // MIN_ROWS))
+        edges = [rows * part // parts for part in range(parts + 1)]
+        slices = [slice(*pair) for pair in pairwise(edges)]
+        others = [self._pool.submit(kernel, some) for some in slices[1:]]
+        try:
+            found = [kernel(slices[0])]
+        finally:
+            found_others = [other.result() for other in others]
+        faults = zip(slices, found + found_others, strict=True)
+        return next((some.start + row for some, row in faults if row >= 0), ALL_ROWS)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def quantize_and_pad(
+    x_TD: Float32,
+    r_TD: Int32,
+    check_2D: Int32,
+    l1: float,
+    l2: float,
+    room: float,
+    field: Field,
+    c_TB: Bytes,
+    unit_T: Float64,
+    expected_T2: Int64,
+) -> int:
+    """[P2], [P5] and the right side of [P7]: c = round(x · a) + r mod p, and k_iW · xq mod P.
+
+    Args:
+        r_TD: the pad, in [0, p).
+        check_2D: k_iW, in [0, P).
+        l1, l2: the bounds of the group's weights, and `room` what they leave.
+        c_TB: shared memory; receives the rows of c as bytes.
+        unit_T: receives 1/a, the size of one step of xq; 0 for a row of zeros.
+        expected_T2: receives k_iW · xq mod P.
+
+    Returns:
+        the first row with NaN or Inf, or ALL_ROWS. Rows from there on have not been written.
+    """
+    planes = in_planes(field)
+    found = _quantize_and_pad(
+        x_TD, r_TD, check_2D, l1, l2, room, field.p, planes, c_TB, unit_T, expected_T2
+    )
+    return int(found)
+
+
+def unpad_and_check(
+    z_TB: Bytes,
+    u_TF: Int32,
+    k_2F: Int32,
+    scale_F: Float32,
+    unit_T: Float64,
+    expected_T2: Int64,
+    field: Field,
+    y_TF: Float32,
+) -> int:
+    """[P5], [P7], [P3]: y = centre(z - u mod p) · s / a, once k_i · yq ≡ k_iW · xq (mod P).
+
+    Args:
+        z_TB: shared memory, the worker's answer as bytes; each is read once.
+        u_TF: the pad's product, in [0, p).
+        k_2F: the check vectors, in [0, P).
+        y_TF: private memory. Worthless unless ALL_ROWS is returned.
+
+    Returns:
+        the first row that holds a residue outside [0, p) or fails the check, or ALL_ROWS.
+    """
+    planes = in_planes(field)
+    return int(
+        _unpad_and_check(z_TB, u_TF, k_2F, scale_F, unit_T, expected_T2, field.p, planes, y_TF)
+    )
+
+
+def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
+    """u -= z mod p: what other workers answered, where the input was shared [P8].
+
+    Returns:
+        the first row that holds a residue outside [0, p), or ALL_ROWS.
+    """
+    return int(_subtract(z_TB, field.p, in_planes(field), u_TF))
+
+
+@inlined
+def _fold(value: Any) -> Any:
+    """≡ value mod P, and smaller than 2^33 in size."""
+    return (value & np.int64(CHECK_MODULUS)) + (value >> np.int64(31))
+
+
+@inlined
+def _largest(x_D: Float32) -> Any:
+    """max |x|; of floats without their sign, the order of the bits is the order of the values."""
+    bits_D = x_D.view(np.int32)
+    most = np.int32(0)
+    for i in range(bits_D.size):
+        most = max(most, np.int32(bits_D[i] & np.int32(0x7FFFFFFF)))
+    return np.float64(np.int32(most).view(np.float32))
+
+
+@inlined
+def _square_sum(x_D: Float32) -> Any:
+    """Σ x² in float64, in eight interleaved sums; not finite if and only if some x is not."""
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
+    whole = x_D.size // 8 * 8
+    for i in range(0, whole, 8):
+        s0 += np.float64(x_D[i]) ** 2
+        s1 += np.float64(x_D[i + 1]) ** 2
+        s2 += np.float64(x_D[i + 2]) ** 2
+        s3 += np.float64(x_D[i + 3]) ** 2
+        s4 += np.float64(x_D[i + 4]) ** 2
+        s5 += np.float64(x_D[i + 5]) ** 2
+        s6 += np.float64(x_D[i + 6]) ** 2
+        s7 += np.float64(x_D[i + 7]) ** 2
+    for i in range(whole, x_D.size):
+        s0 += np.float64(x_D[i]) ** 2
+    return ((s0 + s4) + (s1 + s5)) + ((s2 + s6) + (s3 + s7))
+
+
+@inlined
+def _quantize_row(x_D: Float32, l1: float, l2: float, room: float, xq_D: Int32) -> Any:
+    """[P2]: write xq and return 1/a; negative where x is not finite."""
+    squares = _square_sum(x_D)
+    if not np.isfinite(squares):
+        return -1.0
+    bound = min(l1 * _largest(x_D), l2 * np.sqrt(squares))
+    a = room / bound if bound > 0.0 else 0.0
+    for i in range(x_D.size):
+        xq_D[i] = np.int32(np.rint(np.float64(x_D[i]) * a))
+    return bound / room
+
+
+@inlined
+def _pad_row(xq_D: Int32, r_D: Int32, p: int, c_D: Int32) -> None:
+    """[P5]: c = xq + r mod p, without a sum outside 32 bits: r - p is negative."""
+    p32 = np.int32(p)
+    for i in range(xq_D.size):
+        value = np.int32(r_D[i] + xq_D[i])
+        if xq_D[i] >= 0:
+            value = np.int32(value - p32)
+        if value < 0:
+            value = np.int32(value + p32)
+        c_D[i] = value
+
+
+@inlined
+def _dot_block(k1_N: Int32, k2_N: Int32, xq_N: Int32) -> tuple[Any, Any]:
+    sum1, sum2 = np.int64(0), np.int64(0)
+    for i in range(xq_N.size):
+        sum1 += np.int64(k1_N[i]) * np.int64(xq_N[i])
+        sum2 += np.int64(k2_N[i]) * np.int64(xq_N[i])
+    return sum1, sum2
+
+
+@inlined
+def _check_input(check_2D: Int32, xq_D: Int32, expected_2: Int64) -> None:
+    """[P7], right side: k_iW · xq mod P. |xq| < 2^24, as every row of Wq that counts has a 127."""
+    sum1, sum2 = np.int64(0), np.int64(0)
+    for first in range(0, xq_D.size, BLOCK):
+        some = slice(first, first + BLOCK)
+        part1, part2 = _dot_block(check_2D[0, some], check_2D[1, some], xq_D[some])
+        sum1 += _fold(part1)
+        sum2 += _fold(part2)
+    expected_2[0] = sum1 % CHECK_MODULUS
+    expected_2[1] = sum2 % CHECK_MODULUS
+
+
+@inlined
+def _unpad_row(z_F: Int32, u_F: Int32, p: int, yq_F: Int32) -> Any:
+    """[P5]: yq = centre(z - u mod p); whether every z was a residue."""
+    p32 = np.int32(p)
+    half = np.int32((p - 1) // 2)
+    outside = np.int32(0)
+    for f in range(z_F.size):
+        z = z_F[f]
+        outside |= np.int32(z < 0) | np.int32(z >= p32)
+        value = np.int32(z - u_F[f])
+        if value > half:
+            value = np.int32(value - p32)
+        if value < -half:
+            value = np.int32(value + p32)
+        yq_F[f] = value
+    return outside == 0
+
+
+@inlined
+def _check_answer(k_2F: Int32, yq_F: Int32, expected_2: Int64) -> Any:
+    """[P7], left side: k_i · yq mod P is as expected. Four products of 2^61 fit, then a fold."""
+    k1_F, k2_F = k_2F[0], k_2F[1]
+    sum1, sum2 = np.int64(0), np.int64(0)
+    n = yq_F.size // 4
+    for f in range(n):
+        y0, y1 = np.int64(yq_F[f]), np.int64(yq_F[f + n])
+        y2, y3 = np.int64(yq_F[f + 2 * n]), np.int64(yq_F[f + 3 * n])
+        sum1 += _fold(
+            np.int64(k1_F[f]) * y0
+            + np.int64(k1_F[f + n]) * y1
+            + np.int64(k1_F[f + 2 * n]) * y2
+            + np.int64(k1_F[f + 3 * n]) * y3
+        )
+        sum2 += _fold(
+            np.int64(k2_F[f]) * y0
+            + np.int64(k2_F[f + n]) * y1
+            + np.int64(k2_F[f + 2 * n]) * y2
+            + np.int64(k2_F[f + 3 * n]) * y3
+        )
+    for f in range(4 * n, yq_F.size):
+        sum1 += _fold(np.int64(k1_F[f]) * np.int64(yq_F[f]))
+        sum2 += _fold(np.int64(k2_F[f]) * np.int64(yq_F[f]))
+    return sum1 % CHECK_MODULUS == expected_2[0] and sum2 % CHECK_MODULUS == expected_2[1]
+
+
+# Every loop writes to another array than it reads: a loop in place would not be vectorised.
+
+
+@compiled(
+    "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], float64, float64, float64, int64,"
+    " boolean, uint8[:, ::1], float64[::1], int64[:, ::1])"
+)
+def _quantize_and_pad(
+    x_TD: Float32,
+    r_TD: Int32,
+    check_2D: Int32,
+    l1: float,
+    l2: float,
+    room: float,
+    p: int,
+    planes: bool,
+    c_TB: Bytes,
+    unit_T: Float64,
+    expected_T2: Int64,
+) -> int:
+    xq_D = np.empty(x_TD.shape[1], np.int32)
+    c_D = np.empty(x_TD.shape[1], np.int32)
+    for t in range(x_TD.shape[0]):
+        unit_T[t] = _quantize_row(x_TD[t], l1, l2, room, xq_D)
+        if unit_T[t] < 0.0:
+            return t
+        _pad_row(xq_D, r_TD[t], p, c_D)
+        write_row(c_D, planes, c_TB[t])
+        _check_input(check_2D, xq_D, expected_T2[t])
+    return ALL_ROWS
+
+
+@compiled(
+    "int64(uint8[:, ::1], int32[:, ::1], int32[:, ::1], float32[::1], float64[::1],"
+    " int64[:, ::1], int64, boolean, float32[:, ::1])"
+)
+def _unpad_and_check(
+    z_TB: Bytes,
+    u_TF: Int32,
+    k_2F: Int32,
+    scale_F: Float32,
+    unit_T: Float64,
+    expected_T2: Int64,
+    p: int,
+    planes: bool,
+    y_TF: Float32,
+) -> int:
+    z_F = np.empty(u_TF.shape[1], np.int32)
+    yq_F = np.empty(u_TF.shape[1], np.int32)
+    for t in range(u_TF.shape[0]):
+        read_row(z_TB[t], planes, z_F)
+        if not _unpad_row(z_F, u_TF[t], p, yq_F):
+            return t
+        if not _check_answer(k_2F, yq_F, expected_T2[t]):
+            return t
+        y_F, unit = y_TF[t], unit_T[t]
+        for f in range(yq_F.size):
+            y_F[f] = np.float32(np.float64(yq_F[f]) * np.float64(scale_F[f]) * unit)
+    return ALL_ROWS
+
+
+@compiled("int64(uint8[:, ::1], int64, boolean, int32[:, ::1])")
+def _subtract(z_TB: Bytes, p: int, planes: bool, u_TF: Int32) -> int:
+    z_F = np.empty(u_TF.shape[1], np.int32)
+    rest_F = np.empty(u_TF.shape[1], np.int32)
+    p32 = np.int32(p)
+    for t in range(u_TF.shape[0]):
+        read_row(z_TB[t], planes, z_F)
+        u_F = u_TF[t]
+        outside = np.int32(0)
+        for f in range(z_F.size):
+            outside |= np.int32(z_F[f] < 0) | np.int32(z_F[f] >= p32)
+            value = np.int32(u_F[f] - z_F[f])
+            rest_F[f] = value + p32 if value < 0 else value
+        if outside != 0:
+            return t
+        u_F[:] = rest_F
+    return ALL_ROWS

@@ -1,0 +1,232 @@
+"""Pads: uniform residues r with their products u = Wq · r, each used for one row and never again.
+
+`take` is the only way to a pad, and it removes what it returns; there is no way to put one back.
+Shape suffixes: N rows; D input and F output features of a group.
+"""
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tsqp.algebra.int8_product import residue_product
+from tsqp.algebra.params import Field
+from tsqp.errors import TSQPError
+from tsqp.tee.crypto.rng import uniform
+
+Key = tuple[int, str]
+Int32 = NDArray[np.int32]
+
+BATCH_ROWS = 64  # made at once: enough for the matrix units
+BATCH_PRODUCTS = 2**29  # and at most this many, so that the engine never waits long for a core
+NICE = 10  # the background thread gives way to whoever else wants the core
+
+
+@dataclass(frozen=True, slots=True)
+class Pads:
+    """Rows of one group.
+
+    Attributes:
+        r_ND: uniform on [0, p).
+        u_NF: Wq · r mod p.
+    """
+
+    r_ND: Int32
+    u_NF: Int32
+
+    def __len__(self) -> int:
+        return len(self.r_ND)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.r_ND.nbytes + self.u_NF.nbytes)
+
+
+class PadProvider(Protocol):
+    """Makes batches of pads."""
+
+    def make(self, key: Key, rows: int) -> Pads:
+        """Fresh pads for one group, never given out before."""
+        ...
+
+
+class DirectProvider:
+    """[P4]: the TEE multiplies its own random rows."""
+
+    def __init__(self, weights_FD: Mapping[Key, Tensor], field: Field) -> None:
+        self._weights_FD = weights_FD
+        self._field = field
+
+    def make(self, key: Key, rows: int) -> Pads:
+        weight_FD = self._weights_FD[key]
+        features, width = weight_FD.shape
+        r_ND = uniform((rows, width), self._field)
+        u_NF = np.empty((rows, features), np.int32)
+        residue_product(torch.from_numpy(r_ND), weight_FD, self._field, torch.from_numpy(u_NF))
+        return Pads(r_ND, u_NF)
+
+
+@dataclass(slots=True)
+class PadStats:
+    """How the pads came about.
+
+    Attributes:
+        ahead_rows: taken from the stock.
+        inline_rows: made while the engine waited for them, which took `inline_s`.
+    """
+
+    ahead_rows: int = 0
+    inline_rows: int = 0
+    inline_s: float = 0.0
+
+
+class PadPool:
+    """A bounded stock of pads, refilled by a thread of its own while the engine waits.
+
+    Args:
+        shapes: (F, D) of each group.
+        memory_bytes: what the stock may take. Every group gets as many rows.
+    """
+
+    def __init__(
+        self, provider: PadProvider, shapes: Mapping[Key, tuple[int, int]], memory_bytes: int
+    ) -> None:
+        self.stats = PadStats()
+        self._provider = provider
+        self._shapes = dict(shapes)
+        row_bytes = 4 * sum(features + width for features, width in shapes.values())
+        self._rows = memory_bytes // row_bytes
+        self._stock: dict[Key, deque[Pads]] = {key: deque() for key in shapes}
+        self._counts = dict.fromkeys(shapes, 0)
+        self._lock = threading.Condition()
+        self._closed = False
+        self._pid = os.getpid()
+        _pools.add(self)
+        self._thread = threading.Thread(target=self._refill, name="tsqp-pads", daemon=True)
+        self._thread.start()
+
+    @property
+    def capacity_rows(self) -> int:
+        """Rows of each group that the stock has room for."""
+        return self._rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stock as it is."""
+        with self._lock:
+            return sum(4 * rows * sum(self._shapes[key]) for key, rows in self._counts.items())
+
+    def take(self, key: Key, rows: int) -> Pads:
+        """Remove and return pads; makes what is not in stock.
+
+        Raises:
+            TSQPError: this is a forked process, whose parent has the same pads.
+        """
+        taken = self._remove(key, rows)
+        ahead = sum(map(len, taken))
+        self.stats.ahead_rows += ahead
+        if ahead < rows:
+            began = perf_counter()
+            taken.append(self._provider.make(key, rows - ahead))
+            self.stats.inline_rows += rows - ahead
+            self.stats.inline_s += perf_counter() - began
+        if len(taken) == 1:
+            return taken[0]
+        r_ND = np.concatenate([pads.r_ND for pads in taken])
+        return Pads(r_ND, np.concatenate([pads.u_NF for pads in taken]))
+
+    def fill(self) -> None:
+        """Wait until the stock is full."""
+        while (key := self._lowest()) is not None:
+            self._make_one(key)
+
+    def close(self) -> None:
+        """Forget all pads and stop making any; safe to call twice."""
+        with self._lock:
+            self._closed = True
+            self._forget()
+            self._lock.notify_all()
+        if self._pid == os.getpid():
+            self._thread.join()
+
+    def _remove(self, key: Key, rows: int) -> list[Pads]:
+        with self._lock:
+            self._check_alive()
+            stock, taken, missing = self._stock[key], [], rows
+            while missing and stock:
+                batch = stock.popleft()
+                if len(batch) > missing:
+                    stock.appendleft(Pads(batch.r_ND[missing:], batch.u_NF[missing:]))
+                    batch = Pads(batch.r_ND[:missing], batch.u_NF[:missing])
+                missing -= len(batch)
+                taken.append(batch)
+            self._counts[key] -= rows - missing
+            self._lock.notify_all()
+            return taken
+
+    def _check_alive(self) -> None:
+        if self._pid != os.getpid():
+            raise TSQPError("A forked process cannot use its parent's pads; make its own LLM.")
+        if self._closed:
+            raise TSQPError("The pads of this session are gone; begin a new one.")
+
+    def _batch_rows(self, key: Key) -> int:
+        features, width = self._shapes[key]
+        return max(1, min(BATCH_ROWS, self._rows, BATCH_PRODUCTS // (features * width)))
+
+    def _lowest(self) -> Key | None:
+        """The group with the least stock that has room for a batch."""
+        with self._lock:
+            if self._closed or self._rows == 0:
+                return None
+            key = min(self._counts, key=lambda k: self._counts[k])
+            with_room = self._counts[key] + self._batch_rows(key) <= self._rows
+            return key if with_room else None
+
+    def _make_one(self, key: Key) -> None:
+        pads = self._provider.make(key, self._batch_rows(key))
+        with self._lock:
+            # Two may have made a batch for the same room; what does not fit was never used.
+            if not self._closed and self._counts[key] + len(pads) <= self._rows:
+                self._stock[key].append(pads)
+                self._counts[key] += len(pads)
+
+    def _refill(self) -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while not self._closed:
+            key = self._lowest()
+            if key is not None:
+                self._make_one(key)
+                continue
+            with self._lock:
+                if not self._closed:
+                    self._lock.wait()
+
+    def _forget(self) -> None:
+        for key, stock in self._stock.items():
+            stock.clear()
+            self._counts[key] = 0
+
+
+_pools: weakref.WeakSet[PadPool] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A child has a copy of the parent's pads; using one would be using it twice."""
+    for pool in list(_pools):
+        for stock in pool._stock.values():
+            stock.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,31 @@
+"""Secret uniform residues: the operating system's entropy, stretched by a stream cipher.
+
+Every call draws a fresh seed, so no generator state outlives a call, is inherited by a forked
+process, or lies in a snapshot for longer.
+"""
+
+import secrets
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsqp.algebra.params import CHECK_MODULUS, WIDE, Field
+from tsqp.tee.crypto.stream import SEED_BYTES, expand
+
+
+def fresh_seed() -> bytes:
+    """256 bits from the operating system."""
+    return secrets.token_bytes(SEED_BYTES)
+
+
+def uniform(shape: tuple[int, ...], field: Field) -> NDArray[np.int32]:
+    """Independent residues, uniform on [0, p)."""
+    residues = np.empty(shape, np.int32)
+    expand(fresh_seed(), residues.reshape(-1), field)
+    return residues
+
+
+def uniform_check(shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """Independent residues, uniform on [0, P)."""
+    assert WIDE.p == CHECK_MODULUS
+    return uniform(shape, WIDE)

@@ -1,0 +1,204 @@
+"""The two trusted loops, against exact arithmetic on the same definitions."""
+
+import numpy as np
+import pytest
+import torch
+from crypto_helpers import (
+    Int32,
+    centred,
+    check_product,
+    exact_integers,
+    integer_weights,
+    product,
+)
+
+from tsqp.algebra import residue_bytes
+from tsqp.algebra.params import CHECK_MODULUS, FIELDS, Field
+from tsqp.errors import IntegrityError, NumericalError
+from tsqp.tee.crypto.freivalds import CheckVectors
+from tsqp.tee.crypto.kernels import ALL_ROWS, RowPool
+from tsqp.tee.crypto.rng import uniform
+from tsqp.tee.offload.masked import Masked, MaskedGroup
+
+BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+
+
+class Layer:
+    """A masked group with an honest worker in exact arithmetic."""
+
+    def __init__(self, field: Field, features: int = 12, width: int = 37) -> None:
+        self.weights = integer_weights(features, width)
+        self.field = field
+        self.group = MaskedGroup((3, "qkv"), self.weights, None, field)
+        self.rows = RowPool(2)
+
+    def pads(self, rows: int) -> tuple[Int32, Int32]:
+        r_TD = uniform((rows, self.group.width), self.field)
+        u_TF = [
+            [v % self.field.p for v in product(self.weights.weight_FD, row)]
+            for row in r_TD.tolist()
+        ]
+        return r_TD, np.array(u_TF, np.int32)
+
+    def mask(self, x_TD: torch.Tensor, r_TD: Int32) -> tuple[Masked, Int32]:
+        """What the TEE keeps, and the residues that go out."""
+        c_TB = torch.empty(len(x_TD), self.field.residue_bytes * self.group.width).byte()
+        masked = self.group.mask(x_TD, r_TD, c_TB, self.rows)
+        c_TD = np.empty(tuple(x_TD.shape), np.int32)
+        residue_bytes.unpack(c_TB.numpy(), self.field, c_TD)
+        return masked, c_TD
+
+    def answer(self, c_TD: Int32) -> torch.Tensor:
+        """Wq · c mod p as bytes."""
+        z_TF = [
+            [v % self.field.p for v in product(self.weights.weight_FD, row)]
+            for row in c_TD.tolist()
+        ]
+        return self.to_bytes(np.array(z_TF, np.int32))
+
+    def to_bytes(self, z_TF: Int32) -> torch.Tensor:
+        z_TB = torch.empty(len(z_TF), self.field.residue_bytes * z_TF.shape[1]).byte()
+        residue_bytes.pack(z_TF, self.field, z_TB.numpy())
+        return z_TB
+
+    def unmask(self, z_TB: torch.Tensor, u_TF: Int32, masked: Masked) -> torch.Tensor:
+        return self.group.unmask(z_TB, u_TF, masked, "The worker", self.rows)
+
+
+def rows_of_every_kind(width: int) -> torch.Tensor:
+    """Normal rows, zeros, one huge entry, tiny and huge numbers, alternating signs."""
+    x_TD = torch.randn(40, width, generator=torch.Generator().manual_seed(7))
+    x_TD[1] = 0
+    x_TD[2] = 0
+    x_TD[2, 5] = 1e20
+    x_TD[3] *= 1e-42
+    x_TD[4] *= 1e20
+    x_TD[5] = torch.tensor([1.0, -1.0]).repeat(width)[:width] * 3e38
+    x_TD[6, 0] = 1e6
+    return x_TD
+
+
+@BOTH
+def test_what_goes_out_is_the_rounded_input_plus_the_pad(field: Field) -> None:
+    layer = Layer(field)
+    x_TD = rows_of_every_kind(layer.group.width)
+    r_TD, _ = layer.pads(len(x_TD))
+    _, c_TD = layer.mask(x_TD, r_TD)
+    for x_D, r_D, c_D in zip(x_TD.tolist(), r_TD.tolist(), c_TD.tolist(), strict=True):
+        xq_D = exact_integers(x_D, layer.weights.weight_FD, field)
+        expected = [(x + r) % field.p for x, r in zip(xq_D, r_D, strict=True)]
+        # The sum of squares may differ in its last bit, and with it a rounding.
+        distance = [(c - e) % field.p for c, e in zip(c_D, expected, strict=True)]
+        assert all(d in (0, 1, field.p - 1) for d in distance)
+        assert sum(d != 0 for d in distance) <= 1
+
+
+@BOTH
+def test_the_answer_is_the_product_of_the_rounded_inputs(field: Field) -> None:
+    layer = Layer(field)
+    x_TD = rows_of_every_kind(layer.group.width)
+    r_TD, u_TF = layer.pads(len(x_TD))
+    masked, c_TD = layer.mask(x_TD, r_TD)
+    y_TF = layer.unmask(layer.answer(c_TD), u_TF, masked)
+    for t, (c_D, r_D) in enumerate(zip(c_TD.tolist(), r_TD.tolist(), strict=True)):
+        xq_D = centred([c - r for c, r in zip(c_D, r_D, strict=True)], field)
+        yq_F = product(layer.weights.weight_FD, xq_D)
+        assert max(map(abs, yq_F)) <= field.half  # [P2]: it never overflows
+        scale_F = layer.weights.scale_F.tolist()
+        exact_F = [y * s * masked.unit_T[t] for y, s in zip(yq_F, scale_F, strict=True)]
+        with np.errstate(over="ignore"):  # as in floating point, 127 · 3e38 is infinite
+            expected_F = np.array(exact_F).astype(np.float32).tolist()
+        assert y_TF[t].tolist() == expected_F
+
+
+@BOTH
+def test_the_scale_never_overflows_on_a_row_aligned_with_a_weight_row(field: Field) -> None:
+    layer = Layer(field, features=6, width=2048)
+    weight_FD = layer.weights.weight_FD
+    aligned_TD = torch.cat([weight_FD.float(), weight_FD.sign().float(), -weight_FD.float() * 1e9])
+    r_TD = np.zeros(tuple(aligned_TD.shape), np.int32)
+    _, c_TD = layer.mask(aligned_TD.contiguous(), r_TD)
+    largest = 0
+    for c_D in c_TD.tolist():
+        yq_F = product(weight_FD, centred(c_D, field))
+        largest = max(largest, *map(abs, yq_F))
+    assert 0.99 * field.half < largest <= field.half
+
+
+@BOTH
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (39, 36), (20, 17)])
+def test_an_input_that_is_not_finite_is_refused_by_its_layer(
+    field: Field, value: float, place: tuple[int, int]
+) -> None:
+    layer = Layer(field)
+    x_TD = torch.ones(40, layer.group.width)
+    x_TD[place] = value
+    with pytest.raises(NumericalError, match="group qkv of layer 3 holds NaN or infinity"):
+        layer.mask(x_TD, layer.pads(40)[0])
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", [1, 2, -1, 2**20, 12345])
+def test_a_single_wrong_entry_is_noticed_wherever_it_is(field: Field, wrong: int) -> None:
+    layer = Layer(field)
+    x_TD = torch.randn(3, layer.group.width)
+    r_TD, u_TF = layer.pads(3)
+    masked, c_TD = layer.mask(x_TD, r_TD)
+    right_TF = np.array(
+        [[v % field.p for v in product(layer.weights.weight_FD, row)] for row in c_TD.tolist()],
+        np.int32,
+    )
+    layer.unmask(layer.to_bytes(right_TF), u_TF, masked)
+    for place in np.ndindex(*right_TF.shape):
+        wrong_TF = right_TF.copy()
+        wrong_TF[place] = (int(wrong_TF[place]) + wrong) % field.p
+        with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 3"):
+            layer.unmask(layer.to_bytes(wrong_TF), u_TF, masked)
+
+
+@BOTH
+def test_a_residue_plus_p_is_refused(field: Field) -> None:
+    layer = Layer(field)
+    x_TD = torch.randn(1, layer.group.width)
+    r_TD, u_TF = layer.pads(1)
+    masked, c_TD = layer.mask(x_TD, r_TD)
+    z_TF = np.array([[0] * layer.group.features], np.int32)
+    residue_bytes.unpack(layer.answer(c_TD).numpy(), field, z_TF)
+    z_TF[0, 4] = field.p + z_TF[0, 4] if field.residue_bytes == 3 else -(2**31) + z_TF[0, 4]
+    with pytest.raises(IntegrityError):
+        layer.unmask(layer.to_bytes(z_TF), u_TF, masked)
+
+
+def test_a_wrong_pad_product_is_noticed() -> None:
+    layer = Layer(FIELDS["wide"])
+    r_TD, u_TF = layer.pads(2)
+    masked, c_TD = layer.mask(torch.randn(2, layer.group.width), r_TD)
+    u_TF[1, 3] ^= 1
+    with pytest.raises(IntegrityError):
+        layer.unmask(layer.answer(c_TD), u_TF, masked)
+
+
+@pytest.mark.parametrize("features", [1, 3, 12, 70_000])
+def test_check_vectors_are_the_products_of_big_integers(features: int) -> None:
+    weight_FD = integer_weights(features, 5).weight_FD
+    checks = CheckVectors.draw(weight_FD)
+    assert checks.k_2F.shape == (2, features)
+    for k_F, kw_D in zip(checks.k_2F, checks.kw_2D, strict=True):
+        assert kw_D.tolist() == check_product(k_F, weight_FD)
+        assert 0 <= k_F.min() <= k_F.max() < CHECK_MODULUS
+
+
+def test_rows_are_shared_out_without_gaps_and_the_first_fault_is_told() -> None:
+    pool = RowPool(3)
+    for rows in (1, 15, 16, 48, 1000):
+        seen = np.zeros(rows, np.int64)
+
+        def kernel(some: slice, seen: np.ndarray = seen) -> int:
+            seen[some] += 1
+            return ALL_ROWS
+
+        assert pool.run(rows, kernel) == ALL_ROWS
+        assert (seen == 1).all()
+    assert pool.run(90, lambda some: 5 if some.start >= 30 else ALL_ROWS) == 35
+    pool.close()

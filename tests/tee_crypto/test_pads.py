@@ -1,0 +1,157 @@
+"""A pad is given out once, whatever happens around it."""
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from crypto_helpers import integer_weights, product
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsqp.algebra.params import FIELDS, WIDE, Field
+from tsqp.errors import TSQPError
+from tsqp.tee.crypto.pads import DirectProvider, PadPool, Pads
+
+QKV, HEAD = (0, "qkv"), (-1, "lm_head")
+SHAPES = {QKV: (3, 2), HEAD: (5, 2)}
+ROW_BYTES = 4 * (5 + 7)
+
+
+class NumberingProvider:
+    """A fake for tests: pads that carry the number of their row instead of secrets."""
+
+    def __init__(self, fails_every: int = 0) -> None:
+        self._lock = threading.Lock()
+        self._next = 0
+        self._calls = 0
+        self._fails_every = fails_every
+
+    def make(self, key: tuple[int, str], rows: int) -> Pads:
+        features, width = SHAPES[key]
+        with self._lock:
+            self._calls += 1
+            if self._fails_every and self._calls % self._fails_every == 0:
+                raise MemoryError("the provider fails, as it does now and then")
+            first, self._next = self._next, self._next + rows
+        numbers = np.arange(first, first + rows, dtype=np.int32)[:, None]
+        return Pads(np.repeat(numbers, width, 1), np.repeat(numbers, features, 1))
+
+
+@pytest.fixture
+def pool() -> Iterator[PadPool]:
+    made = PadPool(NumberingProvider(), SHAPES, 100 * ROW_BYTES)
+    yield made
+    made.close()
+
+
+@pytest.mark.timeout(30)
+@settings(max_examples=15, deadline=None)
+@given(
+    takes=st.lists(st.tuples(st.sampled_from(list(SHAPES)), st.integers(1, 90)), max_size=80),
+    memory_rows=st.integers(0, 150),
+)
+def test_no_pad_is_given_out_twice_to_any_of_many_threads(
+    takes: list[tuple[tuple[int, str], int]], memory_rows: int
+) -> None:
+    pool = PadPool(NumberingProvider(), SHAPES, memory_rows * ROW_BYTES)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            taken = list(threads.map(lambda take: pool.take(*take), takes))
+    finally:
+        pool.close()
+    numbers = [number for pads in taken for number in pads.r_ND[:, 0].tolist()]
+    assert len(numbers) == len(set(numbers)) == sum(rows for _, rows in takes)
+    for (key, rows), pads in zip(takes, taken, strict=True):
+        assert pads.r_ND.shape == (rows, SHAPES[key][1])
+        assert (pads.r_ND[:, 0] == pads.u_NF[:, 0]).all()  # r and u of one row stay together
+
+
+@pytest.mark.timeout(30)
+def test_a_provider_that_fails_loses_pads_and_repeats_none() -> None:
+    pool = PadPool(NumberingProvider(fails_every=3), SHAPES, 0)
+    numbers: list[int] = []
+    failures = 0
+    for _ in range(60):
+        try:
+            numbers += pool.take(QKV, 4).r_ND[:, 0].tolist()
+        except MemoryError:
+            failures += 1
+    pool.close()
+    assert failures == 20
+    assert len(numbers) == len(set(numbers)) == 160
+
+
+@pytest.mark.timeout(30)
+def test_the_stock_never_takes_more_than_its_memory_over_many_tokens(pool: PadPool) -> None:
+    pool.fill()
+    most = 0
+    for token in range(10_000):
+        pool.take(QKV if token % 3 else HEAD, 1)
+        if token % 50 == 0:
+            most = max(most, pool.nbytes)
+    assert 0 < most <= 100 * ROW_BYTES
+    assert pool.stats.ahead_rows + pool.stats.inline_rows == 10_000
+
+
+@pytest.mark.timeout(30)
+def test_a_full_stock_is_taken_from_before_anything_is_made_in_line(pool: PadPool) -> None:
+    pool.fill()
+    pool.take(QKV, 60)
+    assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (60, 0)
+
+
+@pytest.mark.timeout(30)
+def test_no_memory_means_every_pad_is_made_in_line() -> None:
+    pool = PadPool(NumberingProvider(), SHAPES, ROW_BYTES - 1)
+    pool.fill()
+    pool.take(QKV, 7)
+    assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (0, 7)
+    pool.close()
+
+
+@pytest.mark.timeout(30)
+def test_a_closed_pool_gives_nothing(pool: PadPool) -> None:
+    pool.fill()
+    pool.close()
+    assert pool.nbytes == 0
+    with pytest.raises(TSQPError, match="are gone"):
+        pool.take(QKV, 1)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+def test_a_forked_process_has_none_of_its_parents_pads(pool: PadPool) -> None:
+    pool.fill()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            left = sum(map(len, pool._stock.values()))
+            pool.take(QKV, 1)
+            os.write(writer, b"it got one")
+        except TSQPError:
+            os.write(writer, f"{left} left, refused".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 100) == b"0 left, refused"
+    assert pool.take(QKV, 1).r_ND.shape == (1, 2)
+
+
+@pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+def test_pads_of_the_tee_are_uniform_rows_and_their_products(field: Field) -> None:
+    weight_FD = integer_weights(6, 9).weight_FD
+    pads = DirectProvider({QKV: weight_FD}, field).make(QKV, 40)
+    for r_D, u_F in zip(pads.r_ND.tolist(), pads.u_NF.tolist(), strict=True):
+        assert u_F == [v % field.p for v in product(weight_FD, r_D)]
+    assert len({tuple(row) for row in pads.r_ND.tolist()}) == 40
+
+
+def test_two_batches_of_pads_have_nothing_in_common() -> None:
+    provider = DirectProvider({QKV: torch.ones(1, 1000, dtype=torch.int8)}, WIDE)
+    first, second = provider.make(QKV, 10), provider.make(QKV, 10)
+    assert (first.r_ND == second.r_ND).sum() == 0

@@ -1,0 +1,81 @@
+"""Residues from the generator are uniform on [0, p), by exact rejection."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from tsqp.algebra.params import FIELDS, Field
+from tsqp.algebra.words import accept
+from tsqp.tee.crypto import stream
+from tsqp.tee.crypto.rng import uniform
+
+BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+BINS = 4096
+
+
+def chi_square_p(counts: np.ndarray) -> float:
+    """The probability of counts at least as uneven, where all bins are alike."""
+    expected = counts.sum() / counts.size
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    half = torch.tensor([(counts.size - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def bins_of(residues: np.ndarray, field: Field) -> np.ndarray:
+    """Counts of equal parts of [0, p), and of the lowest bits."""
+    high = np.bincount(residues.astype(np.int64) * BINS // field.p, minlength=BINS)
+    low = np.bincount(residues & (BINS - 1), minlength=BINS)
+    return np.stack([high, low])
+
+
+@BOTH
+def test_the_stream_is_the_accepted_words_of_aes_in_counter_mode(
+    field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = bytes(range(32))
+    aes = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
+    words = np.frombuffer(aes.update(bytes(4 * 5000)), "<u4") & ((1 << field.bits) - 1)
+    expected = words[words < field.p][:4000]
+    found = np.empty(4000, np.int32)
+    monkeypatch.setattr(stream, "CHUNK_WORDS", 333)
+    stream.expand(seed, found, field)
+    assert (found == expected).all()
+
+
+@BOTH
+def test_candidates_of_p_or_more_are_skipped_in_order(field: Field) -> None:
+    words = np.array([5, field.p, 7, field.p - 1, (1 << field.bits) - 1, 9], np.uint32)
+    kept = np.empty(6, np.int32)
+    assert accept(words, field.bits, field.p, kept) == 4
+    assert kept[:4].tolist() == [5, 7, field.p - 1, 9]
+
+
+@BOTH
+def test_residues_fill_the_field_evenly(field: Field) -> None:
+    for counts in bins_of(uniform((2_000_000,), field), field):
+        assert 1e-6 < chi_square_p(counts) < 1 - 1e-6
+
+
+@BOTH
+def test_the_test_of_evenness_would_notice_a_bias(field: Field) -> None:
+    biased = uniform((2_000_000,), field)
+    biased[: biased.size // 20] //= 2
+    assert chi_square_p(bins_of(biased, field)[0]) < 1e-6
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_hundred_million_residues_are_as_even_as_chance(field: Field) -> None:
+    counts = sum(bins_of(uniform((10_000_000,), field), field) for _ in range(11))
+    for part in np.asarray(counts):
+        assert 1e-6 < chi_square_p(part) < 1 - 1e-6
+        assert part.sum() >= 10**8
+
+
+def test_every_call_has_a_seed_of_its_own() -> None:
+    field = FIELDS["wide"]
+    rows = uniform((50, 200), field), uniform((50, 200), field)
+    assert not np.intersect1d(*rows).size > math.ceil(50 * 200 * 50 * 200 / field.p) + 10
