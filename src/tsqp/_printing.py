@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -12,7 +13,8 @@ from tsqp.model import demo
 from tsqp.tee.sampling import Completion
 from tsqp.tee.stats import KINDS
 
-OPERATIONS = {"embedding": "embed"}  # what the wire calls a kind, where its name differs
+# What the wire calls the kinds of operations that a worker may do.
+OPERATIONS = {"embedding": ("embed",), "linear": ("linear", "product")}
 
 _stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -62,6 +64,7 @@ def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
         "transport_reason": llm.transport_reason,
         "timings": llm.stats.timings(),
         "operations": llm.stats.as_dict()["operations"],
+        "pads": None if llm.pads is None else asdict(llm.pads),
         "rpc": {
             "calls": sum(rpc.calls.values()),
             "sent_bytes": rpc.sent_bytes,
@@ -87,13 +90,19 @@ def print_statistics(llm: LLM) -> None:
         table.add_column(name, justify="left" if name in ("operation", "side") else "right")
     for kind in KINDS:
         timer = stats.time(kind)
-        operation = OPERATIONS.get(kind, kind)
-        side = "worker" if operation in rpc.calls else "TEE"
+        done = [name for name in OPERATIONS.get(kind, ()) if name in rpc.calls]
+        side = "worker" if done else "TEE"
         table.add_row(kind, side, f"{timer.calls:,}", f"{timer.seconds:.3f}")
-        if operation in rpc.calls:
-            table.add_row("  of it computing", side, "", f"{rpc.compute_s.get(operation, 0):.3f}")
+        if done:
+            computing = sum(rpc.compute_s.get(name, 0.0) for name in done)
+            table.add_row("  of it computing", side, "", f"{computing:.3f}")
     table.add_row("waiting for the worker", "", "", f"{stats.wait_s:.3f}")
     _stderr.print(table)
+    if (pads := llm.pads) is not None:
+        say(
+            f"pads: {pads.ahead_rows:,} rows made ahead, {pads.inline_rows:,} in line "
+            f"in {pads.inline_s:.2f} s"
+        )
     if rpc.calls:
         say(
             f"transport {llm.transport}: {sum(rpc.calls.values()):,} calls, "

@@ -46,7 +46,22 @@ WorkerEndpoint = Annotated[
 ]
 Privacy = Annotated[
     str,
-    typer.Option(envvar="TSQP_PRIVACY", help="tee: no worker. open: the worker reads everything."),
+    typer.Option(
+        envvar="TSQP_PRIVACY",
+        help="pad: the worker sees uniform noise and cannot lie. open: it reads everything. "
+        "tee: no worker.",
+    ),
+]
+Field = Annotated[
+    str,
+    typer.Option(envvar="TSQP_FIELD", help="Residues of the private modes: wide or compact."),
+]
+FixedPoint = Annotated[
+    bool, typer.Option("--fixed-point", help="With tee: compute exactly what pad computes.")
+]
+PadMemory = Annotated[
+    float | None,
+    typer.Option(min=0, envvar="TSQP_PAD_MEMORY", help="GiB for pads made ahead; 0 for none."),
 ]
 Dtype = Annotated[
     str,
@@ -111,7 +126,7 @@ def _settings(
 def generate(
     context: typer.Context,
     model: Model,
-    privacy: Privacy,
+    privacy: Privacy = "pad",
     worker: WorkerEndpoint = None,
     prompt: Annotated[
         list[str] | None,
@@ -132,6 +147,9 @@ def generate(
         bool, typer.Option("--ignore-eos", help="Go on after an end token.")
     ] = False,
     attention: Attention = "tee",
+    field: Field = "wide",
+    fixed_point: FixedPoint = False,
+    pad_memory: PadMemory = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     prefill_chunk: PrefillChunk = 512,
@@ -162,6 +180,9 @@ def generate(
         privacy=privacy,
         worker=worker,
         attention=attention,
+        field=field,
+        fixed_point=fixed_point,
+        pad_memory=None if pad_memory is None else int(pad_memory * 2**30),
         dtype=dtype,
         threads=threads,
         prefill_chunk=prefill_chunk,
@@ -187,6 +208,9 @@ def worker(
         str,
         typer.Option(envvar=["TSQP_DEVICE", "LLAMA_GPU_DEVICE"], help="cpu, cuda or cuda:NUMBER."),
     ] = "cpu",
+    serve: Annotated[
+        str, typer.Option(help="What to hold weights for: private modes, open, or all.")
+    ] = "all",
     dtype: Dtype = "auto",
     threads: Threads = None,
     no_shm: NoShm = False,
@@ -195,12 +219,13 @@ def worker(
     debug: Debug = False,
 ) -> None:
     """Serve a model's linear layers to TEE processes. Runs on the machine with the GPU."""
-    from tsqp.gpu.serve import serve
+    from tsqp.gpu.serve import serve as serve_model
 
-    serve(
+    serve_model(
         model,
         listen,
         device=device,
+        serve=serve,
         dtype=dtype,
         threads=threads,
         max_shm_bytes=0 if no_shm else 2**30,

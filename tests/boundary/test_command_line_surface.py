@@ -5,12 +5,12 @@ from command_line_helpers import surface
 COMMANDS = {
     "": "--config",
     "generate": """
-        --attention --chat --debug --dtype --ignore-eos --insecure --json --max-tokens --no-shm
-        --prefill-chunk --privacy --prompt --prompt-ids --seed --stop --temperature --threads
-        --timeout --top-k --top-p --worker MODEL
+        --attention --chat --debug --dtype --field --fixed-point --ignore-eos --insecure --json
+        --max-tokens --no-shm --pad-memory --prefill-chunk --privacy --prompt --prompt-ids --seed
+        --stop --temperature --threads --timeout --top-k --top-p --worker MODEL
     """,
     "worker": """
-        --debug --device --dtype --insecure --listen --no-shm --supervised --threads MODEL
+        --debug --device --dtype --insecure --listen --no-shm --serve --supervised --threads MODEL
     """,
     "demo": "--debug --fetch --prompt",
     "bench": "--debug --dtype --new-tokens --out --prompt-tokens --rounds --threads MODEL",

@@ -1,4 +1,4 @@
-"""The worker's arithmetic. Shape suffixes: T tokens, D input features, F output features.
+"""The worker's arithmetic. Shape suffixes: T tokens; D input and F output features; B bytes.
 
 Inputs and outputs lie in host memory, shared with the TEE or about to be sent; on a GPU they are
 copied to the device and back.
@@ -6,6 +6,10 @@ copied to the device and back.
 
 import torch
 from torch import Tensor
+
+from tsqp.algebra import int8_product, residue_bytes
+from tsqp.algebra.params import Field
+from tsqp.gpu import cuda_product
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor, out_TF: Tensor) -> None:
@@ -22,3 +26,18 @@ def embed(token_ids_T: Tensor, table_VD: Tensor, out_TD: Tensor) -> None:
         torch.index_select(table_VD, 0, token_ids_T, out=out_TD)
     else:
         out_TD.copy_(table_VD[token_ids_T.to(table_VD.device)])
+
+
+def residue_product(c_TD: Tensor, weight_FD: Tensor, field: Field, out_TB: Tensor) -> None:
+    """out = Wq · c mod p, exact, as rows of bytes [P9].
+
+    Args:
+        c_TD: int32 in host memory; what is no residue gives a wrong answer and no error.
+        weight_FD: int8 in [-127, 127].
+    """
+    if weight_FD.device.type == "cpu":
+        z_TF = torch.empty(len(c_TD), len(weight_FD), dtype=torch.int32)
+        int8_product.residue_product(c_TD, weight_FD, field, z_TF)
+    else:
+        z_TF = cuda_product.residue_product(c_TD.to(weight_FD.device), weight_FD, field).cpu()
+    residue_bytes.pack(z_TF.numpy(), field, out_TB.numpy())

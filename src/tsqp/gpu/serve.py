@@ -4,21 +4,25 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import torch
 
 from tsqp.errors import UsageError
-from tsqp.gpu.weights import load_weights
+from tsqp.gpu.weights import load_integers, load_weights, read_prepared
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.prepared import SUFFIX
+from tsqp.model.quantize import Progress
 from tsqp.model.weights import parse_dtype
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.server import Server
-from tsqp.wire.tensors import DTYPE_NAMES
 
 log = logging.getLogger("tsqp")
 
+SERVE = ("all", "private", "open")
 READY = "ready"  # what a supervised worker says on standard output
 
 
@@ -27,6 +31,7 @@ def serve(
     listen: str,
     *,
     device: str = "cpu",
+    serve: str = "all",
     dtype: str = "auto",
     threads: int | None = None,
     max_shm_bytes: int = 2**30,
@@ -36,9 +41,12 @@ def serve(
     """Load a model's linear weights and serve them until SIGINT or SIGTERM.
 
     Args:
-        model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
+        model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", "demo", or a file
+            that `tsqp prepare` wrote, which serves private modes only.
         listen: ipc:///PATH or tcp://HOST:PORT.
         device: "cpu", "cuda" or "cuda:NUMBER".
+        serve: "private" holds integer weights, "open" floating-point ones, "all" both.
+        dtype: of the floating-point weights.
         max_shm_bytes: most shared memory for one session; 0 keeps tensors on the socket.
         insecure: listen on an address that other machines can reach.
         supervised: say "ready" on standard output, and stop at the end of standard input.
@@ -57,29 +65,45 @@ def serve(
     _stop_on_signals(stop)
     if supervised:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
-    checkpoint = open_checkpoint(model)
+    load = _prepare_to_load(model, serve, dtype, where, lambda *_: _heed(stop))
     # Listening comes before loading, which may be long: an address in use shows at once.
     server = Server(endpoint, max_shm_bytes=max_shm_bytes, log=log.info)
     try:
-        log.info("loading %s …", checkpoint.name)
-        loaded_dtype = parse_dtype(dtype, checkpoint.config)
-        weights = load_weights(checkpoint, loaded_dtype, where, lambda *_: _heed(stop))
-        checkpoint.close()
-        log.info(
-            "serving %s in %s on %s at %s (weights %s…)",
-            checkpoint.name,
-            DTYPE_NAMES[weights.dtype],
-            where,
-            server.address,
-            weights.digest[:12],
-        )
+        log.info("loading %s …", model)
+        worker = load()
+        log.info("serving %s on %s at %s: %s", model, where, server.address, worker)
         if supervised:
             print(READY, flush=True)
-        server.serve(Worker(weights), stop.is_set)
+        server.serve(worker, stop.is_set)
     except _Stopped:
         pass
     finally:
         server.close()
+
+
+def _prepare_to_load(
+    model: str, serve: str, dtype: str, device: torch.device, progress: Progress
+) -> Callable[[], Worker]:
+    """Check what was asked for; what is returned loads it."""
+    if serve not in SERVE:
+        raise UsageError(f"There is nothing called {serve!r} to serve; choose {', '.join(SERVE)}.")
+    if model.endswith(SUFFIX):
+        if serve == "open":
+            raise UsageError(f"{model} holds integer weights alone; leave --serve open out.")
+        return lambda: Worker(None, read_prepared(Path(model).expanduser(), device, progress))
+    checkpoint = open_checkpoint(model)
+    loaded_dtype = parse_dtype(dtype, checkpoint.config)
+
+    def load() -> Worker:
+        integers = weights = None
+        if serve != "open":
+            integers = load_integers(model, checkpoint, device, progress)
+        if serve != "private":
+            weights = load_weights(checkpoint, loaded_dtype, device, progress)
+        checkpoint.close()
+        return Worker(weights, integers)
+
+    return load
 
 
 def _check_listening(endpoint: Endpoint, insecure: bool) -> None:

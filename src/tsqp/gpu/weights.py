@@ -1,15 +1,18 @@
 """What the worker loads: linear weights and the embedding table, all of them public."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tsqp.errors import OutOfMemory
+from tsqp.model import prepared
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, ModelConfig
 from tsqp.model.digest import WeightsDigest
+from tsqp.model.prepared import PreparedFile
+from tsqp.model.quantize import IntegerWeights, Progress, integer_bytes
 from tsqp.model.weights import (
     check_memory,
     embedding_bytes,
@@ -42,7 +45,7 @@ def load_weights(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Weights:
     """Stream a checkpoint onto `device`, one group of layers at a time.
 
@@ -58,10 +61,7 @@ def load_weights(
     config = checkpoint.config
     tied = config.tie_word_embeddings
     required = linear_bytes(config, dtype) + (0 if tied else embedding_bytes(config, dtype))
-    if device.type == "cpu":
-        check_memory(required, f"The weights of {checkpoint.name}")
-    else:
-        _check_device_memory(required, device, checkpoint.name)
+    _check_room(required, device, checkpoint.name)
     digest = WeightsDigest()
     table = read_embedding(checkpoint, dtype, digest)
     embedding = _place(table, device) if tied else table.to(device)  # only a product wants columns
@@ -79,7 +79,10 @@ def load_weights(
     return Weights(config, dtype, device, linear, embedding, digest.hexdigest())
 
 
-def _check_device_memory(required: int, device: torch.device, name: str) -> None:
+def _check_room(required: int, device: torch.device, name: str) -> None:
+    if device.type == "cpu":
+        check_memory(required, f"The weights of {name}")
+        return
     available, _ = torch.cuda.mem_get_info(device)
     if required > available:
         raise OutOfMemory(
@@ -90,3 +93,57 @@ def _check_device_memory(required: int, device: torch.device, name: str) -> None
 
 def _place(weight: Tensor, device: torch.device) -> Tensor:
     return lay_out(weight) if device.type == "cpu" else weight.to(device)
+
+
+@dataclass(frozen=True)
+class IntegerModel:
+    """The worker's weights in the private modes.
+
+    Attributes:
+        linear_FD: int8 weight by (layer, group); layer -1 is the output projection.
+        digest: of these and their scales, as both sides compute it.
+    """
+
+    device: torch.device
+    linear_FD: dict[tuple[int, str], Tensor]
+    digest: str
+
+
+def load_integers(
+    model: str,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    progress: Progress = lambda done, total: None,
+) -> IntegerModel:
+    """Make or read the integer weights of a checkpoint, a group at a time; scales are dropped.
+
+    Raises:
+        CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
+        OutOfMemory: the weights would not fit.
+    """
+    _check_room(integer_bytes(checkpoint.config), device, checkpoint.name)
+    linear: dict[tuple[int, str], Tensor] = {}
+
+    def place(key: tuple[int, str], weights: IntegerWeights) -> None:
+        linear[key] = weights.weight_FD.to(device)
+
+    digest = prepared.load_integers(model, checkpoint, place, progress)
+    return IntegerModel(device, linear, digest)
+
+
+def read_prepared(
+    path: Path, device: torch.device, progress: Progress = lambda done, total: None
+) -> IntegerModel:
+    """Read what `tsqp prepare` wrote.
+
+    Raises:
+        CheckpointError: it is no prepared file, or was changed.
+        OutOfMemory: the weights would not fit.
+    """
+    file = PreparedFile(path)
+    try:
+        _check_room(file.nbytes, device, str(path))
+        linear = {key: weights.weight_FD.to(device) for key, weights in file.groups(progress)}
+        return IntegerModel(device, linear, file.digest)
+    finally:
+        file.close()

@@ -5,45 +5,69 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsqp.errors import ProtocolError
+from tsqp.algebra import residue_bytes
+from tsqp.algebra.params import FIELDS
+from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu import kernels
-from tsqp.gpu.weights import Weights
-from tsqp.wire.messages import Embed, Hello, Linear, Operation, Welcome
-from tsqp.wire.tensors import DTYPE_NAMES, Spec
+from tsqp.gpu.weights import IntegerModel, Weights
+from tsqp.wire.messages import Embed, Hello, Linear, Operation, Product, Welcome
+from tsqp.wire.tensors import WEIGHTS_DTYPES, Spec
 
-ABILITIES = ("embedding", "linear")
+OPEN_ABILITIES = ("embedding", "linear")
+PRIVATE_ABILITIES = ("product",)
 MAX_ROWS = 2**20
 
 
 class Worker:
-    """A `tsqp.wire.channel.Service` over one model's weights. It keeps nothing between calls."""
+    """A `tsqp.wire.channel.Service` over one model's weights. It keeps nothing between calls.
 
-    def __init__(self, weights: Weights) -> None:
+    Args:
+        weights: for `open`, or None.
+        integers: for the private modes, or None.
+    """
+
+    def __init__(self, weights: Weights | None, integers: IntegerModel | None = None) -> None:
+        assert weights is not None or integers is not None
         self._weights = weights
+        self._integers = integers
+
+    def __str__(self) -> str:
+        served = []
+        if self._integers is not None:
+            served.append(f"private modes (weights {self._integers.digest[:12]}…)")
+        if self._weights is not None:
+            dtype = WEIGHTS_DTYPES[self._weights.dtype]
+            served.append(f"open in {dtype} (weights {self._weights.digest[:12]}…)")
+        return ", ".join(served)
 
     def welcome(self, hello: Hello) -> Welcome:
-        """What this worker serves."""
-        dtype = DTYPE_NAMES[self._weights.dtype]
-        device = self._weights.device.type
-        return Welcome(hello.nonce, self._weights.digest, dtype, ABILITIES, device, None)
+        """What this worker serves to a client that wants weights of `hello.dtype`.
+
+        Raises:
+            HandshakeError: it does not hold that kind.
+        """
+        if hello.dtype == "int8":
+            if self._integers is None:
+                raise HandshakeError(
+                    "the worker holds no integer weights; start it with --serve private or all."
+                )
+            device = self._integers.device.type
+            digest = self._integers.digest
+            return Welcome(hello.nonce, digest, "int8", PRIVATE_ABILITIES, device, None)
+        if self._weights is None:
+            raise HandshakeError(
+                "the worker serves private modes only; use one of them, or start it with "
+                "--serve open or all."
+            )
+        dtype, device = WEIGHTS_DTYPES[self._weights.dtype], self._weights.device.type
+        return Welcome(hello.nonce, self._weights.digest, dtype, OPEN_ABILITIES, device, None)
 
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         """Raise ProtocolError unless the tensors have the shapes that `operation` wants."""
         rows = inputs[0].shape[0] if len(inputs) == 1 else 0
         if not 1 <= rows <= MAX_ROWS:
             raise ProtocolError(f"A call needs one input of 1 to {MAX_ROWS} rows.")
-        dtype = self._weights.dtype
-        match operation:
-            case Linear(layer, group):
-                weight_FD = self._weights.linear_FD.get((layer, group))
-                if weight_FD is None:
-                    raise ProtocolError(f"There is no group {group!r} in layer {layer}.")
-                features, width = weight_FD.shape
-                wanted_input = Spec((rows, width), dtype)
-            case Embed():
-                features = self._weights.config.hidden_size
-                wanted_input = Spec((rows,), torch.int64)
-        wanted_output = Spec((rows, features), dtype)
+        wanted_input, wanted_output = self._specs(operation, rows)
         if inputs[0] != wanted_input or list(outputs) != [wanted_output]:
             raise ProtocolError(
                 f"{operation} wants {wanted_input} and gives {wanted_output}, not "
@@ -61,9 +85,56 @@ class Worker:
         """
         match operation:
             case Linear(layer, group):
-                kernels.linear(inputs[0], self._weights.linear_FD[layer, group], outputs[0])
+                kernels.linear(inputs[0], self._float_weight(layer, group), outputs[0])
             case Embed():
-                token_ids_T = inputs[0].clone()  # what is checked must not change afterwards
-                if token_ids_T.min() < 0 or token_ids_T.max() >= len(self._weights.embedding_VD):
-                    raise ProtocolError("A token id lies outside the vocabulary.")
-                kernels.embed(token_ids_T, self._weights.embedding_VD, outputs[0])
+                self._embed(inputs[0], outputs[0])
+            case Product(layer, group, field_name):
+                field, weight_FD = FIELDS[field_name], self._integer_weight(layer, group)
+                c_TD = torch.empty(len(inputs[0]), weight_FD.shape[1], dtype=torch.int32)
+                residue_bytes.unpack(inputs[0].numpy(), field, c_TD.numpy())
+                kernels.residue_product(c_TD, weight_FD, field, outputs[0])
+
+    def _specs(self, operation: Operation, rows: int) -> tuple[Spec, Spec]:
+        """The input and the output that `operation` wants."""
+        match operation:
+            case Linear(layer, group):
+                features, width = self._float_weight(layer, group).shape
+                dtype = self._open_weights.dtype
+                return Spec((rows, width), dtype), Spec((rows, features), dtype)
+            case Embed():
+                width = self._open_weights.embedding_VD.shape[1]
+                dtype = self._open_weights.dtype
+                return Spec((rows,), torch.int64), Spec((rows, width), dtype)
+            case Product(layer, group, field):
+                features, width = self._integer_weight(layer, group).shape
+                each = FIELDS[field].residue_bytes
+                wanted = Spec((rows, each * width), torch.uint8)
+                return wanted, Spec((rows, each * features), torch.uint8)
+
+    @property
+    def _open_weights(self) -> Weights:
+        if self._weights is None:
+            raise ProtocolError("This worker serves private modes only.")
+        return self._weights
+
+    def _float_weight(self, layer: int, group: str) -> Tensor:
+        return _find(self._open_weights.linear_FD, layer, group)
+
+    def _integer_weight(self, layer: int, group: str) -> Tensor:
+        if self._integers is None:
+            raise ProtocolError("This worker holds no integer weights.")
+        return _find(self._integers.linear_FD, layer, group)
+
+    def _embed(self, ids: Tensor, out_TD: Tensor) -> None:
+        token_ids_T = ids.clone()  # what is checked must not change afterwards
+        table_VD = self._open_weights.embedding_VD
+        if token_ids_T.min() < 0 or token_ids_T.max() >= len(table_VD):
+            raise ProtocolError("A token id lies outside the vocabulary.")
+        kernels.embed(token_ids_T, table_VD, out_TD)
+
+
+def _find(weights: dict[tuple[int, str], Tensor], layer: int, group: str) -> Tensor:
+    found = weights.get((layer, group))
+    if found is None:
+        raise ProtocolError(f"There is no group {group!r} in layer {layer}.")
+    return found

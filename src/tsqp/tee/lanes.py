@@ -39,9 +39,8 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
             lane, timer, pending = started.popleft()
             began = perf_counter()
             with pending as answer:
-                waited = perf_counter() - began
-                timer.seconds += waited
-                stats.wait_s += waited
+                timer.seconds += perf_counter() - began
+                stats.wait_s += pending.waited_s
                 try:
                     start(lane, lanes[lane].send(answer))
                 except StopIteration as end:

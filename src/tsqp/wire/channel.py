@@ -88,6 +88,10 @@ class Channel(Protocol):
         """Send a reserved call and return its ticket. The slot must not be touched any more."""
         ...
 
+    def discard(self, slot: Slot) -> None:
+        """Give back a reserved call that will not be submitted."""
+        ...
+
     def wait(self, ticket: int, deadline: float) -> Reply:
         """The answer to `ticket`, waiting until `deadline` (of time.monotonic) at most.
 
@@ -193,6 +197,9 @@ class InprocChannel:
         self._tickets += 1
         self._calls[self._tickets] = slot
         return self._tickets
+
+    def discard(self, slot: Slot) -> None:
+        pass
 
     def wait(self, ticket: int, deadline: float) -> InprocSlot:
         slot = self._calls.pop(ticket)

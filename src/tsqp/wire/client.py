@@ -171,6 +171,10 @@ class RemoteChannel:
         self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
         return ticket
 
+    def discard(self, slot: Slot) -> None:
+        assert isinstance(slot, _Call)
+        self.release(slot)
+
     def wait(self, ticket: int, deadline: float) -> _Call:
         self._check_open()
         call = self._calls[ticket]

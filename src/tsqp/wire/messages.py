@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from tsqp.algebra.params import FieldName
+
 PROTOCOL_VERSION = 1
 
 MAX_LAYERS = 4096
@@ -18,7 +20,8 @@ MAX_TENSORS = 8
 MAX_SENTENCE = 2000
 MAX_TRACEBACK = 16_000
 
-Dtype = Literal["float32", "float16", "bfloat16", "int64"]
+Dtype = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
+WeightsDtype = Literal["float32", "float16", "bfloat16", "int8"]  # of the weights of a session
 Dimension = Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
 Offset = Annotated[int, Meta(ge=-1, le=2**48)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -58,7 +61,7 @@ class Hello(Message, frozen=True, tag="hello"):
 
     nonce: Nonce
     weights_digest: Digest
-    dtype: Dtype
+    dtype: WeightsDtype
     abilities: Annotated[tuple[Name, ...], Meta(max_length=16)]
     shm_bytes: Annotated[int, Meta(ge=0, le=2**40)]
     evidence: Evidence = b""
@@ -69,7 +72,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
     nonce: Nonce
     weights_digest: Digest
-    dtype: Dtype
+    dtype: WeightsDtype
     abilities: Annotated[tuple[Name, ...], Meta(max_length=16)]
     device: Name
     segment: SegmentRef | None
@@ -98,7 +101,15 @@ class Embed(Message, frozen=True, tag="embed"):
     """Rows of the embedding table; only in `open`, where the worker may know the tokens."""
 
 
-Operation = Linear | Embed
+class Product(Message, frozen=True, tag="product"):
+    """z = Wq · c mod p for one group of one layer [P9]; c and z are rows of bytes."""
+
+    layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)]
+    group: Name
+    field: FieldName
+
+
+Operation = Linear | Embed | Product
 
 
 class Call(Message, frozen=True, tag="call"):

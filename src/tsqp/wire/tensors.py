@@ -6,15 +6,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsqp.wire.messages import Dtype, TensorRef
+from tsqp.wire.messages import Dtype, TensorRef, WeightsDtype
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int64": torch.int64,
+    "uint8": torch.uint8,
 }
 DTYPE_NAMES: dict[torch.dtype, Dtype] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+WEIGHTS_DTYPES: dict[torch.dtype, WeightsDtype] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
 
 
 class Spec(NamedTuple):

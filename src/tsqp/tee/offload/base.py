@@ -68,7 +68,12 @@ class Pending(Protocol):
 
     `with pending as y:` waits for the answer. The tensor may lie in memory shared with the
     worker: it is valid inside the block only, and must be copied to be kept.
+
+    Attributes:
+        waited_s: seconds in which this side had nothing to do for the answer; set on entering.
     """
+
+    waited_s: float
 
     def __enter__(self) -> Tensor: ...
 
@@ -87,10 +92,11 @@ class Pending(Protocol):
 class Ready:
     """A request that was answered when it was started; the tensor is private memory."""
 
-    __slots__ = ("_answer",)
+    __slots__ = ("_answer", "waited_s")
 
     def __init__(self, answer: Tensor) -> None:
         self._answer = answer
+        self.waited_s = 0.0
 
     def __enter__(self) -> Tensor:
         return self._answer
@@ -106,7 +112,7 @@ class Offload(Protocol):
     """Answers the decoder's requests, and owns the KV cache of its sequences."""
 
     def start(self, request: Request) -> Pending:
-        """Begin `request`. Its tensors have been read, or copied, when this returns."""
+        """Begin `request`. Its tensors must not change until it is answered."""
         ...
 
     def alloc(self, sequence: int, capacity: int) -> None:

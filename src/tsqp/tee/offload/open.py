@@ -7,6 +7,7 @@ Shape suffixes: T tokens; D input and F output features of a linear layer.
 """
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tsqp.model.config import ModelConfig, linear_groups, parts
-from tsqp.tee.offload.base import Attention, Embedding, Pending, Ready, Request
+from tsqp.tee.offload.base import Attention, Embedding, Pending, Request
 from tsqp.tee.offload.local import LocalAttention
 from tsqp.wire import messages
 from tsqp.wire.channel import Channel, Reply
@@ -87,21 +88,10 @@ class OpenOffload:
         rows = len(x)
         block = min(_rows_per_call(x, shard, self._dtype) for shard in shards)
         if len(shards) == 1 and rows <= block:
-            return self._submit(operation, x, shards[0], bias_F)
-        y_TF = torch.empty(rows, shards[-1].stop, dtype=self._dtype)
-        for first in range(0, rows, block):
-            some = slice(first, min(first + block, rows))
-            biases_F = [None if bias_F is None else bias_F[s.start : s.stop] for s in shards]
-            pending = [
-                self._submit(operation, x[some], shard, shard_bias_F)
-                for shard, shard_bias_F in zip(shards, biases_F, strict=True)
-            ]
-            for shard, answer in zip(shards, pending, strict=True):
-                with answer as part_TF:
-                    y_TF[some, shard.start : shard.stop] = part_TF
-        return Ready(y_TF)
+            return self.submit(operation, x, shards[0], bias_F)
+        return _SplitAnswer(self, operation, x, shards, bias_F, block)
 
-    def _submit(
+    def submit(
         self, operation: Operation, x: Tensor, shard: Shard, bias_F: Tensor | None
     ) -> "RemoteAnswer":
         inputs = [Spec(tuple(x.shape), x.dtype)]
@@ -123,13 +113,16 @@ class RemoteAnswer:
         self._bias_F = bias_F
         self._timeout = timeout
         self._reply: Reply | None = None
+        self.waited_s = 0.0
 
     def __enter__(self) -> Tensor:
+        began = time.perf_counter()
         try:
             self._reply = self._channel.wait(self._ticket, time.monotonic() + self._timeout)
         except BaseException:  # Ctrl-C too: nobody else will ask for this answer
             self.cancel()
             raise
+        self.waited_s = time.perf_counter() - began
         y_TF = self._reply.outputs[0]
         return y_TF if self._bias_F is None else y_TF + self._bias_F
 
@@ -144,6 +137,68 @@ class RemoteAnswer:
 
     def cancel(self) -> None:
         self._channel.cancel(self._ticket)
+
+
+class _SplitAnswer:
+    """An answer that takes several calls: of blocks of rows, one after the other."""
+
+    def __init__(
+        self,
+        offload: OpenOffload,
+        operation: Operation,
+        x: Tensor,
+        shards: Sequence[Shard],
+        bias_F: Tensor | None,
+        block: int,
+    ) -> None:
+        self._offload = offload
+        self._operation = operation
+        self._shards = shards
+        self._bias_F = bias_F
+        self._blocks = deque(x[first : first + block] for first in range(0, len(x), block))
+        self._out: list[RemoteAnswer] = []
+        self.waited_s = 0.0
+        self._submit_next()
+
+    def __enter__(self) -> Tensor:
+        parts = []
+        try:
+            while self._out:
+                parts.append(self._receive())
+                self._submit_next()
+        except BaseException:
+            self.cancel()
+            raise
+        return torch.cat(parts)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def cancel(self) -> None:
+        self._blocks.clear()
+        while self._out:
+            self._out.pop().cancel()
+
+    def _submit_next(self) -> None:
+        if not self._blocks:
+            return
+        x = self._blocks.popleft()
+        try:
+            for shard in self._shards:
+                bias_F = None if self._bias_F is None else self._bias_F[shard.start : shard.stop]
+                self._out.append(self._offload.submit(self._operation, x, shard, bias_F))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _receive(self) -> Tensor:
+        columns = []
+        while self._out:
+            answer = self._out.pop(0)
+            with answer as part_TF:
+                columns.append(part_TF.clone())
+            self.waited_s += answer.waited_s
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
 def _rows_per_call(x: Tensor, shard: Shard, dtype: torch.dtype) -> int:

@@ -1,0 +1,131 @@
+"""Where linear layers run: builds the offload of each privacy mode."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from tsqp._options import Options
+from tsqp._sessions import WorkerProcess
+from tsqp.errors import IntegrityError
+from tsqp.model import prepared
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.model.config import LAYER_GROUPS, linear_groups
+from tsqp.model.digest import weights_digest
+from tsqp.model.memory import available_bytes
+from tsqp.model.quantize import IntegerWeights, group_shape, integer_bytes
+from tsqp.model.weights import (
+    check_memory,
+    embedding_bytes,
+    linear_bytes,
+    read_bias,
+    read_embedding,
+)
+from tsqp.tee.crypto.freivalds import process_limit
+from tsqp.tee.crypto.kernels import RowPool
+from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.fixed_point import FixedPointLinear
+from tsqp.tee.offload.local import LocalOffload
+from tsqp.tee.offload.masked import Key, MaskedGroup, PrivateOffload
+from tsqp.tee.offload.open import OpenOffload
+from tsqp.tee.offload.pad import PadLinear
+
+log = logging.getLogger("tsqp")
+
+MIN_SHM = 2**20
+MAX_SHM = 2**30
+HEAD_ROWS = 8  # sequences whose logits travel in one call; more are split
+MAX_PAD_MEMORY = 2 * 2**30  # unless a user wants more
+
+
+class Builder:
+    """Builds the offload of one model; reads from the checkpoint what the trusted side needs."""
+
+    def __init__(self, options: Options, model: str, checkpoint: Checkpoint, dtype: torch.dtype):
+        self._options = options
+        self._model = model
+        self._checkpoint = checkpoint
+        self._config = checkpoint.config
+        self._dtype = dtype
+
+    def build(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
+        """The offload; and the pool of pads, where there is one.
+
+        Args:
+            workers: the worker processes of the options' endpoints, not yet connected.
+        """
+        if self._options.masked:
+            return self._masked(workers)
+        if self._options.privacy == "open":
+            return self._open(workers[0]), None
+        self._check_memory(linear_bytes(self._config, self._dtype))
+        return LocalOffload(self._checkpoint, self._dtype), None
+
+    def _open(self, worker: WorkerProcess) -> Offload:
+        log.warning("privacy open: the worker reads every prompt and every answer")
+        digest = weights_digest(self._checkpoint, self._dtype)
+        shm_bytes = self._segment_bytes(self._dtype.itemsize)
+        channel = worker.connect(self._checkpoint, digest, shm_bytes)
+        biases_F = self._biases_F()
+        return OpenOffload(channel, self._config, self._dtype, biases_F, self._options.timeout)
+
+    def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
+        if process_limit.reached:
+            raise IntegrityError(
+                "Workers failed their checks too often in this process, so nothing is offloaded "
+                "any more; find out which one lies, and start again."
+            )
+        options, field = self._options, self._options.field
+        self._check_memory(integer_bytes(self._config))
+        integers: dict[Key, IntegerWeights] = {}
+        digest = prepared.load_integers(self._model, self._checkpoint, integers.__setitem__)
+        biases_F = self._biases_F()
+        groups = {
+            key: MaskedGroup(key, weights, biases_F.get(key), field)
+            for key, weights in integers.items()
+        }
+        embedding_VD = read_embedding(self._checkpoint, self._dtype)
+        rows = RowPool(options.threads or torch.get_num_threads())
+        if options.privacy == "tee":
+            fixed_point = FixedPointLinear(groups, self._dtype, rows)
+            return PrivateOffload(self._config, self._dtype, embedding_VD, fixed_point), None
+        channel = workers[0].connect(
+            self._checkpoint, digest, self._segment_bytes(field.residue_bytes)
+        )
+        weights_FD = {key: weights.weight_FD for key, weights in integers.items()}
+        shapes = {key: group_shape(self._config, *key) for key in integers}
+        pool = PadPool(DirectProvider(weights_FD, field), shapes, self._pad_memory())
+        pad = PadLinear(channel, groups, pool, self._dtype, options.timeout, rows, process_limit)
+        return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
+
+    def _biases_F(self) -> dict[Key, torch.Tensor]:
+        return {
+            (layer, group): bias_F
+            for layer in range(self._config.num_layers)
+            for group in LAYER_GROUPS
+            if (bias_F := read_bias(self._checkpoint, layer, group, self._dtype)) is not None
+        }
+
+    def _check_memory(self, weights: int) -> None:
+        own_table = self._options.masked or not self._config.tie_word_embeddings
+        required = weights + (embedding_bytes(self._config, self._dtype) if own_table else 0)
+        check_memory(required, f"The weights of {self._checkpoint.name}")
+
+    def _pad_memory(self) -> int:
+        wanted = self._options.pad_memory
+        if wanted is None:
+            return min(MAX_PAD_MEMORY, available_bytes() // 4)
+        check_memory(wanted, "The stock of pads")
+        return wanted
+
+    def _segment_bytes(self, itemsize: int) -> int:
+        """Shared memory for the calls of one step."""
+        if not self._options.shm:
+            return 0
+        rows = self._options.prefill_chunk
+        widths = {key: sum(group_shape(self._config, *key)) for key in linear_groups(self._config)}
+        head = widths.pop((-1, "lm_head"))
+        widest = itemsize * max(rows * max(widths.values()), min(rows, HEAD_ROWS) * head)
+        # Room for an answer in use and for the next call, twice over for a second lane.
+        return min(max(4 * widest, MIN_SHM), MAX_SHM)

@@ -1,0 +1,97 @@
+"""Sessions with workers: reaching one, starting one, or running one in this process."""
+
+import logging
+import secrets
+
+import torch
+
+from tsqp._local_worker import LocalWorker
+from tsqp.gpu.weights import load_integers, load_weights
+from tsqp.gpu.worker import OPEN_ABILITIES, PRIVATE_ABILITIES, Worker
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.wire.channel import Channel, InprocChannel
+from tsqp.wire.client import RemoteChannel, check_reachable
+from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.messages import Hello
+from tsqp.wire.tensors import WEIGHTS_DTYPES
+
+log = logging.getLogger("tsqp")
+
+
+class WorkerProcess:
+    """The worker behind one endpoint, from the first look to the session.
+
+    The steps are apart because what lies between them takes long: this side loads its weights
+    while a local worker loads its own.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, model: str, dtype: torch.dtype, threads: int | None
+    ) -> None:
+        """Start a local worker, or find out whether another one is there.
+
+        Args:
+            dtype: of the weights that the session needs; int8 for the private modes.
+            threads: for a local worker.
+
+        Raises:
+            WorkerUnavailable: nobody serves the endpoint.
+        """
+        self._endpoint = endpoint
+        self._model = model
+        self._dtype = dtype
+        self._local: LocalWorker | None = None
+        self.channel: Channel | None = None
+        if endpoint.scheme == "local":
+            log.info("starting a worker on this machine, in the same trust domain")
+            arguments = [model, "--serve", "private"]
+            if dtype != torch.int8:
+                arguments = [model, "--serve", "open", "--dtype", WEIGHTS_DTYPES[dtype]]
+            arguments += [] if threads is None else ["--threads", str(threads)]
+            self._local = LocalWorker(arguments)
+        elif endpoint.scheme != "inproc":
+            check_reachable(endpoint)
+
+    def connect(self, checkpoint: Checkpoint, digest: str, shm_bytes: int) -> Channel:
+        """Shake hands.
+
+        Args:
+            digest: of the weights that this side computed from its own copy.
+            shm_bytes: shared memory wanted, 0 for none.
+
+        Raises:
+            WorkerError: the worker is gone, or holds something else.
+        """
+        private = self._dtype == torch.int8
+        hello = Hello(
+            nonce=secrets.token_bytes(32),
+            weights_digest=digest,
+            dtype=WEIGHTS_DTYPES[self._dtype],
+            abilities=PRIVATE_ABILITIES if private else OPEN_ABILITIES,
+            shm_bytes=shm_bytes,
+        )
+        if self._endpoint.scheme == "inproc":
+            self.channel = InprocChannel(self._inproc_worker(checkpoint), hello)
+            return self.channel
+        endpoint = self._endpoint
+        if self._local is not None:
+            self._local.await_ready()
+            endpoint = parse_endpoint(self._local.endpoint)
+        self.channel = channel = RemoteChannel(endpoint, hello)
+        log.info("worker at %s: transport %s (%s)", endpoint, channel.transport, channel.reason)
+        return channel
+
+    def close(self) -> None:
+        """End the session, and a local worker; safe to call twice."""
+        try:
+            if self.channel is not None:
+                self.channel.close()
+        finally:
+            if self._local is not None:
+                self._local.close()
+
+    def _inproc_worker(self, checkpoint: Checkpoint) -> Worker:
+        cpu = torch.device("cpu")
+        if self._dtype == torch.int8:
+            return Worker(None, load_integers(self._model, checkpoint, cpu))
+        return Worker(load_weights(checkpoint, self._dtype, cpu))

@@ -1,0 +1,269 @@
+"""What the private modes share: fixed point, the check, and everything that stays in the TEE.
+
+Shape suffixes: T tokens; D input and F output features of a group; V vocabulary; B bytes of a row.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from tsqp.algebra.fixed_point import Bounds
+from tsqp.algebra.params import Field
+from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel
+from tsqp.model.config import ModelConfig
+from tsqp.model.quantize import IntegerWeights
+from tsqp.tee.crypto import kernels
+from tsqp.tee.crypto.freivalds import CheckVectors
+from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request
+from tsqp.tee.offload.local import LocalAttention
+
+Key = tuple[int, str]
+Int32 = NDArray[np.int32]
+Block = TypeVar("Block")  # what a mode remembers of rows that are out
+
+BLOCK_ROWS = 128  # of one call: the TEE unmasks one block while the worker multiplies the next
+AHEAD = 2  # blocks that are out at once
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """What the TEE keeps of an input that went out.
+
+    Attributes:
+        unit_T: size of one step of each row's integers, float64.
+        expected_T2: k_iW · xq mod P, what [P7] must find.
+    """
+
+    unit_T: NDArray[np.float64]
+    expected_T2: NDArray[np.int64]
+
+
+class MaskedGroup:
+    """One group of linear layers: its integers, and the secret vectors that check products.
+
+    Attributes:
+        weight_FD: int8.
+        features, width: F and D.
+    """
+
+    def __init__(
+        self, key: Key, weights: IntegerWeights, bias_F: Tensor | None, field: Field
+    ) -> None:
+        """Draw check vectors [P6].
+
+        Raises:
+            UnsupportedModel: the field is too small for these weights.
+        """
+        self.layer, self.name = key
+        self.weight_FD = weights.weight_FD
+        self.features, self.width = weights.weight_FD.shape
+        self.field = field
+        bounds = Bounds.of(weights.weight_FD)
+        self._l1, self._l2 = float(bounds.l1), math.sqrt(bounds.l2_squared)
+        try:
+            self._room = bounds.room(field)
+        except ValueError as exc:
+            raise UnsupportedModel(
+                f"{self} does not fit the {field.name} field: {exc}; use --field wide, or another "
+                "model."
+            ) from exc
+        self._scale_F = weights.scale_F.numpy()
+        self._bias_F = None if bias_F is None else bias_F.float()
+        self._checks = CheckVectors.draw(weights.weight_FD)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row's residues, both ways."""
+        return self.field.residue_bytes * (self.width + self.features)
+
+    def __str__(self) -> str:
+        return (
+            f"group {self.name}" if self.layer < 0 else f"group {self.name} of layer {self.layer}"
+        )
+
+    def mask(self, x_TD: Tensor, r_TD: Int32, c_TB: Tensor, rows: kernels.RowPool) -> Masked:
+        """[P2], [P5]: write c = xq + r mod p, the only thing that leaves.
+
+        Args:
+            x_TD: float32, contiguous.
+            r_TD: residues.
+            c_TB: uint8, may be shared memory.
+
+        Raises:
+            NumericalError: a row of x is not finite.
+        """
+        x_np, c_np = x_TD.numpy(), c_TB.numpy()
+        masked = Masked(np.empty(len(x_np)), np.empty((len(x_np), 2), np.int64))
+
+        def some(part: slice) -> int:
+            return kernels.quantize_and_pad(
+                x_np[part],
+                r_TD[part],
+                self._checks.kw_2D,
+                self._l1,
+                self._l2,
+                self._room,
+                self.field,
+                c_np[part],
+                masked.unit_T[part],
+                masked.expected_T2[part],
+            )
+
+        if rows.run(len(x_np), some) != kernels.ALL_ROWS:
+            raise NumericalError(
+                f"The input of {self} holds NaN or infinity; try --dtype float32, or check the "
+                "model."
+            )
+        return masked
+
+    def unmask(
+        self, z_TB: Tensor, u_TF: Int32, masked: Masked, endpoint: str, rows: kernels.RowPool
+    ) -> Tensor:
+        """[P5], [P7], [P3]: y, float32 in private memory, once every row has passed the check.
+
+        Raises:
+            IntegrityError: some row is not the product.
+        """
+        y_TF = torch.empty(len(z_TB), self.features)
+        z_np, y_np = z_TB.numpy(), y_TF.numpy()
+
+        def some(part: slice) -> int:
+            return kernels.unpad_and_check(
+                z_np[part],
+                u_TF[part],
+                self._checks.k_2F,
+                self._scale_F,
+                masked.unit_T[part],
+                masked.expected_T2[part],
+                self.field,
+                y_np[part],
+            )
+
+        if rows.run(len(z_np), some) != kernels.ALL_ROWS:
+            raise IntegrityError(
+                f"{endpoint} returned a wrong product for {self}; nothing of it was used. "
+                "Do not trust that worker."
+            )
+        return y_TF if self._bias_F is None else y_TF.add_(self._bias_F)
+
+
+Groups = Mapping[Key, MaskedGroup]
+
+
+class _LinearPart(Protocol):
+    """Where the linear layers of a private mode run."""
+
+    def start(self, request: Linear) -> Pending: ...
+
+    def close(self) -> None: ...
+
+
+class PrivateOffload:
+    """Embedding, attention and the KV cache in the TEE; linear layers elsewhere, masked."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, embedding_VD: Tensor, linear: _LinearPart
+    ) -> None:
+        self._attention = LocalAttention(config, dtype)
+        self._embedding_VD = embedding_VD
+        self._linear = linear
+
+    def start(self, request: Request) -> Pending:
+        if isinstance(request, Linear):
+            return self._linear.start(request)
+        if isinstance(request, Attention):
+            return self._attention.start(request)
+        assert isinstance(request, Embedding)
+        return Ready(F.embedding(request.token_ids_T, self._embedding_VD))
+
+    def alloc(self, sequence: int, capacity: int) -> None:
+        self._attention.alloc(sequence, capacity)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        self._attention.truncate(sequence, length)
+
+    def free(self, sequence: int) -> None:
+        self._attention.free(sequence)
+
+    def close(self) -> None:
+        self._linear.close()
+
+
+class _BlockSender(Protocol[Block]):
+    """A masked mode's work on one block of rows."""
+
+    def rows_per_call(self, group: MaskedGroup) -> int: ...
+
+    def send(self, group: MaskedGroup, x_TD: Tensor) -> Block: ...
+
+    def receive(self, group: MaskedGroup, block: Block) -> tuple[Tensor, float]:
+        """The product, float32, and the seconds spent waiting for it."""
+        ...
+
+    def cancel(self, block: Block) -> None: ...
+
+
+def start_in_blocks(
+    sender: _BlockSender[Block], group: MaskedGroup, x_TD: Tensor, dtype: torch.dtype
+) -> Pending:
+    """Send the first blocks of rows; the rest follows as answers come."""
+    return _Blocks(sender, group, x_TD.float().contiguous(), dtype)
+
+
+class _Blocks(Generic[Block]):
+    """An answer on its way; at most AHEAD of its blocks are out at once."""
+
+    def __init__(
+        self, sender: _BlockSender[Block], group: MaskedGroup, x_TD: Tensor, dtype: torch.dtype
+    ) -> None:
+        self._sender = sender
+        self._group = group
+        self._dtype = dtype
+        step = min(BLOCK_ROWS, sender.rows_per_call(group))
+        self._waiting = deque(x_TD[first : first + step] for first in range(0, len(x_TD), step))
+        self._out: deque[Block] = deque()
+        self.waited_s = 0.0
+        try:
+            self._send_ahead()
+        except BaseException:
+            self.cancel()
+            raise
+
+    def __enter__(self) -> Tensor:
+        parts = []
+        try:
+            while self._out:
+                y_TF, waited_s = self._sender.receive(self._group, self._out.popleft())
+                parts.append(y_TF)
+                self.waited_s += waited_s
+                self._send_ahead()
+        except BaseException:
+            self.cancel()
+            raise
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._dtype)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+    def cancel(self) -> None:
+        self._waiting.clear()
+        while self._out:
+            self._sender.cancel(self._out.popleft())
+
+    def _send_ahead(self) -> None:
+        while self._waiting and len(self._out) < AHEAD:
+            self._out.append(self._sender.send(self._group, self._waiting.popleft()))

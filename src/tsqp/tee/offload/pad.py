@@ -1,0 +1,108 @@
+"""`--privacy pad`: one untrusted worker, which sees uniform residues and cannot lie.
+
+[P4] takes pads from a pool, [P5] masks and unmasks, [P6] and [P7] check every row. Shape suffixes:
+T tokens; D input and F output features of a group; B bytes of a row.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsqp.errors import IntegrityError, NumericalError
+from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.tee.crypto.kernels import RowPool
+from tsqp.tee.crypto.pads import PadPool, Pads
+from tsqp.tee.offload.base import Linear, Pending
+from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
+from tsqp.wire.channel import Channel
+from tsqp.wire.messages import Product
+from tsqp.wire.tensors import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows that are out: what it takes to read their answer."""
+
+    ticket: int
+    pads: Pads
+    masked: Masked
+
+
+class PadLinear:
+    """Linear layers by one worker.
+
+    Args:
+        timeout: seconds that the worker may take for one call.
+        failures: counts failed checks of the whole process.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        groups: Groups,
+        pool: PadPool,
+        dtype: torch.dtype,
+        timeout: float,
+        rows: RowPool,
+        failures: FailureLimit,
+    ) -> None:
+        self._channel = channel
+        self._groups = groups
+        self._pool = pool
+        self._dtype = dtype
+        self._timeout = timeout
+        self._rows = rows
+        self._failures = failures
+
+    def start(self, request: Linear) -> Pending:
+        group = self._groups[request.layer, request.group]
+        return start_in_blocks(self, group, request.x_TD, self._dtype)
+
+    def close(self) -> None:
+        self._pool.close()
+        self._rows.close()
+        self._channel.close()
+
+    def rows_per_call(self, group: MaskedGroup) -> int:
+        return max(1, self._channel.max_call_bytes // group.row_bytes)
+
+    def send(self, group: MaskedGroup, x_TD: Tensor) -> _Block:
+        """[P4], [P5]: take fresh pads, mask, and submit."""
+        rows, each = len(x_TD), group.field.residue_bytes
+        pads = self._pool.take((group.layer, group.name), rows)
+        slot = self._channel.reserve(
+            Product(group.layer, group.name, group.field.name),
+            [Spec((rows, each * group.width), torch.uint8)],
+            [Spec((rows, each * group.features), torch.uint8)],
+        )
+        try:
+            masked = group.mask(x_TD, pads.r_ND, slot.inputs[0], self._rows)
+        except NumericalError:
+            self._channel.discard(slot)
+            raise
+        return _Block(self._channel.submit(slot), pads, masked)
+
+    def receive(self, group: MaskedGroup, block: _Block) -> tuple[Tensor, float]:
+        """[P5], [P7]: the product, or nothing."""
+        began = time.monotonic()
+        with self._channel.wait(block.ticket, began + self._timeout) as reply:
+            waited_s = time.monotonic() - began
+            try:
+                y_TF = group.unmask(
+                    reply.outputs[0],
+                    block.pads.u_NF,
+                    block.masked,
+                    f"The worker at {self._channel.endpoint}",
+                    self._rows,
+                )
+            except IntegrityError:
+                # The worker, its pads and the check vectors are never used again [P7].
+                self._failures.count()
+                self.close()
+                raise
+        return y_TF, waited_s
+
+    def cancel(self, block: _Block) -> None:
+        self._channel.cancel(block.ticket)

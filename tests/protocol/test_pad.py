@@ -1,0 +1,205 @@
+"""`pad` computes what `tee --fixed-point` computes, to the last bit; the worker sees residues."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tsqp import LLM, SamplingParams
+from tsqp.algebra import residue_bytes
+from tsqp.algebra.params import FIELDS
+from tsqp.errors import NumericalError, TSQPError, UnsupportedModel
+from tsqp.gpu.worker import Worker
+from tsqp.tee.offload.base import Linear
+
+BOTH = pytest.mark.parametrize("field", list(FIELDS))
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+PROMPTS = [[5, 6, 7], list(range(100, 260)), [9]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with biases and an output projection of its own."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=199,
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + 0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[tuple[int, ...]]:
+    return [answer.token_ids for answer in llm.generate(prompts, GREEDY)]
+
+
+def linear(llm: LLM, layer: int, group: str, x_TD: Tensor) -> Tensor:
+    """What the offload answers to one request."""
+    assert llm._offload is not None
+    with llm._offload.start(Linear(layer, group, x_TD)) as y_TF:
+        return y_TF.clone()
+
+
+@pytest.mark.timeout(110)
+@BOTH
+def test_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
+    field: str, demo_path: Path
+) -> None:
+    with LLM("demo", privacy="tee", fixed_point=True, field=field, dtype="float32") as reference:
+        expected = tokens(reference)
+    options = {"privacy": "pad", "field": field, "dtype": "float32", "prefill_chunk": 100}
+    with LLM("demo", worker="inproc", pad_memory=0, **options) as inline:
+        assert tokens(inline) == expected
+    with LLM("demo", worker="local", timeout=60, **options) as ahead:
+        ahead.fill_pads()
+        assert tokens(ahead) == expected
+        assert ahead.pads is not None and ahead.pads.ahead_rows > 0
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_group_of_a_model_with_biases_is_bit_equal(
+    field: str, dtype: str, small: Path
+) -> None:
+    options = {"field": field, "dtype": dtype}
+    generator = torch.Generator().manual_seed(3)
+    with (
+        LLM(str(small), privacy="tee", fixed_point=True, **options) as reference,
+        LLM(str(small), privacy="pad", worker="inproc", **options) as padded,
+    ):
+        groups = [(layer, g) for layer in (0, 1) for g in ("qkv", "o", "gate_up", "down")]
+        for layer, group in [*groups, (-1, "lm_head")]:
+            width = 88 if group == "down" else 48
+            for rows in (1, 2, 300):
+                x_TD = torch.randn(rows, width, generator=generator).to(reference.dtype)
+                y_TF = linear(padded, layer, group, x_TD)
+                assert y_TF.dtype == reference.dtype
+                assert torch.equal(y_TF, linear(reference, layer, group, x_TD))
+
+
+@BOTH
+def test_the_fixed_point_product_is_that_of_float64(field: str, small: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    exact = LlamaForCausalLM.from_pretrained(small, dtype=torch.float64).model.layers[1]
+    with LLM(str(small), privacy="tee", fixed_point=True, field=field, dtype="float32") as llm:
+        x_TD = torch.randn(50, 48, generator=generator)
+        y_TF = linear(llm, 1, "o", x_TD).double()
+        weight_FD = exact.self_attn.o_proj.weight.detach()
+        scale_F = weight_FD.abs().amax(1, keepdim=True) / 127
+        rounded_FD = (weight_FD / scale_F).round() * scale_F
+        expected_TF = x_TD.double() @ rounded_FD.t() + exact.self_attn.o_proj.bias.detach()
+        # What is left are 48 activations rounded to steps of 1/a, far below a weight's rounding.
+        step = 2.0**-20 if field == "wide" else 2.0**-12
+        assert (y_TF - expected_TF).abs().max() < 48 * step
+
+
+@BOTH
+def test_lanes_and_chunks_do_not_change_the_tokens(field: str, small: Path) -> None:
+    answers = []
+    for lanes, chunk in ((1, 512), (2, 512), (2, 37)):
+        with LLM(
+            str(small), worker="local", field=field, lanes=lanes, prefill_chunk=chunk, timeout=60
+        ) as llm:
+            answers.append(tokens(llm, [[n % 199 for n in p] for p in PROMPTS]))
+    assert answers[0] == answers[1] == answers[2]
+
+
+class Watched:
+    """Notes what an in-process worker receives."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.received: list[np.ndarray] = []
+        run = Worker.run
+
+        def noting(worker: Worker, operation: object, inputs: list[Tensor], outputs: object):  # type: ignore[no-untyped-def]
+            residues_TD = np.empty((len(inputs[0]), inputs[0].shape[1] // 4), np.int32)
+            residue_bytes.unpack(inputs[0].numpy(), FIELDS["wide"], residues_TD)
+            self.received.append(residues_TD)
+            return run(worker, operation, inputs, outputs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Worker, "run", noting)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    yield Watched(monkeypatch)
+
+
+def test_the_worker_sees_other_residues_each_time_the_same_prompt_comes(
+    watched: Watched, small: Path
+) -> None:
+    with LLM(str(small), worker="inproc") as llm:
+        first = tokens(llm, [[1, 2, 3] * 40])
+        seen = watched.received
+        watched.received = []
+        assert tokens(llm, [[1, 2, 3] * 40]) == first
+    assert len(seen) == len(watched.received) > 100
+    equal = sum(int((a == b).sum()) for a, b in zip(seen, watched.received, strict=True))
+    values = sum(a.size for a in seen)
+    assert equal <= 3  # of which chance would give values / p
+    assert values > 10_000
+
+
+def test_what_the_worker_sees_is_spread_over_the_whole_field(watched: Watched, small: Path) -> None:
+    with LLM(str(small), worker="inproc") as llm:
+        tokens(llm, [[7] * 200])
+    seen = np.concatenate([residues.reshape(-1) for residues in watched.received])
+    counts = np.bincount(seen.astype(np.int64) * 64 // FIELDS["wide"].p, minlength=64)
+    expected = seen.size / 64
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert statistic < 150  # 63 degrees of freedom: more than that once in 10^8 runs
+
+
+def test_an_activation_that_is_no_number_ends_the_request_by_its_layer(small: Path) -> None:
+    with LLM(str(small), worker="inproc") as llm:
+        x_TD = torch.ones(2, 48)
+        x_TD[1, 3] = float("nan")
+        with pytest.raises(NumericalError, match="input of group qkv of layer 1"):
+            linear(llm, 1, "qkv", x_TD)
+        assert tokens(llm, [[1, 2, 3]])  # and the session goes on
+
+
+def test_a_group_too_wide_for_the_field_is_refused_by_its_figures(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=120_000,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    expected = "group down of layer 0 does not fit the compact field: .* 64 are needed"
+    with pytest.raises(UnsupportedModel, match=expected):
+        LLM(str(tmp_path), privacy="tee", fixed_point=True, field="compact")
+    LLM(str(tmp_path), privacy="tee", fixed_point=True, field="wide").close()
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(small: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(small)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TSQPError, match=r"layers\.1\.mlp\.up_proj\.weight .* NaN or infinity"):
+        LLM(str(tmp_path), privacy="tee", fixed_point=True)
