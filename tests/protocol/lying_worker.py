@@ -1,0 +1,386 @@
+"""A worker that lies: a real process, the real protocol, and one misbehaviour a session.
+
+    python lying_worker.py ENDPOINT ORDERS
+
+ORDERS is a file that says what the next session's misbehaviour is; it is read at each handshake.
+Whatever no misbehaviour touches is done by the real `Server` and the real `Worker`.
+
+Shape suffixes: T tokens; D input and F output features of a group; B bytes of a row.
+"""
+
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from tsqp.algebra import residue_bytes
+from tsqp.algebra.params import FIELDS, Field
+from tsqp.gpu.weights import load_integers, load_weights
+from tsqp.gpu.worker import Worker
+from tsqp.model.checkpoint import open_checkpoint
+from tsqp.wire.codec import HEADER, encode
+from tsqp.wire.endpoint import parse_endpoint
+from tsqp.wire.mailbox import MAILBOX_BYTES, Mailbox
+from tsqp.wire.messages import (
+    Attach,
+    Call,
+    FromTEE,
+    Hello,
+    Linear,
+    Message,
+    Operation,
+    Product,
+    Result,
+    Welcome,
+)
+from tsqp.wire.server import Server, Session
+from tsqp.wire.tensors import Spec
+
+MODEL, OTHER_MODEL = "random:tiny", "random:tiny:1"
+LATE_S = 1.0
+MEDDLE_S = 0.003  # how long memory keeps changing after the answer was posted
+PAGE = 4096
+
+Key = tuple[int, str]
+Frames = list[bytes | memoryview]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a session does wrong.
+
+    Attributes:
+        crime: a name in one of the tables below.
+        layer, group: the only group that is lied about.
+        after: calls of the session that are answered honestly first.
+        bit: which one of the answer "one bit flipped" means, modulo their number.
+    """
+
+    crime: str = "none"
+    layer: int = 0
+    group: str = "qkv"
+    after: int = 0
+    bit: int = 0
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(msgspec.json.encode(self))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The right answer to a call, and what a liar may make another one of.
+
+    Attributes:
+        z_TF, c_TD: residues, int64.
+        before_TF: what the session was answered before, for the same group.
+        group_TF: the same, for another group of the same shape.
+        session_TF: what another session was answered, for the same group.
+    """
+
+    field: Field
+    c_TD: Tensor
+    z_TF: Tensor
+    before_TF: Tensor | None
+    group_TF: Tensor | None
+    session_TF: Tensor | None
+
+
+def add(z_TF: Tensor, what: int, place: object = slice(None)) -> Tensor:
+    changed_TF = z_TF.clone()
+    changed_TF[place] += what
+    return changed_TF
+
+
+def several(z_TF: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """What needs more than one row waits for a call that has them."""
+    return change(z_TF) if len(z_TF) > 1 else None
+
+
+# What is written in the place of the product; None for a call at which this lie is impossible.
+# A number that is larger than a word loses its upper bits.
+WRONG_PRODUCTS: dict[str, Callable[[Answer], Tensor | None]] = {
+    "one element off by one": lambda a: add(a.z_TF, 1, (-1, -1)) % a.field.p,
+    "a row off by one": lambda a: add(a.z_TF, 1, 0) % a.field.p,
+    "a row off by minus one": lambda a: add(a.z_TF, -1, 0) % a.field.p,
+    "a row off by p": lambda a: add(a.z_TF, a.field.p, 0),
+    "a row off by its highest bit": lambda a: add(a.z_TF, 1 << 8 * a.field.residue_bytes - 1, 0),
+    "p itself": lambda a: torch.full_like(a.z_TF, a.field.p),
+    "the largest word": lambda a: torch.full_like(a.z_TF, -1),
+    "zeros": lambda a: torch.zeros_like(a.z_TF),
+    "twice the product": lambda a: 2 * a.z_TF % a.field.p,
+    "minus the product": lambda a: -a.z_TF % a.field.p,
+    "one weight off by one": lambda a: torch.cat(
+        [(a.z_TF[:, :1] + a.c_TD[:, :1]) % a.field.p, a.z_TF[:, 1:]], 1
+    ),
+    "features shifted by one": lambda a: a.z_TF.roll(1, 1),
+    "two rows swapped": lambda a: several(a.z_TF, lambda z_TF: z_TF.flip(0)),
+    "all rows but the last": lambda a: several(a.z_TF, lambda z_TF: add(z_TF, 1, (-1, 0))),
+    "rows and features exchanged": lambda a: several(
+        a.z_TF, lambda z_TF: z_TF.t().reshape(z_TF.shape)
+    ),
+    "floating-point numbers": lambda a: a.z_TF.float().view(torch.int32).long(),
+    "the previous answer": lambda a: a.before_TF,
+    "the answer of another group": lambda a: a.group_TF,
+    "the answer of another session": lambda a: a.session_TF,
+}
+
+
+# The frames of each message that is sent for an answer's frames: the result, and its tensor where
+# that does not lie in shared memory.
+WRONG_MESSAGES: dict[str, Callable[[Frames], Sequence[Frames]]] = {
+    "never answers": lambda frames: [],
+    "answers late": lambda frames: later(frames),
+    "answers twice": lambda frames: [frames, frames],
+    "answers a call to come": lambda frames: [[to_another(frames[0], 1), *frames[1:]]],
+    "answers no call": lambda frames: [[to_another(frames[0], 2**40), *frames[1:]]],
+    "babbles": lambda frames: [[bytes(64), *frames[1:]]],
+    "sends a byte too few": lambda frames: [[frames[0], frames[1][:-1]]],
+    "sends a byte too many": lambda frames: [[frames[0], bytes(frames[1]) + b"\0"]],
+    "sends half of the rows": lambda frames: [[frames[0], frames[1][: len(frames[1]) // 2]]],
+    "sends every row twice": lambda frames: [[frames[0], bytes(frames[1]) * 2]],
+    "sends words twice as wide": lambda frames: [
+        [frames[0], torch.frombuffer(frames[1], dtype=torch.int32).long().numpy().tobytes()]
+    ],
+    "sends no tensor": lambda frames: [frames[:1]],
+    "sends a tensor too many": lambda frames: [[*frames, frames[1]]],
+}
+
+
+def later(frames: Frames) -> Sequence[Frames]:
+    time.sleep(LATE_S)
+    return [frames]
+
+
+def to_another(frame: bytes | memoryview, further: int) -> bytes:
+    """An answer as it is, but to a later call."""
+    magic, version, zero, ticket, length = HEADER.unpack_from(frame)
+    return HEADER.pack(magic, version, zero, ticket + further, length) + frame[HEADER.size :]
+
+
+WRONG_WELCOMES: dict[str, Callable[[Welcome], Welcome]] = {
+    "names another digest": lambda w: msgspec.structs.replace(w, weights_digest="0" * 64),
+    "names another dtype": lambda w: msgspec.structs.replace(w, dtype="float32"),
+    "can do nothing": lambda w: msgspec.structs.replace(w, abilities=()),
+    "repeats an old nonce": lambda w: msgspec.structs.replace(w, nonce=bytes(32)),
+}
+
+
+class Liar:
+    """The service of one session: the worker's own, but for what the order says."""
+
+    def __init__(self, honest: Worker, other: Worker, order: Order, previous: "Liar | None"):
+        self.order = order
+        self.is_lying = False  # in the call that is being answered
+        self.outputs: Sequence[Tensor] = ()
+        self.answers: dict[Key, Tensor] = {}
+        self.segment: int | None = None
+        self._worker = other if order.crime == "hides other weights" else honest
+        self._heard = {} if previous is None else previous.answers
+        self._calls = 0
+
+    def welcome(self, hello: Hello) -> Welcome:
+        welcome = self._worker.welcome(hello)
+        if self.order.crime == "hides other weights":
+            return msgspec.structs.replace(welcome, weights_digest=hello.weights_digest)
+        return welcome
+
+    def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
+        self._worker.check(operation, inputs, outputs)
+
+    def run(
+        self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        order = self.order
+        self._calls += 1
+        self.outputs = outputs
+        is_meant = isinstance(operation, Product | Linear) and (
+            (operation.layer, operation.group) == (order.layer, order.group)
+        )
+        self.is_lying = is_meant and self._calls > order.after
+        if self.is_lying and order.crime == "fails":
+            raise RuntimeError("this worker has better things to do")
+        if self.is_lying and order.crime == "writes nothing":
+            return
+        self._worker.run(operation, inputs, outputs)
+        if self.is_lying and order.crime == "not a number":
+            outputs[0].view(-1)[-1] = torch.nan
+        if isinstance(operation, Product):
+            self._replace(operation, inputs[0], outputs[0])
+
+    def _replace(self, operation: Product, c_TB: Tensor, z_TB: Tensor) -> None:
+        field, key = FIELDS[operation.field], (operation.layer, operation.group)
+        answer = self._answer(field, key, read(c_TB, field), read(z_TB, field))
+        self.answers[key] = answer.z_TF
+        if not self.is_lying:
+            return
+        if self.order.crime == "one bit flipped":
+            flip(z_TB, self.order.bit)
+        elif (change := WRONG_PRODUCTS.get(self.order.crime)) is not None:
+            wrong_TF = change(answer)
+            if wrong_TF is not None:
+                residue_bytes.pack(wrong_TF.to(torch.int32).numpy(), field, z_TB.numpy())
+
+    def _answer(self, field: Field, key: Key, c_TD: Tensor, z_TF: Tensor) -> Answer:
+        def fitting(found_TF: Tensor | None) -> Tensor | None:
+            return found_TF if found_TF is not None and found_TF.shape == z_TF.shape else None
+
+        others = [fitting(found_TF) for other, found_TF in self.answers.items() if other != key]
+        other_TF = next((found_TF for found_TF in others if found_TF is not None), None)
+        before_TF, session_TF = self.answers.get(key), self._heard.get(key)
+        return Answer(field, c_TD, z_TF, fitting(before_TF), other_TF, fitting(session_TF))
+
+    def messages(self, frames: Frames) -> Sequence[Frames]:
+        """What is said instead of an answer."""
+        change = WRONG_MESSAGES.get(self.order.crime)
+        return [frames] if change is None or not self.is_lying else change(frames)
+
+    def before_posting(self) -> None:
+        if self.is_lying and self.order.crime == "truncates the segment":
+            assert self.segment is not None
+            os.ftruncate(self.segment, 2 * PAGE)  # the rings stay, the tensors go
+
+    def after_posting(self) -> None:
+        if self.is_lying and self.order.crime == "changes its answer afterwards":
+            threading.Thread(target=meddle, args=(self.outputs[0], self.order.bit)).start()
+
+    def forget(self) -> None:
+        """Let go of the session's memory."""
+        self.outputs = ()
+        if self.segment is not None:
+            os.close(self.segment)
+
+
+class LyingMailbox(Mailbox):
+    """Posts what its liar says instead of each answer."""
+
+    def __init__(self, memory: memoryview, liar: Liar) -> None:
+        super().__init__(memory, "worker")
+        self._liar = liar
+
+    def post(self, frame: bytes) -> bool:
+        self._liar.before_posting()
+        asleep = [super(LyingMailbox, self).post(m[0]) for m in self._liar.messages([frame])]
+        self._liar.after_posting()
+        return any(asleep)
+
+
+class LyingServer(Server):
+    """The real server, whose sessions each have a liar for a service."""
+
+    def __init__(self, endpoint: str, orders: Path, honest: Worker, other: Worker) -> None:
+        super().__init__(parse_endpoint(endpoint))
+        self._orders = orders
+        self._workers = honest, other
+        self._liars: dict[bytes, Liar] = {}
+        self._last: Liar | None = None
+        self._held: tuple[int, Call] | None = None
+
+    def _begin(self, identity: bytes, hello: Hello) -> None:
+        order = msgspec.json.decode(self._orders.read_bytes(), type=Order)
+        self._last = liar = Liar(*self._workers, order, self._last)
+        self._service = self._liars[identity] = liar
+        super()._begin(identity, hello)
+        session = self.sessions[identity]
+        if session.segment is not None and order.crime == "truncates the segment":
+            liar.segment = os.open(session.segment.path, os.O_RDWR)
+
+    def _dispatch(self, identity: bytes, ticket: int, message: FromTEE, posted: bool) -> None:
+        super()._dispatch(identity, ticket, message, posted)
+        session = self.sessions.get(identity)
+        if isinstance(message, Attach) and session and session.segment and session.mailbox:
+            memory = session.segment.memory(MAILBOX_BYTES)
+            session.mailbox = LyingMailbox(memory, self._liars[identity])
+
+    def _call(
+        self, identity: bytes, session: Session, ticket: int, call: Call, posted: bool
+    ) -> None:
+        self._service = liar = self._liars[identity]
+        calls = [(ticket, call)]
+        if liar.order.crime == "exchanges two answers":
+            calls = self._exchange(liar.order, ticket, call)
+        for each, changed in calls:
+            super()._call(identity, session, each, changed, posted)
+
+    def _exchange(self, order: Order, ticket: int, call: Call) -> list[tuple[int, Call]]:
+        """Hold a call until another of its group is there, and answer each in the other's place."""
+        operation = call.operation
+        if not isinstance(operation, Product) or operation.group != order.group:
+            return [(ticket, call)]
+        if self._held is None:
+            self._held = ticket, call
+            return []
+        (first, held), self._held = self._held, None
+        return [
+            (first, msgspec.structs.replace(held, outputs=call.outputs)),
+            (ticket, msgspec.structs.replace(call, outputs=held.outputs)),
+        ]
+
+    def _send(
+        self, identity: bytes, message: Message, ticket: int, inline: Sequence[memoryview] = ()
+    ) -> None:
+        liar = self._liars.get(identity)
+        if isinstance(message, Welcome) and liar and liar.order.crime in WRONG_WELCOMES:
+            message = WRONG_WELCOMES[liar.order.crime](message)
+        if not isinstance(message, Result) or liar is None:
+            super()._send(identity, message, ticket, inline)
+            return
+        for frames in liar.messages([encode(message, ticket), *inline]):
+            self._socket.send(identity, frames, wait=True)
+
+    def _end(self, identity: bytes, why: str) -> None:
+        super()._end(identity, why)
+        liar = self._liars.pop(identity, None)
+        if liar is not None:
+            liar.forget()
+
+
+def read(bytes_TB: Tensor, field: Field) -> Tensor:
+    rows, length = bytes_TB.shape
+    residues_TN = torch.empty(rows, length // field.residue_bytes, dtype=torch.int32)
+    residue_bytes.unpack(bytes_TB.numpy(), field, residues_TN.numpy())
+    return residues_TN.long()
+
+
+def flip(bytes_TB: Tensor, bit: int) -> None:
+    """Flip one bit in place."""
+    byte, place = divmod(bit % (8 * bytes_TB.numel()), 8)
+    bytes_TB.view(-1)[byte] ^= 1 << place
+
+
+def meddle(bytes_TB: Tensor, bit: int) -> None:
+    """Change memory back and forth, for a moment."""
+    end = time.monotonic() + MEDDLE_S
+    while time.monotonic() < end:
+        flip(bytes_TB, bit)
+
+
+def load(model: str) -> Worker:
+    checkpoint = open_checkpoint(model)
+    cpu = torch.device("cpu")
+    return Worker(
+        load_weights(checkpoint, torch.float32, cpu), load_integers(model, checkpoint, cpu)
+    )
+
+
+def main(endpoint: str, orders: str) -> None:
+    honest = load(MODEL)
+    server = LyingServer(endpoint, Path(orders), honest, load(OTHER_MODEL))
+    print("serving ", file=sys.stderr, flush=True)
+    try:
+        # Standard input ends when the tests do, however they end.
+        server.serve(honest, lambda: bool(select.select([sys.stdin], [], [], 0)[0]))
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    sys.setswitchinterval(1e-5)  # so that memory changes while the other thread serves
+    main(*sys.argv[1:])
