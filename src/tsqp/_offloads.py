@@ -8,10 +8,10 @@ import torch
 from tsqp._options import Options
 from tsqp._sessions import WorkerProcess
 from tsqp.errors import IntegrityError
-from tsqp.model import prepared
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, linear_groups
 from tsqp.model.digest import weights_digest
+from tsqp.model.integer_cache import load_integers
 from tsqp.model.memory import available_bytes
 from tsqp.model.quantize import IntegerWeights, group_shape, integer_bytes
 from tsqp.model.weights import (
@@ -79,7 +79,7 @@ class Builder:
         options, field = self._options, self._options.field
         self._check_memory(integer_bytes(self._config))
         integers: dict[Key, IntegerWeights] = {}
-        digest = prepared.load_integers(self._model, self._checkpoint, integers.__setitem__)
+        digest = load_integers(self._model, self._checkpoint, integers.__setitem__)
         biases_F = self._biases_F()
         groups = {
             key: MaskedGroup(key, weights, biases_F.get(key), field)

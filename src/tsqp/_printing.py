@@ -3,13 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from tsqp._wiring import LLM
 from tsqp.model import demo
+from tsqp.model.prepared import prepare
 from tsqp.tee.sampling import Completion
 from tsqp.tee.stats import KINDS
 
@@ -126,3 +128,15 @@ def fetch_demo_model() -> None:
             bar.update(task, completed=done, total=total, visible=True)
 
         demo.fetch(progress)
+
+
+def prepare_model(model: str, out: Path) -> None:
+    """Write a prepared file with a progress bar, and say how to use it."""
+    columns = (TextColumn("Preparing"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=_stderr, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        digest = prepare(
+            model, out, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    say(f"{out}: {out.stat().st_size:,} bytes, weights {digest[:12]}…")
+    say(f"Serve it with: tsqp worker {out} --listen ENDPOINT")

@@ -235,6 +235,20 @@ def worker(
 
 
 @app.command()
+def prepare(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(help="A new file, NAME.tsqp.safetensors.", show_default=False)
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write the int8 weights of the private modes, which are all that a worker needs for them."""
+    from tsqp._printing import prepare_model
+
+    prepare_model(model, out)
+
+
+@app.command()
 def demo(
     fetch: Annotated[
         bool, typer.Option("--fetch", help="Download the demo model first, if need be.")

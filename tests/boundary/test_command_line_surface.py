@@ -12,6 +12,7 @@ COMMANDS = {
     "worker": """
         --debug --device --dtype --insecure --listen --no-shm --serve --supervised --threads MODEL
     """,
+    "prepare": "--debug MODEL OUT",
     "demo": "--debug --fetch --prompt",
     "bench": "--debug --dtype --new-tokens --out --prompt-tokens --rounds --threads MODEL",
 }

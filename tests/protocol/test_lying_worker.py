@@ -40,8 +40,8 @@ from tsqp.errors import (
     WorkerError,
     WorkerLost,
 )
-from tsqp.model import prepared
 from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.integer_cache import load_integers
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.kernels import RowPool
@@ -510,7 +510,7 @@ class Checked:
 def integer_weights() -> dict[Key, IntegerWeights]:
     checkpoint = open_checkpoint(MODEL)
     weights: dict[Key, IntegerWeights] = {}
-    prepared.load_integers(MODEL, checkpoint, weights.__setitem__)
+    load_integers(MODEL, checkpoint, weights.__setitem__)
     checkpoint.close()
     return weights
 

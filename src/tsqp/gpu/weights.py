@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import OutOfMemory
-from tsqp.model import prepared
+from tsqp.model import integer_cache
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, ModelConfig
 from tsqp.model.digest import WeightsDigest
@@ -127,7 +127,7 @@ def load_integers(
     def place(key: tuple[int, str], weights: IntegerWeights) -> None:
         linear[key] = weights.weight_FD.to(device)
 
-    digest = prepared.load_integers(model, checkpoint, place, progress)
+    digest = integer_cache.load_integers(model, checkpoint, place, progress)
     return IntegerModel(device, linear, digest)
 
 

@@ -66,6 +66,11 @@ def _open_path(path: Path) -> Checkpoint:
             f"There is no checkpoint at {path}: give a directory, a .gguf file, random:NAME or"
             " demo."
         )
+    if path.name.endswith(".tsqp.safetensors"):
+        raise CheckpointError(
+            f"{path} is a prepared file, which only a worker of the private modes can use: give "
+            "the model that it was made from."
+        )
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{path} is not a .gguf file: give a directory with config.json, or a .gguf file."

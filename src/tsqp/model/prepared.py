@@ -1,4 +1,4 @@
-"""Integer weights on disk: what `tsqp prepare` writes, and the cache that makes a start fast.
+"""Integer weights on disk: what `tsqp prepare` writes, and what the cache holds.
 
 A prepared file is a safetensors file of int8 weights and float32 scales, named by layer and group,
 with the digest of all of them in its header. It is written beside its place and then renamed, and
@@ -7,19 +7,17 @@ signature: whoever can write the TEE's disk can change the model, here as in the
 """
 
 import errno
-import hashlib
 import json
-import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from tsqp.errors import CheckpointError
-from tsqp.model.checkpoint import Checkpoint
+from tsqp.algebra.params import MAX_WIDTH
+from tsqp.errors import CheckpointError, UsageError
+from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.model.config import linear_groups
-from tsqp.model.demo import cache_folder, locate
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.files import bytes_of
 from tsqp.model.quantize import (
@@ -31,8 +29,6 @@ from tsqp.model.quantize import (
     tensor_names,
 )
 from tsqp.model.safetensors_file import SafetensorsFile
-
-log = logging.getLogger("tsqp")
 
 FORMAT = "tsqp-prepared-1"
 SUFFIX = ".tsqp.safetensors"
@@ -62,10 +58,11 @@ class PreparedFile:
         self.name = metadata.get("model", "")[:200]
         self.digest = metadata.get("digest", "")
 
-    def keys(self) -> list[Key]:
-        """(layer, group) of all groups, as the file has them."""
+    def shapes(self) -> dict[Key, tuple[int, ...]]:
+        """Of each group's weight, in the order of the file."""
         found = [match for name in self._file.names() if (match := _KEY.match(name))]
-        return [(int(m[1]), m[2]) if m[1] else (-1, "lm_head") for m in found]
+        keys = [(int(m[1]), m[2]) if m[1] else (-1, "lm_head") for m in found]
+        return {key: self._file.shape(tensor_names(*key)[0]) for key in keys}
 
     @property
     def nbytes(self) -> int:
@@ -79,18 +76,19 @@ class PreparedFile:
             CheckpointError: cut short, malformed, or its digest is not that of its contents.
         """
         digest = WeightsDigest()
-        keys = self.keys()
-        for number, key in enumerate(keys, 1):
+        shapes = self.shapes()
+        for number, (key, shape) in enumerate(shapes.items(), 1):
             weight_name, scale_name = tensor_names(*key)
-            shape = self._file.shape(weight_name)
-            if len(shape) != 2:
+            if len(shape) != 2 or shape[1] > MAX_WIDTH:
                 raise self._changed()
             weight_FD = self._file.read(weight_name, shape, stored="I8")
             scale_F = self._file.read(scale_name, shape[:1], stored="F32")
+            if weight_FD.numel() and weight_FD.min() < -127:
+                raise self._changed()
             weights = IntegerWeights(weight_FD, scale_F)
             add_to_digest(digest, *key, weights)
             yield key, weights
-            progress(number, len(keys))
+            progress(number, len(shapes))
         if digest.hexdigest() != self.digest:
             raise self._changed()
 
@@ -105,12 +103,33 @@ class PreparedFile:
         )
 
 
+def prepare(model: str, path: Path, progress: Progress = lambda done, total: None) -> str:
+    """Write the prepared file of a model ahead of time, and return its digest.
+
+    Args:
+        path: a new file whose name ends in SUFFIX.
+        progress: called with the groups done and their total.
+
+    Raises:
+        UsageError: the path is taken, or has another ending.
+        CheckpointError: the checkpoint cannot be used, or the file not be written.
+    """
+    if not path.name.endswith(SUFFIX):
+        raise UsageError(f"{path} must end in {SUFFIX}, by which a worker knows such a file.")
+    if path.exists():
+        raise UsageError(f"{path} exists; name a new file, or remove it.")
+    checkpoint = open_checkpoint(model)
+    try:
+        return write_prepared(checkpoint, path, progress=progress)
+    finally:
+        checkpoint.close()
+
+
 def write_prepared(
     checkpoint: Checkpoint,
     path: Path,
     groups: Groups | None = None,
     *,
-    model_name: str,
     progress: Progress = lambda done, total: None,
 ) -> str:
     """Write a prepared file, all at once or not at all, and return its digest.
@@ -123,7 +142,7 @@ def write_prepared(
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     digest = WeightsDigest()
-    header, places = _layout(checkpoint, model_name)
+    header, places = _layout(checkpoint)
     try:
         try:
             with temporary.open("xb") as file:
@@ -150,10 +169,10 @@ def write_prepared(
 _NO_DIGEST = "0" * 64  # in its place until it is known
 
 
-def _layout(checkpoint: Checkpoint, model_name: str) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def _layout(checkpoint: Checkpoint) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header with no digest yet, and where each tensor begins and ends after it."""
     entries: dict[str, object] = {
-        "__metadata__": {"format": FORMAT, "model": model_name, "digest": _NO_DIGEST}
+        "__metadata__": {"format": FORMAT, "model": checkpoint.name, "digest": _NO_DIGEST}
     }
     places = {}
     start = 0
@@ -167,66 +186,3 @@ def _layout(checkpoint: Checkpoint, model_name: str) -> tuple[bytes, dict[str, t
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places
-
-
-def load_integers(
-    model: str,
-    checkpoint: Checkpoint,
-    place: Callable[[Key, IntegerWeights], None],
-    progress: Progress = lambda done, total: None,
-) -> str:
-    """Give every group of a model to `place`, from the cache where it is there; fills the cache.
-
-    `place` may get a group a second time, where the cache turns out to be damaged at its end:
-    only what it got last counts, and nothing before this returns.
-
-    Returns:
-        the digest of all of them.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used. A cache that cannot is passed over.
-    """
-    path = _cached_file(model)
-    if path is not None and path.exists():
-        try:
-            return _place_all(path, place, progress)
-        except CheckpointError as exc:
-            log.warning("passing over the cache: %s", exc)
-
-    def placed() -> Groups:
-        for key, weights in quantize_all(checkpoint, progress):
-            place(key, weights)
-            yield key, weights
-
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return write_prepared(checkpoint, path, placed(), model_name=checkpoint.name)
-        except (CheckpointError, OSError) as exc:
-            log.warning("keeping no cache: %s", exc)
-    digest = WeightsDigest()
-    for key, weights in placed():
-        add_to_digest(digest, *key, weights)
-    return digest.hexdigest()
-
-
-def _place_all(path: Path, place: Callable[[Key, IntegerWeights], None], progress: Progress) -> str:
-    file = PreparedFile(path)
-    try:
-        for key, weights in file.groups(progress):
-            place(key, weights)
-        return file.digest
-    finally:
-        file.close()
-
-
-def _cached_file(model: str) -> Path | None:
-    """Where the integers of a model's files are kept; a changed checkpoint has another place."""
-    if model.startswith("random:"):
-        return None  # made anew each time, and never written to disk
-    path = locate() if model == "demo" else Path(model).expanduser()
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]
-    stats = {str(file.resolve()): file.stat() for file in files}
-    parts = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
-    key = hashlib.sha256(json.dumps([FORMAT, parts]).encode()).hexdigest()[:32]
-    return cache_folder() / "prepared" / f"{key}{SUFFIX}"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tsqp.algebra.fixed_point import quantize_rows
-from tsqp.errors import CheckpointError
+from tsqp.algebra.params import MAX_WIDTH
+from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import ModelConfig, linear_groups, parts
 from tsqp.model.digest import WeightsDigest
@@ -48,8 +49,14 @@ def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWei
 
     Raises:
         CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
+        UnsupportedModel: it is too wide for exact products.
     """
     features, width = group_shape(checkpoint.config, layer, group)
+    if width > MAX_WIDTH:
+        raise UnsupportedModel(
+            f"{checkpoint.name} has layers with {width} inputs, and the private modes take "
+            f"{MAX_WIDTH} at most."
+        )
     weight_FD = torch.empty(features, width, dtype=torch.int8)
     scale_F = torch.empty(features, dtype=torch.float32)
     start = 0

@@ -160,8 +160,11 @@ class PadPool:
             self._thread.join()
 
     def _remove(self, key: Key, rows: int) -> list[Pads]:
+        if self._pid != os.getpid():
+            raise TSQPError("A forked process cannot use its parent's pads; make its own LLM.")
         with self._lock:
-            self._check_alive()
+            if self._closed:
+                raise TSQPError("The pads of this session are gone; begin a new one.")
             stock, taken, missing = self._stock[key], [], rows
             while missing and stock:
                 batch = stock.popleft()
@@ -173,12 +176,6 @@ class PadPool:
             self._counts[key] -= rows - missing
             self._lock.notify_all()
             return taken
-
-    def _check_alive(self) -> None:
-        if self._pid != os.getpid():
-            raise TSQPError("A forked process cannot use its parent's pads; make its own LLM.")
-        if self._closed:
-            raise TSQPError("The pads of this session are gone; begin a new one.")
 
     def _batch_rows(self, key: Key) -> int:
         features, width = self._shapes[key]
@@ -225,8 +222,8 @@ _pools: weakref.WeakSet[PadPool] = weakref.WeakSet()
 def _forget_in_child() -> None:
     """A child has a copy of the parent's pads; using one would be using it twice."""
     for pool in list(_pools):
-        for stock in pool._stock.values():
-            stock.clear()
+        pool._lock = threading.Condition()  # another thread may have held it in the parent
+        pool._forget()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,95 @@
+"""The cache that makes a second start fast: a prepared file for each state of a checkpoint."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from tsqp.errors import CheckpointError
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.model.config import linear_groups
+from tsqp.model.demo import cache_folder, locate
+from tsqp.model.digest import WeightsDigest
+from tsqp.model.prepared import FORMAT, SUFFIX, Groups, Key, PreparedFile, write_prepared
+from tsqp.model.quantize import (
+    IntegerWeights,
+    Progress,
+    add_to_digest,
+    group_shape,
+    quantize_all,
+)
+
+log = logging.getLogger("tsqp")
+
+
+def load_integers(
+    model: str,
+    checkpoint: Checkpoint,
+    place: Callable[[Key, IntegerWeights], None],
+    progress: Progress = lambda done, total: None,
+) -> str:
+    """Give every group of a model to `place`, from the cache where it is there; fills the cache.
+
+    `place` may get a group a second time, where the cache turns out to be damaged at its end:
+    only what it got last counts, and nothing before this returns.
+
+    Returns:
+        the digest of all of them.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used. A cache that cannot is passed over.
+    """
+    path = _cached_file(model)
+    if path is not None and path.exists():
+        try:
+            return _place_all(path, checkpoint, place, progress)
+        except CheckpointError as exc:
+            log.warning("passing over the cache: %s", exc)
+
+    def placed() -> Groups:
+        for key, weights in quantize_all(checkpoint, progress):
+            place(key, weights)
+            yield key, weights
+
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return write_prepared(checkpoint, path, placed())
+        except (CheckpointError, OSError) as exc:
+            log.warning("keeping no cache: %s", exc)
+    digest = WeightsDigest()
+    for key, weights in placed():
+        add_to_digest(digest, *key, weights)
+    return digest.hexdigest()
+
+
+def _place_all(
+    path: Path,
+    checkpoint: Checkpoint,
+    place: Callable[[Key, IntegerWeights], None],
+    progress: Progress,
+) -> str:
+    """Place what the file holds, which must be the groups of this model."""
+    config = checkpoint.config
+    file = PreparedFile(path)
+    try:
+        if file.shapes() != {key: group_shape(config, *key) for key in linear_groups(config)}:
+            raise CheckpointError(f"{path} was made from another model.")
+        for key, weights in file.groups(progress):
+            place(key, weights)
+        return file.digest
+    finally:
+        file.close()
+
+
+def _cached_file(model: str) -> Path | None:
+    """Where the integers of a model's files are kept; a changed checkpoint has another place."""
+    if model.startswith("random:"):
+        return None  # made anew each time, and never written to disk
+    path = locate() if model == "demo" else Path(model).expanduser()
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]
+    stats = {str(file.resolve()): file.stat() for file in files}
+    parts = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
+    key = hashlib.sha256(json.dumps([FORMAT, parts]).encode()).hexdigest()[:32]
+    return cache_folder() / "prepared" / f"{key}{SUFFIX}"
