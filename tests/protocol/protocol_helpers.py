@@ -263,6 +263,6 @@ def write_ids(path: Path, *prompts: Sequence[int]) -> Path:
 
 def socket_endpoint(endpoint: str) -> str:
     """What a worker that chose its own port listens at."""
-    match = re.search(r" at (tcp://\S+|ipc://\S+) ", endpoint)
+    match = re.search(r" at ((?:tcp|ipc)://\S+?):? ", endpoint)
     assert match, endpoint
     return match[1]

@@ -170,3 +170,38 @@ def test_a_stranger_on_the_port_does_not_end_a_worker(commands: Commands) -> Non
     )  # fmt: skip
     assert result.status == 0
     assert psutil.Process(worker.pid).is_running()
+
+
+def test_a_worker_needs_only_the_prepared_file(
+    commands: Commands, speaking: Path, ids: Path
+) -> None:
+    prepared = commands.folder / "small.tsqp.safetensors"
+    command = ["generate", speaking, "--prompt-ids", ids, "--max-tokens", 8, "--json"]
+    expected = commands.run(*command, "--privacy", "tee", "--fixed-point")
+    assert commands.run("prepare", speaking, prepared).status == 0
+    worker = commands.worker(str(prepared), commands.ipc())
+    endpoint = socket_endpoint(worker.stderr)
+    answer = commands.run(*command, "--worker", endpoint)
+    assert answer.token_ids == expected.token_ids
+    error = commands.fails(*command, "--worker", endpoint, "--privacy", "open")
+    assert "the worker serves private modes only" in error
+
+
+def test_a_prepared_file_that_was_changed_is_refused(commands: Commands, speaking: Path) -> None:
+    prepared = commands.folder / "small.tsqp.safetensors"
+    assert commands.run("prepare", speaking, prepared).status == 0
+    with prepared.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    error = commands.fails("worker", prepared, "--listen", commands.ipc())
+    assert "was changed after it was written, or is damaged" in error
+
+
+def test_a_prepared_file_is_no_model_for_the_tee(main: Main, tmp_path: Path) -> None:
+    path = tmp_path / "small.tsqp.safetensors"
+    path.touch()
+    result = main("generate", path, "--privacy", "tee", "--prompt", "hi")
+    assert result.status == 1
+    assert "which only a worker of the private modes can use" in result.error
