@@ -173,30 +173,32 @@ def test_a_stranger_on_the_port_does_not_end_a_worker(commands: Commands) -> Non
 
 
 def test_a_worker_needs_only_the_prepared_file(
-    commands: Commands, speaking: Path, ids: Path
+    commands: Commands, main: Main, speaking: Path, ids: Path
 ) -> None:
     prepared = commands.folder / "small.tsqp.safetensors"
     command = ["generate", speaking, "--prompt-ids", ids, "--max-tokens", 8, "--json"]
-    expected = commands.run(*command, "--privacy", "tee", "--fixed-point")
-    assert commands.run("prepare", speaking, prepared).status == 0
+    expected = main(*command, "--privacy", "tee", "--fixed-point")
+    assert main("prepare", speaking, prepared).status == 0
     worker = commands.worker(str(prepared), commands.ipc())
     endpoint = socket_endpoint(worker.stderr)
-    answer = commands.run(*command, "--worker", endpoint)
-    assert answer.token_ids == expected.token_ids
-    error = commands.fails(*command, "--worker", endpoint, "--privacy", "open")
-    assert "the worker serves private modes only" in error
+    assert main(*command, "--worker", endpoint).token_ids == expected.token_ids
+    refused = main(*command, "--worker", endpoint, "--privacy", "open")
+    assert "the worker serves private modes only" in refused.error
 
 
-def test_a_prepared_file_that_was_changed_is_refused(commands: Commands, speaking: Path) -> None:
+def test_a_prepared_file_that_was_changed_is_refused(
+    commands: Commands, main: Main, speaking: Path
+) -> None:
     prepared = commands.folder / "small.tsqp.safetensors"
-    assert commands.run("prepare", speaking, prepared).status == 0
+    assert main("prepare", speaking, prepared).status == 0
     with prepared.open("r+b") as file:
         file.seek(-1, 2)
-        last = file.read(1)
+        last = file.read(1)[0]
         file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
-    error = commands.fails("worker", prepared, "--listen", commands.ipc())
-    assert "was changed after it was written, or is damaged" in error
+        file.write(bytes([last ^ 1]))
+    result = main("worker", prepared, "--listen", commands.ipc())
+    assert result.status == 1
+    assert "was changed after it was written, or is damaged" in result.error
 
 
 def test_a_prepared_file_is_no_model_for_the_tee(main: Main, tmp_path: Path) -> None:
