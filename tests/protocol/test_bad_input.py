@@ -110,7 +110,7 @@ def test_an_unknown_dtype_is_refused(commands: Commands, ids: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "sentence"),
     [
-        (["--privacy", "secret"], 2, "no privacy mode 'secret'; choose tee or open"),
+        (["--privacy", "secret"], 2, "no privacy mode 'secret'; choose pad, open or tee"),
         (["--privacy", "open"], 2, "--privacy open needs one --worker, not 0"),
         (
             ["--privacy", "open", "--worker", "local", "--worker", "local"],
@@ -159,7 +159,7 @@ def test_a_worker_on_another_machine_needs_insecure(host: str, main: Main, ids: 
     [
         ["nonsense"],
         ["generate", "--nonsense"],
-        ["generate", "random:tiny"],
+        ["generate"],
         ["generate", "random:tiny", "--privacy", "tee", "--max-tokens", "0"],
         ["worker"],
         [],

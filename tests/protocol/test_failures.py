@@ -46,7 +46,11 @@ def test_no_worker_at_the_endpoint_is_an_error_that_says_how_to_start_one(
         assert f"`tsqp worker MODEL --listen {endpoint}`" in sentence
 
 
-@pytest.mark.parametrize("options", [[], ["--no-shm"]], ids=["shared memory", "inline"])
+@pytest.mark.parametrize(
+    ("privacy", "options"),
+    [("open", []), ("open", ["--no-shm"]), ("pad", [])],
+    ids=["open, shared memory", "open, inline", "pad"],
+)
 @pytest.mark.parametrize(
     ("number", "sentence"),
     [
@@ -55,15 +59,20 @@ def test_no_worker_at_the_endpoint_is_an_error_that_says_how_to_start_one(
     ],
 )
 def test_a_worker_lost_in_prefill_or_in_decode_is_an_error(
-    number: signal.Signals, sentence: str, options: list[str], commands: Commands, speaking: Path
+    number: signal.Signals,
+    sentence: str,
+    privacy: str,
+    options: list[str],
+    commands: Commands,
+    speaking: Path,
 ) -> None:
     worker = commands.worker(speaking, TCP, *options)
     endpoint = socket_endpoint(worker.stderr)
     ids = write_ids(commands.folder / "long.json", [7] * 60_000)  # takes minutes in small chunks
-    prefill = generate(
-        commands, speaking, endpoint, "--prompt-ids", ids, "--prefill-chunk", 8, "--max-tokens", 1
-    )
-    decode = generate(commands, speaking, endpoint, "--prompt", "Once upon a time", *LONG)
+    mode = ["--privacy", privacy]
+    small = ["--prefill-chunk", 8, "--max-tokens", 1]
+    prefill = generate(commands, speaking, endpoint, *mode, "--prompt-ids", ids, *small)
+    decode = generate(commands, speaking, endpoint, *mode, "--prompt", "Once upon a time", *LONG)
     prefill.says(CONNECTED)
     decode.answers()
     worker.computes()
