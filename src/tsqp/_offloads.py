@@ -22,7 +22,7 @@ from tsqp.model.weights import (
     read_embedding,
 )
 from tsqp.tee.crypto.freivalds import process_limit
-from tsqp.tee.crypto.kernels import RowPool
+from tsqp.tee.crypto.kernels import RowPool, prepare
 from tsqp.tee.crypto.pads import DirectProvider, PadPool
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.fixed_point import FixedPointLinear
@@ -86,6 +86,7 @@ class Builder:
             for key, weights in integers.items()
         }
         embedding_VD = read_embedding(self._checkpoint, self._dtype)
+        prepare(field)
         rows = RowPool(options.threads or torch.get_num_threads())
         if options.privacy == "tee":
             fixed_point = FixedPointLinear(groups, self._dtype, rows)

@@ -26,10 +26,13 @@ def split(residues_N: Residues, field: Field, digits_LN: NDArray[np.int8]) -> No
 
 def join(products_LN: NDArray[np.int32], field: Field, residues_N: Residues) -> None:
     """Write Σ 256^l · products[l] mod p, in [0, p). The products may be any int32."""
-    if field.digits == 4:
-        _join4(products_LN, field.bits, field.gap, residues_N)
-    else:
-        _join3(products_LN, field.bits, field.gap, residues_N)
+    _join(products_LN, field.bits, field.gap, residues_N)
+
+
+def prepare() -> None:
+    """Compile both."""
+    _split.compile()
+    _join.compile()
 
 
 @compiled("void(int32[::1], int64, int64, int8[:, ::1])")
@@ -61,17 +64,11 @@ def _reduce(value: Any, bits: int, gap: int) -> Any:
 
 
 @compiled("void(int32[:, ::1], int64, int64, int32[::1])")
-def _join4(products_LN: NDArray[np.int32], bits: int, gap: int, residues_N: Residues) -> None:
-    p0_N, p1_N, p2_N, p3_N = products_LN[0], products_LN[1], products_LN[2], products_LN[3]
+def _join(products_LN: NDArray[np.int32], bits: int, gap: int, residues_N: Residues) -> None:
+    levels = products_LN.shape[0]
+    p0_N, p1_N, p2_N, p3_N = products_LN[0], products_LN[1], products_LN[2], products_LN[levels - 1]
+    with_fourth = np.int64(-1) if levels == 4 else np.int64(0)
     for i in range(residues_N.size):
-        value = (np.int64(p3_N[i]) << 24) + (np.int64(p2_N[i]) << 16)
+        value = ((np.int64(p3_N[i]) & with_fourth) << 24) + (np.int64(p2_N[i]) << 16)
         value += (np.int64(p1_N[i]) << 8) + np.int64(p0_N[i])
-        residues_N[i] = np.int32(_reduce(value, bits, gap))
-
-
-@compiled("void(int32[:, ::1], int64, int64, int32[::1])")
-def _join3(products_LN: NDArray[np.int32], bits: int, gap: int, residues_N: Residues) -> None:
-    p0_N, p1_N, p2_N = products_LN[0], products_LN[1], products_LN[2]
-    for i in range(residues_N.size):
-        value = (np.int64(p2_N[i]) << 16) + (np.int64(p1_N[i]) << 8) + np.int64(p0_N[i])
         residues_N[i] = np.int32(_reduce(value, bits, gap))

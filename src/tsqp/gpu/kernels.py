@@ -7,9 +7,17 @@ copied to the device and back.
 import torch
 from torch import Tensor
 
-from tsqp.algebra import int8_product, residue_bytes
-from tsqp.algebra.params import Field
+from tsqp.algebra import digits, int8_product, residue_bytes
+from tsqp.algebra.params import FIELDS, Field
 from tsqp.gpu import cuda_product
+
+
+def prepare() -> None:
+    """Compile what products of residues need, before a client waits for one."""
+    digits.prepare()
+    for field in FIELDS.values():
+        residue_bytes.prepare(field)
+    int8_product.fast_product_is_exact()
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor, out_TF: Tensor) -> None:

@@ -30,6 +30,8 @@ class Worker:
         assert weights is not None or integers is not None
         self._weights = weights
         self._integers = integers
+        if integers is not None:
+            kernels.prepare()
 
     def __str__(self) -> str:
         served = []

@@ -1,8 +1,8 @@
 """The two loops of a masked linear layer: one pass over the input, one over the answer.
 
-Only a finished row of c is ever written to memory that the worker can map. A row of the answer is
-copied from there once, and everything is computed from the copy: the worker may change the shared
-one at any moment.
+Only finished rows of c are ever copied to memory that the worker can map. An answer is copied from
+there once, and everything is computed from the copy: the worker may change the shared one at any
+moment.
 
 Shape suffixes: T tokens; D input and F output features; N of either; B bytes of a row.
 """
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsqp.algebra import residue_bytes
 from tsqp.algebra.native import compiled, inlined
 from tsqp.algebra.params import CHECK_MODULUS, Field
-from tsqp.algebra.residue_bytes import Bytes, Int32, in_planes, read_row, write_row
+from tsqp.algebra.residue_bytes import Bytes, Int32
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -75,13 +76,18 @@ def quantize_and_pad(
         expected_T2: receives k_iW · xq mod P.
 
     Returns:
-        the first row with NaN or Inf, or ALL_ROWS. Rows from there on have not been written.
+        the first row with NaN or Inf, or ALL_ROWS. In the first case nothing has been written.
     """
-    planes = in_planes(field)
-    found = _quantize_and_pad(
-        x_TD, r_TD, check_2D, l1, l2, room, field.p, planes, c_TB, unit_T, expected_T2
+    c_TD = np.empty(x_TD.shape, np.int32)
+    bits_TD = x_TD.view(np.int32)
+    found = int(
+        _quantize_and_pad(
+            x_TD, bits_TD, r_TD, check_2D, l1, l2, room, field.p, c_TD, unit_T, expected_T2
+        )
     )
-    return int(found)
+    if found == ALL_ROWS:
+        residue_bytes.pack(c_TD, field, c_TB)
+    return found
 
 
 def unpad_and_check(
@@ -105,10 +111,9 @@ def unpad_and_check(
     Returns:
         the first row that holds a residue outside [0, p) or fails the check, or ALL_ROWS.
     """
-    planes = in_planes(field)
-    return int(
-        _unpad_and_check(z_TB, u_TF, k_2F, scale_F, unit_T, expected_T2, field.p, planes, y_TF)
-    )
+    z_TF = np.empty(y_TF.shape, np.int32)
+    residue_bytes.unpack(z_TB, field, z_TF)
+    return int(_unpad_and_check(z_TF, u_TF, k_2F, scale_F, unit_T, expected_T2, field.p, y_TF))
 
 
 def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
@@ -117,7 +122,16 @@ def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
     Returns:
         the first row that holds a residue outside [0, p), or ALL_ROWS.
     """
-    return int(_subtract(z_TB, field.p, in_planes(field), u_TF))
+    z_TF = np.empty(u_TF.shape, np.int32)
+    residue_bytes.unpack(z_TB, field, z_TF)
+    return int(_subtract(z_TF, field.p, u_TF))
+
+
+def prepare(field: Field) -> None:
+    """Compile the loops, which would otherwise be done while somebody waits for an answer."""
+    _quantize_and_pad.compile()
+    _unpad_and_check.compile()
+    residue_bytes.prepare(field)
 
 
 @inlined
@@ -127,13 +141,18 @@ def _fold(value: Any) -> Any:
 
 
 @inlined
-def _largest(x_D: Float32) -> Any:
+def _largest(bits_D: Int32) -> Any:
     """max |x|; of floats without their sign, the order of the bits is the order of the values."""
-    bits_D = x_D.view(np.int32)
     most = np.int32(0)
     for i in range(bits_D.size):
-        most = max(most, np.int32(bits_D[i] & np.int32(0x7FFFFFFF)))
+        bits = np.int32(bits_D[i] & np.int32(0x7FFFFFFF))
+        most = bits if bits > most else most
     return np.float64(np.int32(most).view(np.float32))
+
+
+@inlined
+def _square(x: Any) -> Any:
+    return np.float64(x) * np.float64(x)
 
 
 @inlined
@@ -142,26 +161,28 @@ def _square_sum(x_D: Float32) -> Any:
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
     whole = x_D.size // 8 * 8
     for i in range(0, whole, 8):
-        s0 += np.float64(x_D[i]) ** 2
-        s1 += np.float64(x_D[i + 1]) ** 2
-        s2 += np.float64(x_D[i + 2]) ** 2
-        s3 += np.float64(x_D[i + 3]) ** 2
-        s4 += np.float64(x_D[i + 4]) ** 2
-        s5 += np.float64(x_D[i + 5]) ** 2
-        s6 += np.float64(x_D[i + 6]) ** 2
-        s7 += np.float64(x_D[i + 7]) ** 2
+        s0 += _square(x_D[i])
+        s1 += _square(x_D[i + 1])
+        s2 += _square(x_D[i + 2])
+        s3 += _square(x_D[i + 3])
+        s4 += _square(x_D[i + 4])
+        s5 += _square(x_D[i + 5])
+        s6 += _square(x_D[i + 6])
+        s7 += _square(x_D[i + 7])
     for i in range(whole, x_D.size):
-        s0 += np.float64(x_D[i]) ** 2
+        s0 += _square(x_D[i])
     return ((s0 + s4) + (s1 + s5)) + ((s2 + s6) + (s3 + s7))
 
 
 @inlined
-def _quantize_row(x_D: Float32, l1: float, l2: float, room: float, xq_D: Int32) -> Any:
+def _quantize_row(
+    x_D: Float32, bits_D: Int32, l1: float, l2: float, room: float, xq_D: Int32
+) -> Any:
     """[P2]: write xq and return 1/a; negative where x is not finite."""
     squares = _square_sum(x_D)
     if not np.isfinite(squares):
         return -1.0
-    bound = min(l1 * _largest(x_D), l2 * np.sqrt(squares))
+    bound = min(l1 * _largest(bits_D), l2 * np.sqrt(squares))
     a = room / bound if bound > 0.0 else 0.0
     for i in range(x_D.size):
         xq_D[i] = np.int32(np.rint(np.float64(x_D[i]) * a))
@@ -252,54 +273,49 @@ def _check_answer(k_2F: Int32, yq_F: Int32, expected_2: Int64) -> Any:
 
 
 @compiled(
-    "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], float64, float64, float64, int64,"
-    " boolean, uint8[:, ::1], float64[::1], int64[:, ::1])"
+    "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], int32[:, ::1], float64, float64,"
+    " float64, int64, int32[:, ::1], float64[::1], int64[:, ::1])"
 )
 def _quantize_and_pad(
     x_TD: Float32,
+    bits_TD: Int32,
     r_TD: Int32,
     check_2D: Int32,
     l1: float,
     l2: float,
     room: float,
     p: int,
-    planes: bool,
-    c_TB: Bytes,
+    c_TD: Int32,
     unit_T: Float64,
     expected_T2: Int64,
 ) -> int:
     xq_D = np.empty(x_TD.shape[1], np.int32)
-    c_D = np.empty(x_TD.shape[1], np.int32)
     for t in range(x_TD.shape[0]):
-        unit_T[t] = _quantize_row(x_TD[t], l1, l2, room, xq_D)
+        unit_T[t] = _quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
         if unit_T[t] < 0.0:
             return t
-        _pad_row(xq_D, r_TD[t], p, c_D)
-        write_row(c_D, planes, c_TB[t])
+        _pad_row(xq_D, r_TD[t], p, c_TD[t])
         _check_input(check_2D, xq_D, expected_T2[t])
     return ALL_ROWS
 
 
 @compiled(
-    "int64(uint8[:, ::1], int32[:, ::1], int32[:, ::1], float32[::1], float64[::1],"
-    " int64[:, ::1], int64, boolean, float32[:, ::1])"
+    "int64(int32[:, ::1], int32[:, ::1], int32[:, ::1], float32[::1], float64[::1],"
+    " int64[:, ::1], int64, float32[:, ::1])"
 )
 def _unpad_and_check(
-    z_TB: Bytes,
+    z_TF: Int32,
     u_TF: Int32,
     k_2F: Int32,
     scale_F: Float32,
     unit_T: Float64,
     expected_T2: Int64,
     p: int,
-    planes: bool,
     y_TF: Float32,
 ) -> int:
-    z_F = np.empty(u_TF.shape[1], np.int32)
     yq_F = np.empty(u_TF.shape[1], np.int32)
     for t in range(u_TF.shape[0]):
-        read_row(z_TB[t], planes, z_F)
-        if not _unpad_row(z_F, u_TF[t], p, yq_F):
+        if not _unpad_row(z_TF[t], u_TF[t], p, yq_F):
             return t
         if not _check_answer(k_2F, yq_F, expected_T2[t]):
             return t
@@ -309,14 +325,12 @@ def _unpad_and_check(
     return ALL_ROWS
 
 
-@compiled("int64(uint8[:, ::1], int64, boolean, int32[:, ::1])")
-def _subtract(z_TB: Bytes, p: int, planes: bool, u_TF: Int32) -> int:
-    z_F = np.empty(u_TF.shape[1], np.int32)
+@compiled("int64(int32[:, ::1], int64, int32[:, ::1])")
+def _subtract(z_TF: Int32, p: int, u_TF: Int32) -> int:
     rest_F = np.empty(u_TF.shape[1], np.int32)
     p32 = np.int32(p)
     for t in range(u_TF.shape[0]):
-        read_row(z_TB[t], planes, z_F)
-        u_F = u_TF[t]
+        z_F, u_F = z_TF[t], u_TF[t]
         outside = np.int32(0)
         for f in range(z_F.size):
             outside |= np.int32(z_F[f] < 0) | np.int32(z_F[f] >= p32)
@@ -324,5 +338,6 @@ def _subtract(z_TB: Bytes, p: int, planes: bool, u_TF: Int32) -> int:
             rest_F[f] = value + p32 if value < 0 else value
         if outside != 0:
             return t
-        u_F[:] = rest_F
+        for f in range(u_F.size):  # assigning the whole row takes seconds to compile
+            u_F[f] = rest_F[f]
     return ALL_ROWS
