@@ -215,6 +215,10 @@ def worker(
     threads: Threads = None,
     no_shm: NoShm = False,
     insecure: Insecure = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Write down everything that arrives, for `tsqp audit`, in this folder."),
+    ] = None,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
     debug: Debug = False,
 ) -> None:
@@ -230,6 +234,7 @@ def worker(
         threads=threads,
         max_shm_bytes=0 if no_shm else 2**30,
         insecure=insecure,
+        record=record,
         supervised=supervised,
     )
 

@@ -9,6 +9,7 @@
     ├── NumericalError             an activation that is not a finite number
     ├── PromptError                an empty or over-long prompt, or an impossible parameter
     ├── OutOfMemory                would not fit; names the bytes needed and the bytes there are
+    ├── RecordingError             what a worker received cannot be written down, or not be read
     └── WorkerError                something between here and the worker
         ├── WorkerUnavailable      nobody serves that endpoint, or it cannot be served
         ├── HandshakeError         both sides are up, but disagree on model, dtype or version
@@ -56,6 +57,10 @@ class PromptError(TSQPError):
 
 class OutOfMemory(TSQPError):
     """Something would not fit in memory; the message names both figures in bytes."""
+
+
+class RecordingError(TSQPError):
+    """A recording of what a worker received cannot be written, or is none."""
 
 
 class WorkerError(TSQPError):

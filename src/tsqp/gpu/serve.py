@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 
 from tsqp.errors import UsageError
+from tsqp.gpu.record import Recorder
 from tsqp.gpu.weights import load_integers, load_weights, read_prepared
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import open_checkpoint
@@ -36,6 +37,7 @@ def serve(
     threads: int | None = None,
     max_shm_bytes: int = 2**30,
     insecure: bool = False,
+    record: Path | None = None,
     supervised: bool = False,
 ) -> None:
     """Load a model's linear weights and serve them until SIGINT or SIGTERM.
@@ -49,16 +51,19 @@ def serve(
         dtype: of the floating-point weights.
         max_shm_bytes: most shared memory for one session; 0 keeps tensors on the socket.
         insecure: listen on an address that other machines can reach.
+        record: a new or empty folder for everything that arrives; see `tsqp.gpu.record`.
         supervised: say "ready" on standard output, and stop at the end of standard input.
 
     Raises:
         UsageError: a listening address that is not allowed, or no such device.
         ModelError: the checkpoint cannot be used.
         WorkerUnavailable: the endpoint cannot be served.
+        RecordingError: the recording cannot be written, now or later.
     """
     endpoint = parse_endpoint(listen)
     _check_listening(endpoint, insecure)
     where = _parse_device(device)
+    recorder = None if record is None else Recorder(record)
     if threads is not None:
         torch.set_num_threads(threads)
     stop = threading.Event()
@@ -74,7 +79,9 @@ def serve(
         log.info("serving %s on %s at %s: %s", model, where, server.address, worker)
         if supervised:
             print(READY, flush=True)
-        server.serve(worker, stop.is_set)
+        if recorder is not None:
+            log.info("recording everything that arrives in %s", record)
+        server.serve(worker, stop.is_set, None if recorder is None else recorder.of(worker))
     except _Stopped:
         pass
     finally:

@@ -76,6 +76,12 @@ class Worker:
                 f"{[str(spec) for spec in inputs]} and {[str(spec) for spec in outputs]}."
             )
 
+    def received(self, operation: Operation, inputs: Sequence[Tensor]) -> Tensor:
+        """What a call brought, in private memory: activations, token ids, or int32 residues."""
+        if isinstance(operation, Product):
+            return self._residues(operation, inputs)
+        return inputs[0].clone()
+
     @torch.inference_mode()
     def run(
         self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
@@ -92,9 +98,15 @@ class Worker:
                 self._embed(inputs[0], outputs[0])
             case Product(layer, group, field_name):
                 field, weight_FD = FIELDS[field_name], self._integer_weight(layer, group)
-                c_TD = torch.empty(len(inputs[0]), weight_FD.shape[1], dtype=torch.int32)
-                residue_bytes.unpack(inputs[0].numpy(), field, c_TD.numpy())
+                c_TD = self._residues(operation, inputs)
                 kernels.residue_product(c_TD, weight_FD, field, outputs[0])
+
+    def _residues(self, operation: Product, inputs: Sequence[Tensor]) -> Tensor:
+        """c, int32 [T, D]; what is no residue comes as it is."""
+        width = self._integer_weight(operation.layer, operation.group).shape[1]
+        c_TD = torch.empty(len(inputs[0]), width, dtype=torch.int32)
+        residue_bytes.unpack(inputs[0].numpy(), FIELDS[operation.field], c_TD.numpy())
+        return c_TD
 
     def _specs(self, operation: Operation, rows: int) -> tuple[Spec, Spec]:
         """The input and the output that `operation` wants."""

@@ -14,7 +14,7 @@ from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json, read
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_STORED = {"I8": torch.int8, **_DTYPES}
+_STORED = {"I8": torch.int8, "I32": torch.int32, **_DTYPES}
 
 
 class _Entry(msgspec.Struct):

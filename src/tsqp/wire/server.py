@@ -14,7 +14,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from tsqp.errors import HandshakeError, ProtocolError, TSQPError, WorkerUnavailable
+from tsqp.errors import (
+    HandshakeError,
+    ProtocolError,
+    RecordingError,
+    TSQPError,
+    WorkerUnavailable,
+)
 from tsqp.wire.channel import Service
 from tsqp.wire.codec import encode, printable, worker_decoder
 from tsqp.wire.endpoint import Endpoint
@@ -31,6 +37,7 @@ from tsqp.wire.messages import (
     FromTEE,
     Hello,
     Message,
+    Operation,
     Probe,
     Result,
     SegmentRef,
@@ -45,10 +52,14 @@ LOOK_EVERY_S = 0.5  # how often a busy worker looks for clients that left
 LOOKS = 10  # libzmq reports a broken connection some time before it drops the peer
 
 
+OnCall = Callable[[int, Operation, Sequence[Tensor]], None]
+
+
 @dataclass(slots=True)
 class Session:
     """What one client holds."""
 
+    number: int  # counted from 1
     segment: Segment | None = None
     mailbox: Mailbox | None = None
     last_sent: int = 0  # ticket of the last call through the socket
@@ -83,6 +94,7 @@ class Server:
     """Serves a `Service` on one endpoint, to many sessions, from one thread."""
 
     _service: Service
+    _on_call: OnCall | None
 
     def __init__(
         self,
@@ -102,6 +114,7 @@ class Server:
             WorkerUnavailable: the endpoint cannot be served.
         """
         self.sessions: dict[bytes, Session] = {}
+        self._opened = 0
         self._decoder = worker_decoder()
         self._max_shm_bytes = max_shm_bytes
         self._shm_folder = shm_folder
@@ -113,9 +126,20 @@ class Server:
         """The endpoint in use."""
         return self._socket.address
 
-    def serve(self, service: Service, stop: Callable[[], bool]) -> None:
-        """Serve until `stop()`, which is asked several times a second, is true."""
+    def serve(
+        self, service: Service, stop: Callable[[], bool], on_call: OnCall | None = None
+    ) -> None:
+        """Serve until `stop()`, which is asked several times a second, is true.
+
+        Args:
+            on_call: told the session, the operation and the inputs of every call before it is
+                computed.
+
+        Raises:
+            RecordingError: `on_call` did; no session is served any more.
+        """
         self._service = service
+        self._on_call = on_call
         looked = time.monotonic()
         looks = 0
         busy = False
@@ -172,6 +196,9 @@ class Server:
         except ProtocolError as exc:
             self._send(identity, Failure("protocol", _sentence(str(exc))), ticket)
             self._end(identity, str(exc))
+        except RecordingError as exc:  # a recording with gaps would prove nothing
+            self._send(identity, Failure("error", _sentence(str(exc))), ticket)
+            raise
         except Exception as exc:
             text = str(exc) if isinstance(exc, TSQPError) else f"{type(exc).__name__}: {exc}"
             trace = printable(traceback.format_exc()[-MAX_TRACEBACK:], keep="\n")
@@ -201,7 +228,8 @@ class Server:
             raise HandshakeError(f"the worker serves {MAX_SESSIONS} clients already; try later.")
         welcome = self._service.welcome(hello)
         check_agreement(hello, welcome)
-        session = Session()
+        self._opened += 1
+        session = Session(self._opened)
         reason = ""
         size = min(hello.shm_bytes, self._max_shm_bytes)
         if size:
@@ -229,6 +257,8 @@ class Server:
         inputs = [self._place(session, ref) for ref in call.inputs]
         self._socket.receive_exactly(_inline(inputs, call.inputs), "A client")
         outputs = [self._place(session, ref) for ref in call.outputs]
+        if self._on_call is not None:
+            self._on_call(session.number, call.operation, inputs)
         start = time.perf_counter_ns()
         self._service.run(call.operation, inputs, outputs)
         result = Result(time.perf_counter_ns() - start)

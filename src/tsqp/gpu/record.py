@@ -1,0 +1,129 @@
+"""`tsqp worker --record DIR`: everything a worker receives, written down for audits.
+
+    DIR/session-1/calls.jsonl           one line a call, a `RecordedCall`
+    DIR/session-1/000001.safetensors    its tensor, as the worker saw it
+
+A session is what one TEE side asked from its handshake to its end. A line is written after its
+tensor, and a tensor under its name only once it is whole: of a worker that was killed, every call
+that has a line can be read.
+"""
+
+import errno
+import os
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+from safetensors.torch import save
+from torch import Tensor
+
+from tsqp.algebra.params import FieldName
+from tsqp.errors import RecordingError, UsageError
+from tsqp.gpu.worker import Worker
+from tsqp.wire.channel import kind_of
+from tsqp.wire.messages import MAX_LAYERS, Embed, Linear, Name, Operation, Product
+from tsqp.wire.server import OnCall
+
+INDEX = "calls.jsonl"
+TENSOR = "input"  # its name in a safetensors file
+
+
+class RecordedCall(Struct, frozen=True, forbid_unknown_fields=True):
+    """One call.
+
+    Attributes:
+        call, session: numbers, from 1.
+        layer, group: null for the embedding; -1 and "lm_head" for the output projection.
+        field: null where the tensor holds activations or token ids instead of int32 residues.
+        tensor: a safetensors file beside the index.
+    """
+
+    call: Annotated[int, Meta(ge=1)]
+    session: Annotated[int, Meta(ge=1)]
+    operation: Name
+    layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)] | None
+    group: Name | None
+    field: FieldName | None
+    rows: Annotated[int, Meta(ge=1, le=2**20)]
+    tensor: Annotated[str, Meta(pattern=r"^[0-9]{1,12}\.safetensors\Z")]
+
+
+class Recorder:
+    """Writes one recording."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder, readable by this user alone, or take an empty one.
+
+        Raises:
+            UsageError: the folder is not empty.
+            RecordingError: it cannot be made or written.
+        """
+        self._folder = folder
+        self._calls: dict[int, int] = {}
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise UsageError(f"{folder} is not empty; record in a new folder.")
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as exc:
+            raise self._failed(exc) from exc
+
+    def of(self, worker: Worker) -> OnCall:
+        """What notes every call to `worker`, before it is computed."""
+        return lambda session, operation, inputs: self.note(
+            session, operation, worker.received(operation, inputs)
+        )
+
+    def note(self, session: int, operation: Operation, received: Tensor) -> None:
+        """Write down one call.
+
+        Raises:
+            RecordingError: it cannot be written.
+        """
+        number = self._calls[session] = self._calls.get(session, 0) + 1
+        layer, group, field = _place(operation)
+        call = RecordedCall(
+            call=number,
+            session=session,
+            operation=kind_of(operation),
+            layer=layer,
+            group=group,
+            field=field,
+            rows=len(received),
+            tensor=f"{number:06}.safetensors",
+        )
+        folder = self._folder / f"session-{session}"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _write(folder / call.tensor, save({TENSOR: received}))
+            with (folder / INDEX).open("ab") as index:
+                index.write(msgspec.json.encode(call) + b"\n")
+        except OSError as exc:
+            raise self._failed(exc) from exc
+
+    def _failed(self, exc: OSError) -> RecordingError:
+        hint = "free some space" if exc.errno == errno.ENOSPC else "record in another folder"
+        return RecordingError(f"Cannot record in {self._folder}: {exc.strerror}; {hint}.")
+
+
+def _place(operation: Operation) -> tuple[int | None, str | None, FieldName | None]:
+    match operation:
+        case Embed():
+            return None, None, None
+        case Linear(layer, group):
+            return layer, group, None
+        case Product(layer, group, field):
+            return layer, group, field
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it, or no file of that name."""
+    temporary = path.with_suffix(".part")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
