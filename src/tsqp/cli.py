@@ -261,18 +261,48 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What to ask.")] = DEMO_PROMPT,
     debug: Debug = False,
 ) -> None:
-    """A real model answers through a TEE process and a worker process, both on this machine."""
-    from tsqp import LLM, SamplingParams
-    from tsqp._printing import Printer, fetch_demo_model, say
+    """A real model answers through a TEE process and a worker process; then, what the GPU saw."""
+    from tsqp._printing import fetch_demo_model
+    from tsqp.bench.demo import run_demo
 
     if fetch:
         fetch_demo_model()
-    say(f"Model   SmolLM2-135M-Instruct\nAsking  {prompt}")
-    with LLM("demo", privacy="open", worker="local") as llm:
-        printer = Printer(llm, prompts=1, json_output=False)
-        ids = llm.tokenize(prompt, chat=True)
-        params = SamplingParams(temperature=0, max_tokens=256)
-        printer.finish(llm.generate([ids], params, on_text=printer.on_text))
+    run_demo(prompt)
+
+
+@app.command()
+def audit(
+    recording: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="What `tsqp worker --record` wrote: one session."),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(envvar=["TSQP_MODEL", "LLAMA_MODEL_PATH"], help="The model it served."),
+    ],
+    prompt_ids: Annotated[Path, typer.Option(help="The true prompt: token ids in a JSON file.")],
+    again: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A second recording of the same prompt."),
+    ] = None,
+    shares: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="What another worker of the session saw; repeatable."),
+    ] = None,
+    json_output: JsonOutput = False,
+    debug: Debug = False,
+) -> None:
+    """Attack what a worker saw; exit status 1 if anything is found that noise would not show."""
+    prompts = _read_ids(prompt_ids)
+    if len(prompts) != 1:
+        raise PromptError(f"{prompt_ids} holds {len(prompts)} prompts; an audit takes one.")
+    from tsqp.bench.audit import Auditor
+    from tsqp.bench.audit_table import print_report
+
+    report = Auditor(model).audit(recording, prompts[0], again=again, shares=shares or ())
+    print_report(report, model, json_output=json_output)
+    if report.leaks:
+        raise typer.Exit(1)
 
 
 @app.command()
