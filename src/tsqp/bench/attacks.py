@@ -48,8 +48,11 @@ class Vocabulary:
 
     def nearest(self, rows_TD: Tensor) -> Tensor:
         """The token whose direction is nearest to each row's, [T]."""
-        blocks = F.normalize(rows_TD).split(BLOCK_ROWS)
-        return torch.cat([(block @ self.unit_VD.t()).argmax(1) for block in blocks])
+        blocks = [
+            (rows_TD[first : first + BLOCK_ROWS] @ self.unit_VD.t()).argmax(1)
+            for first in range(0, len(rows_TD), BLOCK_ROWS)
+        ]
+        return torch.cat(blocks)
 
     @property
     def noise_V(self) -> Tensor:

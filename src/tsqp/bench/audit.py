@@ -17,7 +17,7 @@ from tsqp.bench.attacks import (
 from tsqp.bench.finding import ABOVE_CHANCE, Finding
 from tsqp.bench.noise import Related, Repeats, Uniformity, compare
 from tsqp.bench.recording import FIRST, Recording, add, open_recording
-from tsqp.errors import PromptError, RecordingError
+from tsqp.errors import PromptError, RecordingError, UsageError
 from tsqp.model.checkpoint import open_checkpoint
 
 NEAREST = "nearest token"
@@ -37,6 +37,7 @@ class Report:
 
     Attributes:
         recovered: the prompt as it was read from a recording, or None if it was not.
+        recovered_from: whose recording that was.
     """
 
     subject: str
@@ -45,6 +46,7 @@ class Report:
     rows: int
     findings: list[Finding] = field(default_factory=list)
     recovered: list[int] | None = None
+    recovered_from: str = ""
 
     @property
     def attacks(self) -> list[Finding]:
@@ -78,6 +80,7 @@ class Report:
             "attacks": findings,
             "leaks": len(self.leaks),
             "recovered_ids": self.recovered,
+            "recovered_from": self.recovered_from or None,
         }
 
 
@@ -117,8 +120,12 @@ class Auditor:
 
         Raises:
             RecordingError: a recording is damaged, or does not fit the others or the model.
+            UsageError: one recording is given twice.
             PromptError: the ids are not a prompt of this model and this recording.
         """
+        folders = [folder, *shares, *([] if again is None else [again])]
+        if len({path.resolve() for path in folders}) < len(folders):
+            raise UsageError("One recording is given twice; name different folders.")
         recordings = [self._open(path) for path in (folder, *shares)]
         first = recordings[0]
         self._check(ids, first)
@@ -148,6 +155,9 @@ class Auditor:
         together = Report("", "", 0, 0)
         self._attack(together, replace(everything, name=f"all {len(recordings)} together"), ids)
         report.findings += [replace(finding, counted=False) for finding in together.findings]
+        if report.recovered is None:
+            report.recovered = together.recovered
+            report.recovered_from = together.recovered_from
 
     def _open(self, folder: Path) -> Recording:
         return open_recording(folder, self._config, self._model)
@@ -188,7 +198,7 @@ class Auditor:
         report.findings += _noise_findings(recording)
         for finding, tokens in ((near, nearest), (by_value, sorted_nearest)):
             if report.recovered is None and report.is_above_chance(finding):
-                report.recovered = tokens
+                report.recovered, report.recovered_from = tokens, name
 
 
 def _noise_findings(recording: Recording) -> list[Finding]:

@@ -35,17 +35,16 @@ def print_report(report: Report, model: str, *, json_output: bool) -> None:
                 if any(report.is_above_chance(finding) for finding in findings)
                 else "Together they are no prompt: some worker's recording is missing."
             )
-    text = None if report.recovered is None else read_text(report.recovered, model)
+    text = None if report.recovered is None else read_text(report.recovered, Tokenizer(model))
     console.print(f"\n{_verdict(report)}")
     if json_output:
         print(json.dumps(report.as_json() | {"recovered_text": text}))
     elif text is not None:
-        console.print(f"\nThe prompt, as read from {_source(report)}:\n{text}")
+        console.print(f"\nThe prompt, as read from {report.recovered_from}:\n{text}")
 
 
-def read_text(ids: Sequence[int], model: str) -> str:
+def read_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """Tokens as text that is safe to print; as numbers, where the model has no tokenizer."""
-    tokenizer = Tokenizer(model)
     if not tokenizer.exists:
         return " ".join(map(str, ids))
     return printable(tokenizer.decode(ids), keep="\n")
@@ -74,7 +73,7 @@ def show_p(p: float | None) -> str:
 
 def make_console(*, stderr: bool) -> Console:
     """A console that prints text as it is."""
-    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True, width=100)
 
 
 def _table(report: Report, findings: list[Finding]) -> Table:
@@ -94,10 +93,6 @@ def _verdict(report: Report) -> str:
     if leaks:
         return f"{leaks} of {attacks} attacks found more than noise gives: this recording leaks."
     return (
-        f"None of {attacks} attacks found more than noise gives "
-        f"(p < {ABOVE_CHANCE:.0e} for all together)."
+        f"None of {attacks} attacks found more than noise "
+        f"would, at p < {ABOVE_CHANCE:.0e} for all of them together."
     )
-
-
-def _source(report: Report) -> str:
-    return "what its workers saw together" if not report.leaks else "what the worker saw"

@@ -12,6 +12,7 @@ from tsqp._local_worker import LocalWorker
 from tsqp._printing import Printer, say
 from tsqp.bench.audit import NEAREST, REPEATS, ROW_SPACE, UNIFORM, Auditor, Report
 from tsqp.bench.audit_table import make_console, read_text, show_found, show_p
+from tsqp.tee.tokenizer import Tokenizer
 
 MODEL = "demo"
 
@@ -19,35 +20,40 @@ MODEL = "demo"
 def run_demo(prompt: str) -> None:
     """Answer, then show what the worker could read of the prompt, in `pad` and in `open`."""
     say(f"Model   SmolLM2-135M-Instruct\nAsking  {prompt}")
-    # Readable by this user alone: what `open` sends is the prompt.
-    with tempfile.TemporaryDirectory(prefix="tsqp-demo-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="tsqp-demo-") as temporary:  # for this user alone
         folder = Path(temporary)
-        ids = _answer(prompt, folder / "pad")
-        say("\nThe same prompt once more, in open, to compare what the worker saw …")
-        _prefill(ids, folder / "open")
+        # Both load at once, while this side does.
+        with (
+            _worker("private", folder / "pad") as private,
+            _worker("open", folder / "open") as plain,
+        ):
+            say("starting two workers on this machine, in the same trust domain")
+            ids = _answer(prompt, private)
+            say("\nThe same prompt once more in open, to compare what the workers saw …")
+            _prefill(ids, plain)
         auditor = Auditor(MODEL)
         _print([(mode, auditor.audit(folder / mode, ids)) for mode in ("pad", "open")])
 
 
-def _answer(prompt: str, record: Path) -> list[int]:
+def _worker(serve: str, record: Path) -> closing[LocalWorker]:
+    return closing(LocalWorker([MODEL, "--serve", serve, "--record", str(record)]))
+
+
+def _answer(prompt: str, worker: LocalWorker) -> list[int]:
     """Print the answer and the statistics; the ids of the prompt."""
-    arguments = [MODEL, "--serve", "private", "--record", str(record)]
-    with closing(LocalWorker(arguments)) as worker:
-        worker.await_ready()
-        with LLM(MODEL, privacy="pad", worker=worker.endpoint) as llm:
-            printer = Printer(llm, prompts=1, json_output=False)
-            ids = llm.tokenize(prompt, chat=True)
-            params = SamplingParams(temperature=0, max_tokens=256)
-            printer.finish(llm.generate([ids], params, on_text=printer.on_text))
+    worker.await_ready()
+    with LLM(MODEL, privacy="pad", worker=worker.endpoint) as llm:
+        printer = Printer(llm, prompts=1, json_output=False)
+        ids = llm.tokenize(prompt, chat=True)
+        params = SamplingParams(temperature=0, max_tokens=256)
+        printer.finish(llm.generate([ids], params, on_text=printer.on_text))
     return ids
 
 
-def _prefill(ids: list[int], record: Path) -> None:
-    arguments = [MODEL, "--serve", "open", "--record", str(record)]
-    with closing(LocalWorker(arguments)) as worker:
-        worker.await_ready()
-        with LLM(MODEL, privacy="open", worker=worker.endpoint) as llm:
-            llm.generate([ids], SamplingParams(temperature=0, max_tokens=1))
+def _prefill(ids: list[int], worker: LocalWorker) -> None:
+    worker.await_ready()
+    with LLM(MODEL, privacy="open", worker=worker.endpoint) as llm:
+        llm.generate([ids], SamplingParams(temperature=0, max_tokens=1))
 
 
 def _print(reports: Sequence[tuple[str, Report]]) -> None:
@@ -69,7 +75,7 @@ def _print(reports: Sequence[tuple[str, Report]]) -> None:
     console.print(table)
     for mode, report in reports:
         if report.recovered is not None:
-            text = " ".join(read_text(report.recovered, MODEL).split())
+            text = " ".join(read_text(report.recovered, Tokenizer(MODEL)).split())
             console.print(f"\nThe prompt, as read by the worker in {mode}:\n  {text}")
     say("\n`tsqp audit` does the same for your own prompts: see docs/audit.md.")
 

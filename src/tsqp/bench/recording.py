@@ -3,6 +3,7 @@
 Shape suffixes: N rows; D input features of a group.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,13 +109,14 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
         raise RecordingError(f"{session} mixes privacy modes or fields, as no session does.")
     known = {key: group_shape(config, *key)[1] for key in linear_groups(config)}
     recorded = []
+    values: Counter[Key] = Counter()
     for call in calls:
         key = (call.layer or 0, call.group or "")
         if key not in known:
             raise _other_model(session, model)
         recorded.append(Recorded(key, call.rows))
-    largest = max(sum(call.rows for call in recorded if call.key == key) for key in known)
-    check_memory(16 * largest * max(known.values()), f"A group of {session}")
+        values[key] += call.rows * known[key]
+    check_memory(32 * max(values.values()), f"A group of {session}")
     field_name = fields.pop()
 
     def read(number: int) -> Tensor:
