@@ -10,10 +10,12 @@ COMMANDS = {
         --stop --temperature --threads --timeout --top-k --top-p --worker MODEL
     """,
     "worker": """
-        --debug --device --dtype --insecure --listen --no-shm --serve --supervised --threads MODEL
+        --debug --device --dtype --insecure --listen --no-shm --record --serve --supervised
+        --threads MODEL
     """,
     "prepare": "--debug MODEL OUT",
     "demo": "--debug --fetch --prompt",
+    "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
     "bench": "--debug --dtype --new-tokens --out --prompt-tokens --rounds --threads MODEL",
 }
 

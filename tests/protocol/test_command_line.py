@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_without_what_it_holds(
     assert "ZeroDivisionError: the prompt" in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["worker"], ["demo"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["worker"], ["demo"], ["audit"], ["bench"]])
 def test_help_names_the_command_and_its_options(command: list[str], main: Main) -> None:
     result = main(*command, "--help")
     assert result.status == 0
@@ -225,6 +226,8 @@ def test_the_demo_answers_and_leaves_nothing_behind(commands: Commands, demo_pat
     assert result.status == 0
     assert result.stdout == f"{ANSWER}\n"
     assert f"transport {SHARED}: " in result.stderr
+    assert "in pad " in result.stderr
+    assert not list(Path(tempfile.gettempdir()).glob("tsqp-demo-*"))
 
 
 def test_a_line_for_people_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

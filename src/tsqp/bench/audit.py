@@ -15,7 +15,7 @@ from tsqp.bench.attacks import (
     match_row_space,
 )
 from tsqp.bench.finding import ABOVE_CHANCE, Finding
-from tsqp.bench.noise import Related, Repeats, Uniformity, compare
+from tsqp.bench.noise import Agreement, Related, Repeats, Uniformity
 from tsqp.bench.recording import FIRST, Recording, add, open_recording
 from tsqp.errors import PromptError, RecordingError, UsageError
 from tsqp.model.checkpoint import open_checkpoint
@@ -29,6 +29,7 @@ RELATED = "related rows"
 UNIFORM = "uniform values"
 EQUAL = "equal in both"
 CORRELATED = "correlation of both"
+RELATED_IN_BOTH = "related rows in both"
 
 
 @dataclass(slots=True)
@@ -182,7 +183,17 @@ class Auditor:
                 "recordings of one mode."
             )
         self._check(ids, second)
-        report.findings += compare(first, second, EQUAL, CORRELATED, "both recordings")
+        agreement = Agreement(first.field)
+        others = set(second.groups())
+        for key in first.groups():
+            if key in others:
+                agreement.add(first.rows(key), second.rows(key))
+        subject = "both recordings"
+        report.findings += [
+            agreement.equal(EQUAL, subject),
+            agreement.correlation(CORRELATED, subject),
+            agreement.related(RELATED_IN_BOTH, subject),
+        ]
 
     def _attack(self, report: Report, recording: Recording, ids: Sequence[int]) -> None:
         name = recording.name

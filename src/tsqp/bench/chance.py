@@ -7,7 +7,7 @@ import torch
 
 from tsqp.algebra.params import Field
 
-STEPS = 100_000
+STEPS = 20_000
 
 
 def poisson_tail(count: float, expected: float) -> float:

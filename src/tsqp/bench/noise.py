@@ -4,7 +4,7 @@ Each is fed the rows of one group after the other. Shape suffixes: N rows; D fea
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from tsqp.bench.chance import (
     expected_repeats,
     normal_tail,
     poisson_tail,
-    projection_tail,
 )
 from tsqp.bench.finding import Finding
-from tsqp.bench.recording import Key, Recording, centred
+from tsqp.bench.recording import centred
 
-BINS = 1000
+BINS = 256
 MIN_VALUES = 20 * BINS  # fewer do not follow the chi-square distribution
 BLOCK_ROWS = 512
 MAX_RELATED = 4096  # rows of one width that are compared, each with each
@@ -32,7 +31,7 @@ RELATED_CHANCE = 0.001
 
 
 class Uniformity:
-    """Are residues uniform on [0, p)? Chi-square of 1000 equal intervals, and of every byte."""
+    """Are residues uniform on [0, p)? Chi-square of 256 equal intervals, and of every byte."""
 
     def __init__(self, field: Field) -> None:
         self._field = field
@@ -107,77 +106,96 @@ class Related:
 
     def add(self, rows_ND: Tensor) -> None:
         kept = self._rows.setdefault(rows_ND.shape[1], [])
-        rows_ND = rows_ND[: MAX_RELATED - sum(map(len, kept))]
-        numbers_ND = rows_ND if self._field is None else centred(rows_ND, self._field)
-        kept.append(F.normalize(numbers_ND))
+        kept.append(_directions(rows_ND[: MAX_RELATED - sum(map(len, kept))], self._field))
 
     def finding(self, attack: str, subject: str) -> Finding:
         """The p-value is that of the closest pair, times the number of pairs."""
         groups = [torch.cat(kept) for kept in self._rows.values()]
         pairs = sum(math.comb(len(unit_ND), 2) for unit_ND in groups)
-        found, p = 0, 1.0
-        # Cosines of noise are at most as spread as normal numbers of variance 1/D.
-        deviations = _two_sided_quantile(RELATED_CHANCE / max(pairs, 1))
-        for unit_ND in groups:
-            width = unit_ND.shape[1]
-            if width < 2:
-                continue
-            for cosines in _cosines(unit_ND):
-                found += int((cosines > deviations / math.sqrt(width)).sum())
-                p = min(p, pairs * projection_tail(float(cosines.max()) ** 2, 1, width))
+        found, p = _beyond_noise((z for unit_ND in groups for z in _deviations(unit_ND)), pairs)
         return Finding(attack, subject, "pairs", found, pairs, RELATED_CHANCE, p)
 
 
-def compare(
-    first: Recording, second: Recording, equal: str, correlated: str, subject: str
-) -> list[Finding]:
-    """Do two recordings of one prompt agree, place by place, more than noise does?"""
-    field = first.field
-    found = of = values = 0
-    products = first_squares = second_squares = 0.0
-    for key in _common(first, second):
-        a_ND, b_ND = first.rows(key), second.rows(key)
+class Agreement:
+    """Do two recordings of one prompt agree, place by place?"""
+
+    def __init__(self, field: Field | None) -> None:
+        self._field = field
+        self._equal = self._of = self._values = 0
+        self._products = self._first_squares = self._second_squares = 0.0
+        self._deviations: list[Tensor] = []  # of each row from its counterpart
+
+    def add(self, a_ND: Tensor, b_ND: Tensor) -> None:
         rows = min(len(a_ND), len(b_ND))
         a_ND, b_ND = a_ND[:rows], b_ND[:rows]
         same_ND = a_ND == b_ND
-        found += int(same_ND.all(1).sum() if field is None else same_ND.sum())
-        of += rows if field is None else a_ND.numel()
-        values += a_ND.numel()
-        if field is not None:
-            a_ND, b_ND = centred(a_ND, field), centred(b_ND, field)
+        self._equal += int(same_ND.all(1).sum() if self._field is None else same_ND.sum())
+        self._of += rows if self._field is None else a_ND.numel()
+        first, second = _directions(a_ND, self._field), _directions(b_ND, self._field)
+        self._deviations.append((first * second).sum(1).abs() * math.sqrt(first.shape[1]))
+        if self._field is not None:
+            a_ND, b_ND = centred(a_ND, self._field), centred(b_ND, self._field)
         a, b = a_ND.double().view(-1), b_ND.double().view(-1)
-        products += float(a @ b)
-        first_squares += float(a @ a)
-        second_squares += float(b @ b)
-    chance = 0.0 if field is None else of / field.p
-    unit = "rows" if field is None else "values"
-    scale = math.sqrt(first_squares * second_squares)
-    correlation = products / scale if scale else 0.0
-    return [
-        Finding(equal, subject, unit, found, of, chance, poisson_tail(found, chance)),
-        Finding(
-            correlated,
-            subject,
-            "correlation",
-            correlation,
-            chance=0.0,
-            p=normal_tail(correlation * math.sqrt(values)),
-        ),
-    ]
+        self._values += len(a)
+        self._products += float(a @ b)
+        self._first_squares += float(a @ a)
+        self._second_squares += float(b @ b)
+
+    def equal(self, attack: str, subject: str) -> Finding:
+        """Values that are the same in both; of activations, whole rows."""
+        unit = "rows" if self._field is None else "values"
+        chance = 0.0 if self._field is None else self._of / self._field.p
+        p = poisson_tail(self._equal, chance)
+        return Finding(attack, subject, unit, self._equal, self._of, chance, p)
+
+    def correlation(self, attack: str, subject: str) -> Finding:
+        """Of all values at once: what a small part of every value gives away."""
+        scale = math.sqrt(self._first_squares * self._second_squares)
+        found = self._products / scale if scale else 0.0
+        p = normal_tail(found * math.sqrt(self._values))
+        return Finding(attack, subject, "correlation", found, chance=0.0, p=p)
+
+    def related(self, attack: str, subject: str) -> Finding:
+        """Of each row with its counterpart: what a few rows give away wholly."""
+        rows = sum(map(len, self._deviations))
+        found, p = _beyond_noise(self._deviations, rows)
+        return Finding(attack, subject, "rows", found, rows, RELATED_CHANCE, p)
 
 
-def _common(first: Recording, second: Recording) -> list[Key]:
-    others = set(second.groups())
-    return [key for key in first.groups() if key in others]
+def _directions(rows_ND: Tensor, field: Field | None) -> Tensor:
+    """Unit rows whose product says how close two rows are.
+
+    A residue becomes a point on a circle: a difference that is small mod p is small, also where
+    one of the two has wrapped around. The product of two rows of noise is then a mean of cosines
+    of uniform angles: at most as spread as a normal number of variance 1 / width.
+    """
+    if field is None:
+        return F.normalize(rows_ND)
+    angles_ND = rows_ND.double() * (2 * math.pi / field.p)
+    points = torch.cat((angles_ND.cos(), angles_ND.sin()), dim=1).float()
+    return points / math.sqrt(rows_ND.shape[1])
 
 
-def _cosines(unit_ND: Tensor) -> Iterator[Tensor]:
-    """|cosine| of every two rows, in blocks; 0 for a row and itself, and for pairs seen before."""
+def _deviations(unit_ND: Tensor) -> Iterator[Tensor]:
+    """How far apart the products of every two rows are from 0, in standard deviations of noise.
+
+    In blocks; with 0 for a row and itself, and for pairs seen before.
+    """
     for first in range(0, len(unit_ND), BLOCK_ROWS):
         block = unit_ND[first : first + BLOCK_ROWS]
-        yield (block @ unit_ND[first:].t()).abs_().triu_(1)
+        yield (block @ unit_ND[first:].t()).abs_().triu_(1) * math.sqrt(unit_ND.shape[1])
 
 
-def _two_sided_quantile(p: float) -> float:
-    """Deviations that a standard normal number exceeds with probability p, either way."""
-    return -float(torch.special.ndtri(torch.tensor(p / 2, dtype=torch.float64)))
+def _beyond_noise(blocks: Iterable[Tensor], number: int) -> tuple[int, float]:
+    """How many deviations are larger than noise gives, and the p-value of the largest.
+
+    Args:
+        number: how many there are in all.
+    """
+    tail = torch.tensor(RELATED_CHANCE / max(number, 1) / 2, dtype=torch.float64)
+    limit = -float(torch.special.ndtri(tail))
+    found, largest = 0, 0.0
+    for block in blocks:
+        found += int((block > limit).sum())
+        largest = max(largest, float(block.max()))
+    return found, min(1.0, number * normal_tail(largest))
