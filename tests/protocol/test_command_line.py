@@ -2,7 +2,7 @@
 
 import json
 import re
-import tempfile
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -221,13 +221,35 @@ def test_help_names_the_command_and_its_options(command: list[str], main: Main) 
     assert "--supervised" not in result.stdout
 
 
-def test_the_demo_answers_and_leaves_nothing_behind(commands: Commands, demo_path: Path) -> None:
-    result = commands.run("demo")
+@pytest.mark.timeout(200)
+def test_the_demo_answers_shows_what_the_gpu_saw_and_leaves_nothing_behind(
+    commands: Commands, demo_path: Path, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    result = commands.start("demo", env={"TMPDIR": str(temporary)}).ends(180)
     assert result.status == 0
     assert result.stdout == f"{ANSWER}\n"
     assert f"transport {SHARED}: " in result.stderr
-    assert "in pad " in result.stderr
-    assert not list(Path(tempfile.gettempdir()).glob("tsqp-demo-*"))
+    rows = [re.split(r"  +", line.strip()) for line in result.stderr.splitlines()]
+    assert ["prompt tokens by nearest embedding", "0 of 42 tokens", "42 of 42 tokens"] in rows
+    assert ["attacks that found more than chance", "0 of 7", "6 of 6"] in rows
+    assert QUESTION in result.stderr.split("as read by the worker in open:")[1]
+    assert not list(temporary.iterdir())
+
+
+def test_a_demo_that_is_ended_keeps_no_recording(
+    commands: Commands, demo_path: Path, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    running = commands.start("demo", env={"TMPDIR": str(temporary)})
+    running.says("worker at ")
+    [folder] = temporary.glob("tsqp-demo-*")
+    assert folder.stat().st_mode & 0o077 == 0
+    running.send(signal.SIGTERM)
+    running.ends()
+    assert not list(temporary.iterdir())
 
 
 def test_a_line_for_people_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """`tsqp demo`: a private answer; then the audit of what its GPU saw, beside a run in `open`."""
 
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -20,6 +22,7 @@ MODEL = "demo"
 def run_demo(prompt: str) -> None:
     """Answer, then show what the worker could read of the prompt, in `pad` and in `open`."""
     say(f"Model   SmolLM2-135M-Instruct\nAsking  {prompt}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no recording behind
     with tempfile.TemporaryDirectory(prefix="tsqp-demo-") as temporary:  # for this user alone
         folder = Path(temporary)
         # Both load at once, while this side does.
