@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.algebra.words import accept
-from tsqp.tee.crypto import stream
 from tsqp.tee.crypto.rng import uniform
+from tsqp.wire import seeds
 
 BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
 BINS = 4096
@@ -40,8 +40,8 @@ def test_the_stream_is_the_accepted_words_of_aes_in_counter_mode(
     words = np.frombuffer(aes.update(bytes(4 * 5000)), "<u4") & ((1 << field.bits) - 1)
     expected = words[words < field.p][:4000]
     found = np.empty(4000, np.int32)
-    monkeypatch.setattr(stream, "CHUNK_WORDS", 333)
-    stream.expand(seed, found, field)
+    monkeypatch.setattr(seeds, "CHUNK_WORDS", 333)
+    seeds.expand(seed, found, field)
     assert (found == expected).all()
 
 

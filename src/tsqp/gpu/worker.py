@@ -10,12 +10,15 @@ from tsqp.algebra.params import FIELDS
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu import kernels
 from tsqp.gpu.weights import IntegerModel, Weights
-from tsqp.wire.messages import Embed, Hello, Linear, Operation, Product, Welcome
+from tsqp.wire.channel import kind_of
+from tsqp.wire.messages import Embed, Hello, Linear, Operation, Product, SeedProduct, Welcome
+from tsqp.wire.seeds import expand
 from tsqp.wire.tensors import WEIGHTS_DTYPES, Spec
 
 OPEN_ABILITIES = ("embedding", "linear")
-PRIVATE_ABILITIES = ("product",)
+PRIVATE_ABILITIES = ("product", "seed_product")
 MAX_ROWS = 2**20
+MAX_SHARE_BYTES = 2**30  # that one seed may stand for
 
 
 class Worker:
@@ -66,19 +69,22 @@ class Worker:
 
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         """Raise ProtocolError unless the tensors have the shapes that `operation` wants."""
-        rows = inputs[0].shape[0] if len(inputs) == 1 else 0
+        if isinstance(operation, SeedProduct):
+            rows = operation.rows
+        else:
+            rows = inputs[0].shape[0] if len(inputs) == 1 else 0
         if not 1 <= rows <= MAX_ROWS:
             raise ProtocolError(f"A call needs one input of 1 to {MAX_ROWS} rows.")
-        wanted_input, wanted_output = self._specs(operation, rows)
-        if inputs[0] != wanted_input or list(outputs) != [wanted_output]:
+        wanted_inputs, wanted_output = self._specs(operation, rows)
+        if list(inputs) != wanted_inputs or list(outputs) != [wanted_output]:
             raise ProtocolError(
-                f"{operation} wants {wanted_input} and gives {wanted_output}, not "
-                f"{[str(spec) for spec in inputs]} and {[str(spec) for spec in outputs]}."
+                f"A call of {kind_of(operation)} takes {_list(wanted_inputs)} and gives "
+                f"{_list([wanted_output])}, not {_list(inputs)} and {_list(outputs)}."
             )
 
     def received(self, operation: Operation, inputs: Sequence[Tensor]) -> Tensor:
         """What a call brought, in private memory: activations, token ids, or int32 residues."""
-        if isinstance(operation, Product):
+        if isinstance(operation, Product | SeedProduct):
             return self._residues(operation, inputs)
         return inputs[0].clone()
 
@@ -96,34 +102,44 @@ class Worker:
                 kernels.linear(inputs[0], self._float_weight(layer, group), outputs[0])
             case Embed():
                 self._embed(inputs[0], outputs[0])
-            case Product(layer, group, field_name):
+            case Product(layer, group, field_name) | SeedProduct(layer, group, field_name):
                 field, weight_FD = FIELDS[field_name], self._integer_weight(layer, group)
                 c_TD = self._residues(operation, inputs)
                 kernels.residue_product(c_TD, weight_FD, field, outputs[0])
 
-    def _residues(self, operation: Product, inputs: Sequence[Tensor]) -> Tensor:
-        """c, int32 [T, D]; what is no residue comes as it is."""
+    def _residues(self, operation: Product | SeedProduct, inputs: Sequence[Tensor]) -> Tensor:
+        """c, int32 [T, D]: sent, where what is no residue comes as it is, or expanded."""
+        field = FIELDS[operation.field]
         width = self._integer_weight(operation.layer, operation.group).shape[1]
-        c_TD = torch.empty(len(inputs[0]), width, dtype=torch.int32)
-        residue_bytes.unpack(inputs[0].numpy(), FIELDS[operation.field], c_TD.numpy())
+        if isinstance(operation, SeedProduct):
+            c_TD = torch.empty(operation.rows, width, dtype=torch.int32)
+            expand(operation.seed, c_TD.view(-1).numpy(), field)
+        else:
+            c_TD = torch.empty(len(inputs[0]), width, dtype=torch.int32)
+            residue_bytes.unpack(inputs[0].numpy(), field, c_TD.numpy())
         return c_TD
 
-    def _specs(self, operation: Operation, rows: int) -> tuple[Spec, Spec]:
-        """The input and the output that `operation` wants."""
+    def _specs(self, operation: Operation, rows: int) -> tuple[list[Spec], Spec]:
+        """The inputs and the output that `operation` wants."""
         match operation:
             case Linear(layer, group):
                 features, width = self._float_weight(layer, group).shape
                 dtype = self._open_weights.dtype
-                return Spec((rows, width), dtype), Spec((rows, features), dtype)
+                return [Spec((rows, width), dtype)], Spec((rows, features), dtype)
             case Embed():
                 width = self._open_weights.embedding_VD.shape[1]
                 dtype = self._open_weights.dtype
-                return Spec((rows,), torch.int64), Spec((rows, width), dtype)
-            case Product(layer, group, field):
+                return [Spec((rows,), torch.int64)], Spec((rows, width), dtype)
+            case Product(layer, group, field) | SeedProduct(layer, group, field):
                 features, width = self._integer_weight(layer, group).shape
                 each = FIELDS[field].residue_bytes
-                wanted = Spec((rows, each * width), torch.uint8)
-                return wanted, Spec((rows, each * features), torch.uint8)
+                share = Spec((rows, each * width), torch.uint8)
+                answer = Spec((rows, each * features), torch.uint8)
+                if not isinstance(operation, SeedProduct):
+                    return [share], answer
+                if share.nbytes > MAX_SHARE_BYTES:
+                    raise ProtocolError(f"A seed stands for {MAX_SHARE_BYTES} bytes at most.")
+                return [], answer
 
     @property
     def _open_weights(self) -> Weights:
@@ -145,6 +161,10 @@ class Worker:
         if token_ids_T.min() < 0 or token_ids_T.max() >= len(table_VD):
             raise ProtocolError("A token id lies outside the vocabulary.")
         kernels.embed(token_ids_T, table_VD, out_TD)
+
+
+def _list(specs: Sequence[Spec]) -> str:
+    return ", ".join(map(str, specs)) or "no tensor"
 
 
 def _find(weights: dict[tuple[int, str], Tensor], layer: int, group: str) -> Tensor:

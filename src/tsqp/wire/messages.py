@@ -30,6 +30,7 @@ Sentence = Annotated[str, Meta(max_length=MAX_SENTENCE)]
 Traceback = Annotated[str, Meta(max_length=MAX_TRACEBACK)]
 Evidence = Annotated[bytes, Meta(max_length=65_536)]
 Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 INLINE = -1  # the offset of a tensor that travels as a frame of its own
 
@@ -109,7 +110,17 @@ class Product(Message, frozen=True, tag="product"):
     field: FieldName
 
 
-Operation = Linear | Embed | Product
+class SeedProduct(Message, frozen=True, tag="seed_product"):
+    """The same for `rows` rows c that are not sent: they are the residues of a seed [P8]."""
+
+    layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)]
+    group: Name
+    field: FieldName
+    rows: Dimension
+    seed: Seed
+
+
+Operation = Linear | Embed | Product | SeedProduct
 
 
 class Call(Message, frozen=True, tag="call"):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsqp.algebra.params import CHECK_MODULUS, WIDE, Field
-from tsqp.tee.crypto.stream import SEED_BYTES, expand
+from tsqp.wire.seeds import SEED_BYTES, expand
 
 
 def fresh_seed() -> bytes:

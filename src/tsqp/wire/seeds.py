@@ -1,4 +1,7 @@
-"""A stream of residues from a 256-bit seed.
+"""A stream of residues from a 256-bit seed, the same on both sides.
+
+The trusted side makes its pads and shares of it; a worker that is sent the seed of a share [P8]
+makes the share itself.
 
 The stream is AES-256 in counter mode from counter 0, read as little-endian 32-bit words. Of each
 word the lowest `bits` bits of the field are a candidate; candidates that are p or larger are
