@@ -19,7 +19,9 @@ from tsqp.model.prepared import SUFFIX
 from tsqp.model.quantize import Progress
 from tsqp.model.weights import parse_dtype
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.keys import read_secret_key
 from tsqp.wire.server import Server
+from tsqp.wire.zmq import public_key_of
 
 log = logging.getLogger("tsqp")
 
@@ -36,6 +38,7 @@ def serve(
     dtype: str = "auto",
     threads: int | None = None,
     max_shm_bytes: int = 2**30,
+    keyfile: Path | None = None,
     insecure: bool = False,
     record: Path | None = None,
     supervised: bool = False,
@@ -50,18 +53,20 @@ def serve(
         serve: "private" holds integer weights, "open" floating-point ones, "all" both.
         dtype: of the floating-point weights.
         max_shm_bytes: most shared memory for one session; 0 keeps tensors on the socket.
-        insecure: listen on an address that other machines can reach.
+        keyfile: holds the secret key of `tsqp keygen`; takes encrypted links alone.
+        insecure: listen on an address that other machines can reach, without encryption.
         record: a new or empty folder for everything that arrives; see `tsqp.gpu.record`.
         supervised: say "ready" on standard output, and stop at the end of standard input.
 
     Raises:
-        UsageError: a listening address that is not allowed, or no such device.
+        UsageError: a listening address that is not allowed, no such device, or no key in the file.
         ModelError: the checkpoint cannot be used.
         WorkerUnavailable: the endpoint cannot be served.
         RecordingError: the recording cannot be written, now or later.
     """
     endpoint = parse_endpoint(listen)
-    _check_listening(endpoint, insecure)
+    _check_listening(endpoint, insecure or keyfile is not None)
+    secret_key = None if keyfile is None else read_secret_key(keyfile)
     where = _parse_device(device)
     recorder = None if record is None else Recorder(record)
     if threads is not None:
@@ -72,8 +77,10 @@ def serve(
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     load = _prepare_to_load(model, serve, dtype, where, lambda *_: _heed(stop))
     # Listening comes before loading, which may be long: an address in use shows at once.
-    server = Server(endpoint, max_shm_bytes=max_shm_bytes, log=log.info)
+    server = Server(endpoint, secret_key=secret_key, max_shm_bytes=max_shm_bytes, log=log.info)
     try:
+        if secret_key is not None:
+            log.info("encrypted links alone; public key: %s", public_key_of(secret_key))
         log.info("loading %s …", model)
         worker = load()
         log.info("serving %s on %s at %s: %s", model, where, server.address, worker)
@@ -113,13 +120,13 @@ def _prepare_to_load(
     return load
 
 
-def _check_listening(endpoint: Endpoint, insecure: bool) -> None:
+def _check_listening(endpoint: Endpoint, anywhere: bool) -> None:
     if endpoint.scheme not in ("ipc", "tcp"):
         raise UsageError(f"A worker listens on ipc:///PATH or tcp://HOST:PORT, not on {endpoint}.")
-    if not endpoint.is_loopback and not insecure:
+    if not endpoint.is_loopback and not anywhere:
         raise UsageError(
-            f"Other machines can reach {endpoint}, and the link is not encrypted; "
-            "listen on 127.0.0.1 or ipc, or pass --insecure."
+            f"Other machines can reach {endpoint}, and the link is not encrypted; pass --keyfile "
+            "with a key of `tsqp keygen`, or listen on 127.0.0.1 or ipc, or pass --insecure."
         )
 
 

@@ -11,10 +11,10 @@ Several tickets may be in flight. The channel belongs to one thread.
 
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,20 @@ class Counters:
     received_bytes: int = 0  # tensors, worker → TEE
     socket_bytes: int = 0  # frames both ways: messages, and inline tensors
     compute_s: dict[str, float] = field(default_factory=dict)  # worker's own word, by kind
+
+    @classmethod
+    def total(cls, parts: Iterable["Counters"]) -> Self:
+        """What crossed several channels."""
+        total = cls()
+        for each in parts:
+            for kind, calls in each.calls.items():
+                total.calls[kind] = total.calls.get(kind, 0) + calls
+            for kind, seconds in each.compute_s.items():
+                total.count_compute(kind, seconds)
+            total.sent_bytes += each.sent_bytes
+            total.received_bytes += each.received_bytes
+            total.socket_bytes += each.socket_bytes
+        return total
 
     def count_call(self, kind: str) -> None:
         self.calls[kind] = self.calls.get(kind, 0) + 1

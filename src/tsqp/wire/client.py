@@ -82,9 +82,16 @@ class _Call:
         self._channel.release(self)
 
 
-def check_reachable(endpoint: Endpoint, timeout: float = 5.0) -> None:
-    """Raise WorkerUnavailable unless something serves `endpoint`: cheap, before dear work."""
-    ClientSocket(endpoint, timeout).close()
+def check_reachable(
+    endpoint: Endpoint, worker_key: str | None = None, timeout: float = 5.0
+) -> None:
+    """Find out whether something serves `endpoint`: cheap, before dear work.
+
+    Raises:
+        WorkerUnavailable: nothing does.
+        HandshakeError: it does not hold the secret key of `worker_key`.
+    """
+    ClientSocket(endpoint, timeout, worker_key).close()
 
 
 class RemoteChannel:
@@ -95,6 +102,7 @@ class RemoteChannel:
         endpoint: Endpoint,
         hello: Hello,
         *,
+        worker_key: str | None = None,
         connect_timeout: float = 5.0,
         shm_folder: Path = SHM_FOLDER,
         no_shm_reason: str = "--no-shm was given",
@@ -104,12 +112,13 @@ class RemoteChannel:
         Args:
             endpoint: ipc or tcp.
             hello: what this side needs; `shm_bytes` = 0 keeps the tensors inline.
+            worker_key: the worker's public key, for an encrypted link.
             connect_timeout: seconds for the connection, and again for the handshake.
             no_shm_reason: what to report where `shm_bytes` is 0.
 
         Raises:
             WorkerUnavailable: nobody serves the endpoint.
-            HandshakeError: the worker runs another version, model or dtype.
+            HandshakeError: the worker runs another version, model or dtype, or has another key.
         """
         self.endpoint = str(endpoint)
         self.counters = Counters()
@@ -122,7 +131,7 @@ class RemoteChannel:
         self._calls: dict[int, _Call] = {}
         self._cancelled: dict[int, _Call] = {}
         self._last_ticket = 0
-        self._socket = ClientSocket(endpoint, connect_timeout)
+        self._socket = ClientSocket(endpoint, connect_timeout, worker_key)
         try:
             self.welcome = self._shake_hands(hello, time.monotonic() + connect_timeout)
             if hello.shm_bytes:

@@ -26,15 +26,24 @@ class Endpoint:
         return self.scheme == "ipc" and self.address.startswith("@")
 
     @property
+    def host(self) -> str:
+        """The host of a tcp endpoint, without brackets."""
+        return self.address.rpartition(":")[0].strip("[]") if self.scheme == "tcp" else ""
+
+    @property
+    def port(self) -> int:
+        """The port of a tcp endpoint."""
+        return int(self.address.rpartition(":")[2])
+
+    @property
     def is_loopback(self) -> bool:
         """Whether only processes of this machine can reach it."""
         if self.scheme != "tcp":
             return True
-        host = self.address.rpartition(":")[0].strip("[]")
         try:
-            return ipaddress.ip_address(host).is_loopback
+            return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
-            return host == "localhost"
+            return self.host == "localhost"
 
 
 def parse_endpoint(text: str) -> Endpoint:

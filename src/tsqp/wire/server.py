@@ -100,6 +100,7 @@ class Server:
         self,
         endpoint: Endpoint,
         *,
+        secret_key: str | None = None,
         max_shm_bytes: int = 2**30,
         shm_folder: Path = SHM_FOLDER,
         log: Callable[[str], None] = lambda line: None,
@@ -107,6 +108,7 @@ class Server:
         """Bind `endpoint`.
 
         Args:
+            secret_key: makes the worker take encrypted links alone, see `ServerSocket`.
             max_shm_bytes: most bytes of shared memory for one session; 0 keeps tensors inline.
             log: takes one line about a session that begins or ends.
 
@@ -119,7 +121,7 @@ class Server:
         self._max_shm_bytes = max_shm_bytes
         self._shm_folder = shm_folder
         self._log = log
-        self._socket = ServerSocket(endpoint)
+        self._socket = ServerSocket(endpoint, secret_key)
 
     @property
     def address(self) -> str:

@@ -6,17 +6,26 @@ stopped even while a long computation keeps the main threads busy.
 """
 
 import os
+import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import zmq
+from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from tsqp.errors import ProtocolError, WorkerLost, WorkerUnavailable
+from tsqp.errors import (
+    HandshakeError,
+    ProtocolError,
+    WorkerError,
+    WorkerLost,
+    WorkerUnavailable,
+)
 from tsqp.wire.codec import MAX_MESSAGE
 from tsqp.wire.endpoint import Endpoint
+from tsqp.wire.greeting import ask_mechanism
 from tsqp.wire.socket_file import identify, remove_own, remove_stale
 
 HEARTBEAT_MS = 1000
@@ -27,6 +36,8 @@ SPIN_S = 0.001
 LOOKS = 8  # at the mailbox for one at the socket
 MAX_UNREAD = 16  # messages that wait, here or for a peer, before no more are taken
 MAX_FRAME = 2**30
+KEY_LENGTH = 40  # characters of Z85, for 32 bytes
+ASK_S = 1.0  # for finding out why a handshake failed
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -171,19 +182,30 @@ class _Socket:
 class ClientSocket(_Socket):
     """The TEE's end of one connection, which is lost for good when it breaks once."""
 
-    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: float, worker_key: str | None = None) -> None:
         """Connect within `timeout` seconds.
+
+        Args:
+            worker_key: public key that the worker must prove to hold the secret one of; everything
+                that crosses is then encrypted. This side has a key pair for this connection alone.
 
         Raises:
             WorkerUnavailable: nobody listens there, or it is no ZeroMQ peer.
+            HandshakeError: only one side encrypts, or the worker has another key.
         """
         super().__init__(zmq.DEALER, endpoint)
         self._name = str(endpoint)
         try:
+            if worker_key is not None:
+                public, secret = zmq.curve_keypair()
+                self._socket.set(zmq.CURVE_PUBLICKEY, public)
+                self._socket.set(zmq.CURVE_SECRETKEY, secret)
+                self._socket.set(zmq.CURVE_SERVERKEY, worker_key.encode())
             self._socket.set(zmq.RECONNECT_IVL, TICK_MS)
             self._watch(zmq.EVENT_HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED | zmq.EVENT_DISCONNECTED)
             self._socket.connect(str(endpoint))
-            self._await_connection(time.monotonic() + timeout)
+            if not self._await_connection(time.monotonic() + timeout):
+                raise _why_not(endpoint, encrypting=worker_key is not None)
         except zmq.ZMQError as exc:
             self.close()
             raise WorkerUnavailable(f"Cannot connect to {endpoint}: {exc.strerror}.") from exc
@@ -191,17 +213,15 @@ class ClientSocket(_Socket):
             self.close()
             raise
 
-    def _await_connection(self, deadline: float) -> None:
+    def _await_connection(self, deadline: float) -> bool:
+        """Whether the handshake succeeded, once a peer is there."""
         while True:
             left_ms = int((deadline - time.monotonic()) * 1000)
             events = self._events(max(left_ms, 1))
             if events & HANDSHAKE_FAILED:
-                raise WorkerUnavailable(
-                    f"What listens at {self._name} is no TSQP worker, or one that hangs; "
-                    "check the endpoint."
-                )
+                return False
             if events & zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                return
+                return True
             if left_ms <= 0:
                 raise WorkerUnavailable(
                     f"No worker answers at {self._name}; start one with "
@@ -258,11 +278,38 @@ class ClientSocket(_Socket):
             )
 
 
+def _why_not(endpoint: Endpoint, *, encrypting: bool) -> WorkerError:
+    """What is wrong with a peer whose handshake failed."""
+    mechanism = ask_mechanism(endpoint, ASK_S)
+    if mechanism is None or (mechanism == "NULL" and not encrypting):
+        return WorkerUnavailable(
+            f"What listens at {endpoint} is no TSQP worker, or one that hangs; check the endpoint."
+        )
+    if not encrypting:
+        return HandshakeError(
+            f"The worker at {endpoint} takes encrypted links alone; give its public key, "
+            "which it shows when it starts, as --worker-key."
+        )
+    if mechanism == "NULL":
+        return HandshakeError(
+            f"The worker at {endpoint} does not encrypt, and a --worker-key was given for it; "
+            "start it with --keyfile, or leave --worker-key out."
+        )
+    return HandshakeError(
+        f"The worker at {endpoint} does not hold the secret key that belongs to this --worker-key; "
+        "check the key, which the worker shows when it starts, and the endpoint."
+    )
+
+
 class ServerSocket(_Socket):
     """The worker's end: many peers, each with an identity that libzmq keeps apart."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, secret_key: str | None = None) -> None:
         """Bind.
+
+        Args:
+            secret_key: takes none but encrypted connections, and proves who answers. Which clients
+                may connect is left open.
 
         Raises:
             WorkerUnavailable: the address is taken, or may not be used.
@@ -276,6 +323,9 @@ class ServerSocket(_Socket):
                 remove_stale(self._path)
             self._socket.set(zmq.SNDHWM, MAX_UNREAD)
             self._socket.set(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that left is an error
+            if secret_key is not None:
+                self._socket.set(zmq.CURVE_SERVER, 1)
+                self._socket.set(zmq.CURVE_SECRETKEY, secret_key.encode())
             self._watch(zmq.EVENT_DISCONNECTED)
             mask = os.umask(0o177)  # the socket file is for this user alone
             try:
@@ -349,3 +399,22 @@ class ServerSocket(_Socket):
             remove_own(self._path, self._file)
             self._file = None
         super().close()
+
+
+def new_key_pair() -> tuple[str, str]:
+    """A public and a secret key."""
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
+def public_key_of(secret_key: str) -> str:
+    """The public key that belongs to a secret one."""
+    return zmq.curve_public(secret_key.encode()).decode()
+
+
+def is_key(text: str) -> bool:
+    """Whether `text` has the form of a key."""
+    try:
+        return len(text) == KEY_LENGTH and len(z85.decode(text)) == KEY_LENGTH // 5 * 4
+    except (ValueError, KeyError, struct.error):
+        return False

@@ -126,9 +126,12 @@ class MaskedGroup:
         return masked
 
     def unmask(
-        self, z_TB: Tensor, u_TF: Int32, masked: Masked, endpoint: str, rows: kernels.RowPool
+        self, z_TB: Tensor, u_TF: Int32, masked: Masked, culprit: str, rows: kernels.RowPool
     ) -> Tensor:
         """[P5], [P7], [P3]: y, float32 in private memory, once every row has passed the check.
+
+        Args:
+            culprit: whom to blame for a wrong answer, as a sentence begins.
 
         Raises:
             IntegrityError: some row is not the product.
@@ -149,11 +152,15 @@ class MaskedGroup:
             )
 
         if rows.run(len(z_np), some) != kernels.ALL_ROWS:
-            raise IntegrityError(
-                f"{endpoint} returned a wrong product for {self}; nothing of it was used. "
-                "Do not trust that worker."
-            )
+            raise self.wrong_product(culprit)
         return y_TF if self._bias_F is None else y_TF.add_(self._bias_F)
+
+    def wrong_product(self, culprit: str) -> IntegrityError:
+        """What to raise where an answer is not the product."""
+        return IntegrityError(
+            f"{culprit} returned a wrong product for {self}; nothing of it was used, and nothing "
+            "more should be asked there."
+        )
 
 
 Groups = Mapping[Key, MaskedGroup]
@@ -209,7 +216,9 @@ class _BlockSender(Protocol[Block]):
         """The product, float32, and the seconds spent waiting for it."""
         ...
 
-    def cancel(self, block: Block) -> None: ...
+    def cancel(self, block: Block) -> None:
+        """Give up a block, or what is left of it where `receive` has failed."""
+        ...
 
 
 def start_in_blocks(
@@ -242,7 +251,8 @@ class _Blocks(Generic[Block]):
         parts = []
         try:
             while self._out:
-                y_TF, waited_s = self._sender.receive(self._group, self._out.popleft())
+                y_TF, waited_s = self._sender.receive(self._group, self._out[0])
+                self._out.popleft()  # only now: until it is here, `cancel` gives it up too
                 parts.append(y_TF)
                 self.waited_s += waited_s
                 self._send_ahead()

@@ -1,0 +1,155 @@
+"""`--privacy shares`: several workers that do not collude; each sees uniform residues.
+
+[P8] shares out every input afresh and needs no pads; [P6] and [P7] check every row of the sum. All
+workers but the last get their share as a seed. Shape suffixes: T tokens; D input and F output
+features of a group; B bytes of a row.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsqp.algebra.params import Field
+from tsqp.errors import IntegrityError
+from tsqp.tee.crypto import kernels
+from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.tee.crypto.rng import fresh_seed
+from tsqp.tee.offload.base import Linear, Pending
+from tsqp.tee.offload.masked import Groups, Int32, Masked, MaskedGroup, start_in_blocks
+from tsqp.wire.channel import Channel
+from tsqp.wire.messages import Product, SeedProduct
+from tsqp.wire.seeds import expand
+from tsqp.wire.tensors import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows that are out: what it takes to read their answers."""
+
+    tickets: tuple[int, ...]  # one a worker
+    masked: Masked
+
+
+class SharesLinear:
+    """Linear layers by n >= 2 workers at once.
+
+    Args:
+        channels: one a worker. What one carries must be hidden from the other workers: any share
+            alone says nothing, all of them together are the input.
+        timeout: seconds that the workers may take for one call.
+        failures: counts failed checks of the whole process.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        groups: Groups,
+        dtype: torch.dtype,
+        timeout: float,
+        rows: kernels.RowPool,
+        failures: FailureLimit,
+    ) -> None:
+        assert len(channels) >= 2
+        self._channels = tuple(channels)
+        self._seeded, self._last = self._channels[:-1], self._channels[-1]
+        self._groups = groups
+        self._dtype = dtype
+        self._timeout = timeout
+        self._rows = rows
+        self._failures = failures
+
+    def start(self, request: Linear) -> Pending:
+        group = self._groups[request.layer, request.group]
+        return start_in_blocks(self, group, request.x_TD, self._dtype)
+
+    def close(self) -> None:
+        self._rows.close()
+        for channel in self._channels:
+            channel.close()
+
+    def rows_per_call(self, group: MaskedGroup) -> int:
+        least = min(channel.max_call_bytes for channel in self._channels)
+        return max(1, least // group.row_bytes)
+
+    def send(self, group: MaskedGroup, x_TD: Tensor) -> _Block:
+        """[P8]: c_1 … c_n-1 as fresh seeds, and c_n = xq - Σ c_i mod p. Nobody is waited for."""
+        seeds = [fresh_seed() for _ in self._seeded]
+        tickets: list[int] = []
+        try:
+            for channel, seed in zip(self._seeded, seeds, strict=True):
+                tickets.append(_send_seed(channel, group, len(x_TD), seed))
+            rest_TD = _minus_sum(seeds, (len(x_TD), group.width), group.field)
+            ticket, masked = self._send_rest(group, x_TD, rest_TD)
+        except BaseException:
+            self._cancel(tickets)
+            raise
+        return _Block((*tickets, ticket), masked)
+
+    def receive(self, group: MaskedGroup, block: _Block) -> tuple[Tensor, float]:
+        """[P8], [P7]: the sum of the answers, or nothing."""
+        deadline = time.monotonic() + self._timeout
+        waited_s = 0.0
+        others_TF = np.zeros((len(block.masked.unit_T), group.features), np.int32)  # -Σ z_i mod p
+        try:
+            for channel, ticket in zip(self._channels, block.tickets, strict=True):
+                began = time.monotonic()
+                with channel.wait(ticket, deadline) as reply:
+                    waited_s += time.monotonic() - began
+                    z_TB = reply.outputs[0]
+                    if channel is self._last:
+                        y_TF = group.unmask(z_TB, others_TF, block.masked, self._names, self._rows)
+                    elif kernels.subtract_answer(z_TB.numpy(), group.field, others_TF) >= 0:
+                        raise group.wrong_product(self._names)
+        except IntegrityError:
+            # The workers and the check vectors are never used again [P7].
+            self._failures.count()
+            self.close()
+            raise
+        return y_TF, waited_s
+
+    def cancel(self, block: _Block) -> None:
+        self._cancel(block.tickets)
+
+    def _send_rest(self, group: MaskedGroup, x_TD: Tensor, rest_TD: Int32) -> tuple[int, Masked]:
+        width = group.field.residue_bytes * group.width
+        operation = Product(group.layer, group.name, group.field.name)
+        inputs = [Spec((len(x_TD), width), torch.uint8)]
+        slot = self._last.reserve(operation, inputs, [_answer(group, len(x_TD))])
+        try:
+            masked = group.mask(x_TD, rest_TD, slot.inputs[0], self._rows)
+        except BaseException:
+            self._last.discard(slot)
+            raise
+        return self._last.submit(slot), masked
+
+    def _cancel(self, tickets: Sequence[int]) -> None:
+        for channel, ticket in zip(self._channels, tickets, strict=False):
+            channel.cancel(ticket)
+
+    @property
+    def _names(self) -> str:
+        *names, last = (channel.endpoint for channel in self._channels)
+        return f"One of the workers at {', '.join(names)} and {last}"
+
+
+def _send_seed(channel: Channel, group: MaskedGroup, rows: int, seed: bytes) -> int:
+    operation = SeedProduct(group.layer, group.name, group.field.name, rows, seed)
+    return channel.submit(channel.reserve(operation, [], [_answer(group, rows)]))
+
+
+def _answer(group: MaskedGroup, rows: int) -> Spec:
+    return Spec((rows, group.field.residue_bytes * group.features), torch.uint8)
+
+
+def _minus_sum(seeds: Sequence[bytes], shape: tuple[int, int], field: Field) -> Int32:
+    """-Σ c_i mod p of the shares that the seeds stand for."""
+    rest_TD, share_TD = np.zeros(shape, np.int32), np.empty(shape, np.int32)
+    for seed in seeds:
+        expand(seed, share_TD.reshape(-1), field)
+        rest_TD -= share_TD
+        rest_TD += (rest_TD < 0) * np.int32(field.p)
+    return rest_TD

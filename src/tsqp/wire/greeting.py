@@ -1,0 +1,51 @@
+"""Why a ZeroMQ handshake failed: what the peer says of itself before it hangs up.
+
+Two libzmq that want different mechanisms part so fast that either may see nothing but a connection
+that broke. This asks by hand: a peer that is sent the beginning of a greeting (ZMTP 3, RFC 23)
+answers with all of its own, which names the mechanism, and waits for the rest.
+"""
+
+import socket
+from typing import Literal
+
+from tsqp.wire.endpoint import Endpoint
+
+Mechanism = Literal["NULL", "CURVE"]
+
+_BEGINNING = b"\xff" + bytes(8) + b"\x7f" + b"\x03"  # the signature and the major version
+_LENGTH = 64
+_NAME = slice(12, 32)
+_MECHANISMS: dict[bytes, Mechanism] = {b"NULL": "NULL", b"CURVE": "CURVE"}
+
+
+def ask_mechanism(endpoint: Endpoint, timeout: float) -> Mechanism | None:
+    """How a peer secures its links; None where nobody answers as ZeroMQ does.
+
+    Args:
+        endpoint: ipc or tcp.
+        timeout: seconds for connecting, and for each part of the answer.
+    """
+    try:
+        with _connect(endpoint, timeout) as peer:
+            peer.sendall(_BEGINNING)
+            greeting = b""
+            while len(greeting) < _LENGTH and (more := peer.recv(_LENGTH - len(greeting))):
+                greeting += more
+    except OSError:
+        return None
+    is_greeting = len(greeting) == _LENGTH and greeting[:1] + greeting[9:10] == b"\xff\x7f"
+    return _MECHANISMS.get(greeting[_NAME].rstrip(b"\0")) if is_greeting else None
+
+
+def _connect(endpoint: Endpoint, timeout: float) -> socket.socket:
+    if endpoint.scheme == "tcp":
+        return socket.create_connection((endpoint.host, endpoint.port), timeout)
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        peer.settimeout(timeout)
+        path = endpoint.address
+        peer.connect("\0" + path[1:] if endpoint.is_abstract else path)
+    except BaseException:
+        peer.close()
+        raise
+    return peer

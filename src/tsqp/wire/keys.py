@@ -1,0 +1,121 @@
+"""Key pairs of encrypted links, and the small text files that hold them.
+
+A worker keeps its secret key in a file that nobody else can read; the trusted side is given the
+public key. Both are 40 characters of Z85. A file has comment lines and one line with a key, whose
+first word says which kind it is.
+"""
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from tsqp.errors import TSQPError, UsageError
+from tsqp.wire.zmq import is_key, new_key_pair
+
+SECRET_FILE = "worker.key"
+PUBLIC_FILE = "worker.pub"
+MAX_FILE = 4096
+
+Kind = Literal["public", "secret"]
+
+_FILE = """\
+# tsqp worker, {kind} key: {advice}
+tsqp-{kind}-key {key}
+"""
+_ADVICE: dict[Kind, str] = {
+    "public": "give it to whoever uses the worker, for --worker-key",
+    "secret": "it stays with the worker, for --keyfile; show it to nobody",
+}
+
+_WRONG_KIND: dict[Kind, str] = {
+    "secret": f"a worker needs the secret one, {SECRET_FILE} of the same pair",
+    "public": f"it must not leave the worker, so give the public one, {PUBLIC_FILE} of that pair",
+}
+
+
+def write_key_pair(folder: Path) -> tuple[Path, Path, str]:
+    """Make a key pair in `folder`, which is made too if need be.
+
+    Returns:
+        the secret file, the public file, and the public key.
+
+    Raises:
+        UsageError: the folder holds keys already.
+        TSQPError: the files cannot be written; neither is left.
+    """
+    secret_path, public_path = folder / SECRET_FILE, folder / PUBLIC_FILE
+    public, secret = new_key_pair()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(secret_path, "secret", secret, 0o600)
+        try:
+            _write(public_path, "public", public, 0o644)
+        except BaseException:
+            secret_path.unlink()
+            raise
+    except FileExistsError as exc:
+        raise UsageError(
+            f"{exc.filename} exists, and no key is written over; name another folder."
+        ) from exc
+    except OSError as exc:
+        raise TSQPError(
+            f"Cannot write keys to {folder}: {exc.strerror}; name another folder, or make room."
+        ) from exc
+    return secret_path, public_path, public
+
+
+def read_secret_key(path: Path) -> str:
+    """The secret key in a worker's file.
+
+    Raises:
+        UsageError: there is no such file, others can read it, or it holds no secret key.
+    """
+    return _read(path, "secret")
+
+
+def parse_public_key(text: str) -> str:
+    """A public key that is given as its 40 characters, or as the name of its file.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    return text if is_key(text) else _read(Path(text), "public")
+
+
+def _write(path: Path, kind: Kind, key: str, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(_FILE.format(kind=kind, advice=_ADVICE[kind], key=key))
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
+
+
+def _read(path: Path, kind: Kind) -> str:
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read(MAX_FILE)
+    except OSError as exc:
+        raise UsageError(
+            f"Cannot read a key from {path}: {exc.strerror}; name a file that `tsqp keygen` made, "
+            "or correct the key."
+        ) from exc
+    lines = content.decode("ascii", "replace").splitlines()
+    words = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+    other: Kind = "public" if kind == "secret" else "secret"
+    match words:
+        case [[label, key]] if label == f"tsqp-{kind}-key" and is_key(key):
+            if kind == "secret" and stat.S_ISREG(mode) and mode & 0o077:
+                raise UsageError(
+                    f"Other users have access to the secret key in {path}; run `chmod 600 {path}`, "
+                    "and make a new pair if anyone may have read it."
+                )
+            return key
+        case [[label, _]] if label == f"tsqp-{other}-key":
+            raise UsageError(f"{path} holds a {other} key; {_WRONG_KIND[kind]}.")
+    raise UsageError(f"{path} holds no {kind} key of tsqp; make a pair with `tsqp keygen`.")
