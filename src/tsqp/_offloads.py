@@ -30,6 +30,8 @@ from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import Key, MaskedGroup, PrivateOffload
 from tsqp.tee.offload.open import OpenOffload
 from tsqp.tee.offload.pad import PadLinear
+from tsqp.tee.offload.shares import SharesLinear
+from tsqp.wire.channel import Channel
 
 log = logging.getLogger("tsqp")
 
@@ -65,8 +67,7 @@ class Builder:
     def _open(self, worker: WorkerProcess) -> Offload:
         log.warning("privacy open: the worker reads every prompt and every answer")
         digest = weights_digest(self._checkpoint, self._dtype)
-        shm_bytes = self._segment_bytes(self._dtype.itemsize)
-        channel = worker.connect(self._checkpoint, digest, shm_bytes)
+        channel = self._connect(worker, digest, self._dtype.itemsize)
         biases_F = self._biases_F()
         return OpenOffload(channel, self._config, self._dtype, biases_F, self._options.timeout)
 
@@ -91,13 +92,18 @@ class Builder:
         if options.privacy == "tee":
             fixed_point = FixedPointLinear(groups, self._dtype, rows)
             return PrivateOffload(self._config, self._dtype, embedding_VD, fixed_point), None
-        channel = workers[0].connect(
-            self._checkpoint, digest, self._segment_bytes(field.residue_bytes)
-        )
+        channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
+        if options.privacy == "shares":
+            shares = SharesLinear(
+                channels, groups, self._dtype, options.timeout, rows, process_limit
+            )
+            return PrivateOffload(self._config, self._dtype, embedding_VD, shares), None
         weights_FD = {key: weights.weight_FD for key, weights in integers.items()}
         shapes = {key: group_shape(self._config, *key) for key in integers}
         pool = PadPool(DirectProvider(weights_FD, field), shapes, self._pad_memory())
-        pad = PadLinear(channel, groups, pool, self._dtype, options.timeout, rows, process_limit)
+        pad = PadLinear(
+            channels[0], groups, pool, self._dtype, options.timeout, rows, process_limit
+        )
         return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
 
     def _biases_F(self) -> dict[Key, torch.Tensor]:
@@ -120,10 +126,13 @@ class Builder:
         check_memory(wanted, "The stock of pads")
         return wanted
 
+    def _connect(self, worker: WorkerProcess, digest: str, itemsize: int) -> Channel:
+        reason = self._options.no_shm_reason
+        shm_bytes = 0 if reason else self._segment_bytes(itemsize)
+        return worker.connect(self._checkpoint, digest, shm_bytes, reason)
+
     def _segment_bytes(self, itemsize: int) -> int:
         """Shared memory for the calls of one step."""
-        if not self._options.shm:
-            return 0
         rows = self._options.prefill_chunk
         widths = {key: sum(group_shape(self._config, *key)) for key in linear_groups(self._config)}
         head = widths.pop((-1, "lm_head"))

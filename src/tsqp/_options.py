@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tsqp._links import Link, check_links
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.errors import UsageError
-from tsqp.wire.endpoint import Endpoint, parse_endpoint
 
-PRIVACY_MODES = ("pad", "open", "tee")
+PRIVACY_MODES = ("pad", "shares", "open", "tee")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Options:
     """How a model is to be run.
 
     Attributes:
-        endpoints: of the workers; none for `tee`.
+        links: to the workers; none for `tee`.
         field: of the private modes and of fixed point.
         fixed_point: compute in `tee` what the private modes compute.
         pad_memory: bytes for pads, or None for a share of what is free.
@@ -24,11 +24,12 @@ class Options:
         prefill_chunk: most prompt tokens in one step.
         timeout: seconds that a worker may take for one call.
         shm: share memory with workers on this machine.
+        insecure_same_host: let the workers of `shares` be on one host.
         lanes: parts of a batch that take turns.
     """
 
     privacy: str
-    endpoints: tuple[Endpoint, ...]
+    links: tuple[Link, ...]
     field: Field
     fixed_point: bool
     pad_memory: int | None
@@ -36,18 +37,29 @@ class Options:
     prefill_chunk: int
     timeout: float
     shm: bool
+    insecure_same_host: bool
     lanes: int
 
     @property
     def masked(self) -> bool:
         """Whether linear layers are computed on integers."""
-        return self.fixed_point or self.privacy == "pad"
+        return self.fixed_point or self.privacy in ("pad", "shares")
+
+    @property
+    def no_shm_reason(self) -> str:
+        """Why no memory is shared with the workers; empty where it may be."""
+        if not self.shm:
+            return "--no-shm was given"
+        if self.privacy == "shares" and not self.insecure_same_host:
+            return "shares travel on encrypted links"
+        return ""
 
 
 def check_options(
     *,
     privacy: str,
     worker: str | Sequence[str] | None,
+    worker_key: str | Sequence[str] | None,
     attention: str,
     field: str,
     fixed_point: bool,
@@ -57,6 +69,7 @@ def check_options(
     timeout: float,
     shm: bool,
     insecure: bool,
+    insecure_same_host: bool,
     lanes: int,
 ) -> Options:
     """The options, or UsageError with the one that is wrong."""
@@ -79,10 +92,15 @@ def check_options(
         raise UsageError(f"pad_memory is {pad_memory}; it must be 0 or more bytes.")
     if not 0 < timeout < math.inf:
         raise UsageError(f"timeout is {timeout}; it must be a number of seconds above 0.")
-    workers = [worker] if isinstance(worker, str) else list(worker or [])
     return Options(
         privacy=privacy,
-        endpoints=_endpoints(privacy, workers, insecure),
+        links=check_links(
+            privacy,
+            _several(worker),
+            _several(worker_key),
+            insecure=insecure,
+            insecure_same_host=insecure_same_host,
+        ),
         field=FIELDS[field],
         fixed_point=fixed_point,
         pad_memory=pad_memory,
@@ -90,27 +108,13 @@ def check_options(
         prefill_chunk=prefill_chunk,
         timeout=timeout,
         shm=shm,
+        insecure_same_host=insecure_same_host,
         lanes=lanes,
     )
 
 
-def _endpoints(privacy: str, workers: list[str], insecure: bool) -> tuple[Endpoint, ...]:
-    if privacy == "tee":
-        if workers:
-            raise UsageError("--privacy tee takes no --worker; leave it out, or choose pad.")
-        return ()
-    if len(workers) != 1:
-        raise UsageError(
-            f"--privacy {privacy} needs one --worker, not {len(workers)}; "
-            "name the endpoint of a running `tsqp worker`, or `local`."
-        )
-    endpoint = parse_endpoint(workers[0])
-    if privacy == "open" and not endpoint.is_loopback and not insecure:
-        raise UsageError(
-            f"The link to {endpoint} is not encrypted, and whoever it passes can read and change "
-            "what crosses; use a worker on this machine, or pass --insecure."
-        )
-    return (endpoint,)
+def _several(given: str | Sequence[str] | None) -> Sequence[str]:
+    return [given] if isinstance(given, str) else given or []
 
 
 def _or(names: tuple[str, ...]) -> str:

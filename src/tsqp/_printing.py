@@ -16,7 +16,7 @@ from tsqp.tee.sampling import Completion
 from tsqp.tee.stats import KINDS
 
 # What the wire calls the kinds of operations that a worker may do.
-OPERATIONS = {"embedding": ("embed",), "linear": ("linear", "product")}
+OPERATIONS = {"embedding": ("embed",), "linear": ("linear", "product", "seed_product")}
 
 _stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 

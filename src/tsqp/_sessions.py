@@ -5,13 +5,14 @@ import secrets
 
 import torch
 
+from tsqp._links import Link
 from tsqp._local_worker import LocalWorker
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import OPEN_ABILITIES, PRIVATE_ABILITIES, Worker
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.wire.channel import Channel, InprocChannel
 from tsqp.wire.client import RemoteChannel, check_reachable
-from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Hello
 from tsqp.wire.tensors import WEIGHTS_DTYPES
 
@@ -19,15 +20,13 @@ log = logging.getLogger("tsqp")
 
 
 class WorkerProcess:
-    """The worker behind one endpoint, from the first look to the session.
+    """The worker behind one link, from the first look to the session.
 
     The steps are apart because what lies between them takes long: this side loads its weights
     while a local worker loads its own.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, model: str, dtype: torch.dtype, threads: int | None
-    ) -> None:
+    def __init__(self, link: Link, model: str, dtype: torch.dtype, threads: int | None) -> None:
         """Start a local worker, or find out whether another one is there.
 
         Args:
@@ -36,8 +35,10 @@ class WorkerProcess:
 
         Raises:
             WorkerUnavailable: nobody serves the endpoint.
+            HandshakeError: whoever does has another key.
         """
-        self._endpoint = endpoint
+        endpoint = link.endpoint
+        self._link = link
         self._model = model
         self._dtype = dtype
         self._local: LocalWorker | None = None
@@ -50,14 +51,17 @@ class WorkerProcess:
             arguments += [] if threads is None else ["--threads", str(threads)]
             self._local = LocalWorker(arguments)
         elif endpoint.scheme != "inproc":
-            check_reachable(endpoint)
+            check_reachable(endpoint, link.key)
 
-    def connect(self, checkpoint: Checkpoint, digest: str, shm_bytes: int) -> Channel:
+    def connect(
+        self, checkpoint: Checkpoint, digest: str, shm_bytes: int, no_shm_reason: str
+    ) -> Channel:
         """Shake hands.
 
         Args:
             digest: of the weights that this side computed from its own copy.
             shm_bytes: shared memory wanted, 0 for none.
+            no_shm_reason: why none, where it is 0.
 
         Raises:
             WorkerError: the worker is gone, or holds something else.
@@ -70,15 +74,18 @@ class WorkerProcess:
             abilities=PRIVATE_ABILITIES if private else OPEN_ABILITIES,
             shm_bytes=shm_bytes,
         )
-        if self._endpoint.scheme == "inproc":
+        endpoint = self._link.endpoint
+        if endpoint.scheme == "inproc":
             self.channel = InprocChannel(self._inproc_worker(checkpoint), hello)
             return self.channel
-        endpoint = self._endpoint
         if self._local is not None:
             self._local.await_ready()
             endpoint = parse_endpoint(self._local.endpoint)
-        self.channel = channel = RemoteChannel(endpoint, hello)
-        log.info("worker at %s: transport %s (%s)", endpoint, channel.transport, channel.reason)
+        self.channel = channel = RemoteChannel(
+            endpoint, hello, worker_key=self._link.key, no_shm_reason=no_shm_reason
+        )
+        transport = f"encrypted {channel.transport}" if self._link.key else channel.transport
+        log.info("worker at %s: transport %s (%s)", endpoint, transport, channel.reason)
         return channel
 
     def close(self) -> None:

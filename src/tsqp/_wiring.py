@@ -1,6 +1,6 @@
 """The only place that joins the zones: builds a TEE side, a worker side, or both."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -34,6 +34,7 @@ class LLM:
         *,
         privacy: str = "pad",
         worker: str | Sequence[str] | None = None,
+        worker_key: str | Sequence[str] | None = None,
         attention: str = "tee",
         field: str = "wide",
         fixed_point: bool = False,
@@ -44,15 +45,23 @@ class LLM:
         timeout: float = 8.0,
         shm: bool = True,
         insecure: bool = False,
+        insecure_same_host: bool = False,
         lanes: int = 1,
     ) -> None:
-        """Load what this side needs and open a session with the worker.
+        """Load what this side needs and open a session with each worker.
 
         Args:
             model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
-            privacy: "pad" (the worker sees uniform residues, and its answers are checked), "tee"
-                (no worker), or "open" (the worker reads everything).
-            worker: where the worker listens; "local" starts one as a child process.
+            privacy: "pad" (one worker, which sees uniform residues), "shares" (several workers,
+                each of which sees uniform residues), "tee" (no worker), or "open" (the worker reads
+                everything). The answers of "pad" and "shares" are checked. "shares" rests on the
+                workers' not colluding: as long as the host of at least one does not pass on what
+                it receives, the others together learn nothing; all of them together could read
+                everything.
+            worker: where the worker listens, or where each of them does; "local" starts one as a
+                child process.
+            worker_key: the public key of each worker, or the file that holds it, in the same
+                order, for encrypted links to workers that were started with --keyfile.
             attention: where the attention products of "open" run; "tee".
             field: "wide" or "compact", the residues of the private modes.
             fixed_point: with "tee", compute exactly what the private modes compute.
@@ -63,6 +72,8 @@ class LLM:
             timeout: seconds that the worker may take for one call.
             shm: share memory with a worker on the same machine.
             insecure: speak to a worker on another machine over a link that is not encrypted.
+            insecure_same_host: for testing: let the workers of "shares" be on one host, over any
+                kind of link, where they could add up what they receive.
             lanes: parts of a batch that take turns, so that both sides work at once.
 
         Raises:
@@ -73,6 +84,7 @@ class LLM:
         self._options = check_options(
             privacy=privacy,
             worker=worker,
+            worker_key=worker_key,
             attention=attention,
             field=field,
             fixed_point=fixed_point,
@@ -82,6 +94,7 @@ class LLM:
             timeout=timeout,
             shm=shm,
             insecure=insecure,
+            insecure_same_host=insecure_same_host,
             lanes=lanes,
         )
         if threads is not None:
@@ -153,18 +166,21 @@ class LLM:
 
     @property
     def transport(self) -> str:
-        """How calls and tensors reach the worker (docs/troubleshooting.md); "none" without one."""
-        return self._channel.transport if self._channel else "none"
+        """How calls and tensors reach the workers (docs/troubleshooting.md); "none" without any.
+
+        Where they are reached in different ways, all are named, in the order of the workers.
+        """
+        return _each_once(channel.transport for channel in self._channels) or "none"
 
     @property
     def transport_reason(self) -> str:
         """Why this transport."""
-        return self._channel.reason if self._channel else "no worker"
+        return _each_once(channel.reason for channel in self._channels) or "no worker"
 
     @property
     def rpc(self) -> Counters:
-        """What crossed between this side and the worker since the session began."""
-        return self._channel.counters if self._channel else Counters()
+        """What has crossed between this side and all workers since the session began."""
+        return Counters.total(channel.counters for channel in self._channels)
 
     @property
     def pads(self) -> PadStats | None:
@@ -177,7 +193,7 @@ class LLM:
             self._pads.fill()
 
     def close(self) -> None:
-        """End the session, and stop a local worker; safe to call twice."""
+        """End all sessions, and stop local workers; safe to call twice."""
         with ExitStack() as stack:
             for worker in self._workers:
                 stack.callback(worker.close)
@@ -203,8 +219,8 @@ class LLM:
             self.config = checkpoint.config
             self.dtype = parse_dtype(dtype, self.config)
             weights_dtype = torch.int8 if options.masked else self.dtype
-            for endpoint in options.endpoints:
-                process = WorkerProcess(endpoint, model, weights_dtype, options.threads)
+            for link in options.links:
+                process = WorkerProcess(link, model, weights_dtype, options.threads)
                 self._workers.append(process)
             if self._workers:
                 self._tokenizer.preload()  # takes seconds, as a local worker does meanwhile
@@ -223,5 +239,9 @@ class LLM:
         )
 
     @property
-    def _channel(self) -> Channel | None:
-        return self._workers[0].channel if self._workers else None
+    def _channels(self) -> list[Channel]:
+        return [worker.channel for worker in self._workers if worker.channel is not None]
+
+
+def _each_once(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))

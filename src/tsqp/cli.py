@@ -41,15 +41,26 @@ WorkerEndpoint = Annotated[
     typer.Option(
         "--worker",
         envvar=["TSQP_WORKER", "LLAMA_IPC_PATH"],
-        help="Where the worker listens: ipc:///PATH, tcp://HOST:PORT, or local (starts one).",
+        help="Where the worker listens: ipc:///PATH, tcp://HOST:PORT, or local (starts one). "
+        "Repeated for shares.",
+    ),
+]
+WorkerKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--worker-key",
+        envvar="TSQP_WORKER_KEY",
+        help="The public key of each --worker, in the same order, or its file: encrypts the link.",
     ),
 ]
 Privacy = Annotated[
     str,
     typer.Option(
         envvar="TSQP_PRIVACY",
-        help="pad: the worker sees uniform noise and cannot lie. open: it reads everything. "
-        "tee: no worker.",
+        help="pad: the worker sees uniform noise and cannot lie. shares: several workers, each of "
+        "which sees uniform noise; private as long as at least one worker's host does not pass on "
+        "what it receives, for all of them together could read everything. open: the worker reads "
+        "everything. tee: no worker.",
     ),
 ]
 Field = Annotated[
@@ -57,7 +68,7 @@ Field = Annotated[
     typer.Option(envvar="TSQP_FIELD", help="Residues of the private modes: wide or compact."),
 ]
 FixedPoint = Annotated[
-    bool, typer.Option("--fixed-point", help="With tee: compute exactly what pad computes.")
+    bool, typer.Option("--fixed-point", help="With tee: compute what pad and shares do.")
 ]
 PadMemory = Annotated[
     float | None,
@@ -83,7 +94,15 @@ Timeout = Annotated[
 NoShm = Annotated[bool, typer.Option("--no-shm", help="Send tensors through the socket.")]
 Insecure = Annotated[
     bool,
-    typer.Option("--insecure", help="Allow an address of another machine; it is not encrypted."),
+    typer.Option("--insecure", help="Allow a link to another machine that is not encrypted."),
+]
+InsecureSameHost = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-same-host",
+        help="For testing: let the workers of shares be on one host, over any kind of link, where "
+        "they could add up what they receive.",
+    ),
 ]
 JsonOutput = Annotated[
     bool,
@@ -128,6 +147,7 @@ def generate(
     model: Model,
     privacy: Privacy = "pad",
     worker: WorkerEndpoint = None,
+    worker_key: WorkerKey = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="A prompt, or - for standard input; may be repeated."),
@@ -156,6 +176,7 @@ def generate(
     timeout: Timeout = 8.0,
     no_shm: NoShm = False,
     insecure: Insecure = False,
+    insecure_same_host: InsecureSameHost = False,
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:
@@ -173,12 +194,14 @@ def generate(
         ignore_eos=ignore_eos,
     )
     prompts = _prompts(prompt, prompt_ids, chat)
-    if privacy == "tee" and not _is_from_command_line(context, "worker"):
-        worker = None  # a setting for the other modes
+    if privacy == "tee":  # which passes over settings for the other modes
+        worker = worker if _is_from_command_line(context, "worker") else None
+        worker_key = worker_key if _is_from_command_line(context, "worker_key") else None
     with LLM(
         model,
         privacy=privacy,
         worker=worker,
+        worker_key=worker_key,
         attention=attention,
         field=field,
         fixed_point=fixed_point,
@@ -189,6 +212,7 @@ def generate(
         timeout=timeout,
         shm=not no_shm,
         insecure=insecure,
+        insecure_same_host=insecure_same_host,
     ) as llm:
         ids = [llm.tokenize(p, chat=chat) if isinstance(p, str) else p for p in prompts]
         printer = Printer(llm, prompts=len(ids), json_output=json_output)
@@ -214,6 +238,12 @@ def worker(
     dtype: Dtype = "auto",
     threads: Threads = None,
     no_shm: NoShm = False,
+    keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="TSQP_KEYFILE", help="The worker.key of `tsqp keygen`: encrypted links alone."
+        ),
+    ] = None,
     insecure: Insecure = False,
     record: Annotated[
         Path | None,
@@ -233,6 +263,9 @@ def worker(
         dtype=dtype,
         threads=threads,
         max_shm_bytes=0 if no_shm else 2**30,
+        keyfile=None
+        if supervised
+        else keyfile,  # a local worker inherits settings meant for others
         insecure=insecure,
         record=record,
         supervised=supervised,
@@ -251,6 +284,19 @@ def prepare(
     from tsqp._printing import prepare_model
 
     prepare_model(model, out)
+
+
+@app.command()
+def keygen(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the two files go.")],
+    debug: Debug = False,
+) -> None:
+    """Make a worker's key pair: worker.key for its --keyfile, worker.pub for --worker-key."""
+    from tsqp.wire.keys import write_key_pair
+
+    secret_path, public_path, public_key = write_key_pair(folder)
+    print(f"{secret_path} stays with the worker; {public_path} goes to its users.", file=sys.stderr)
+    print(public_key)
 
 
 @app.command()

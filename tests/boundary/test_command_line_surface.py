@@ -5,15 +5,17 @@ from command_line_helpers import surface
 COMMANDS = {
     "": "--config",
     "generate": """
-        --attention --chat --debug --dtype --field --fixed-point --ignore-eos --insecure --json
-        --max-tokens --no-shm --pad-memory --prefill-chunk --privacy --prompt --prompt-ids --seed
-        --stop --temperature --threads --timeout --top-k --top-p --worker MODEL
+        --attention --chat --debug --dtype --field --fixed-point --ignore-eos --insecure
+        --insecure-same-host --json --max-tokens --no-shm --pad-memory --prefill-chunk --privacy
+        --prompt --prompt-ids --seed --stop --temperature --threads --timeout --top-k --top-p
+        --worker --worker-key MODEL
     """,
     "worker": """
-        --debug --device --dtype --insecure --listen --no-shm --record --serve --supervised
-        --threads MODEL
+        --debug --device --dtype --insecure --keyfile --listen --no-shm --record --serve
+        --supervised --threads MODEL
     """,
     "prepare": "--debug MODEL OUT",
+    "keygen": "--debug FOLDER",
     "demo": "--debug --fetch --prompt",
     "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
     "bench": "--debug --dtype --new-tokens --out --prompt-tokens --rounds --threads MODEL",

@@ -23,6 +23,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "model",
         "privacy",
         "worker",
+        "worker_key",
         "attention",
         "field",
         "fixed_point",
@@ -33,6 +34,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "timeout",
         "shm",
         "insecure",
+        "insecure_same_host",
         "lanes",
     ]
     public = {name for name in dir(tsqp.LLM) if not name.startswith("_")}

@@ -110,7 +110,7 @@ def test_an_unknown_dtype_is_refused(commands: Commands, ids: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "sentence"),
     [
-        (["--privacy", "secret"], 2, "no privacy mode 'secret'; choose pad, open or tee"),
+        (["--privacy", "secret"], 2, "no privacy mode 'secret'; choose pad, shares, open or tee"),
         (["--privacy", "open"], 2, "--privacy open needs one --worker, not 0"),
         (
             ["--privacy", "open", "--worker", "local", "--worker", "local"],

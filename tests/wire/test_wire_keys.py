@@ -67,7 +67,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TSQPError, match="Cannot write keys to .*/file/keys: Not a directory;"):
+    with pytest.raises(TSQPError, match=r"Cannot write keys to .*/file/keys: Not a directory;"):
         write_key_pair(tmp_path / "file" / "keys")
 
 

@@ -1,0 +1,122 @@
+"""Which workers, over which links: what each privacy mode asks of them."""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from tsqp.errors import UsageError
+from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.keys import parse_public_key
+
+FOR_TESTING = "or pass --insecure-same-host, which is for testing"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The way to one worker.
+
+    Attributes:
+        key: the worker's public key; None for a link that is not encrypted.
+    """
+
+    endpoint: Endpoint
+    key: str | None
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody on the way can read or change what crosses."""
+        return self.key is not None or self.endpoint.is_loopback
+
+
+def check_links(
+    privacy: str,
+    workers: Sequence[str],
+    keys: Sequence[str],
+    *,
+    insecure: bool,
+    insecure_same_host: bool,
+) -> tuple[Link, ...]:
+    """The links to the workers of a mode, in the order given.
+
+    Raises:
+        UsageError: too few or too many workers or keys, or links that do not do for this mode.
+    """
+    _check_numbers(privacy, len(workers), len(keys))
+    each_key = [parse_public_key(key) for key in keys] if keys else [None] * len(workers)
+    links = tuple(map(Link, map(parse_endpoint, workers), each_key))
+    for link in links:
+        if link.key is not None and link.endpoint.scheme not in ("ipc", "tcp"):
+            raise UsageError(
+                f"A worker that is {link.endpoint} has no key; leave --worker-key out."
+            )
+    if privacy == "shares" and not insecure_same_host:
+        _check_apart(links)
+    for link in links:
+        if privacy != "pad" and not link.is_private and not insecure:
+            raise UsageError(
+                f"The link to {link.endpoint} is not encrypted, and whoever it passes can read and "
+                "change what crosses; give its --worker-key, or use a worker on this machine, or "
+                "pass --insecure."
+            )
+    return links
+
+
+def _check_numbers(privacy: str, workers: int, keys: int) -> None:
+    if privacy == "tee" and workers + keys:
+        raise UsageError(
+            "--privacy tee takes no --worker and no --worker-key; leave them out, or choose pad."
+        )
+    if privacy == "shares" and workers < 2:
+        raise UsageError(
+            "--privacy shares needs two --worker or more, on hosts that do not tell each other "
+            f"what they receive, not {workers}; with one worker, choose pad."
+        )
+    if privacy in ("pad", "open") and workers != 1:
+        raise UsageError(
+            f"--privacy {privacy} needs one --worker, not {workers}; "
+            "name the endpoint of a running `tsqp worker`, or `local`."
+        )
+    if keys not in (0, workers):
+        raise UsageError(
+            f"There are {keys} --worker-key for {workers} --worker; give one for each worker, in "
+            "the same order, or none."
+        )
+
+
+def _check_apart(links: Sequence[Link]) -> None:
+    """[P8]: nobody but the TEE may see all shares of an input; what can be told from here."""
+    for link in links:
+        if link.endpoint.scheme != "tcp":
+            raise UsageError(
+                f"--privacy shares wants workers on hosts of their own, and {link.endpoint} is on "
+                f"this one; name each as tcp://HOST:PORT, {FOR_TESTING}."
+            )
+        if link.key is None:
+            raise UsageError(
+                f"The link to {link.endpoint} is not encrypted, and whoever sees all shares can "
+                f"add them up; give the --worker-key of every worker, {FOR_TESTING}."
+            )
+    for one, other in combinations(links, 2):
+        if _host(one.endpoint) == _host(other.endpoint):
+            raise UsageError(
+                f"{one.endpoint} and {other.endpoint} are on the same host, which could add up "
+                f"their shares; use hosts that do not tell each other anything, {FOR_TESTING}."
+            )
+        if one.key == other.key:
+            raise UsageError(
+                f"The workers at {one.endpoint} and {other.endpoint} have the same --worker-key, "
+                f"and may be one; run `tsqp keygen` for each, {FOR_TESTING}."
+            )
+
+
+def _host(endpoint: Endpoint) -> str:
+    """One spelling of a host; names are not resolved, as nobody could be believed about them."""
+    name = endpoint.host.lower().rstrip(".")
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return "localhost" if address.is_loopback or address.is_unspecified else str(address)
