@@ -39,8 +39,10 @@ from tsqp.wire.messages import (
     Operation,
     Product,
     Result,
+    SeedProduct,
     Welcome,
 )
+from tsqp.wire.seeds import expand
 from tsqp.wire.server import Server, Session
 from tsqp.wire.tensors import Spec
 
@@ -201,7 +203,7 @@ class Liar:
         order = self.order
         self._calls += 1
         self.outputs = outputs
-        is_meant = isinstance(operation, Product | Linear) and (
+        is_meant = isinstance(operation, Product | SeedProduct | Linear) and (
             (operation.layer, operation.group) == (order.layer, order.group)
         )
         self.is_lying = is_meant and self._calls > order.after
@@ -213,11 +215,14 @@ class Liar:
         if self.is_lying and order.crime == "not a number":
             outputs[0].view(-1)[-1] = torch.nan
         if isinstance(operation, Product):
-            self._replace(operation, inputs[0], outputs[0])
+            self._replace(operation, read(inputs[0], FIELDS[operation.field]), outputs[0])
+        elif isinstance(operation, SeedProduct):
+            width = self._worker._integer_weight(operation.layer, operation.group).shape[1]
+            self._replace(operation, share(operation, width), outputs[0])
 
-    def _replace(self, operation: Product, c_TB: Tensor, z_TB: Tensor) -> None:
+    def _replace(self, operation: Product | SeedProduct, c_TD: Tensor, z_TB: Tensor) -> None:
         field, key = FIELDS[operation.field], (operation.layer, operation.group)
-        answer = self._answer(field, key, read(c_TB, field), read(z_TB, field))
+        answer = self._answer(field, key, c_TD, read(z_TB, field))
         self.answers[key] = answer.z_TF
         if not self.is_lying:
             return
@@ -312,7 +317,7 @@ class LyingServer(Server):
     def _exchange(self, order: Order, ticket: int, call: Call) -> list[tuple[int, Call]]:
         """Hold a call until another of its group is there, and answer each in the other's place."""
         operation = call.operation
-        if not isinstance(operation, Product) or operation.group != order.group:
+        if not isinstance(operation, Product | SeedProduct) or operation.group != order.group:
             return [(ticket, call)]
         if self._held is None:
             self._held = ticket, call
@@ -347,6 +352,13 @@ def read(bytes_TB: Tensor, field: Field) -> Tensor:
     residues_TN = torch.empty(rows, length // field.residue_bytes, dtype=torch.int32)
     residue_bytes.unpack(bytes_TB.numpy(), field, residues_TN.numpy())
     return residues_TN.long()
+
+
+def share(operation: SeedProduct, width: int) -> Tensor:
+    """The residues that a seed stands for."""
+    c_TD = torch.empty(operation.rows, width, dtype=torch.int32)
+    expand(operation.seed, c_TD.view(-1).numpy(), FIELDS[operation.field])
+    return c_TD.long()
 
 
 def flip(bytes_TB: Tensor, bit: int) -> None:

@@ -8,8 +8,6 @@ import itertools
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,8 +21,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from liars import LyingWorker
 from lying_worker import MODEL, WRONG_MESSAGES, WRONG_PRODUCTS, WRONG_WELCOMES, Order, flip
-from protocol_helpers import DEADLINE_S, SHARED, SHM, Commands, Running, eventually, write_ids
+from protocol_helpers import DEADLINE_S, SHARED, SHM, Commands, eventually, write_ids
 from torch import Tensor
 
 from tsqp import LLM, SamplingParams, _offloads
@@ -103,38 +102,6 @@ HANDSHAKE_CRIMES: list[tuple[str, type[WorkerError], str]] = [
     ("can do nothing", HandshakeError, "the worker cannot do product"),
     ("repeats an old nonce", ProtocolError, "answered the handshake wrongly"),
 ]
-
-
-class LyingWorker:
-    """The process, and the file that tells it what to do to the next session."""
-
-    def __init__(self, commands: Commands) -> None:
-        self.endpoint = f"ipc://{commands.folder}/liar.sock"
-        self._orders = commands.folder / "orders"
-        self.order(Order())
-        program = Path(__file__).with_name("lying_worker.py")
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(program), self.endpoint, str(self._orders)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | commands.tag,
-        )
-        self.running = Running(process)
-
-    def order(self, order: Order) -> None:
-        order.write(self._orders)
-
-    @property
-    def segments(self) -> int:
-        """How many sessions' memory it maps."""
-        return Path(f"/proc/{self.running.pid}/maps").read_text().count("/tsqp-")
-
-    def close(self) -> None:
-        assert self.running.process.stdin is not None
-        self.running.process.stdin.close()
-        assert self.running.ends().status == 0, self.running.stderr
 
 
 @pytest.fixture(scope="module")

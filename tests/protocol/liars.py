@@ -1,0 +1,41 @@
+"""Starts `lying_worker.py`, and gives it its orders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lying_worker import Order
+from protocol_helpers import Commands, Running
+
+
+class LyingWorker:
+    """The process, and the file that tells it what to do to the next session."""
+
+    def __init__(self, commands: Commands) -> None:
+        self.endpoint = f"ipc://{commands.folder}/liar.sock"
+        self._orders = commands.folder / "orders"
+        self.order(Order())
+        program = Path(__file__).with_name("lying_worker.py")
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(program), self.endpoint, str(self._orders)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | commands.tag,
+        )
+        self.running = Running(process)
+
+    def order(self, order: Order) -> None:
+        order.write(self._orders)
+
+    @property
+    def segments(self) -> int:
+        """How many sessions' memory it maps."""
+        return Path(f"/proc/{self.running.pid}/maps").read_text().count("/tsqp-")
+
+    def close(self) -> None:
+        assert self.running.process.stdin is not None
+        self.running.process.stdin.close()
+        assert self.running.ends().status == 0, self.running.stderr

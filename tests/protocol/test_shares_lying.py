@@ -1,0 +1,191 @@
+"""A worker that lies among honest ones: caught before a token is chosen, and all are let go."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+from liars import LyingWorker
+from lying_worker import MODEL, WRONG_PRODUCTS, Order
+from protocol_helpers import DEADLINE_S, Commands, eventually
+from torch import Tensor
+
+from tsqp import LLM, SamplingParams, _offloads
+from tsqp.algebra.params import FIELDS
+from tsqp.errors import IntegrityError, ProtocolError, RemoteError, TSQPError, WorkerError
+from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
+from tsqp.tee.sampler import Sampler
+
+pytestmark = pytest.mark.timeout(60)
+
+PROMPT = [3, 141, 59, 265, 358]
+TOKENS = 4
+# A liar's share may be a seed (the first workers) or what is left of the input (the last one).
+PLACES = pytest.mark.parametrize("place", [0, 1, 2])
+OTHER_ENDS: list[tuple[str, type[WorkerError], str]] = [
+    ("hides other weights", IntegrityError, "wrong product"),
+    ("writes nothing", IntegrityError, "wrong product"),
+    ("fails", RemoteError, "failed: RuntimeError: this worker has better things to do"),
+    ("answers twice", ProtocolError, "answered a call that is not open"),
+    ("babbles", ProtocolError, "does not speak the TSQP protocol"),
+]
+
+
+@pytest.fixture(scope="module")
+def liar(shared_commands: Commands) -> Iterator[LyingWorker]:
+    liar = LyingWorker(shared_commands)
+    try:
+        liar.running.says("serving ")
+        yield liar
+        liar.close()
+    finally:
+        liar.running.stop()
+
+
+@pytest.fixture(autouse=True)
+def limit(monkeypatch: pytest.MonkeyPatch) -> FailureLimit:
+    """The limit of the process, which must not be that of the other tests."""
+    limit = FailureLimit()
+    monkeypatch.setattr(_offloads, "process_limit", limit)
+    return limit
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every token that is chosen, also of a generation that fails."""
+    tokens: list[int] = []
+    sample = Sampler.sample
+
+    def recorded(sampler: Sampler, logits_V: Tensor) -> int:
+        tokens.append(sample(sampler, logits_V))
+        return tokens[-1]
+
+    monkeypatch.setattr(Sampler, "sample", recorded)
+    return tokens
+
+
+def endpoints(liar: LyingWorker, honest: str, place: int) -> list[str]:
+    return [liar.endpoint if number == place else honest for number in range(3)]
+
+
+def private(liar: LyingWorker, order: Order, worker: Sequence[str], **options: Any) -> LLM:
+    liar.order(order)
+    return LLM(MODEL, privacy="shares", worker=worker, insecure_same_host=True, **options)
+
+
+def complete(llm: LLM) -> list[int]:
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    return list(llm.generate([PROMPT], params)[0].token_ids)
+
+
+@cache
+def right_tokens(field: str = "wide") -> list[int]:
+    """Computed without any worker."""
+    with LLM(MODEL, privacy="tee", fixed_point=True, field=field) as llm:
+        return complete(llm)
+
+
+def fails(
+    liar: LyingWorker,
+    order: Order,
+    verdict: type[WorkerError],
+    worker: Sequence[str],
+    sampled: list[int],
+    field: str = "wide",
+) -> str:
+    """The message of a generation that fails, in time, after right tokens at most."""
+    right = right_tokens(field)
+    sampled.clear()
+    with private(liar, order, worker, field=field, timeout=DEADLINE_S) as llm:
+        began = time.monotonic()
+        with pytest.raises(WorkerError) as caught:
+            complete(llm)
+        assert time.monotonic() - began < DEADLINE_S
+        assert caught.type is verdict
+        assert len(sampled) < len(right)
+        assert sampled == right[: len(sampled)]
+        if verdict is IntegrityError:
+            for channel in llm._channels:
+                assert channel._segment is None  # type: ignore[attr-defined]
+                with pytest.raises(TSQPError, match=f"worker at {channel.endpoint} has ended"):
+                    channel.wait(0, 0)
+            with pytest.raises(TSQPError, match="has ended"):
+                complete(llm)
+    assert eventually(lambda: liar.segments == 0)
+    return str(caught.value)
+
+
+@PLACES
+def test_a_worker_that_does_not_lie_is_believed(
+    place: int, liar: LyingWorker, tiny_worker: str, limit: FailureLimit
+) -> None:
+    with private(liar, Order(), endpoints(liar, tiny_worker, place)) as llm:
+        assert complete(llm) == complete(llm) == right_tokens()
+    assert limit._left == MAX_FAILURES
+
+
+@PLACES
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("crime", sorted(set(WRONG_PRODUCTS) - {"the answer of another session"}))
+def test_a_wrong_product_is_blamed_on_all_workers(
+    crime: str,
+    field: str,
+    place: int,
+    liar: LyingWorker,
+    tiny_worker: str,
+    sampled: list[int],
+    limit: FailureLimit,
+) -> None:
+    three = endpoints(liar, tiny_worker, place)
+    message = fails(liar, Order(crime), IntegrityError, three, sampled, field)
+    assert message.startswith(
+        f"One of the workers at {three[0]}, {three[1]} and {three[2]} returned a wrong product for "
+        "group qkv of layer 0; nothing of it was used"
+    )
+    assert limit._left == MAX_FAILURES - 1
+
+
+@PLACES
+@pytest.mark.parametrize(("crime", "verdict", "words"), OTHER_ENDS, ids=[c[0] for c in OTHER_ENDS])
+def test_other_crimes_end_the_generation_too(
+    crime: str,
+    verdict: type[WorkerError],
+    words: str,
+    place: int,
+    liar: LyingWorker,
+    tiny_worker: str,
+    sampled: list[int],
+) -> None:
+    three = endpoints(liar, tiny_worker, place)
+    message = fails(liar, Order(crime), verdict, three, sampled)
+    assert re.search(words, message)
+    assert liar.endpoint in message
+
+
+@PLACES
+@pytest.mark.parametrize(
+    ("layer", "group"), [(1, "o"), (0, "gate_up"), (1, "down"), (-1, "lm_head")]
+)
+def test_every_group_is_checked_and_named(
+    layer: int, group: str, place: int, liar: LyingWorker, tiny_worker: str, sampled: list[int]
+) -> None:
+    order = Order("one element off by one", layer, group)
+    three = endpoints(liar, tiny_worker, place)
+    message = fails(liar, order, IntegrityError, three, sampled)
+    assert f"wrong product for group {group}{' of layer ' + str(layer) if layer >= 0 else ''};" in (
+        message
+    )
+
+
+def test_after_eight_failures_nothing_is_offloaded_any_more(
+    liar: LyingWorker, tiny_worker: str, limit: FailureLimit, sampled: list[int]
+) -> None:
+    three = endpoints(liar, tiny_worker, 1)
+    for _ in range(MAX_FAILURES):
+        assert not limit.reached
+        fails(liar, Order("zeros"), IntegrityError, three, sampled)
+    assert limit.reached
+    with pytest.raises(IntegrityError, match="nothing is offloaded any more"):
+        private(liar, Order(), three)
