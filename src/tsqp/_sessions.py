@@ -84,8 +84,8 @@ class WorkerProcess:
         self.channel = channel = RemoteChannel(
             endpoint, hello, worker_key=self._link.key, no_shm_reason=no_shm_reason
         )
-        transport = f"encrypted {channel.transport}" if self._link.key else channel.transport
-        log.info("worker at %s: transport %s (%s)", endpoint, transport, channel.reason)
+        name = f"{endpoint} (encrypted link)" if self._link.key else endpoint
+        log.info("worker at %s: transport %s (%s)", name, channel.transport, channel.reason)
         return channel
 
     def close(self) -> None:
