@@ -22,7 +22,7 @@ from tsqp.algebra.params import FieldName
 from tsqp.errors import RecordingError, UsageError
 from tsqp.gpu.worker import Worker
 from tsqp.wire.channel import kind_of
-from tsqp.wire.messages import MAX_LAYERS, Embed, Linear, Name, Operation, Product
+from tsqp.wire.messages import MAX_LAYERS, Embed, Linear, Name, Operation, Product, SeedProduct
 from tsqp.wire.server import OnCall
 
 INDEX = "calls.jsonl"
@@ -114,7 +114,7 @@ def _place(operation: Operation) -> tuple[int | None, str | None, FieldName | No
             return None, None, None
         case Linear(layer, group):
             return layer, group, None
-        case Product(layer, group, field):
+        case Product(layer, group, field) | SeedProduct(layer, group, field):
             return layer, group, field
 
 
