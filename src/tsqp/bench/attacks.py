@@ -17,7 +17,7 @@ from tsqp.model.weights import check_memory, read_embedding, read_norm
 
 BLOCK_ROWS = 256
 MAX_NOISE = 4096
-NOISE_WORK = 2**37  # products of numbers spent on learning what noise gives
+NOISE_WORK = 2**36  # products of numbers spent on learning what noise gives
 RANK_TOLERANCE = 1e-10
 
 

@@ -59,7 +59,7 @@ OnCall = Callable[[int, Operation, Sequence[Tensor]], None]
 class Session:
     """What one client holds."""
 
-    number: int  # counted from 1
+    number: int = 0  # counted from 1
     segment: Segment | None = None
     mailbox: Mailbox | None = None
     last_sent: int = 0  # ticket of the last call through the socket
