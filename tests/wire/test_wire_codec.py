@@ -18,6 +18,7 @@ from tsqp.wire.codec import (
     tee_decoder,
     worker_decoder,
 )
+from tsqp.wire.mailbox import MAX_FRAME
 from tsqp.wire.messages import (
     Attach,
     Bye,
@@ -28,7 +29,9 @@ from tsqp.wire.messages import (
     Linear,
     Message,
     Probe,
+    Product,
     Result,
+    SeedProduct,
     SegmentRef,
     TensorRef,
     Welcome,
@@ -58,7 +61,14 @@ segments = st.builds(
     st.text("0123456789abcdef", min_size=32, max_size=32).map("tsqp-".__add__),
     st.integers(1, 2**40),
 )
-operations = st.builds(Linear, st.integers(-1, messages.MAX_LAYERS - 1), names) | st.just(Embed())
+layers, fields = st.integers(-1, messages.MAX_LAYERS - 1), st.sampled_from(["wide", "compact"])
+rows = st.integers(1, messages.MAX_DIMENSION)
+operations = st.one_of(
+    st.builds(Linear, layers, names),
+    st.just(Embed()),
+    st.builds(Product, layers, names, fields),
+    st.builds(SeedProduct, layers, names, fields, rows, nonces),
+)
 from_tee = st.one_of(
     st.builds(Hello, nonces, digests, dtypes, abilities, st.integers(0, 2**40), evidence),
     st.builds(Attach, st.booleans(), st.booleans()),
@@ -116,14 +126,22 @@ def test_every_message_of_the_worker_comes_back_as_it_was(message: Message, tick
 def test_the_strategies_cover_every_message() -> None:
     covered = {Hello, Attach, Call, Bye, Welcome, Result, Failure, Probe}
     assert set((messages.FromTEE | messages.FromWorker).__args__) == covered
+    assert set(messages.Operation.__args__) == {Linear, Embed, Product, SeedProduct}
 
 
 def test_the_largest_messages_fit() -> None:
     reference = TensorRef("bfloat16", (messages.MAX_DIMENSION,) * 4, 2**48)
-    call = Call(Linear(4095, "z" * 64), (reference,) * 8, (reference,) * 8)
+    operation = SeedProduct(4095, "z" * 64, "compact", messages.MAX_DIMENSION, bytes(32))
+    call = Call(operation, (reference,) * 8, (reference,) * 8)
     failure = Failure("protocol", "\U0001f512" * 2000, "\U0001f512" * 16_000)
     for message in (call, failure):
         assert len(encode(message, 2**64 - 1)) <= MAX_MESSAGE
+
+
+def test_a_call_with_a_seed_fits_into_a_mailbox() -> None:
+    answer = TensorRef("uint8", (128, 2**20), 2**40)
+    call = Call(SeedProduct(4095, "gate_up", "compact", 128, bytes(32)), (), (answer,))
+    assert len(encode(call, 2**64 - 1)) <= MAX_FRAME
 
 
 def test_a_frame_is_laid_out_as_the_module_says() -> None:
@@ -264,6 +282,13 @@ def test_a_tee_accepts_no_message_of_a_tee(message: Message) -> None:
         ["call", ["linear", 0, ""], [], []],
         ["call", ["linear", 0, "q" * 65], [], []],
         ["call", ["unknown"], [], []],
+        ["call", ["product", 0, "qkv", "wider"], [], []],
+        ["call", ["seed_product", 0, "qkv", "wide", 0, b"s" * 32], [], []],
+        ["call", ["seed_product", 0, "qkv", "wide", 2**31, b"s" * 32], [], []],
+        ["call", ["seed_product", 0, "qkv", "wide", 1, b"s" * 31], [], []],
+        ["call", ["seed_product", 0, "qkv", "wide", 1, b"s" * 33], [], []],
+        ["call", ["seed_product", 0, "qkv", "wide", 1, "s" * 32], [], []],
+        ["call", ["seed_product", 0, "qkv", "wide", 1], [], []],
         ["call", ["embed"], [["float32", [0], 0]], []],
         ["call", ["embed"], [["float32", [2**31], 0]], []],
         ["call", ["embed"], [["float32", [], 0]], []],
