@@ -12,7 +12,7 @@
     ├── RecordingError             what a worker received cannot be written down, or not be read
     └── WorkerError                something between here and the worker
         ├── WorkerUnavailable      nobody serves that endpoint, or it cannot be served
-        ├── HandshakeError         both sides are up, but disagree on model, dtype or version
+        ├── HandshakeError         both sides are up, but disagree on model, dtype, version or key
         ├── ProtocolError          the peer sent something that is not a valid message
         ├── WorkerLost             the worker vanished or stopped answering during a session
         ├── IntegrityError         the worker's product is wrong: nothing of it was used
@@ -72,7 +72,7 @@ class WorkerUnavailable(WorkerError):
 
 
 class HandshakeError(WorkerError):
-    """Both sides are up but disagree on protocol version, dtype or weights."""
+    """Both sides are up but disagree on protocol version, dtype, weights or key."""
 
 
 class ProtocolError(WorkerError):
