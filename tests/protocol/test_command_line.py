@@ -46,7 +46,8 @@ def test_json_is_the_only_line_of_standard_output(answer: Result) -> None:
 def test_json_has_every_field(answer: Result) -> None:
     result = answer.json
     assert set(result) == {
-        "outputs", "privacy", "transport", "transport_reason", "timings", "operations", "rpc",
+        "outputs", "privacy", "transport", "transport_reason", "timings", "operations", "pads",
+        "rpc",
     }  # fmt: skip
     assert result["privacy"] == "open"
     assert result["transport"] == SHARED
