@@ -132,7 +132,8 @@ def test_the_variables_of_the_prototype_are_accepted(
         "LLAMA_IPC_PATH": commands.ipc(),
     }
     worker = commands.start("worker", env=variables)
-    worker.says(f"serving random:tiny:0 in bfloat16 on cpu at {commands.ipc()}")
+    worker.says(f"serving random:tiny on cpu at {commands.ipc()}: ")
+    assert "open in bfloat16" in worker.stderr
     command = ["generate", "--privacy", "open", "--prompt-ids", ids, "--max-tokens", "2"]
     assert main(*command, env=variables).status == 0
     device = main("worker", env=variables | {"LLAMA_GPU_DEVICE": "tpu"})

@@ -39,7 +39,8 @@ from tsqp.wire.messages import (
 from tsqp.wire.server import Session
 
 NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789_:-"
-dtypes = st.sampled_from(["float32", "float16", "bfloat16", "int64"])
+dtypes = st.sampled_from(["float32", "float16", "bfloat16", "int64", "uint8"])
+weights_dtypes = st.sampled_from(["float32", "float16", "bfloat16", "int8"])
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 nonces = st.binary(min_size=32, max_size=32)
 names = st.text(NAME_CHARACTERS, min_size=1, max_size=64)
@@ -70,7 +71,7 @@ operations = st.one_of(
     st.builds(SeedProduct, layers, names, fields, rows, nonces),
 )
 from_tee = st.one_of(
-    st.builds(Hello, nonces, digests, dtypes, abilities, st.integers(0, 2**40), evidence),
+    st.builds(Hello, nonces, digests, weights_dtypes, abilities, st.integers(0, 2**40), evidence),
     st.builds(Attach, st.booleans(), st.booleans()),
     st.builds(Call, operations, tensors, tensors),
     st.just(Probe()),
@@ -81,7 +82,7 @@ from_worker = st.one_of(
         Welcome,
         nonces,
         digests,
-        dtypes,
+        weights_dtypes,
         abilities,
         names,
         st.none() | segments,
@@ -229,7 +230,7 @@ def test_an_oversized_message_is_refused_whatever_its_header_says(
 def test_only_a_ticket_above_all_before_it_on_its_way_is_taken(
     calls: list[tuple[int, bool]],
 ) -> None:
-    session = Session()
+    session = Session(1)
     highest = {True: 0, False: 0}
     for ticket, posted in calls:
         if ticket > highest[posted]:
