@@ -12,11 +12,17 @@ import torch
 
 from tsqp.errors import UsageError
 from tsqp.gpu.record import Recorder
-from tsqp.gpu.weights import load_integers, load_weights, read_prepared
+from tsqp.gpu.weights import (
+    check_room,
+    load_integers,
+    load_weights,
+    read_prepared,
+    weights_bytes,
+)
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.prepared import SUFFIX
-from tsqp.model.quantize import Progress
+from tsqp.model.quantize import Progress, integer_bytes
 from tsqp.model.weights import parse_dtype
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.keys import read_secret_key
@@ -106,10 +112,14 @@ def _prepare_to_load(
             raise UsageError(f"{model} holds integer weights alone; leave --serve open out.")
         return lambda: Worker(None, read_prepared(Path(model).expanduser(), device, progress))
     checkpoint = open_checkpoint(model)
-    loaded_dtype = parse_dtype(dtype, checkpoint.config)
+    config = checkpoint.config
+    loaded_dtype = parse_dtype(dtype, config)
 
     def load() -> Worker:
         integers = weights = None
+        required = 0 if serve == "open" else integer_bytes(config)
+        required += 0 if serve == "private" else weights_bytes(config, loaded_dtype)
+        check_room(required, device, checkpoint.name)  # for both, before either is loaded
         if serve != "open":
             integers = load_integers(model, checkpoint, device, progress)
         if serve != "private":

@@ -60,8 +60,7 @@ def load_weights(
     """
     config = checkpoint.config
     tied = config.tie_word_embeddings
-    required = linear_bytes(config, dtype) + (0 if tied else embedding_bytes(config, dtype))
-    _check_room(required, device, checkpoint.name)
+    check_room(weights_bytes(config, dtype), device, checkpoint.name)
     digest = WeightsDigest()
     table = read_embedding(checkpoint, dtype, digest)
     embedding = _place(table, device) if tied else table.to(device)  # only a product wants columns
@@ -79,7 +78,14 @@ def load_weights(
     return Weights(config, dtype, device, linear, embedding, digest.hexdigest())
 
 
-def _check_room(required: int, device: torch.device, name: str) -> None:
+def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of what `load_weights` keeps."""
+    table = 0 if config.tie_word_embeddings else embedding_bytes(config, dtype)
+    return linear_bytes(config, dtype) + table
+
+
+def check_room(required: int, device: torch.device, name: str) -> None:
+    """Raise OutOfMemory unless so many bytes are free on `device`."""
     if device.type == "cpu":
         check_memory(required, f"The weights of {name}")
         return
@@ -121,7 +127,7 @@ def load_integers(
         CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
         OutOfMemory: the weights would not fit.
     """
-    _check_room(integer_bytes(checkpoint.config), device, checkpoint.name)
+    check_room(integer_bytes(checkpoint.config), device, checkpoint.name)
     linear: dict[tuple[int, str], Tensor] = {}
 
     def place(key: tuple[int, str], weights: IntegerWeights) -> None:
@@ -142,7 +148,7 @@ def read_prepared(
     """
     file = PreparedFile(path)
     try:
-        _check_room(file.nbytes, device, str(path))
+        check_room(file.nbytes, device, str(path))
         linear = {key: weights.weight_FD.to(device) for key, weights in file.groups(progress)}
         return IntegerModel(device, linear, file.digest)
     finally:
