@@ -258,7 +258,7 @@ def test_a_model_larger_than_memory_is_refused_with_both_figures(
 ) -> None:
     other = ["--privacy", "tee", "--prompt-ids", ids]
     if command == "worker":
-        other = ["--listen", commands.ipc()]
+        other = ["--serve", "open", "--listen", commands.ipc()]
     error = commands.fails(command, "random:llama-3.1-8b", "--dtype", "float32", *other)
     assert f"{LLAMA_8B_FLOAT32_BYTES} bytes" in error
     assert re.search(r"[1-9]\d* bytes \(.* GiB\) are available", error)
