@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from time import process_time
 from types import TracebackType
 from typing import Self
 
@@ -236,6 +237,7 @@ class LLM:
             self._tokenizer,
             prefill_chunk=options.prefill_chunk,
             lanes=options.lanes,
+            cpu_clock=process_time if self._pads is None else self._pads.other_cpu_s,
         )
 
     @property

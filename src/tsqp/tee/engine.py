@@ -62,6 +62,7 @@ class Engine:
         max_sequences: sequences that run at the same time; the others wait.
         lanes: parts into which a step's sequences are split, so that this side works on one
             while the worker works on another.
+        cpu_clock: seconds of processor time that count as work of the steps.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Engine:
         prefill_chunk: int = 512,
         max_sequences: int = 64,
         lanes: int = 1,
+        cpu_clock: abc.Callable[[], float] = process_time,
     ) -> None:
         assert min(prefill_chunk, max_sequences, lanes) >= 1
         self.stats = Stats() if stats is None else stats
@@ -85,6 +87,7 @@ class Engine:
         self._prefill_chunk = prefill_chunk
         self._max_sequences = max_sequences
         self._lanes = lanes
+        self._cpu_clock = cpu_clock
         self._ids = count()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -121,7 +124,7 @@ class Engine:
             WorkerError: the worker failed; all sequences have been given up and freed.
             OutOfMemory: not even one sequence fits; likewise.
         """
-        began, cpu_began = perf_counter(), process_time()
+        began, cpu_began = perf_counter(), self._cpu_clock()
         try:
             self._admit()
             chunks = self._schedule()
@@ -131,13 +134,15 @@ class Engine:
         except BaseException:
             self._abandon()
             raise
-        self.stats.tee_cpu_s += process_time() - cpu_began
+        seconds, cpu_seconds = perf_counter() - began, self._cpu_clock() - cpu_began
         self.stats.prefill_tokens += prompt_tokens
         if prompt_tokens:
-            self.stats.prefill_s += perf_counter() - began
+            self.stats.prefill_s += seconds
+            self.stats.prefill_cpu_s += cpu_seconds
         else:
             self.stats.decode_tokens += len(chunks)
-            self.stats.decode_s += perf_counter() - began
+            self.stats.decode_s += seconds
+            self.stats.decode_cpu_s += cpu_seconds
         return outputs
 
     def generate(

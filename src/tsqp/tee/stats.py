@@ -41,7 +41,8 @@ class Stats:
         prefill_s: wall time of steps that contain prompt tokens.
         decode_s: wall time of all other steps.
         wait_s: the part of both in which no lane could go on.
-        tee_cpu_s: CPU time of this process, all threads, during the steps.
+        prefill_cpu_s, decode_cpu_s: processor time of this process, all threads, in the steps of
+            each kind. Pads made in line count; pads made ahead do not, see `PadStats`.
         prefill_tokens: prompt tokens computed.
         decode_tokens: generated tokens computed in the steps of `decode_s`.
     """
@@ -54,7 +55,8 @@ class Stats:
         self.prefill_s = 0.0
         self.decode_s = 0.0
         self.wait_s = 0.0
-        self.tee_cpu_s = 0.0
+        self.prefill_cpu_s = 0.0
+        self.decode_cpu_s = 0.0
         self.prefill_tokens = 0
         self.decode_tokens = 0
 
@@ -66,6 +68,11 @@ class Stats:
     def tee_s(self) -> float:
         """Seconds of the steps in which this side was at work."""
         return self.prefill_s + self.decode_s - self.wait_s
+
+    @property
+    def tee_cpu_s(self) -> float:
+        """Processor time of the steps."""
+        return self.prefill_cpu_s + self.decode_cpu_s
 
     def timings(self) -> dict[str, float]:
         """The figures that `generate --json` prints, in seconds."""

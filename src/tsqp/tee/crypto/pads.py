@@ -10,8 +10,8 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from time import perf_counter
+from dataclasses import dataclass, replace
+from time import perf_counter, process_time
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import Field
 from tsqp.errors import TSQPError
+from tsqp.tee.cpu_clock import ThreadClock
 from tsqp.tee.crypto.rng import uniform
 
 Key = tuple[int, str]
@@ -82,12 +83,17 @@ class PadStats:
 
     Attributes:
         ahead_rows: taken from the stock.
-        inline_rows: made while the engine waited for them, which took `inline_s`.
+        inline_rows: made while the engine waited for them, which took `inline_s`, and
+            `inline_cpu_s` of processor time.
+        background_cpu_s: processor time of the thread that makes pads ahead, and its helpers;
+            0 where the system does not tell.
     """
 
     ahead_rows: int = 0
     inline_rows: int = 0
     inline_s: float = 0.0
+    inline_cpu_s: float = 0.0
+    background_cpu_s: float = 0.0
 
 
 class PadPool:
@@ -101,7 +107,8 @@ class PadPool:
     def __init__(
         self, provider: PadProvider, shapes: Mapping[Key, tuple[int, int]], memory_bytes: int
     ) -> None:
-        self.stats = PadStats()
+        self._stats = PadStats()
+        self._clock = ThreadClock()
         self._provider = provider
         self._shapes = dict(shapes)
         row_bytes = 4 * sum(features + width for features, width in shapes.values())
@@ -114,6 +121,11 @@ class PadPool:
         _pools.add(self)
         self._thread = threading.Thread(target=self._refill, name="tsqp-pads", daemon=True)
         self._thread.start()
+
+    @property
+    def stats(self) -> PadStats:
+        """How the pads came about, until now."""
+        return replace(self._stats, background_cpu_s=self._clock.seconds())
 
     @property
     def capacity_rows(self) -> int:
@@ -134,16 +146,21 @@ class PadPool:
         """
         taken = self._remove(key, rows)
         ahead = sum(map(len, taken))
-        self.stats.ahead_rows += ahead
+        self._stats.ahead_rows += ahead
         if ahead < rows:
-            began = perf_counter()
+            began, cpu_began = perf_counter(), self.other_cpu_s()
             taken.append(self._provider.make(key, rows - ahead))
-            self.stats.inline_rows += rows - ahead
-            self.stats.inline_s += perf_counter() - began
+            self._stats.inline_rows += rows - ahead
+            self._stats.inline_s += perf_counter() - began
+            self._stats.inline_cpu_s += self.other_cpu_s() - cpu_began
         if len(taken) == 1:
             return taken[0]
         r_ND = np.concatenate([pads.r_ND for pads in taken])
         return Pads(r_ND, np.concatenate([pads.u_NF for pads in taken]))
+
+    def other_cpu_s(self) -> float:
+        """Processor time of this process without that of making pads ahead."""
+        return process_time() - self._clock.seconds()
 
     def fill(self) -> None:
         """Wait until the stock is full."""
@@ -201,10 +218,12 @@ class PadPool:
     def _refill(self) -> None:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        self._clock.mark()
         while not self._closed:
             key = self._lowest()
             if key is not None:
                 self._make_one(key)
+                self._clock.look()
                 continue
             with self._lock:
                 if not self._closed:
