@@ -18,6 +18,7 @@ from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.sampling import Completion, SamplingParams
+from tsqp.tee.scoring import Scores
 from tsqp.tee.stats import Stats
 from tsqp.tee.tokenizer import Tokenizer
 from tsqp.wire.channel import Channel, Counters
@@ -159,6 +160,15 @@ class LLM:
         if chat:
             return self._tokenizer.encode_chat([{"role": "user", "content": text}])
         return self._tokenizer.encode(text)
+
+    def score(self, prompt: str | Sequence[int]) -> Scores:
+        """How likely each token of a text, or of token ids, is after those before it.
+
+        Raises:
+            PromptError: fewer than two tokens, or more than the model's context.
+            WorkerError: the worker failed.
+        """
+        return self._engine.score(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
 
     @property
     def stats(self) -> Stats:

@@ -45,6 +45,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "generate",
         "pads",
         "rpc",
+        "score",
         "stats",
         "tokenize",
         "transport",

@@ -16,6 +16,7 @@ from tsqp.tee.lanes import run_lanes
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import Completion, FinishReason, SamplingParams
+from tsqp.tee.scoring import Scores, score
 from tsqp.tee.sequence import Chunk, Sequence, flat_batch
 from tsqp.tee.stats import Stats
 from tsqp.tee.text_stream import TextStream
@@ -175,6 +176,27 @@ class Engine:
             self._abandon()  # does nothing unless something was raised
         return [completions[number] for number in range(len(prompts))]
 
+    def score(self, prompt_ids: abc.Sequence[int]) -> Scores:
+        """How likely each token of a prompt is after those before it; nothing else may be queued.
+
+        Raises:
+            PromptError: the prompt has fewer than two tokens, is longer than the context, or holds
+                an id that the model does not have.
+            WorkerError: see `step`.
+        """
+        assert not self.has_unfinished
+        if len(prompt_ids) < 2:
+            raise PromptError("There is nothing to score: give at least two tokens.")
+        self._check(prompt_ids, answer=0)
+        sequence = next(self._ids)
+        self._offload.alloc(sequence, len(prompt_ids))
+        try:
+            chunk, stats = self._prefill_chunk, self.stats
+            return score(self._decoder, self._offload, sequence, prompt_ids, chunk, stats)
+        finally:
+            with suppress(TSQPError):  # a worker that is gone cannot free anything
+                self._offload.free(sequence)
+
     def abort(self, sequence: int) -> None:
         """Give up a sequence; one that has ended already is no error."""
         for waiting in self._waiting:
@@ -186,11 +208,11 @@ class Engine:
                 self._release(running)
                 return
 
-    def _check(self, prompt_ids: abc.Sequence[int]) -> None:
+    def _check(self, prompt_ids: abc.Sequence[int], answer: int = 1) -> None:
         config = self._config
         if not prompt_ids:
             raise PromptError("The prompt is empty: give at least one token.")
-        if len(prompt_ids) + 1 > config.max_positions:
+        if len(prompt_ids) + answer > config.max_positions:
             raise PromptError(
                 f"The prompt has {len(prompt_ids)} tokens, and this model's maximum context length"
                 f" is {config.max_positions} tokens, the answer included: shorten the prompt."

@@ -1,0 +1,69 @@
+"""How likely a model finds a text it is given, token by token.
+
+Shape suffixes: T tokens; R rows of logits; V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsqp.tee.decoder import Batch, Decoder
+from tsqp.tee.lanes import run_lanes
+from tsqp.tee.offload.base import Offload, Segment
+from tsqp.tee.stats import Stats
+
+BLOCK_ROWS = 32  # rows in float64 at once, to bound the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of each token but the first, given all before it.
+
+    Attributes:
+        logprobs_T: natural logarithms of probabilities, float64.
+        best_T: the likeliest token in its place, int64.
+    """
+
+    logprobs_T: Tensor
+    best_T: Tensor
+
+
+@torch.inference_mode()
+def score(
+    decoder: Decoder,
+    offload: Offload,
+    sequence: int,
+    token_ids: Sequence[int],
+    chunk: int,
+    stats: Stats,
+) -> Scores:
+    """Score a text under an id for which the offload has room.
+
+    Args:
+        token_ids: at least two.
+        chunk: tokens whose logits are in memory at once.
+    """
+    ids_T = torch.tensor(token_ids, dtype=torch.int64)
+    parts = []
+    for first in range(0, len(ids_T) - 1, chunk):
+        length = min(chunk, len(ids_T) - 1 - first)
+        batch = Batch(
+            ids_T[first : first + length],
+            torch.arange(first, first + length),
+            [Segment(sequence, first, length)],
+            logits_rows_R=torch.arange(length),
+        )
+        [logits_RV] = run_lanes(offload, [decoder.forward(batch, stats)], stats)
+        parts.append(_rate(logits_RV, ids_T[first + 1 : first + length + 1]))
+    return Scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _rate(logits_RV: Tensor, next_R: Tensor) -> tuple[Tensor, Tensor]:
+    logprobs = []
+    for first in range(0, len(next_R), BLOCK_ROWS):
+        rows = slice(first, first + BLOCK_ROWS)
+        all_RV = logits_RV[rows].double().log_softmax(dim=1)
+        logprobs.append(all_RV.gather(1, next_R[rows, None])[:, 0])
+    return torch.cat(logprobs), logits_RV.argmax(dim=1)
