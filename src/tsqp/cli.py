@@ -6,22 +6,34 @@ file of --config: see docs/settings.md.
 
 import logging
 import os
-import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
+from typer.core import TyperGroup
 
 from tsqp._settings import read_settings
 from tsqp.errors import PromptError, RemoteError, TSQPError, UsageError
 
 DEMO_PROMPT = "What is the capital of France? Answer in one sentence."
 
+
+class _Commands(TyperGroup):
+    """`tsqp bench kernels` is the command bench-kernels; `tsqp bench MODEL` is bench."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # typer has a click of its own
+        joined = "-".join(args[:2])
+        if joined in self.commands:
+            args = [joined, *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="tsqp",
+    cls=_Commands,
     help="Private LLM inference on a GPU that nobody has to trust.",
     no_args_is_help=True,
     add_completion=False,
@@ -113,6 +125,10 @@ JsonOutput = Annotated[
 Attention = Annotated[
     str, typer.Option(envvar="TSQP_ATTENTION", help="Where Q·Kᵀ and P·V run in open: tee.")
 ]
+
+
+BenchThreads = Annotated[int | None, typer.Option(min=1, help="Threads for each side.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this new file.")]
 
 
 def _note_debug(context: typer.Context, value: bool) -> bool:
@@ -354,31 +370,81 @@ def audit(
 @app.command()
 def bench(
     model: Model,
+    modes: Annotated[
+        str | None,
+        typer.Option(help="Which to compare, with commas between; all, unless given."),
+    ] = None,
     dtype: Dtype = "auto",
+    field: Field = "wide",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 1024,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 33,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads for each side.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this new file.")] = None,
+    sustained: Annotated[
+        int, typer.Option(min=0, help="Tokens to generate after the stock of pads is used up.")
+    ] = 0,
+    starts: Annotated[
+        bool, typer.Option("--starts", help="Time the start of each mode, and its memory.")
+    ] = False,
+    threads: BenchThreads = None,
+    out: Out = None,
     debug: Debug = False,
 ) -> None:
-    """Time transformers, tee and open in turn, on this machine's CPU."""
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists; name a new file, or remove it.")
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"There is no folder {out.parent} for --out; make it first.")
-    from tsqp.bench.compare import compare
-    from tsqp.bench.table import print_result
+    """Time all modes in turn, on this machine's CPU. Also: bench kernels, bench accuracy."""
+    from tsqp.bench import output
 
-    result = compare(
-        model,
+    output.check_out(out)
+    from tsqp.bench.compare import compare, parse_field, parse_modes
+    from tsqp.bench.modes import MODES, Setting
+    from tsqp.bench.table import notes, tables
+
+    setting = Setting(
+        model=model,
         dtype=dtype,
+        field=parse_field(field),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        rounds=rounds,
         threads=threads or os.cpu_count() or 1,
     )
-    print_result(result, command="tsqp " + shlex.join(sys.argv[1:]), out=out)
+    chosen = list(MODES) if modes is None else parse_modes(modes)
+    result = compare(setting, chosen, rounds=rounds, sustained=sustained, starts=starts)
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-kernels")
+def bench_kernels(out: Out = None, debug: Debug = False) -> None:
+    """Time the loops of the trusted side on one core, for each element."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.kernels import measure_kernels, notes, tables
+
+    result = measure_kernels()
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-accuracy")
+def bench_accuracy(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="A text to score, in UTF-8.", show_default=False)],
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Score only the beginning of the text.")
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens whose logits are in memory at once.")
+    ] = 256,
+    threads: BenchThreads = None,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Compare the perplexity of float32, fixed point and pad."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.accuracy import measure_accuracy, notes, tables
+
+    threads = threads or os.cpu_count() or 1
+    result = measure_accuracy(model, text, max_tokens=max_tokens, chunk=chunk, threads=threads)
+    output.print_result(result.as_json(), tables(result), notes(result), out)
 
 
 def _is_from_command_line(context: typer.Context, name: str) -> bool:

@@ -1,6 +1,5 @@
 """Plain transformers over the same weights: the outside reference for speed."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,18 +26,19 @@ class Transformers:
         loaded = self._model.load_state_dict(state, strict=False, assign=True)
         assert not loaded.unexpected_keys and set(loaded.missing_keys) <= {"lm_head.weight"}
         self._model.tie_weights()
+        self._out: Any = None
 
     @torch.inference_mode()
-    def run(self, prompt_ids: Sequence[int], new_tokens: int) -> tuple[float, float]:
-        """Seconds for the prompt, and for each further token, chosen greedily."""
-        start = time.perf_counter()
-        out = self._model(torch.tensor([prompt_ids]), use_cache=True, logits_to_keep=1)
-        prefill_s = time.perf_counter() - start
-        start = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            token = out.logits[:, -1:].argmax(-1)
-            out = self._model(token, past_key_values=out.past_key_values, use_cache=True)
-        return prefill_s, (time.perf_counter() - start) / (new_tokens - 1)
+    def prefill(self, prompt_ids: Sequence[int]) -> None:
+        """Compute a prompt."""
+        self._out = self._model(torch.tensor([prompt_ids]), use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def decode(self, tokens: int) -> None:
+        """Go on greedily."""
+        for _ in range(tokens):
+            token, past = self._out.logits[:, -1:].argmax(-1), self._out.past_key_values
+            self._out = self._model(token, past_key_values=past, use_cache=True)
 
 
 def _hf_config(config: ModelConfig) -> Any:

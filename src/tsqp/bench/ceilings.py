@@ -1,12 +1,14 @@
 """What this machine could do at best, measured in the same run as what it did."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-REPEATS = 5
+from tsqp.algebra.int8_product import int8_product
+from tsqp.bench.timing import least_seconds
+
+SIZE = 2048
+STREAM_BYTES = 2**29  # far larger than any cache, so that every pass comes from memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,29 +17,37 @@ class Ceilings:
 
     Attributes:
         matmul_flops: floating-point operations a second in one large product.
+        int8_ops: multiplications and additions of int8 a second in one large product.
         read_bytes_per_s: weights streamed from memory by a matrix-vector product.
+        copy_bytes_per_s: bytes copied from memory to memory.
     """
 
     matmul_flops: float
+    int8_ops: float
     read_bytes_per_s: float
+    copy_bytes_per_s: float
 
 
 def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     """Measure with the threads that torch is set to."""
-    size = 2048
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    product_s = _best(lambda: torch.mm(a, b))
-    # Far larger than any cache, so that every pass comes from memory.
-    weight = torch.ones(2**29 // dtype.itemsize // size, size, dtype=dtype)
-    row = torch.ones(1, size, dtype=dtype)
-    stream_s = _best(lambda: torch.nn.functional.linear(row, weight))
-    return Ceilings(2 * size**3 / product_s, weight.nbytes / stream_s)
+    a, b = torch.ones(SIZE, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
+    product_s = least_seconds(lambda: torch.mm(a, b))
+    weight = torch.ones(STREAM_BYTES // dtype.itemsize // SIZE, SIZE, dtype=dtype)
+    row = torch.ones(1, SIZE, dtype=dtype)
+    stream_s = least_seconds(lambda: torch.nn.functional.linear(row, weight))
+    return Ceilings(
+        2 * SIZE**3 / product_s, int8_ops(), weight.nbytes / stream_s, copy_bytes_per_s()
+    )
 
 
-def _best(run: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def int8_ops() -> float:
+    """Multiplications and additions of int8 a second."""
+    a, b = (torch.ones(SIZE, SIZE, dtype=torch.int8) for _ in range(2))
+    return 2 * SIZE**3 / least_seconds(lambda: int8_product(a, b.t()))
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes copied a second; each is read once and written once."""
+    source = torch.ones(STREAM_BYTES // 2, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    return source.nbytes / least_seconds(lambda: target.copy_(source))

@@ -1,195 +1,165 @@
-"""`tsqp bench`: prefill and decode of transformers, `tee` and `open`, in turn, round by round.
+"""`tsqp bench MODEL`: prefill and decode of every mode in turn, round by round."""
 
-Machines drift; a ratio is therefore taken within each round and the median of the ratios quoted.
-"""
-
-import datetime
-import os
-import platform
 import secrets
-import statistics
-import subprocess
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-import tsqp
-from tsqp import LLM, SamplingParams
-from tsqp.bench.baseline import Transformers
+from tsqp.algebra.params import FIELDS, FieldName
 from tsqp.bench.ceilings import Ceilings, measure_ceilings
+from tsqp.bench.figures import Figure, ratios
+from tsqp.bench.floors import Floor, floor
+from tsqp.bench.machine import describe_machine
+from tsqp.bench.modes import MODES, LlmRunner, Runner, Sample, Setting
+from tsqp.bench.startup import Start, measure_starts
+from tsqp.bench.sustained import Sustained, sustain
 from tsqp.errors import UsageError
 from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.config import parts
-from tsqp.model.weights import linear_bytes, parse_dtype
+from tsqp.model.config import ModelConfig
+from tsqp.model.weights import parse_dtype
 
-Run = Callable[[], tuple[float, float]]
-RATIOS = (("tee", "transformers"), ("open", "tee"), ("open", "transformers"))
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """Median, least and most of one quantity over the rounds."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Figure":
-        return cls(statistics.median(values), min(values), max(values))
+Samples = dict[str, list[Sample]]  # by mode
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All figures of one run of the benchmark; seconds, bytes, and ratios without unit."""
+    """All figures of one run of the benchmark; seconds, bytes, and ratios without unit.
 
-    model: str
-    dtype: str
-    prompt_tokens: int
-    new_tokens: int
+    Attributes:
+        figures: each quantity of `Sample` by mode.
+        stock_rows: pads of each group that lay ready before a run, by mode that has a stock.
+    """
+
+    setting: Setting
     rounds: int
-    threads: int
-    prefill_s: dict[str, Figure]
-    decode_s_per_token: dict[str, Figure]
+    figures: dict[str, dict[str, Figure]]
     prefill_ratio: dict[str, Figure]
     decode_ratio: dict[str, Figure]
-    open_rpc: dict[str, float]
+    stock_rows: dict[str, int]
+    sustained: dict[str, Sustained]
+    starts: list[Start]
     ceilings: Ceilings
-    prefill_floor_s: float
-    decode_floor_s: float
+    floors: dict[str, Floor]
     machine: dict[str, str]
 
     def as_json(self) -> dict[str, object]:
-        """Ready for JSON."""
-        return asdict(self)
+        """Ready for JSON, one level flatter, and without a path of this machine."""
+        values = asdict(self)
+        setting = values.pop("setting") | {"model": Path(self.setting.model).name}
+        return {**setting, **values.pop("figures"), **values}
 
 
 def compare(
-    model: str,
-    *,
-    dtype: str,
-    prompt_tokens: int,
-    new_tokens: int,
-    rounds: int,
-    threads: int,
+    setting: Setting, modes: list[str], *, rounds: int, sustained: int, starts: bool
 ) -> Result:
     """Measure.
 
     Args:
-        model: as for `LLM`.
-        prompt_tokens: length of the prompt, of random tokens, in one chunk.
-        new_tokens: generated tokens, of which the first belongs to the prefill.
+        setting: its dtype may be "auto".
+        modes: some of MODES.
         rounds: after one round that is not counted.
-        threads: for each of transformers, the TEE side and the worker.
+        sustained: tokens to generate after the stock of pads is used up; 0 for none.
+        starts: start each mode in a process of its own too.
+
+    Raises:
+        UsageError: the setting or a mode cannot be measured.
+        ModelError: the checkpoint cannot be used.
     """
-    torch.set_num_threads(threads)
-    checkpoint = open_checkpoint(model)
+    torch.set_num_threads(setting.threads)
+    checkpoint = open_checkpoint(setting.model)
+    checkpoint.close()
     config = checkpoint.config
-    torch_dtype = parse_dtype(dtype, config)
-    if prompt_tokens + new_tokens > config.max_positions:
-        raise UsageError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the context of "
-            f"{config.max_positions} tokens; ask for fewer."
-        )
-    prompt_ids = [secrets.randbelow(config.vocab_size) for _ in range(prompt_tokens)]
-    baseline = Transformers(checkpoint, torch_dtype)
-    name = str(torch_dtype).removeprefix("torch.")
-    with (
-        LLM(model, privacy="tee", dtype=name, prefill_chunk=prompt_tokens) as tee,
-        LLM(
-            model,
-            privacy="open",
-            worker="local",
-            dtype=name,
-            prefill_chunk=prompt_tokens,
-            threads=threads,
-        ) as split,
-    ):
-        runs: dict[str, Run] = {
-            "transformers": lambda: baseline.run(prompt_ids, new_tokens),
-            "tee": lambda: _run(tee, prompt_ids, new_tokens),
-            "open": lambda: _run(split, prompt_ids, new_tokens),
+    _check(setting, config)
+    dtype = parse_dtype(setting.dtype, config)
+    spelled_out = {**asdict(setting), "dtype": str(dtype).removeprefix("torch.")}
+    setting = Setting(**spelled_out)
+    with ExitStack() as stack:
+        runners: dict[str, Runner] = {}
+        for mode in modes:
+            runners[mode] = MODES[mode](setting)
+            stack.callback(runners[mode].close)
+        samples = _rounds(runners, setting, config, rounds)
+        with_stock = {
+            mode: runner
+            for mode, runner in runners.items()
+            if isinstance(runner, LlmRunner) and runner.stock_rows
         }
-        measured = _rounds(runs, rounds)
-        rpc = split.rpc
-    forwards = (rounds + 1) * new_tokens
-    ceilings = measure_ceilings(torch_dtype)
-    weights = linear_bytes(config, torch_dtype)
-    # The output projection is applied to the last position of a prompt alone.
-    head = sum(p.out_features * p.in_features for p in parts(config, -1, "lm_head"))
-    per_token = 2 * (weights / torch_dtype.itemsize - head)
-    prefill = {mode: [pair[0] for pair in pairs] for mode, pairs in measured.items()}
-    decode = {mode: [pair[1] for pair in pairs] for mode, pairs in measured.items()}
+        stock_rows = {mode: runner.stock_rows for mode, runner in with_stock.items()}
+        going_on = {
+            mode: sustain(runner, sustained) for mode, runner in with_stock.items() if sustained
+        }
+    ceilings = measure_ceilings(dtype)
     return Result(
-        model=Path(model).name,  # no path of this machine
-        dtype=name,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        setting=setting,
         rounds=rounds,
-        threads=threads,
-        prefill_s={mode: Figure.of(values) for mode, values in prefill.items()},
-        decode_s_per_token={mode: Figure.of(values) for mode, values in decode.items()},
-        prefill_ratio=_ratios(prefill),
-        decode_ratio=_ratios(decode),
-        open_rpc={
-            "calls_per_forward": sum(rpc.calls.values()) / forwards,
-            "socket_bytes_per_call": rpc.socket_bytes / sum(rpc.calls.values()),
-            "tensor_bytes_per_round": (rpc.sent_bytes + rpc.received_bytes) / (rounds + 1),
-        },
+        figures=_figures(samples),
+        prefill_ratio=ratios(_values(samples, "prefill_s")),
+        decode_ratio=ratios(_values(samples, "decode_s_per_token")),
+        stock_rows=stock_rows,
+        sustained=going_on,
+        starts=list(measure_starts(modes, setting)) if starts else [],
         ceilings=ceilings,
-        prefill_floor_s=(per_token * prompt_tokens + 2 * head) / ceilings.matmul_flops,
-        decode_floor_s=weights / ceilings.read_bytes_per_s,
-        machine=_machine(),
+        floors={mode: floor(mode, config, setting, ceilings) for mode in modes},
+        machine=describe_machine(),
     )
 
 
-def _run(llm: LLM, prompt_ids: list[int], new_tokens: int) -> tuple[float, float]:
-    llm.stats.reset()
-    llm.generate([prompt_ids], SamplingParams(0, max_tokens=new_tokens, ignore_eos=True))
-    return llm.stats.prefill_s, llm.stats.decode_s / (new_tokens - 1)
+def parse_modes(text: str) -> list[str]:
+    """The modes of "a,b,c", or all.
+
+    Raises:
+        UsageError: one that does not exist, or none.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in MODES:
+            raise UsageError(f"There is no mode {name!r} to compare; choose {', '.join(MODES)}.")
+    if not names:
+        raise UsageError(f"--modes names nothing to compare; choose {', '.join(MODES)}.")
+    return names
 
 
-def _rounds(runs: dict[str, Run], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    measured: dict[str, list[tuple[float, float]]] = {mode: [] for mode in runs}
+def parse_field(name: str) -> FieldName:
+    """The field's name, checked.
+
+    Raises:
+        UsageError: there is no such field.
+    """
+    if name not in FIELDS:
+        raise UsageError(f"There is no field {name!r}; choose {' or '.join(FIELDS)}.")
+    return FIELDS[name].name
+
+
+def _check(setting: Setting, config: ModelConfig) -> None:
+    if setting.prompt_tokens + setting.new_tokens > config.max_positions:
+        raise UsageError(
+            f"{setting.prompt_tokens} prompt and {setting.new_tokens} new tokens are more than the "
+            f"context of {config.max_positions} tokens; ask for fewer."
+        )
+
+
+def _rounds(
+    runners: dict[str, Runner], setting: Setting, config: ModelConfig, rounds: int
+) -> Samples:
+    prompt_ids = [secrets.randbelow(config.vocab_size) for _ in range(setting.prompt_tokens)]
+    samples: Samples = {mode: [] for mode in runners}
     for number in range(rounds + 1):
-        for mode, run in runs.items():
-            figures = run()
+        for mode, runner in runners.items():
+            sample = runner.run(prompt_ids, setting.new_tokens)
             if number > 0:
-                measured[mode].append(figures)
-    return measured
+                samples[mode].append(sample)
+    return samples
 
 
-def _ratios(values: dict[str, list[float]]) -> dict[str, Figure]:
+def _figures(samples: Samples) -> dict[str, dict[str, Figure]]:
+    names = Sample.__dataclass_fields__
     return {
-        f"{a}/{b}": Figure.of([x / y for x, y in zip(values[a], values[b], strict=True)])
-        for a, b in RATIOS
+        name: {mode: Figure.of(values) for mode, values in _values(samples, name).items()}
+        for name in names
     }
 
 
-def _machine() -> dict[str, str]:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
-        "simd": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tsqp": tsqp.__version__,
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _commit() -> str:
-    """The commit of the checkout that this package lies in, marked where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        return "unknown"
-    return found.stdout.strip()
+def _values(samples: Samples, name: str) -> dict[str, list[float]]:
+    return {mode: [asdict(sample)[name] for sample in some] for mode, some in samples.items()}

@@ -1,38 +1,120 @@
-"""The result of a benchmark: a table for people, then one JSON line for machines."""
+"""A comparison as tables: a row a mode."""
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
 
-from rich.console import Console
 from rich.table import Table
 
-from tsqp.bench.compare import Figure, Result
+from tsqp.bench.compare import Result
+from tsqp.bench.output import new_table, show
+
+MS = 1e-3
+MB = 1e6
 
 
-def print_result(result: Result, *, command: str, out: Path | None) -> None:
-    """Print the table to standard error and the JSON to standard output, and write `out`."""
-    table = Table(title=f"{result.model}, {result.dtype}, {result.threads} threads a side")
-    for column in ("", "transformers", "tee", "open", "tee/transformers", "open/tee"):
-        table.add_column(column, justify="right")
-    for label, seconds, ratios in (
-        (f"prefill {result.prompt_tokens} tokens, s", result.prefill_s, result.prefill_ratio),
-        ("decode, s per token", result.decode_s_per_token, result.decode_ratio),
-    ):
-        modes = [_show(seconds[mode], 4) for mode in ("transformers", "tee", "open")]
-        compared = [_show(ratios[pair], 2) for pair in ("tee/transformers", "open/tee")]
-        table.add_row(label, *modes, *compared)
-    table.caption = (
-        f"medians of {result.rounds} rounds (least to most); ratios are taken round by round. "
-        f"Ceilings of this machine: {result.ceilings.matmul_flops / 1e9:.0f} GFLOP/s and "
-        f"{result.ceilings.read_bytes_per_s / 1e9:.1f} GB/s, hence at best "
-        f"{result.prefill_floor_s:.3f} s and {result.decode_floor_s:.4f} s."
+def tables(result: Result) -> Iterator[Table]:
+    """What was measured, as far as it was."""
+    yield _times(result)
+    if result.prefill_ratio:
+        yield _ratios(result)
+    yield _work(result)
+    if result.sustained:
+        yield _sustained(result)
+    if result.starts:
+        yield _starts(result)
+
+
+def notes(result: Result) -> Iterator[str]:
+    """What a reader must know to read the tables."""
+    c = result.ceilings
+    yield (
+        f"Medians of {result.rounds} rounds (least to most); ratios are taken round by round. "
+        f"Best rates of this machine: {c.matmul_flops / 1e9:.0f} GFLOP/s, "
+        f"{c.int8_ops / 1e9:.0f} Gop/s of int8, {c.read_bytes_per_s / 1e9:.1f} GB/s read, "
+        f"{c.copy_bytes_per_s / 1e9:.1f} GB/s copied; at best is what they allow."
     )
-    Console(stderr=True, width=140).print(table)
-    line = json.dumps({"command": command, **result.as_json()})
-    print(line, flush=True)  # first: should the file fail, the figures are not lost
-    if out is not None:
-        out.write_text(line + "\n")
+    for mode, rows in result.stock_rows.items():
+        yield f"{mode}: pads for {rows} tokens lie ready before each run."
+        if rows < result.setting.forwards:
+            yield f"A run takes {result.setting.forwards}: memory did not allow more."
 
 
-def _show(figure: Figure, digits: int) -> str:
-    return f"{figure.median:.{digits}f} ({figure.least:.{digits}f}–{figure.most:.{digits}f})"
+def _times(result: Result) -> Table:
+    s = result.setting
+    table = new_table(
+        f"{s.model}, {s.dtype}, {s.field}, {s.threads} threads a side",
+        "", f"prefill {s.prompt_tokens} tokens, s", "at best", "decode, ms a token", "at best",
+    )  # fmt: skip
+    prefill, decode = result.figures["prefill_s"], result.figures["decode_s_per_token"]
+    for mode, floor in result.floors.items():
+        table.add_row(
+            mode,
+            show(prefill[mode], 3),
+            f"{floor.prefill_s:.3f}",
+            show(decode[mode], 1, MS),
+            f"{floor.decode_s / MS:.1f}",
+        )
+    return table
+
+
+def _ratios(result: Result) -> Table:
+    table = new_table("Ratios", "", "prefill", "decode")
+    for pair, prefill in result.prefill_ratio.items():
+        table.add_row(pair, show(prefill, 2), show(result.decode_ratio[pair], 2))
+    return table
+
+
+def _work(result: Result) -> Table:
+    table = new_table(
+        "Processor time of the trusted side, and what crossed",
+        "", "ms a prompt token", "ms a new token", "pads, ms a token", "workers, s a run",
+        "calls a forward", "MB a run", "socket kB",
+    )  # fmt: skip
+    figures = result.figures
+    for mode in result.floors:
+        table.add_row(
+            mode,
+            show(figures["prefill_cpu_s_per_token"][mode], 2, MS),
+            show(figures["decode_cpu_s_per_token"][mode], 1, MS),
+            show(figures["pads_cpu_s_per_token"][mode], 2, MS),
+            f"{figures['worker_s'][mode].median:.2f}",
+            f"{figures['calls_per_forward'][mode].median:.0f}",
+            f"{figures['tensor_bytes'][mode].median / MB:.0f}",
+            f"{figures['socket_bytes'][mode].median / 1e3:.0f}",
+        )
+    return table
+
+
+def _sustained(result: Result) -> Table:
+    table = new_table(
+        "Once the stock of pads is used up",
+        "", "tokens", "tokens a second", "processor, ms a token", "of it pads", "pads ahead",
+    )  # fmt: skip
+    for mode, found in result.sustained.items():
+        table.add_row(
+            mode,
+            f"{found.tokens:,}",
+            f"{1 / found.seconds_per_token:.2f}",
+            f"{found.cpu_s_per_token / MS:.1f}",
+            f"{found.pads_cpu_s_per_token / MS:.1f}",
+            f"{found.ahead:.0%}",
+        )
+    return table
+
+
+def _starts(result: Result) -> Table:
+    table = new_table(
+        "Starts, each in a process of its own",
+        "", "cache", "ready after, s", "of it loading", "stock of pads, s", "peak MB",
+        "peak MB of workers",
+    )  # fmt: skip
+    for start in result.starts:
+        table.add_row(
+            start.mode,
+            start.cache,
+            f"{start.process_s:.1f}",
+            f"{start.load_s:.1f}",
+            f"{start.stock_s:.1f}",
+            f"{start.tee_bytes / MB:.0f}",
+            " ".join(f"{each / MB:.0f}" for each in start.workers_bytes),
+        )
+    return table

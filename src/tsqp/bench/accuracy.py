@@ -1,0 +1,207 @@
+"""`tsqp bench accuracy`: what fixed point costs in quality, and that pads cost nothing more."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from tsqp import LLM
+from tsqp.algebra.params import FIELDS
+from tsqp.bench.machine import describe_machine
+from tsqp.bench.modes import TIMEOUT_S
+from tsqp.bench.output import new_table
+from tsqp.errors import PromptError
+from tsqp.tee.scoring import Scores
+from tsqp.tee.tokenizer import Tokenizer
+
+MIN_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """One way to compute.
+
+    Attributes:
+        perplexity: of the text.
+        relative: to float32's.
+        agreement: share of positions whose likeliest token is float32's.
+        equal: for `pad`, whether every log-probability and every likeliest token is, to the last
+            bit, that of fixed point; None for the others.
+        seconds: for the whole text.
+    """
+
+    privacy: str
+    fixed_point: bool
+    field: str | None
+    perplexity: float
+    relative: float
+    agreement: float
+    equal: bool | None
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        names = [self.privacy, "fixed point" if self.fixed_point else "", self.field or "float32"]
+        return " ".join(filter(None, names))
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyResult:
+    """All of them, over the same windows of the same text.
+
+    Attributes:
+        text: the file's name.
+        tokens: of the text; the first of each window is not scored.
+        window: tokens of a window at most, the model's context.
+    """
+
+    model: str
+    text: str
+    tokens: int
+    window: int
+    scored: int
+    threads: int
+    modes: list[Accuracy]
+    machine: dict[str, str]
+
+    def as_json(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def measure_accuracy(
+    model: str, text: Path, *, max_tokens: int | None, chunk: int, threads: int
+) -> AccuracyResult:
+    """Score a text by float32, and by fixed point and by `pad` in both fields.
+
+    Args:
+        max_tokens: of the beginning of the text; None for all.
+        chunk: tokens whose logits are in memory at once.
+
+    Raises:
+        PromptError: the text cannot be read, or is too short.
+        TokenizerError: the model has none.
+    """
+    token_ids = _read(model, text)[:max_tokens]
+    if len(token_ids) < MIN_TOKENS:
+        raise PromptError(f"{text} has no two tokens; give a longer text.")
+    common: dict[str, Any] = {"dtype": "float32", "threads": threads, "prefill_chunk": chunk}
+    with LLM(model, privacy="tee", **common) as llm:
+        window = min(llm.config.max_positions, len(token_ids))
+        windows = _cut(token_ids, window)
+        began = perf_counter()
+        exact = _score(llm, windows)
+        seconds = perf_counter() - began
+    modes = [_accuracy(exact, exact, "tee", None, None, seconds)]
+    for field in FIELDS:
+        modes += _masked(model, windows, exact, field, common)
+    return AccuracyResult(
+        model=Path(model).name,
+        text=text.name,
+        tokens=len(token_ids),
+        window=window,
+        scored=len(exact.best_T),
+        threads=threads,
+        modes=modes,
+        machine=describe_machine(),
+    )
+
+
+def tables(result: AccuracyResult) -> Iterator[Table]:
+    """A row for each way."""
+    table = new_table(
+        f"{result.model}, {result.tokens:,} tokens of {result.text}",
+        "", "perplexity", "÷ float32", "same likeliest token", "equal to fixed point", "s",
+    )  # fmt: skip
+    for mode in result.modes:
+        equal = "" if mode.equal is None else "yes" if mode.equal else "NO"
+        table.add_row(
+            mode.name,
+            f"{mode.perplexity:.4f}",
+            f"{mode.relative:.4f}",
+            f"{mode.agreement:.2%}",
+            equal,
+            f"{mode.seconds:.1f}",
+        )
+    yield table
+
+
+def notes(result: AccuracyResult) -> Iterator[str]:
+    """What was scored."""
+    yield (
+        f"{result.scored:,} tokens are scored, each given those before it in its window of "
+        f"{result.window:,}."
+    )
+
+
+def _read(model: str, text: Path) -> list[int]:
+    try:
+        words = text.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise PromptError(f"Cannot read {text}: {exc.strerror}; name a text file.") from exc
+    except UnicodeDecodeError as exc:
+        raise PromptError(f"{text} is not valid UTF-8; convert it first.") from exc
+    return Tokenizer(model).encode(words)
+
+
+def _cut(token_ids: list[int], window: int) -> list[list[int]]:
+    """Windows; a last one of a single token has nothing to score."""
+    windows = [token_ids[first : first + window] for first in range(0, len(token_ids), window)]
+    return [each for each in windows if len(each) >= MIN_TOKENS]
+
+
+def _score(llm: LLM, windows: Sequence[Sequence[int]]) -> Scores:
+    scores = [llm.score(window) for window in windows]
+    return Scores(
+        torch.cat([each.logprobs_T for each in scores]), torch.cat([each.best_T for each in scores])
+    )
+
+
+def _masked(
+    model: str, windows: list[list[int]], exact: Scores, field: str, common: dict[str, Any]
+) -> list[Accuracy]:
+    """Fixed point, and `pad` beside it."""
+    ways: list[dict[str, Any]] = [
+        {"privacy": "tee", "fixed_point": True},
+        {"privacy": "pad", "worker": "local", "pad_memory": 0, "timeout": TIMEOUT_S},
+    ]
+    found: list[Accuracy] = []
+    reference = None
+    for options in ways:
+        with LLM(model, field=field, **options, **common) as llm:
+            began = perf_counter()
+            scores = _score(llm, windows)
+            seconds = perf_counter() - began
+        found.append(_accuracy(scores, exact, options["privacy"], field, reference, seconds))
+        reference = scores
+    return found
+
+
+def _accuracy(
+    scores: Scores,
+    exact: Scores,
+    privacy: str,
+    field: str | None,
+    reference: Scores | None,
+    seconds: float,
+) -> Accuracy:
+    perplexity, float32 = (math.exp(-each.logprobs_T.mean().item()) for each in (scores, exact))
+    equal = None
+    if reference is not None:
+        equal = torch.equal(scores.logprobs_T, reference.logprobs_T)
+        equal = equal and torch.equal(scores.best_T, reference.best_T)
+    return Accuracy(
+        privacy=privacy,
+        fixed_point=privacy == "tee" and field is not None,
+        field=field,
+        perplexity=perplexity,
+        relative=perplexity / float32,
+        agreement=(scores.best_T == exact.best_T).double().mean().item(),
+        equal=equal,
+        seconds=seconds,
+    )

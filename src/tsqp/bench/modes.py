@@ -1,0 +1,205 @@
+"""The modes that are compared, each as something that runs a prompt and says what it cost."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter, process_time
+from typing import Any, Protocol
+
+import torch
+
+from tsqp import LLM, SamplingParams
+from tsqp.algebra.params import FieldName
+from tsqp.bench.baseline import Transformers
+from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.model.memory import available_bytes
+from tsqp.model.quantize import group_shape
+from tsqp.model.weights import parse_dtype
+from tsqp.tee.crypto.pads import BATCH_ROWS
+
+TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The same for all modes.
+
+    Attributes:
+        model: as for `LLM`.
+        dtype: "float32", "float16" or "bfloat16".
+        field: residues of the private modes, "wide" or "compact".
+        prompt_tokens: length of the prompt, of random tokens, in one chunk.
+        new_tokens: generated tokens, of which the first belongs to the prefill.
+        threads: for each of transformers, the TEE side and a worker.
+    """
+
+    model: str
+    dtype: str
+    field: FieldName
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+
+    @property
+    def forwards(self) -> int:
+        """Tokens that are computed in one run: all but the last."""
+        return self.prompt_tokens + self.new_tokens - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one run took.
+
+    Attributes:
+        prefill_s: seconds for the prompt.
+        decode_s_per_token: seconds for each token after the first.
+        prefill_cpu_s_per_token: processor time of the trusted side, for each token of the prompt;
+            pads that are made in line count, pads made ahead do not.
+        decode_cpu_s_per_token: the same for each token after the first.
+        pads_cpu_s_per_token: processor time of making the pads that this run used, for each token,
+            in line or ahead.
+        worker_s: in which workers computed, by their own word.
+        calls_per_forward: of the prompt as one, and of each new token.
+        tensor_bytes: both ways.
+        socket_bytes: of it and beside it, what went through the socket.
+    """
+
+    prefill_s: float
+    decode_s_per_token: float
+    prefill_cpu_s_per_token: float
+    decode_cpu_s_per_token: float
+    pads_cpu_s_per_token: float = 0.0
+    worker_s: float = 0.0
+    calls_per_forward: float = 0.0
+    tensor_bytes: float = 0.0
+    socket_bytes: float = 0.0
+
+
+class Runner(Protocol):
+    """A model that is loaded in one mode."""
+
+    def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample: ...
+
+    def close(self) -> None: ...
+
+
+class LlmRunner:
+    """Any mode of TSQP.
+
+    Args:
+        stocked: make the pads of a whole run before it, as far as memory allows.
+        options: for `LLM`.
+
+    Attributes:
+        stock_rows: pads of each group that lie ready before a run.
+    """
+
+    def __init__(self, setting: Setting, *, stocked: bool = False, **options: Any) -> None:
+        self.stock_rows, pad_memory = _stock(setting) if stocked else (0, 0)
+        self.llm = LLM(
+            setting.model,
+            dtype=setting.dtype,
+            field=setting.field,
+            threads=setting.threads,
+            prefill_chunk=setting.prompt_tokens,
+            pad_memory=pad_memory,
+            timeout=TIMEOUT_S,
+            **options,
+        )
+
+    def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample:
+        """One greedy answer from a full stock; then the pads that it used are made again."""
+        llm = self.llm
+        llm.fill_pads()
+        llm.stats.reset()
+        before = _count(llm)
+        llm.generate([prompt_ids], SamplingParams(0, max_tokens=new_tokens, ignore_eos=True))
+        crossed = {name: value - before[name] for name, value in _count(llm).items()}
+        began = process_time()
+        llm.fill_pads()
+        pads_cpu_s = crossed["pads_cpu_s"] + process_time() - began
+        stats = llm.stats
+        return Sample(
+            prefill_s=stats.prefill_s,
+            decode_s_per_token=stats.decode_s / (new_tokens - 1),
+            prefill_cpu_s_per_token=stats.prefill_cpu_s / len(prompt_ids),
+            decode_cpu_s_per_token=stats.decode_cpu_s / (new_tokens - 1),
+            pads_cpu_s_per_token=pads_cpu_s / (len(prompt_ids) + new_tokens - 1),
+            worker_s=crossed["worker_s"],
+            calls_per_forward=crossed["calls"] / new_tokens,
+            tensor_bytes=crossed["tensor_bytes"],
+            socket_bytes=crossed["socket_bytes"],
+        )
+
+    def close(self) -> None:
+        self.llm.close()
+
+
+class TransformersRunner:
+    """The outside reference."""
+
+    def __init__(self, setting: Setting) -> None:
+        torch.set_num_threads(setting.threads)
+        checkpoint = open_checkpoint(setting.model)
+        try:
+            self._model = Transformers(checkpoint, parse_dtype(setting.dtype, checkpoint.config))
+        finally:
+            checkpoint.close()
+
+    def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample:
+        """One greedy answer."""
+        prefill_s, prefill_cpu_s = _time(partial(self._model.prefill, prompt_ids))
+        decode_s, decode_cpu_s = _time(partial(self._model.decode, new_tokens - 1))
+        return Sample(
+            prefill_s=prefill_s,
+            decode_s_per_token=decode_s / (new_tokens - 1),
+            prefill_cpu_s_per_token=prefill_cpu_s / len(prompt_ids),
+            decode_cpu_s_per_token=decode_cpu_s / (new_tokens - 1),
+        )
+
+    def close(self) -> None:
+        pass
+
+
+MODES: dict[str, Callable[[Setting], Runner]] = {
+    "transformers": TransformersRunner,
+    "tee": partial(LlmRunner, privacy="tee"),
+    "open": partial(LlmRunner, privacy="open", worker="local"),
+    "pad": partial(LlmRunner, privacy="pad", worker="local", stocked=True),
+    "pad-inline": partial(LlmRunner, privacy="pad", worker="local"),
+}
+
+
+def stock_bytes(config: ModelConfig, rows: int) -> int:
+    """Memory for pads of `rows` tokens."""
+    return 4 * rows * sum(sum(group_shape(config, *key)) for key in linear_groups(config))
+
+
+def _time(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds, and seconds of processor time."""
+    began, cpu_began = perf_counter(), process_time()
+    run()
+    return perf_counter() - began, process_time() - cpu_began
+
+
+def _stock(setting: Setting) -> tuple[int, int]:
+    """Rows and bytes of the pads of a run; half of what is free, where they take more."""
+    checkpoint = open_checkpoint(setting.model)
+    checkpoint.close()
+    # A batch is made only where it fits as a whole.
+    wanted = stock_bytes(checkpoint.config, setting.forwards + BATCH_ROWS)
+    memory = min(wanted, available_bytes() // 2)
+    return memory // stock_bytes(checkpoint.config, 1), memory
+
+
+def _count(llm: LLM) -> dict[str, float]:
+    """What has crossed and what pads have cost, since the session began."""
+    rpc, pads = llm.rpc, llm.pads
+    return {
+        "calls": sum(rpc.calls.values()),
+        "worker_s": sum(rpc.compute_s.values()),
+        "tensor_bytes": rpc.sent_bytes + rpc.received_bytes,
+        "socket_bytes": rpc.socket_bytes,
+        "pads_cpu_s": pads.inline_cpu_s + pads.background_cpu_s if pads else 0.0,
+    }

@@ -1,0 +1,61 @@
+"""How fast a mode goes on once the pads that were made ahead are used up."""
+
+from dataclasses import dataclass
+from time import process_time
+
+from tsqp import SamplingParams
+from tsqp.bench.modes import LlmRunner
+
+
+@dataclass(frozen=True, slots=True)
+class Sustained:
+    """Many tokens, one at a time.
+
+    Attributes:
+        seconds_per_token: wall time.
+        cpu_s_per_token: processor time of the trusted side, pads included.
+        pads_cpu_s_per_token: of it, making pads ahead, and in line.
+        ahead: share of the pads that were made ahead, between the tokens.
+    """
+
+    tokens: int
+    seconds_per_token: float
+    cpu_s_per_token: float
+    pads_cpu_s_per_token: float
+    ahead: float
+
+
+def sustain(runner: LlmRunner, tokens: int) -> Sustained:
+    """Use the stock up, then generate `tokens` tokens, in as many answers as the context wants."""
+    llm = runner.llm
+    context = llm.config.max_positions
+    _use_up(runner)
+    llm.stats.reset()
+    before, cpu_began = llm.pads, process_time()
+    assert before is not None
+    done = 0
+    while done < tokens:
+        count = min(tokens - done, context - 1)
+        llm.generate([[1]], SamplingParams(0, max_tokens=count, ignore_eos=True))
+        done += count
+    cpu_s, after = process_time() - cpu_began, llm.pads
+    assert after is not None
+    ahead = after.ahead_rows - before.ahead_rows
+    inline = after.inline_rows - before.inline_rows
+    pads_cpu_s = after.inline_cpu_s + after.background_cpu_s
+    pads_cpu_s -= before.inline_cpu_s + before.background_cpu_s
+    return Sustained(
+        tokens=tokens,
+        seconds_per_token=(llm.stats.prefill_s + llm.stats.decode_s) / tokens,
+        cpu_s_per_token=cpu_s / tokens,
+        pads_cpu_s_per_token=pads_cpu_s / tokens,
+        ahead=ahead / (ahead + inline),
+    )
+
+
+def _use_up(runner: LlmRunner) -> None:
+    left = runner.stock_rows
+    while left > 0:
+        prompt = [1] * min(left, runner.llm.config.max_positions - 1)
+        runner.llm.generate([prompt], SamplingParams(0, max_tokens=1))
+        left -= len(prompt)
