@@ -17,6 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # What nobody calls from C, or from Python, needs no wrapper for it: each costs time to compile.
 _KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 _INLINED = _KERNEL | {"no_cpython_wrapper": True}
+_REORDERED = _INLINED | {"fastmath": {"reassoc"}}
 
 
 class Kernel:
@@ -55,3 +56,8 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
 def inlined(function: F) -> F:
     """Compile a function into the kernels that call it."""
     return cast(F, numba.njit(**_INLINED)(function))
+
+
+def reordered(function: F) -> F:
+    """Like `inlined`; its sums may be added up in any order, which is a matter of rounding alone."""
+    return cast(F, numba.njit(**_REORDERED)(function))

@@ -30,6 +30,14 @@ def unpack(bytes_TB: Bytes, field: Field, residues_TN: Int32) -> None:
         residues_TN[:] = bytes_TB.view(np.int32)
 
 
+def words(bytes_TB: Bytes, field: Field) -> Int32 | None:
+    """The residues where they lie, if rows of this field are words and these can be read so."""
+    if field.residue_bytes == 3:
+        return None
+    words_TN = bytes_TB.view(np.int32)
+    return words_TN if words_TN.flags.aligned else None
+
+
 def prepare(field: Field) -> None:
     """Compile what rows of this field need."""
     if field.residue_bytes == 3:

@@ -1,8 +1,8 @@
 """The two loops of a masked linear layer: one pass over the input, one over the answer.
 
-Only finished rows of c are ever copied to memory that the worker can map. An answer is copied from
-there once, and everything is computed from the copy: the worker may change the shared one at any
-moment.
+Only a finished row of c is ever copied to memory that the worker can map. A row of the answer is
+copied from there once, and everything is computed from the copy: the worker may change the shared
+one at any moment.
 
 Shape suffixes: T tokens; D input and F output features; N of either; B bytes of a row.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsqp.algebra import residue_bytes
-from tsqp.algebra.native import compiled, inlined
+from tsqp.algebra.native import compiled, inlined, reordered
 from tsqp.algebra.params import CHECK_MODULUS, Field
 from tsqp.algebra.residue_bytes import Bytes, Int32
 
@@ -39,6 +39,8 @@ class RowPool:
     def run(self, rows: int, kernel: Callable[[slice], int]) -> int:
         """Call `kernel` on disjoint slices of the rows; the first row at fault, or ALL_ROWS."""
         parts = max(1, min(self._threads, rows // MIN_ROWS))
+        if parts == 1:  # a token at a time: the rest would take longer than the loop
+            return kernel(slice(0, rows))
         edges = [rows * part // parts for part in range(parts + 1)]
         slices = [slice(*pair) for pair in pairwise(edges)]
         others = [self._pool.submit(kernel, some) for some in slices[1:]]
@@ -76,16 +78,17 @@ def quantize_and_pad(
         expected_T2: receives k_iW · xq mod P.
 
     Returns:
-        the first row with NaN or Inf, or ALL_ROWS. In the first case nothing has been written.
+        the first row with NaN or Inf, or ALL_ROWS. Rows from there on are to be discarded.
     """
-    c_TD = np.empty(x_TD.shape, np.int32)
+    shared_TD = residue_bytes.words(c_TB, field)
+    c_TD = np.empty(x_TD.shape, np.int32) if shared_TD is None else shared_TD
     bits_TD = x_TD.view(np.int32)
     found = int(
         _quantize_and_pad(
             x_TD, bits_TD, r_TD, check_2D, l1, l2, room, field.p, c_TD, unit_T, expected_T2
         )
     )
-    if found == ALL_ROWS:
+    if shared_TD is None:
         residue_bytes.pack(c_TD, field, c_TB)
     return found
 
@@ -111,8 +114,7 @@ def unpad_and_check(
     Returns:
         the first row that holds a residue outside [0, p) or fails the check, or ALL_ROWS.
     """
-    z_TF = np.empty(y_TF.shape, np.int32)
-    residue_bytes.unpack(z_TB, field, z_TF)
+    z_TF = _residues(z_TB, field, y_TF.shape[1])
     return int(_unpad_and_check(z_TF, u_TF, k_2F, scale_F, unit_T, expected_T2, field.p, y_TF))
 
 
@@ -122,9 +124,18 @@ def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
     Returns:
         the first row that holds a residue outside [0, p), or ALL_ROWS.
     """
-    z_TF = np.empty(u_TF.shape, np.int32)
-    residue_bytes.unpack(z_TB, field, z_TF)
+    z_TF = _residues(z_TB, field, u_TF.shape[1])
     return int(_subtract(z_TF, field.p, u_TF))
+
+
+def _residues(z_TB: Bytes, field: Field, features: int) -> Int32:
+    """An answer where it lies, or a copy."""
+    shared_TF = residue_bytes.words(z_TB, field)
+    if shared_TF is not None:
+        return shared_TF
+    z_TF = np.empty((len(z_TB), features), np.int32)
+    residue_bytes.unpack(z_TB, field, z_TF)
+    return z_TF
 
 
 def prepare(field: Field) -> None:
@@ -132,6 +143,13 @@ def prepare(field: Field) -> None:
     _quantize_and_pad.compile()
     _unpad_and_check.compile()
     residue_bytes.prepare(field)
+
+
+@inlined
+def _copy(from_N: Int32, to_N: Int32) -> None:
+    """A whole row; numba takes seconds to compile the assignment of one."""
+    for i in range(from_N.size):
+        to_N[i] = from_N[i]
 
 
 @inlined
@@ -150,28 +168,16 @@ def _largest(bits_D: Int32) -> Any:
     return np.float64(np.int32(most).view(np.float32))
 
 
-@inlined
-def _square(x: Any) -> Any:
-    return np.float64(x) * np.float64(x)
-
-
-@inlined
+@reordered
 def _square_sum(x_D: Float32) -> Any:
-    """Σ x² in float64, in eight interleaved sums; not finite if and only if some x is not."""
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-    whole = x_D.size // 8 * 8
-    for i in range(0, whole, 8):
-        s0 += _square(x_D[i])
-        s1 += _square(x_D[i + 1])
-        s2 += _square(x_D[i + 2])
-        s3 += _square(x_D[i + 3])
-        s4 += _square(x_D[i + 4])
-        s5 += _square(x_D[i + 5])
-        s6 += _square(x_D[i + 6])
-        s7 += _square(x_D[i + 7])
-    for i in range(whole, x_D.size):
-        s0 += _square(x_D[i])
-    return ((s0 + s4) + (s1 + s5)) + ((s2 + s6) + (s3 + s7))
+    """Σ x² in float64; not finite if and only if some x is not.
+
+    In whatever order, it is off by 2⁻³⁵ of itself at most, which ROUNDING_MARGIN pays for.
+    """
+    total = 0.0
+    for i in range(x_D.size):
+        total += np.float64(x_D[i]) * np.float64(x_D[i])
+    return total
 
 
 @inlined
@@ -290,11 +296,13 @@ def _quantize_and_pad(
     expected_T2: Int64,
 ) -> int:
     xq_D = np.empty(x_TD.shape[1], np.int32)
+    c_D = np.empty(x_TD.shape[1], np.int32)
     for t in range(x_TD.shape[0]):
         unit_T[t] = _quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
         if unit_T[t] < 0.0:
             return t
-        _pad_row(xq_D, r_TD[t], p, c_TD[t])
+        _pad_row(xq_D, r_TD[t], p, c_D)
+        _copy(c_D, c_TD[t])
         _check_input(check_2D, xq_D, expected_T2[t])
     return ALL_ROWS
 
@@ -313,9 +321,11 @@ def _unpad_and_check(
     p: int,
     y_TF: Float32,
 ) -> int:
+    z_F = np.empty(u_TF.shape[1], np.int32)
     yq_F = np.empty(u_TF.shape[1], np.int32)
     for t in range(u_TF.shape[0]):
-        if not _unpad_row(z_TF[t], u_TF[t], p, yq_F):
+        _copy(z_TF[t], z_F)
+        if not _unpad_row(z_F, u_TF[t], p, yq_F):
             return t
         if not _check_answer(k_2F, yq_F, expected_T2[t]):
             return t
@@ -327,10 +337,12 @@ def _unpad_and_check(
 
 @compiled("int64(int32[:, ::1], int64, int32[:, ::1])")
 def _subtract(z_TF: Int32, p: int, u_TF: Int32) -> int:
+    z_F = np.empty(u_TF.shape[1], np.int32)
     rest_F = np.empty(u_TF.shape[1], np.int32)
     p32 = np.int32(p)
     for t in range(u_TF.shape[0]):
-        z_F, u_F = z_TF[t], u_TF[t]
+        u_F = u_TF[t]
+        _copy(z_TF[t], z_F)
         outside = np.int32(0)
         for f in range(z_F.size):
             outside |= np.int32(z_F[f] < 0) | np.int32(z_F[f] >= p32)
@@ -338,6 +350,5 @@ def _subtract(z_TF: Int32, p: int, u_TF: Int32) -> int:
             rest_F[f] = value + p32 if value < 0 else value
         if outside != 0:
             return t
-        for f in range(u_F.size):  # assigning the whole row takes seconds to compile
-            u_F[f] = rest_F[f]
+        _copy(rest_F, u_F)
     return ALL_ROWS
