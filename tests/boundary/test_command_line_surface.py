@@ -18,7 +18,12 @@ COMMANDS = {
     "keygen": "--debug FOLDER",
     "demo": "--debug --fetch --prompt",
     "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
-    "bench": "--debug --dtype --new-tokens --out --prompt-tokens --rounds --threads MODEL",
+    "bench": """
+        --debug --dtype --field --modes --new-tokens --out --prompt-tokens --rounds --starts
+        --sustained --threads MODEL
+    """,
+    "bench-kernels": "--debug --out",
+    "bench-accuracy": "--chunk --debug --max-tokens --out --text --threads MODEL",
 }
 
 

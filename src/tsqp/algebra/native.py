@@ -59,5 +59,5 @@ def inlined(function: F) -> F:
 
 
 def reordered(function: F) -> F:
-    """Like `inlined`; its sums may be added up in any order, which is a matter of rounding alone."""
+    """Like `inlined`; sums may be added up in any order, which changes their rounding."""
     return cast(F, numba.njit(**_REORDERED)(function))

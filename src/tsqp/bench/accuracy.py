@@ -15,7 +15,8 @@ from tsqp.algebra.params import FIELDS
 from tsqp.bench.machine import describe_machine
 from tsqp.bench.modes import TIMEOUT_S
 from tsqp.bench.output import new_table
-from tsqp.errors import PromptError
+from tsqp.errors import PromptError, TokenizerError
+from tsqp.model.checkpoint import open_checkpoint
 from tsqp.tee.scoring import Scores
 from tsqp.tee.tokenizer import Tokenizer
 
@@ -29,6 +30,8 @@ class Accuracy:
     Attributes:
         perplexity: of the text.
         relative: to float32's.
+        relative_error: its standard error, from the differences token by token: how much another
+            text of this length and kind might give.
         agreement: share of positions whose likeliest token is float32's.
         equal: for `pad`, whether every log-probability and every likeliest token is, to the last
             bit, that of fixed point; None for the others.
@@ -40,6 +43,7 @@ class Accuracy:
     field: str | None
     perplexity: float
     relative: float
+    relative_error: float
     agreement: float
     equal: bool | None
     seconds: float
@@ -89,7 +93,7 @@ def measure_accuracy(
     """
     token_ids = _read(model, text)[:max_tokens]
     if len(token_ids) < MIN_TOKENS:
-        raise PromptError(f"{text} has no two tokens; give a longer text.")
+        raise PromptError(f"{text} has fewer than two tokens; give a longer text.")
     common: dict[str, Any] = {"dtype": "float32", "threads": threads, "prefill_chunk": chunk}
     with LLM(model, privacy="tee", **common) as llm:
         window = min(llm.config.max_positions, len(token_ids))
@@ -116,14 +120,15 @@ def tables(result: AccuracyResult) -> Iterator[Table]:
     """A row for each way."""
     table = new_table(
         f"{result.model}, {result.tokens:,} tokens of {result.text}",
-        "", "perplexity", "÷ float32", "same likeliest token", "equal to fixed point", "s",
+        "", "perplexity", "÷ float32 (standard error)", "same likeliest token",
+        "equal to fixed point", "s",
     )  # fmt: skip
     for mode in result.modes:
         equal = "" if mode.equal is None else "yes" if mode.equal else "NO"
         table.add_row(
             mode.name,
             f"{mode.perplexity:.4f}",
-            f"{mode.relative:.4f}",
+            f"{mode.relative:.4f} ({mode.relative_error:.4f})",
             f"{mode.agreement:.2%}",
             equal,
             f"{mode.seconds:.1f}",
@@ -146,7 +151,11 @@ def _read(model: str, text: Path) -> list[int]:
         raise PromptError(f"Cannot read {text}: {exc.strerror}; name a text file.") from exc
     except UnicodeDecodeError as exc:
         raise PromptError(f"{text} is not valid UTF-8; convert it first.") from exc
-    return Tokenizer(model).encode(words)
+    open_checkpoint(model).close()  # a model that is not there has no tokenizer either
+    tokenizer = Tokenizer(model)
+    if not tokenizer.exists:
+        raise TokenizerError(f"{model} has no tokenizer to read {text} with; choose another model.")
+    return tokenizer.encode(words)
 
 
 def _cut(token_ids: list[int], window: int) -> list[list[int]]:
@@ -190,7 +199,8 @@ def _accuracy(
     reference: Scores | None,
     seconds: float,
 ) -> Accuracy:
-    perplexity, float32 = (math.exp(-each.logprobs_T.mean().item()) for each in (scores, exact))
+    lost_T = exact.logprobs_T - scores.logprobs_T
+    relative = math.exp(lost_T.mean().item())
     equal = None
     if reference is not None:
         equal = torch.equal(scores.logprobs_T, reference.logprobs_T)
@@ -199,8 +209,9 @@ def _accuracy(
         privacy=privacy,
         fixed_point=privacy == "tee" and field is not None,
         field=field,
-        perplexity=perplexity,
-        relative=perplexity / float32,
+        perplexity=math.exp(-scores.logprobs_T.mean().item()),
+        relative=relative,
+        relative_error=relative * lost_T.std(correction=0).item() / math.sqrt(len(lost_T)),
         agreement=(scores.best_T == exact.best_T).double().mean().item(),
         equal=equal,
         seconds=seconds,

@@ -1,0 +1,99 @@
+"""The arithmetic of benchmarks, where no clock is involved."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tsqp.algebra.params import FIELDS
+from tsqp.bench.ceilings import Ceilings
+from tsqp.bench.figures import Figure, ratios
+from tsqp.bench.floors import floor
+from tsqp.bench.modes import Setting, stock_bytes
+from tsqp.bench.timing import seconds
+from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.config import ModelConfig, linear_groups, tensor_shapes
+from tsqp.model.quantize import group_shape
+from tsqp.tee.crypto.pads import PadPool, Pads
+
+SETTING = Setting("random:tiny", "float32", "wide", prompt_tokens=10, new_tokens=3, threads=1)
+RATES = Ceilings(matmul_flops=1e3, int8_ops=1e4, read_bytes_per_s=1e2, copy_bytes_per_s=1e5)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ModelConfig:
+    checkpoint = open_checkpoint("random:tiny")
+    checkpoint.close()
+    return checkpoint.config
+
+
+def weights(config: ModelConfig) -> dict[str, int]:
+    """Elements of every matrix that is multiplied with, by name."""
+    shapes = tensor_shapes(config)
+    return {
+        name: shape[0] * shape[1]
+        for name, shape in shapes.items()
+        if len(shape) == 2 and "embed" not in name
+    }
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    found = ratios({"pad": [2.0, 30.0, 4.0], "tee": [1.0, 10.0, 4.0]})
+    assert found == {"pad/tee": Figure(median=2.0, least=1.0, most=3.0)}
+
+
+def test_floating_point_can_be_no_faster_than_products_and_weights(tiny: ModelConfig) -> None:
+    sizes = weights(tiny)
+    head = sizes["lm_head.weight"]
+    found = floor("tee", tiny, SETTING, RATES)
+    layers = sum(sizes.values()) - head
+    assert found.prefill_s == pytest.approx(2 * (10 * layers + head) / 1e3)
+    assert found.decode_s == pytest.approx(4 * (layers + head) / 1e2)
+    assert found == floor("transformers", tiny, SETTING, RATES)
+
+
+@pytest.mark.parametrize(("mode", "times"), [("pad", 1), ("pad-inline", 2)])
+@pytest.mark.parametrize(("field", "digits"), [("wide", 4), ("compact", 3)])
+def test_pads_multiply_every_digit_and_copy_every_residue(
+    mode: str, times: int, field: str, digits: int, tiny: ModelConfig
+) -> None:
+    sizes = weights(tiny)
+    head = sizes["lm_head.weight"]
+    layers = sum(sizes.values()) - head
+    # D + F of qkv, o, gate and up, down; in two layers; and of the output projection.
+    residues = 2 * ((64 + 128) + (64 + 64) + (64 + 256) + (128 + 64))
+    head_residues = 64 + 512
+    found = floor(mode, tiny, replace(SETTING, field=FIELDS[field].name), RATES)
+    operations = times * digits * 2 * (10 * layers + head)
+    copied = digits * (10 * residues + head_residues)
+    assert found.prefill_s == pytest.approx(operations / 1e4 + copied / 1e5)
+    read, copied = times * (layers + head), digits * (residues + head_residues)
+    scales = 4 * times * (2 * (128 + 64 + 256 + 64) + 512)
+    assert found.decode_s == pytest.approx((read + scales) / 1e2 + copied / 1e5)
+
+
+def test_the_stock_has_room_for_the_rows_it_was_made_for(tiny: ModelConfig) -> None:
+    shapes = {key: group_shape(tiny, *key) for key in linear_groups(tiny)}
+
+    class Zeros:
+        def make(self, key: tuple[int, str], rows: int) -> Pads:
+            features, width = shapes[key]
+            return Pads(np.zeros((rows, width), np.int32), np.zeros((rows, features), np.int32))
+
+    for memory, rows in ((stock_bytes(tiny, 17), 17), (stock_bytes(tiny, 17) - 1, 16)):
+        pool = PadPool(Zeros(), shapes, memory)
+        assert pool.capacity_rows == rows
+        pool.close()
+
+
+def test_a_short_thing_is_timed_as_often_as_it_takes() -> None:
+    assert seconds(lambda: time.sleep(0.001)) == pytest.approx(0.0012, abs=0.0008)
+    spun = 0
+
+    def count() -> None:
+        nonlocal spun
+        spun += 1
+
+    assert seconds(count) < 1e-5
+    assert spun > 1000

@@ -1,0 +1,220 @@
+"""`tsqp bench`, whole: every figure is there, and those that no clock decides are right."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from protocol_helpers import Main, Result
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tsqp.bench import kernels
+
+MODES = ["transformers", "tee", "open", "pad", "pad-inline"]
+FIGURE = {"median", "least", "most"}
+SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More than one window of the speaking model, should it have a context of 100 tokens."""
+    path = tmp_path_factory.mktemp("text") / "sample.txt"
+    path.write_text(12 * SENTENCE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_context(speaking: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The speaking model with a context of 100 tokens."""
+    folder = tmp_path_factory.mktemp("small-context")
+    for file in speaking.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    return folder
+
+
+@pytest.mark.timeout(110)
+def test_every_mode_is_compared_unless_some_are_named(main: Main, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    result = main(
+        "bench", "random:tiny", "--rounds", 2, "--prompt-tokens", 20, "--new-tokens", 5,
+        "--sustained", 70, "--out", out,
+    )  # fmt: skip
+    assert result.status == 0, result.stderr
+    found = result.json
+    assert json.loads(out.read_text()) == found
+    assert found["model"] == "random:tiny"
+    for name in ("prefill_s", "decode_s_per_token", "decode_cpu_s_per_token"):
+        assert list(found[name]) == MODES
+        for figure in found[name].values():
+            assert set(figure) == FIGURE
+            assert 0 < figure["least"] <= figure["median"] <= figure["most"]
+    assert {"pad/tee", "pad/open", "pad/transformers"} <= set(found["decode_ratio"])
+    assert list(found["floors"]) == MODES
+    pads_cpu_s = {mode: found["pads_cpu_s_per_token"][mode]["median"] for mode in MODES}
+    assert min(pads_cpu_s["pad"], pads_cpu_s["pad-inline"]) > 10 * pads_cpu_s["tee"]
+
+
+@pytest.mark.timeout(110)
+def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
+    result = main(
+        "bench", "random:tiny", "--modes", "pad-inline, pad", "--rounds", 1,
+        "--prompt-tokens", 20, "--new-tokens", 5, "--sustained", 70,
+    )  # fmt: skip
+    found = result.json
+    assert list(found["prefill_s"]) == ["pad-inline", "pad"]
+    rows = 20 + 4  # the prompt, and every new token but the last
+    qkv, others, head = 64 + 128, (64 + 64) + (64 + 256) + (128 + 64), 64 + 512
+    # After the last attention, the rows of the prompt that choose no token are left out.
+    residues = 2 * rows * qkv + (rows + 5) * others + 5 * head
+    for mode in ("pad-inline", "pad"):
+        assert found["calls_per_forward"][mode]["median"] == 2 * 4 + 1
+        assert found["tensor_bytes"][mode]["median"] == 4 * residues
+    assert list(found["stock_rows"]) == ["pad"]
+    assert found["stock_rows"]["pad"] >= rows
+    assert found["sustained"]["pad"]["tokens"] == 70
+    assert 0 < found["sustained"]["pad"]["pads_cpu_s_per_token"]
+    assert 0 <= found["sustained"]["pad"]["ahead"] <= 1
+
+
+@pytest.mark.timeout(110)
+def test_starts_are_measured_without_and_with_the_cache(main: Main, speaking: Path) -> None:
+    result = main(
+        "bench", speaking, "--modes", "tee,pad-inline", "--rounds", 1, "--prompt-tokens", 5,
+        "--new-tokens", 2, "--starts",
+    )  # fmt: skip
+    assert result.status == 0, result.stderr
+    assert result.json["model"] == speaking.name
+    starts = result.json["starts"]
+    assert [(start["mode"], start["cache"]) for start in starts] == [
+        ("tee", "none"),
+        ("pad-inline", "cold"),
+        ("pad-inline", "prepared"),
+    ]
+    for start in starts:
+        assert 0 < start["load_s"] < start["process_s"] < 60
+        assert len(start["workers_bytes"]) == (0 if start["mode"] == "tee" else 1)
+        for peak in (start["tee_bytes"], *start["workers_bytes"]):
+            assert 5e7 < peak < 5e9
+
+
+@pytest.fixture(scope="module")
+def expected(small_context: Path, text: Path) -> tuple[float, int]:
+    """Perplexity by transformers, window by window; and how many tokens it is over."""
+    model = LlamaForCausalLM.from_pretrained(small_context, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(small_context)(text.read_text())["input_ids"]
+    assert len(ids) > 200
+    losses = []
+    for first in range(0, len(ids), 100):
+        window = torch.tensor(ids[first : first + 100])
+        with torch.no_grad():
+            logits_TV = model(window[None]).logits[0, :-1].double()
+        losses += torch.nn.functional.cross_entropy(
+            logits_TV, window[1:], reduction="none"
+        ).tolist()
+    return math.exp(sum(losses) / len(losses)), len(losses)
+
+
+@pytest.mark.timeout(110)
+def test_perplexity_is_that_of_transformers_and_pads_change_nothing(
+    main: Main, small_context: Path, text: Path, expected: tuple[float, int]
+) -> None:
+    result = main("bench", "accuracy", small_context, "--text", text, "--chunk", 30)
+    assert result.status == 0, result.stderr
+    found = result.json
+    assert (found["window"], found["scored"]) == (100, expected[1])
+    modes = {(m["privacy"], m["fixed_point"], m["field"]): m for m in found["modes"]}
+    assert list(modes) == [
+        ("tee", False, None),
+        ("tee", True, "wide"),
+        ("pad", False, "wide"),
+        ("tee", True, "compact"),
+        ("pad", False, "compact"),
+    ]
+    assert modes["tee", False, None]["perplexity"] == pytest.approx(expected[0], rel=1e-4)
+    for field in ("wide", "compact"):
+        reference, pad = modes["tee", True, field], modes["pad", False, field]
+        assert pad["equal"] is True
+        assert pad["perplexity"] == reference["perplexity"] != expected[0]
+        assert 0.9 < pad["relative"] < 1.1
+        assert 0.5 < pad["agreement"] <= 1
+
+
+def test_kernels_are_timed_in_both_fields(
+    main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "SHAPES", {"o": (64, 32)})
+    monkeypatch.setattr(kernels, "TOKENS", (1, 130))
+    result = main("bench", "kernels", "--out", tmp_path / "kernels.json")
+    assert result.status == 0, result.stderr
+    found = result.json["kernels"]
+    assert [(each["field"], each["tokens"]) for each in found] == [
+        ("wide", 1), ("wide", 130), ("compact", 1), ("compact", 130),
+    ]  # fmt: skip
+    for each in found:
+        assert each["pair_ns"] == each["mask_ns"] + each["unmask_ns"] > 0
+        assert each["random_ns"] > 0
+    assert found[0]["pair_ns"] > found[1]["pair_ns"]  # a call costs something beside its elements
+
+
+def refused(result: Result, sentence: str, status: int = 1) -> None:
+    assert (result.status, result.stdout) == (status, ""), result
+    assert sentence in result.error
+
+
+def test_an_unknown_mode_is_refused(main: Main) -> None:
+    result = main("bench", "random:tiny", "--modes", "tee,secret")
+    refused(result, "no mode 'secret' to compare; choose transformers, tee", 2)
+
+
+def test_no_mode_at_all_is_refused(main: Main) -> None:
+    refused(main("bench", "random:tiny", "--modes", " , "), "names nothing to compare", 2)
+
+
+def test_an_unknown_field_is_refused(main: Main) -> None:
+    refused(main("bench", "random:tiny", "--field", "vast"), "no field 'vast'", 2)
+
+
+def test_more_tokens_than_the_context_are_refused(main: Main) -> None:
+    refused(main("bench", "random:tiny"), "more than the context of 512 tokens; ask for fewer", 2)
+
+
+def test_a_text_that_is_not_there_is_refused(main: Main, tmp_path: Path) -> None:
+    path = tmp_path / "missing.txt"
+    result = main("bench", "accuracy", "random:tiny", "--text", path)
+    refused(result, f"Cannot read {path}: No such file")
+
+
+def test_a_text_that_is_not_utf8_is_refused(main: Main, tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"caf\xe9")
+    result = main("bench", "accuracy", "random:tiny", "--text", path)
+    refused(result, f"{path} is not valid UTF-8")
+
+
+@pytest.mark.parametrize("words", ["", "a"])
+def test_a_text_that_is_too_short_is_refused(
+    words: str, main: Main, small_context: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(words)
+    result = main("bench", "accuracy", small_context, "--text", path)
+    refused(result, f"{path} has fewer than two tokens")
+
+
+def test_a_text_for_a_model_without_tokenizer_is_refused(main: Main, text: Path) -> None:
+    result = main("bench", "accuracy", "random:tiny", "--text", text)
+    refused(result, "random:tiny has no tokenizer to read")
+
+
+@pytest.mark.parametrize("command", ["kernels", "accuracy"])
+def test_no_benchmark_overwrites_a_result(
+    command: str, main: Main, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "result.json"
+    out.write_text("precious")
+    model = ["random:tiny", "--text", text] if command == "accuracy" else []
+    refused(main("bench", command, *model, "--out", out), f"{out} exists", 2)
+    assert out.read_text() == "precious"

@@ -1,0 +1,54 @@
+"""Memory for pads stays within its budget, however much is generated."""
+
+import threading
+
+import psutil
+import pytest
+
+from tsqp import LLM, SamplingParams
+
+ROW_BYTES = 4 * (2 * (64 + 128 + 64 + 64 + 64 + 256 + 128 + 64) + 64 + 512)  # of random:tiny
+BUDGET = 400 * ROW_BYTES
+SEQUENCES, TOKENS = 25, 400
+LEAK = SEQUENCES * TOKENS * ROW_BYTES // 4  # less than what keeping every pad would take
+
+
+class Watch(threading.Thread):
+    """Looks at the stock all the time."""
+
+    def __init__(self, llm: LLM) -> None:
+        super().__init__(daemon=True)
+        assert llm._pads is not None
+        self._pool = llm._pads
+        self._over = threading.Event()
+        self.seen: list[int] = []
+        self.start()
+
+    def run(self) -> None:
+        while not self._over.wait(0.001):
+            self.seen.append(self._pool.nbytes)
+
+    def end(self) -> None:
+        self._over.set()
+        self.join(10)
+
+
+@pytest.mark.timeout(110)
+def test_ten_thousand_tokens_take_no_more_memory_than_the_budget_of_pads() -> None:
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    prompts = [[number] for number in range(SEQUENCES)]
+    process = psutil.Process()
+    with LLM("random:tiny", worker="inproc", pad_memory=BUDGET) as llm:
+        llm.fill_pads()
+        warm_up = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        llm.generate(prompts, warm_up)
+        before, watch = process.memory_info().rss, Watch(llm)
+        llm.generate(prompts, params)
+        watch.end()
+        grown = process.memory_info().rss - before
+        pads = llm.pads
+    assert pads is not None
+    assert pads.ahead_rows > 1000  # the stock was used, and made again
+    assert len(watch.seen) > 100
+    assert BUDGET // 4 < max(watch.seen) <= BUDGET
+    assert grown < LEAK
