@@ -2,7 +2,9 @@
 
 import os
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,6 +41,14 @@ class NumberingProvider:
             first, self._next = self._next, self._next + rows
         numbers = np.arange(first, first + rows, dtype=np.int32)[:, None]
         return Pads(np.repeat(numbers, width, 1), np.repeat(numbers, features, 1))
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Whether `condition` became true within ten seconds."""
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    return condition()
 
 
 @pytest.fixture
@@ -86,15 +96,64 @@ def test_a_provider_that_fails_loses_pads_and_repeats_none() -> None:
 
 
 @pytest.mark.timeout(30)
-def test_the_stock_never_takes_more_than_its_memory_over_many_tokens(pool: PadPool) -> None:
-    pool.fill()
+def test_a_stock_that_could_not_be_refilled_is_refilled_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tsqp.tee.crypto.pads.RETRY_S", 0.01)
+    pool = PadPool(NumberingProvider(fails_every=2), SHAPES, 100 * ROW_BYTES)
+    assert eventually(lambda: pool.nbytes == 100 * ROW_BYTES)
+    pool.close()
+    assert "cannot make pads ahead (MemoryError)" in caplog.text
+
+
+class WatchedProvider(NumberingProvider):
+    """A fake for tests: knows how much memory of its pads is in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = 0
+
+    def make(self, key: tuple[int, str], rows: int) -> Pads:
+        pads = super().make(key, rows)
+        for array in (pads.r_ND, pads.u_NF):
+            self.alive += array.nbytes
+            weakref.finalize(array, self._freed, array.nbytes)
+        return pads
+
+    def _freed(self, nbytes: int) -> None:
+        self.alive -= nbytes
+
+
+@pytest.mark.timeout(30)
+def test_pads_never_take_more_than_their_memory_over_many_tokens() -> None:
+    provider = WatchedProvider()
+    pool = PadPool(provider, SHAPES, 100 * ROW_BYTES)
     most = 0
     for token in range(10_000):
+        pool.fill()
+        most = max(most, provider.alive, pool.nbytes)
         pool.take(QKV if token % 3 else HEAD, 1)
-        if token % 50 == 0:
-            most = max(most, pool.nbytes)
-    assert 0 < most <= 100 * ROW_BYTES
-    assert pool.stats.ahead_rows + pool.stats.inline_rows == 10_000
+    # At most two batches are being made while the stock is full: here, and by the thread.
+    assert 90 * ROW_BYTES < most <= (100 + 2 * 25) * ROW_BYTES
+    assert pool.stats.ahead_rows == 10_000
+    pool.close()
+
+
+@pytest.mark.timeout(30)
+def test_the_stock_fills_its_memory_to_the_last_row(pool: PadPool) -> None:
+    pool.fill()
+    assert pool.nbytes == 100 * ROW_BYTES
+    pool.take(QKV, 100)
+    pool.take(HEAD, 100)
+    assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (200, 0)
+
+
+@pytest.mark.timeout(30)
+def test_a_stock_that_was_used_is_refilled_while_nobody_asks(pool: PadPool) -> None:
+    pool.fill()
+    for _ in range(100):
+        pool.take(HEAD, 1)
+    assert eventually(lambda: pool.nbytes == 100 * ROW_BYTES)
 
 
 @pytest.mark.timeout(30)
@@ -130,7 +189,7 @@ def test_a_forked_process_has_none_of_its_parents_pads(pool: PadPool) -> None:
     child = os.fork()
     if child == 0:
         try:
-            left = sum(map(len, pool._stock.values()))
+            left = sum(pool._ready.values()) + sum(map(len, pool._stock.values()))
             pool.take(QKV, 1)
             os.write(writer, b"it got one")
         except TSQPError:

@@ -13,6 +13,8 @@ from tsqp.algebra.params import Field
 Int32 = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 
+_NO_WORDS: Int32 = np.empty((0, 0), np.int32)
+
 
 def pack(residues_TN: Int32, field: Field, bytes_TB: Bytes) -> None:
     """Write rows of bytes, as many for each residue as the field has."""
@@ -30,12 +32,13 @@ def unpack(bytes_TB: Bytes, field: Field, residues_TN: Int32) -> None:
         residues_TN[:] = bytes_TB.view(np.int32)
 
 
-def words(bytes_TB: Bytes, field: Field) -> Int32 | None:
-    """The residues where they lie, if rows of this field are words and these can be read so."""
-    if field.residue_bytes == 3:
-        return None
-    words_TN = bytes_TB.view(np.int32)
-    return words_TN if words_TN.flags.aligned else None
+def words(bytes_TB: Bytes, field: Field) -> Int32:
+    """The residues where they lie, if rows of this field are words; else an array of no rows.
+
+    Args:
+        bytes_TB: begins at a multiple of 4 bytes.
+    """
+    return _NO_WORDS if field.residue_bytes == 3 else bytes_TB.view(np.int32)
 
 
 def prepare(field: Field) -> None:
@@ -43,6 +46,31 @@ def prepare(field: Field) -> None:
     if field.residue_bytes == 3:
         _write_planes.compile()
         _read_planes.compile()
+
+
+@inlined
+def copy_row(from_N: Int32, to_N: Int32) -> None:
+    """A whole row, in a kernel; numba takes seconds to compile the assignment of one."""
+    for i in range(from_N.size):
+        to_N[i] = from_N[i]
+
+
+@inlined
+def write_row(row_N: Int32, words_TN: Int32, bytes_TB: Bytes, t: int) -> None:
+    """Row t, in a kernel; `words_TN` is `words` of `bytes_TB`."""
+    if words_TN.shape[0] > 0:
+        copy_row(row_N, words_TN[t])
+    else:
+        _write_row(row_N, bytes_TB[t])
+
+
+@inlined
+def read_row(words_TN: Int32, bytes_TB: Bytes, t: int, row_N: Int32) -> None:
+    """Row t, in a kernel; each byte is read once. `words_TN` is `words` of `bytes_TB`."""
+    if words_TN.shape[0] > 0:
+        copy_row(words_TN[t], row_N)
+    else:
+        _read_row(bytes_TB[t], row_N)
 
 
 @inlined

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.native import compiled, inlined, reordered
 from tsqp.algebra.params import CHECK_MODULUS, Field
-from tsqp.algebra.residue_bytes import Bytes, Int32
+from tsqp.algebra.residue_bytes import Bytes, Int32, copy_row, read_row, words, write_row
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -80,17 +80,23 @@ def quantize_and_pad(
     Returns:
         the first row with NaN or Inf, or ALL_ROWS. Rows from there on are to be discarded.
     """
-    shared_TD = residue_bytes.words(c_TB, field)
-    c_TD = np.empty(x_TD.shape, np.int32) if shared_TD is None else shared_TD
-    bits_TD = x_TD.view(np.int32)
-    found = int(
+    c_words_TD, bits_TD = words(c_TB, field), x_TD.view(np.int32)
+    return int(
         _quantize_and_pad(
-            x_TD, bits_TD, r_TD, check_2D, l1, l2, room, field.p, c_TD, unit_T, expected_T2
+            x_TD,
+            bits_TD,
+            r_TD,
+            check_2D,
+            l1,
+            l2,
+            room,
+            field.p,
+            c_words_TD,
+            c_TB,
+            unit_T,
+            expected_T2,
         )
     )
-    if shared_TD is None:
-        residue_bytes.pack(c_TD, field, c_TB)
-    return found
 
 
 def unpad_and_check(
@@ -114,8 +120,10 @@ def unpad_and_check(
     Returns:
         the first row that holds a residue outside [0, p) or fails the check, or ALL_ROWS.
     """
-    z_TF = _residues(z_TB, field, y_TF.shape[1])
-    return int(_unpad_and_check(z_TF, u_TF, k_2F, scale_F, unit_T, expected_T2, field.p, y_TF))
+    z_words_TF, z_TB = _answer(z_TB, field)
+    return int(
+        _unpad_and_check(z_words_TF, z_TB, u_TF, k_2F, scale_F, unit_T, expected_T2, field.p, y_TF)
+    )
 
 
 def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
@@ -124,32 +132,22 @@ def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
     Returns:
         the first row that holds a residue outside [0, p), or ALL_ROWS.
     """
-    z_TF = _residues(z_TB, field, u_TF.shape[1])
-    return int(_subtract(z_TF, field.p, u_TF))
+    z_words_TF, z_TB = _answer(z_TB, field)
+    return int(_subtract(z_words_TF, z_TB, field.p, u_TF))
 
 
-def _residues(z_TB: Bytes, field: Field, features: int) -> Int32:
-    """An answer where it lies, or a copy."""
-    shared_TF = residue_bytes.words(z_TB, field)
-    if shared_TF is not None:
-        return shared_TF
-    z_TF = np.empty((len(z_TB), features), np.int32)
-    residue_bytes.unpack(z_TB, field, z_TF)
-    return z_TF
+def _answer(z_TB: Bytes, field: Field) -> tuple[Int32, Bytes]:
+    """The words of an answer, if it has words, and its bytes; copied where they lie crooked."""
+    if z_TB.ctypes.data % 4:  # a frame from a socket may
+        z_TB = z_TB.copy()
+    return words(z_TB, field), z_TB
 
 
 def prepare(field: Field) -> None:
     """Compile the loops, which would otherwise be done while somebody waits for an answer."""
     _quantize_and_pad.compile()
     _unpad_and_check.compile()
-    residue_bytes.prepare(field)
-
-
-@inlined
-def _copy(from_N: Int32, to_N: Int32) -> None:
-    """A whole row; numba takes seconds to compile the assignment of one."""
-    for i in range(from_N.size):
-        to_N[i] = from_N[i]
+    residue_bytes.prepare(field)  # for tee --fixed-point
 
 
 @inlined
@@ -280,7 +278,7 @@ def _check_answer(k_2F: Int32, yq_F: Int32, expected_2: Int64) -> Any:
 
 @compiled(
     "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], int32[:, ::1], float64, float64,"
-    " float64, int64, int32[:, ::1], float64[::1], int64[:, ::1])"
+    " float64, int64, int32[:, ::1], uint8[:, ::1], float64[::1], int64[:, ::1])"
 )
 def _quantize_and_pad(
     x_TD: Float32,
@@ -291,7 +289,8 @@ def _quantize_and_pad(
     l2: float,
     room: float,
     p: int,
-    c_TD: Int32,
+    c_words_TD: Int32,
+    c_TB: Bytes,
     unit_T: Float64,
     expected_T2: Int64,
 ) -> int:
@@ -302,17 +301,18 @@ def _quantize_and_pad(
         if unit_T[t] < 0.0:
             return t
         _pad_row(xq_D, r_TD[t], p, c_D)
-        _copy(c_D, c_TD[t])
+        write_row(c_D, c_words_TD, c_TB, t)
         _check_input(check_2D, xq_D, expected_T2[t])
     return ALL_ROWS
 
 
 @compiled(
-    "int64(int32[:, ::1], int32[:, ::1], int32[:, ::1], float32[::1], float64[::1],"
+    "int64(int32[:, ::1], uint8[:, ::1], int32[:, ::1], int32[:, ::1], float32[::1], float64[::1],"
     " int64[:, ::1], int64, float32[:, ::1])"
 )
 def _unpad_and_check(
-    z_TF: Int32,
+    z_words_TF: Int32,
+    z_TB: Bytes,
     u_TF: Int32,
     k_2F: Int32,
     scale_F: Float32,
@@ -324,7 +324,7 @@ def _unpad_and_check(
     z_F = np.empty(u_TF.shape[1], np.int32)
     yq_F = np.empty(u_TF.shape[1], np.int32)
     for t in range(u_TF.shape[0]):
-        _copy(z_TF[t], z_F)
+        read_row(z_words_TF, z_TB, t, z_F)
         if not _unpad_row(z_F, u_TF[t], p, yq_F):
             return t
         if not _check_answer(k_2F, yq_F, expected_T2[t]):
@@ -335,14 +335,14 @@ def _unpad_and_check(
     return ALL_ROWS
 
 
-@compiled("int64(int32[:, ::1], int64, int32[:, ::1])")
-def _subtract(z_TF: Int32, p: int, u_TF: Int32) -> int:
+@compiled("int64(int32[:, ::1], uint8[:, ::1], int64, int32[:, ::1])")
+def _subtract(z_words_TF: Int32, z_TB: Bytes, p: int, u_TF: Int32) -> int:
     z_F = np.empty(u_TF.shape[1], np.int32)
     rest_F = np.empty(u_TF.shape[1], np.int32)
     p32 = np.int32(p)
     for t in range(u_TF.shape[0]):
         u_F = u_TF[t]
-        _copy(z_TF[t], z_F)
+        read_row(z_words_TF, z_TB, t, z_F)
         outside = np.int32(0)
         for f in range(z_F.size):
             outside |= np.int32(z_F[f] < 0) | np.int32(z_F[f] >= p32)
@@ -350,5 +350,5 @@ def _subtract(z_TF: Int32, p: int, u_TF: Int32) -> int:
             rest_F[f] = value + p32 if value < 0 else value
         if outside != 0:
             return t
-        _copy(rest_F, u_F)
+        copy_row(rest_F, u_F)
     return ALL_ROWS

@@ -4,6 +4,7 @@
 Shape suffixes: N rows; D input and F output features of a group.
 """
 
+import logging
 import os
 import threading
 import weakref
@@ -25,11 +26,15 @@ from tsqp.errors import TSQPError
 from tsqp.tee.cpu_clock import ThreadClock
 from tsqp.tee.crypto.rng import uniform
 
+log = logging.getLogger("tsqp")
+
 Key = tuple[int, str]
 Int32 = NDArray[np.int32]
 
 BATCH_ROWS = 64  # made at once: enough for the matrix units
 BATCH_PRODUCTS = 2**29  # and at most this many, so that the engine never waits long for a core
+BATCHES = 4  # at least, of a small stock: it is refilled before it is used up
+RETRY_S = 1.0  # after pads could not be made
 NICE = 10  # the background thread gives way to whoever else wants the core
 
 
@@ -99,6 +104,8 @@ class PadStats:
 class PadPool:
     """A bounded stock of pads, refilled by a thread of its own while the engine waits.
 
+    A batch keeps its memory until its last row is taken, and counts as a whole until then.
+
     Args:
         shapes: (F, D) of each group.
         memory_bytes: what the stock may take. Every group gets as many rows.
@@ -113,8 +120,10 @@ class PadPool:
         self._shapes = dict(shapes)
         row_bytes = 4 * sum(features + width for features, width in shapes.values())
         self._rows = memory_bytes // row_bytes
-        self._stock: dict[Key, deque[Pads]] = {key: deque() for key in shapes}
-        self._counts = dict.fromkeys(shapes, 0)
+        # Batches, and how many rows of each are gone.
+        self._stock: dict[Key, deque[tuple[Pads, int]]] = {key: deque() for key in shapes}
+        self._ready = dict.fromkeys(shapes, 0)  # rows that can be taken
+        self._held = dict.fromkeys(shapes, 0)  # rows whose memory is in use
         self._lock = threading.Condition()
         self._closed = False
         self._pid = os.getpid()
@@ -128,15 +137,10 @@ class PadPool:
         return replace(self._stats, background_cpu_s=self._clock.seconds())
 
     @property
-    def capacity_rows(self) -> int:
-        """Rows of each group that the stock has room for."""
-        return self._rows
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of the stock as it is."""
+        """Bytes that the stock takes as it is."""
         with self._lock:
-            return sum(4 * rows * sum(self._shapes[key]) for key, rows in self._counts.items())
+            return sum(4 * rows * sum(self._shapes[key]) for key, rows in self._held.items())
 
     def take(self, key: Key, rows: int) -> Pads:
         """Remove and return pads; makes what is not in stock.
@@ -164,8 +168,8 @@ class PadPool:
 
     def fill(self) -> None:
         """Wait until the stock is full."""
-        while (key := self._lowest()) is not None:
-            self._make_one(key)
+        while (batch := self._next(wait=False)) is not None:
+            self._make(*batch)
 
     def close(self) -> None:
         """Forget all pads and stop making any; safe to call twice."""
@@ -182,57 +186,75 @@ class PadPool:
         with self._lock:
             if self._closed:
                 raise TSQPError("The pads of this session are gone; begin a new one.")
-            stock, taken, missing = self._stock[key], [], rows
-            while missing and stock:
-                batch = stock.popleft()
-                if len(batch) > missing:
-                    stock.appendleft(Pads(batch.r_ND[missing:], batch.u_NF[missing:]))
-                    batch = Pads(batch.r_ND[:missing], batch.u_NF[:missing])
-                missing -= len(batch)
-                taken.append(batch)
-            self._counts[key] -= rows - missing
+            taken, missing = [], rows
+            while missing and self._stock[key]:
+                taken.append(self._take_from_first(key, missing))
+                missing -= len(taken[-1])
             self._lock.notify_all()
             return taken
 
-    def _batch_rows(self, key: Key) -> int:
-        features, width = self._shapes[key]
-        return max(1, min(BATCH_ROWS, self._rows, BATCH_PRODUCTS // (features * width)))
+    def _take_from_first(self, key: Key, rows: int) -> Pads:
+        """At most so many rows of the oldest batch; the lock is held."""
+        stock = self._stock[key]
+        batch, begin = stock.popleft()
+        end = min(begin + rows, len(batch))
+        if end < len(batch):
+            stock.appendleft((batch, end))
+        else:
+            self._held[key] -= len(batch)
+        self._ready[key] -= end - begin
+        return Pads(batch.r_ND[begin:end], batch.u_NF[begin:end])
 
-    def _lowest(self) -> Key | None:
-        """The group with the least stock that has room for a batch."""
+    def _next(self, *, wait: bool) -> tuple[Key, int] | None:
+        """The group with the least stock that has room, and how many rows to make."""
         with self._lock:
-            if self._closed or self._rows == 0:
-                return None
-            key = min(self._counts, key=lambda k: self._counts[k])
-            with_room = self._counts[key] + self._batch_rows(key) <= self._rows
-            return key if with_room else None
+            while not self._closed:
+                with_room = filter(self._room, self._ready)
+                key = min(with_room, key=self._ready.__getitem__, default=None)
+                if key is not None:
+                    return key, self._room(key)
+                if not wait:
+                    return None
+                self._lock.wait()
+        return None
 
-    def _make_one(self, key: Key) -> None:
-        pads = self._provider.make(key, self._batch_rows(key))
+    def _room(self, key: Key) -> int:
+        """Rows of the next batch; 0 if there is no room."""
+        features, width = self._shapes[key]
+        a_few = -(-self._rows // BATCHES)
+        batch = max(1, min(BATCH_ROWS, a_few, BATCH_PRODUCTS // (features * width)))
+        return min(batch, self._rows - self._held[key])
+
+    def _make(self, key: Key, rows: int) -> None:
+        pads = self._provider.make(key, rows)
         with self._lock:
             # Two may have made a batch for the same room; what does not fit was never used.
-            if not self._closed and self._counts[key] + len(pads) <= self._rows:
-                self._stock[key].append(pads)
-                self._counts[key] += len(pads)
+            if not self._closed and self._held[key] + rows <= self._rows:
+                self._stock[key].append((pads, 0))
+                self._ready[key] += rows
+                self._held[key] += rows
 
     def _refill(self) -> None:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         self._clock.mark()
-        while not self._closed:
-            key = self._lowest()
-            if key is not None:
-                self._make_one(key)
-                self._clock.look()
-                continue
-            with self._lock:
-                if not self._closed:
-                    self._lock.wait()
+        failed = False
+        while (batch := self._next(wait=True)) is not None:
+            try:
+                self._make(*batch)
+                failed = False
+            except Exception as exc:  # memory is short, for one: it may not be for ever
+                if not failed:
+                    log.warning("cannot make pads ahead (%s); going on trying", type(exc).__name__)
+                failed = True
+                with self._lock:
+                    self._lock.wait_for(lambda: self._closed, RETRY_S)
+            self._clock.look()
 
     def _forget(self) -> None:
         for key, stock in self._stock.items():
             stock.clear()
-            self._counts[key] = 0
+            self._ready[key] = self._held[key] = 0
 
 
 _pools: weakref.WeakSet[PadPool] = weakref.WeakSet()
