@@ -7,7 +7,6 @@ import torch
 
 from tsqp._options import Options
 from tsqp._sessions import WorkerProcess
-from tsqp.errors import IntegrityError
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, linear_groups
 from tsqp.model.digest import weights_digest
@@ -57,6 +56,8 @@ class Builder:
         Args:
             workers: the worker processes of the options' endpoints, not yet connected.
         """
+        if workers:
+            process_limit.check()
         if self._options.masked:
             return self._masked(workers)
         if self._options.privacy == "open":
@@ -72,11 +73,6 @@ class Builder:
         return OpenOffload(channel, self._config, self._dtype, biases_F, self._options.timeout)
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
-        if process_limit.reached:
-            raise IntegrityError(
-                "Workers failed their checks too often in this process, so nothing is offloaded "
-                "any more; find out which one lies, and start again."
-            )
         options, field = self._options, self._options.field
         self._check_memory(integer_bytes(self._config))
         integers: dict[Key, IntegerWeights] = {}

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -428,6 +428,22 @@ def test_a_worker_may_try_eight_times_and_then_nothing_is_offloaded(
         private(worker)  # an honest one by now, but who would know
     with LLM(MODEL, privacy="tee") as llm:
         assert len(complete(llm)) == TOKENS
+
+
+def test_sessions_that_were_begun_before_give_no_further_tries(
+    worker: LyingWorker, limit: FailureLimit
+) -> None:
+    order = Order("zeros")
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(private(worker, order)) for _ in range(MAX_FAILURES + 2)]
+        messages = []
+        for llm in sessions:
+            with pytest.raises(IntegrityError) as caught:
+                complete(llm)
+            messages.append(str(caught.value))
+    tried = [message for message in messages if "wrong product" in message]
+    assert len(tried) == MAX_FAILURES
+    assert all("nothing is offloaded any more" in message for message in messages[MAX_FAILURES:])
 
 
 # From here on without a process: the check itself, bit by bit and at length.

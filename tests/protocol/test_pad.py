@@ -1,5 +1,6 @@
 """`pad` computes what `tee --fixed-point` computes, to the last bit; the worker sees residues."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS
-from tsqp.errors import NumericalError, TSQPError, UnsupportedModel
+from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel, WorkerLost
 from tsqp.gpu.worker import Worker
+from tsqp.tee.crypto.freivalds import CheckVectors, FailureLimit
+from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear
+from tsqp.tee.offload.masked import MaskedGroup
+from tsqp.wire.client import RemoteChannel
 
 BOTH = pytest.mark.parametrize("field", list(FIELDS))
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -203,3 +208,55 @@ def test_weights_that_are_no_numbers_are_refused_by_name(small: Path, tmp_path: 
     model.save_pretrained(tmp_path)
     with pytest.raises(TSQPError, match=r"layers\.1\.mlp\.up_proj\.weight .* NaN or infinity"):
         LLM(str(tmp_path), privacy="tee", fixed_point=True)
+
+
+def test_a_session_ends_with_a_wrong_answer_and_forgets_its_check_vectors(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqp._offloads.process_limit", FailureLimit())
+    run = Worker.run
+
+    def lie(worker: Worker, operation: object, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        run(worker, operation, inputs, outputs)  # type: ignore[arg-type]
+        outputs[0][0, 0] ^= 1
+
+    with LLM(str(small), worker="inproc") as llm:
+        monkeypatch.setattr(Worker, "run", lie)
+        with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 0"):
+            tokens(llm, [[1, 2, 3]])
+        monkeypatch.setattr(Worker, "run", run)  # honest again, but nobody asks
+        with pytest.raises(WorkerLost, match="has ended"):
+            tokens(llm, [[1, 2, 3]])
+        gc.collect()
+        assert not any(type(each) is CheckVectors for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("interrupted", [KeyboardInterrupt, MemoryError])
+def test_a_call_that_is_interrupted_gives_back_its_memory_and_its_pads_are_gone(
+    interrupted: type[BaseException], small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[np.ndarray] = []
+    take, mask = PadPool.take, MaskedGroup.mask
+
+    def noting(pool: PadPool, key: tuple[int, str], rows: int) -> Pads:
+        pads = take(pool, key, rows)
+        taken.append(pads.r_ND)
+        return pads
+
+    def interrupt(*_: object) -> None:
+        raise interrupted
+
+    monkeypatch.setattr(PadPool, "take", noting)
+    with LLM(str(small), worker="local", timeout=60) as llm:
+        assert isinstance(llm._channels[0], RemoteChannel)
+        arena = llm._channels[0]._arena
+        assert arena is not None
+        monkeypatch.setattr(MaskedGroup, "mask", interrupt)
+        for _ in range(5):
+            with pytest.raises(interrupted):
+                linear(llm, 0, "qkv", torch.ones(3, 48))
+        monkeypatch.setattr(MaskedGroup, "mask", mask)
+        assert not arena._used
+        linear(llm, 0, "qkv", torch.ones(3, 48))
+    rows = np.concatenate(taken)
+    assert len(rows) == len({row.tobytes() for row in rows}) == 18

@@ -19,7 +19,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from tsqp.errors import RemoteError, TSQPError
+from tsqp.errors import RemoteError, TSQPError, WorkerLost
 from tsqp.wire.handshake import check_agreement
 from tsqp.wire.messages import Hello, Operation, Welcome
 from tsqp.wire.tensors import Spec
@@ -184,10 +184,12 @@ class InprocChannel:
         self._service = service
         self._calls: dict[int, InprocSlot] = {}
         self._tickets = 0
+        self._closed = False
 
     def reserve(
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> InprocSlot:
+        self._check_open()
         self._service.check(operation, inputs, outputs)
         return InprocSlot(
             operation,
@@ -216,6 +218,7 @@ class InprocChannel:
         pass
 
     def wait(self, ticket: int, deadline: float) -> InprocSlot:
+        self._check_open()
         slot = self._calls.pop(ticket)
         if slot.error is not None:
             raise slot.error
@@ -225,4 +228,9 @@ class InprocChannel:
         self._calls.pop(ticket, None)
 
     def close(self) -> None:
+        self._closed = True
         self._calls.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise WorkerLost("The session with the worker inside this process has ended.")

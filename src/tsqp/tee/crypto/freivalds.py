@@ -14,6 +14,7 @@ from torch import Tensor
 from tsqp.algebra import digits
 from tsqp.algebra.int8_product import int8_product
 from tsqp.algebra.params import CHECK_MODULUS, MAX_WIDTH, WIDE
+from tsqp.errors import IntegrityError
 from tsqp.tee.crypto.rng import uniform_check
 
 VECTORS = 2  # each misses a wrong row with probability 2^-31
@@ -60,7 +61,7 @@ def _times(k_2F: NDArray[np.int32], weight_FD: Tensor) -> NDArray[np.int32]:
 class FailureLimit:
     """How often workers may fail a check before nothing is offloaded any more [P7].
 
-    Without it an adversary could reconnect and try again until a forgery passes.
+    Without it an adversary could reconnect, or use many sessions, until a forgery passes.
     """
 
     def __init__(self, limit: int = MAX_FAILURES) -> None:
@@ -70,6 +71,14 @@ class FailureLimit:
     @property
     def reached(self) -> bool:
         return self._left <= 0
+
+    def check(self) -> None:
+        """Raise IntegrityError once the limit is reached; asked before every call and answer."""
+        if self.reached:
+            raise IntegrityError(
+                "Workers failed their checks too often in this process, so nothing is offloaded "
+                "any more; find out which one lies, and start again."
+            )
 
     def count(self) -> None:
         """Note a failure."""

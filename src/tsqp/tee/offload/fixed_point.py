@@ -4,6 +4,8 @@ The exact reference that `pad` and `shares` must equal, bit by bit. Shape suffix
 D input and F output features of a group; B bytes of a row.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -11,13 +13,15 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.offload.base import Linear, Ready
-from tsqp.tee.offload.masked import Groups
+from tsqp.tee.offload.masked import Key, MaskedGroup
 
 
 class FixedPointLinear:
     """[P2] and [P3] around an exact product, with no pad and nobody to hide it from."""
 
-    def __init__(self, groups: Groups, dtype: torch.dtype, rows: RowPool) -> None:
+    def __init__(
+        self, groups: Mapping[Key, MaskedGroup], dtype: torch.dtype, rows: RowPool
+    ) -> None:
         self._groups = groups
         self._dtype = dtype
         self._rows = rows

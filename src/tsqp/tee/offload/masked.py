@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import Field
-from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel
+from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel, WorkerLost
 from tsqp.model.config import ModelConfig
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto import kernels
@@ -163,7 +163,25 @@ class MaskedGroup:
         )
 
 
-Groups = Mapping[Key, MaskedGroup]
+class Groups:
+    """The groups of one session; with it end their check vectors [P7]."""
+
+    def __init__(self, groups: Mapping[Key, MaskedGroup]) -> None:
+        self._groups = dict(groups)
+
+    def of(self, request: Linear) -> MaskedGroup:
+        """The group that a request asks for.
+
+        Raises:
+            WorkerLost: the session has ended.
+        """
+        if not self._groups:
+            raise WorkerLost("This session with its workers has ended; begin a new one.")
+        return self._groups[request.layer, request.group]
+
+    def forget(self) -> None:
+        """End; safe to call twice."""
+        self._groups.clear()
 
 
 class _LinearPart(Protocol):

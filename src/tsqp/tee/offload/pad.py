@@ -5,17 +5,18 @@ T tokens; D input and F output features of a group; B bytes of a row.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tsqp.errors import IntegrityError, NumericalError
+from tsqp.errors import IntegrityError
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear, Pending
-from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
+from tsqp.tee.offload.masked import Groups, Key, Masked, MaskedGroup, start_in_blocks
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product
 from tsqp.wire.tensors import Spec
@@ -41,7 +42,7 @@ class PadLinear:
     def __init__(
         self,
         channel: Channel,
-        groups: Groups,
+        groups: Mapping[Key, MaskedGroup],
         pool: PadPool,
         dtype: torch.dtype,
         timeout: float,
@@ -49,7 +50,7 @@ class PadLinear:
         failures: FailureLimit,
     ) -> None:
         self._channel = channel
-        self._groups = groups
+        self._groups = Groups(groups)
         self._pool = pool
         self._dtype = dtype
         self._timeout = timeout
@@ -57,10 +58,10 @@ class PadLinear:
         self._failures = failures
 
     def start(self, request: Linear) -> Pending:
-        group = self._groups[request.layer, request.group]
-        return start_in_blocks(self, group, request.x_TD, self._dtype)
+        return start_in_blocks(self, self._groups.of(request), request.x_TD, self._dtype)
 
     def close(self) -> None:
+        self._groups.forget()
         self._pool.close()
         self._rows.close()
         self._channel.close()
@@ -70,6 +71,7 @@ class PadLinear:
 
     def send(self, group: MaskedGroup, x_TD: Tensor) -> _Block:
         """[P4], [P5]: take fresh pads, mask, and submit."""
+        self._failures.check()
         rows, each = len(x_TD), group.field.residue_bytes
         pads = self._pool.take((group.layer, group.name), rows)
         slot = self._channel.reserve(
@@ -79,7 +81,7 @@ class PadLinear:
         )
         try:
             masked = group.mask(x_TD, pads.r_ND, slot.inputs[0], self._rows)
-        except NumericalError:
+        except BaseException:
             self._channel.discard(slot)
             raise
         return _Block(self._channel.submit(slot), pads, masked)
@@ -89,6 +91,7 @@ class PadLinear:
         began = time.monotonic()
         with self._channel.wait(block.ticket, began + self._timeout) as reply:
             waited_s = time.monotonic() - began
+            self._failures.check()
             try:
                 y_TF = group.unmask(
                     reply.outputs[0],

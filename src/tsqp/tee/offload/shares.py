@@ -6,7 +6,7 @@ features of a group; B bytes of a row.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.rng import fresh_seed
 from tsqp.tee.offload.base import Linear, Pending
-from tsqp.tee.offload.masked import Groups, Int32, Masked, MaskedGroup, start_in_blocks
+from tsqp.tee.offload.masked import Groups, Int32, Key, Masked, MaskedGroup, start_in_blocks
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product, SeedProduct
 from tsqp.wire.seeds import expand
@@ -47,7 +47,7 @@ class SharesLinear:
     def __init__(
         self,
         channels: Sequence[Channel],
-        groups: Groups,
+        groups: Mapping[Key, MaskedGroup],
         dtype: torch.dtype,
         timeout: float,
         rows: kernels.RowPool,
@@ -56,17 +56,17 @@ class SharesLinear:
         assert len(channels) >= 2
         self._channels = tuple(channels)
         self._seeded, self._last = self._channels[:-1], self._channels[-1]
-        self._groups = groups
+        self._groups = Groups(groups)
         self._dtype = dtype
         self._timeout = timeout
         self._rows = rows
         self._failures = failures
 
     def start(self, request: Linear) -> Pending:
-        group = self._groups[request.layer, request.group]
-        return start_in_blocks(self, group, request.x_TD, self._dtype)
+        return start_in_blocks(self, self._groups.of(request), request.x_TD, self._dtype)
 
     def close(self) -> None:
+        self._groups.forget()
         self._rows.close()
         for channel in self._channels:
             channel.close()
@@ -77,6 +77,7 @@ class SharesLinear:
 
     def send(self, group: MaskedGroup, x_TD: Tensor) -> _Block:
         """[P8]: c_1 … c_n-1 as fresh seeds, and c_n = xq - Σ c_i mod p. Nobody is waited for."""
+        self._failures.check()
         seeds = [fresh_seed() for _ in self._seeded]
         tickets: list[int] = []
         try:
@@ -99,6 +100,7 @@ class SharesLinear:
                 began = time.monotonic()
                 with channel.wait(ticket, deadline) as reply:
                     waited_s += time.monotonic() - began
+                    self._failures.check()
                     z_TB = reply.outputs[0]
                     if channel is self._last:
                         y_TF = group.unmask(z_TB, others_TF, block.masked, self._names, self._rows)
