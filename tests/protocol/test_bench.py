@@ -77,6 +77,8 @@ def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
     assert found["sustained"]["pad"]["tokens"] == 70
     assert found["sustained"]["pad"]["pads_cpu_s_per_token"] > 0
     assert 0 <= found["sustained"]["pad"]["ahead"] <= 1
+    for when in ("before", "after"):
+        assert 0 <= found["sustained"]["pad"][f"stock_rows_{when}"] <= found["stock_rows"]["pad"]
 
 
 @pytest.mark.timeout(110)

@@ -88,6 +88,7 @@ def _sustained(result: Result) -> Table:
     table = new_table(
         "Once the stock of pads is used up",
         "", "tokens", "tokens a second", "processor, ms a token", "of it pads", "pads ahead",
+        "stock, tokens",
     )  # fmt: skip
     for mode, found in result.sustained.items():
         table.add_row(
@@ -97,6 +98,7 @@ def _sustained(result: Result) -> Table:
             f"{found.cpu_s_per_token / MS:.1f}",
             f"{found.pads_cpu_s_per_token / MS:.1f}",
             f"{found.ahead:.0%}",
+            f"{found.stock_rows_before:.0f} → {found.stock_rows_after:.0f}",
         )
     return table
 

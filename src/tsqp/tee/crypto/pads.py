@@ -8,7 +8,6 @@ import logging
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -92,6 +91,7 @@ class PadStats:
             `inline_cpu_s` of processor time.
         background_cpu_s: processor time of the thread that makes pads ahead, and its helpers;
             0 where the system does not tell.
+        stock_bytes: of the pads that lie ready.
     """
 
     ahead_rows: int = 0
@@ -99,12 +99,56 @@ class PadStats:
     inline_s: float = 0.0
     inline_cpu_s: float = 0.0
     background_cpu_s: float = 0.0
+    stock_bytes: int = 0
+
+
+class _Stock:
+    """The pads of one group that lie ready: a ring of rows, whose memory is taken once.
+
+    Arrays of their own for every batch would be cheaper by a copy, but the allocator would keep
+    what they leave: the process grew to twice the budget.
+    """
+
+    def __init__(self, rows: int, features: int, width: int) -> None:
+        self.ready = 0
+        self._rows = rows
+        self._first = 0
+        self._r_ND = np.empty((rows, width), np.int32)
+        self._u_NF = np.empty((rows, features), np.int32)
+
+    @property
+    def room(self) -> int:
+        return self._rows - self.ready
+
+    def put(self, pads: Pads) -> None:
+        """Add rows, for which there is room."""
+        assert len(pads) <= self.room
+        done = 0
+        for place in self._places(self._first + self.ready, len(pads)):
+            part = slice(done, done + place.stop - place.start)
+            self._r_ND[place], self._u_NF[place] = pads.r_ND[part], pads.u_NF[part]
+            done = part.stop
+        self.ready += len(pads)
+
+    def take(self, rows: int) -> list[Pads]:
+        """Remove the oldest rows, at most so many."""
+        rows = min(rows, self.ready)
+        places = self._places(self._first, rows)
+        taken = [Pads(self._r_ND[place].copy(), self._u_NF[place].copy()) for place in places]
+        self._first = (self._first + rows) % max(self._rows, 1)
+        self.ready -= rows
+        return taken
+
+    def _places(self, begin: int, rows: int) -> list[slice]:
+        """Where so many rows from `begin` lie: in one piece, or in two around the end."""
+        begin %= max(self._rows, 1)
+        whole = slice(begin, min(begin + rows, self._rows))
+        around = slice(0, begin + rows - whole.stop)
+        return [place for place in (whole, around) if place.start < place.stop]
 
 
 class PadPool:
     """A bounded stock of pads, refilled by a thread of its own while the engine waits.
-
-    A batch keeps its memory until its last row is taken, and counts as a whole until then.
 
     Args:
         shapes: (F, D) of each group.
@@ -120,10 +164,7 @@ class PadPool:
         self._shapes = dict(shapes)
         row_bytes = 4 * sum(features + width for features, width in shapes.values())
         self._rows = memory_bytes // row_bytes
-        # Batches, and how many rows of each are gone.
-        self._stock: dict[Key, deque[tuple[Pads, int]]] = {key: deque() for key in shapes}
-        self._ready = dict.fromkeys(shapes, 0)  # rows that can be taken
-        self._held = dict.fromkeys(shapes, 0)  # rows whose memory is in use
+        self._stocks = {key: _Stock(self._rows, *shape) for key, shape in shapes.items()}
         self._lock = threading.Condition()
         self._closed = False
         self._pid = os.getpid()
@@ -134,13 +175,15 @@ class PadPool:
     @property
     def stats(self) -> PadStats:
         """How the pads came about, until now."""
-        return replace(self._stats, background_cpu_s=self._clock.seconds())
+        background_cpu_s = self._clock.seconds()
+        return replace(self._stats, background_cpu_s=background_cpu_s, stock_bytes=self.nbytes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stock takes as it is."""
+        """Bytes of the pads that lie ready."""
         with self._lock:
-            return sum(4 * rows * sum(self._shapes[key]) for key, rows in self._held.items())
+            stocks = self._stocks.items()
+            return sum(4 * stock.ready * sum(self._shapes[key]) for key, stock in stocks)
 
     def take(self, key: Key, rows: int) -> Pads:
         """Remove and return pads; makes what is not in stock.
@@ -175,7 +218,7 @@ class PadPool:
         """Forget all pads and stop making any; safe to call twice."""
         with self._lock:
             self._closed = True
-            self._forget()
+            self._stocks.clear()
             self._lock.notify_all()
         if self._pid == os.getpid():
             self._thread.join()
@@ -186,31 +229,16 @@ class PadPool:
         with self._lock:
             if self._closed:
                 raise TSQPError("The pads of this session are gone; begin a new one.")
-            taken, missing = [], rows
-            while missing and self._stock[key]:
-                taken.append(self._take_from_first(key, missing))
-                missing -= len(taken[-1])
+            taken = self._stocks[key].take(rows)
             self._lock.notify_all()
             return taken
-
-    def _take_from_first(self, key: Key, rows: int) -> Pads:
-        """At most so many rows of the oldest batch; the lock is held."""
-        stock = self._stock[key]
-        batch, begin = stock.popleft()
-        end = min(begin + rows, len(batch))
-        if end < len(batch):
-            stock.appendleft((batch, end))
-        else:
-            self._held[key] -= len(batch)
-        self._ready[key] -= end - begin
-        return Pads(batch.r_ND[begin:end], batch.u_NF[begin:end])
 
     def _next(self, *, wait: bool) -> tuple[Key, int] | None:
         """The group with the least stock that has room, and how many rows to make."""
         with self._lock:
             while not self._closed:
-                with_room = filter(self._room, self._ready)
-                key = min(with_room, key=self._ready.__getitem__, default=None)
+                with_room = filter(self._room, self._stocks)
+                key = min(with_room, key=lambda key: self._stocks[key].ready, default=None)
                 if key is not None:
                     return key, self._room(key)
                 if not wait:
@@ -223,16 +251,14 @@ class PadPool:
         features, width = self._shapes[key]
         a_few = -(-self._rows // BATCHES)
         batch = max(1, min(BATCH_ROWS, a_few, BATCH_PRODUCTS // (features * width)))
-        return min(batch, self._rows - self._held[key])
+        return min(batch, self._stocks[key].room)
 
     def _make(self, key: Key, rows: int) -> None:
         pads = self._provider.make(key, rows)
         with self._lock:
             # Two may have made a batch for the same room; what does not fit was never used.
-            if not self._closed and self._held[key] + rows <= self._rows:
-                self._stock[key].append((pads, 0))
-                self._ready[key] += rows
-                self._held[key] += rows
+            if not self._closed and rows <= self._stocks[key].room:
+                self._stocks[key].put(pads)
 
     def _refill(self) -> None:
         with suppress(OSError):
@@ -251,11 +277,6 @@ class PadPool:
                     self._lock.wait_for(lambda: self._closed, RETRY_S)
             self._clock.look()
 
-    def _forget(self) -> None:
-        for key, stock in self._stock.items():
-            stock.clear()
-            self._ready[key] = self._held[key] = 0
-
 
 _pools: weakref.WeakSet[PadPool] = weakref.WeakSet()
 
@@ -264,7 +285,7 @@ def _forget_in_child() -> None:
     """A child has a copy of the parent's pads; using one would be using it twice."""
     for pool in list(_pools):
         pool._lock = threading.Condition()  # another thread may have held it in the parent
-        pool._forget()
+        pool._stocks.clear()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
