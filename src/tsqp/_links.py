@@ -1,6 +1,5 @@
 """Which workers, over which links: what each privacy mode asks of them."""
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -112,11 +111,9 @@ def _check_apart(links: Sequence[Link]) -> None:
 
 def _host(endpoint: Endpoint) -> str:
     """One spelling of a host; names are not resolved, as nobody could be believed about them."""
-    name = endpoint.host.lower().rstrip(".")
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return name
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return "localhost" if address.is_loopback or address.is_unspecified else str(address)
+    ip = endpoint.ip
+    if ip is not None:
+        return "localhost" if ip.is_loopback or ip.is_unspecified else str(ip)
+    name = (endpoint.host.rpartition("%")[0] or endpoint.host).lower().rstrip(".")
+    is_local = name == "*" or "localhost" in (name.split(".")[0], name.split(".")[-1])
+    return "localhost" if is_local else name

@@ -1,13 +1,17 @@
 """Where a worker is: parsing `--listen` and `--worker`."""
 
 import ipaddress
+import re
+import socket
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from typing import Literal
 
 from tsqp.errors import WorkerUnavailable
 
 MAX_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1
 FORMS = "ipc:///PATH, tcp://HOST:PORT, local, or inproc"
+HOST = re.compile(r"[^][:;\s]+|\[[^][;\s]*:[^][;\s]*\]")  # a name, an IPv4 or an [IPv6] address
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +40,29 @@ class Endpoint:
         return int(self.address.rpartition(":")[2])
 
     @property
+    def ip(self) -> IPv4Address | IPv6Address | None:
+        """What libzmq takes the host of a tcp endpoint for; None for a name.
+
+        Like libzmq, this takes 127.1, 0x7f000001 and the other spellings of inet_aton for
+        addresses, and drops a zone, as in fe80::1%eth0.
+        """
+        host = self.host.rpartition("%")[0] or self.host
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            try:
+                return IPv4Address(socket.inet_aton(host))
+            except OSError:
+                return None
+        mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+        return address if mapped is None else mapped
+
+    @property
     def is_loopback(self) -> bool:
-        """Whether only processes of this machine can reach it."""
+        """Whether only processes of this machine can reach it, for certain."""
         if self.scheme != "tcp":
             return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return self.host == "localhost" if self.ip is None else self.ip.is_loopback
 
 
 def parse_endpoint(text: str) -> Endpoint:
@@ -78,10 +97,14 @@ def _checked_path(path: str) -> str:
 
 
 def _checked_host_and_port(address: str) -> str:
+    if ";" in address:  # libzmq's, for the address to connect from
+        raise WorkerUnavailable(
+            f"{'tcp://' + address!r} names two addresses; write only the worker's, as "
+            "tcp://127.0.0.1:5555."
+        )
     host, _, port = address.rpartition(":")
     is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535
-    is_bracketed = host.startswith("[") and host.endswith("]")
-    if not host.isprintable() or not is_port or host == "" or (":" in host) != is_bracketed:
+    if not host.isprintable() or not is_port or HOST.fullmatch(host) is None:
         raise WorkerUnavailable(
             f"{'tcp://' + address!r} lacks a host or a port from 0 to 65535; "
             "write it as tcp://127.0.0.1:5555 or tcp://[::1]:5555."
