@@ -211,6 +211,15 @@ def test_a_folder_without_a_recording_is_named(tmp_path: Path) -> None:
             read(folder)
 
 
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / SESSION).mkdir()
+    os.mkfifo(tmp_path / SESSION / INDEX)
+    for folder in (tmp_path, tmp_path / SESSION):
+        with pytest.raises(RecordingError, match="holds no recording; name a folder"):
+            read(folder)
+
+
 def test_a_recording_that_ends_within_the_prompt_is_no_audit(tmp_path: Path) -> None:
     rows = {key: each for key, each in noise(1).items() if key != (-1, "lm_head")}
     recording = read(write(tmp_path / "a", rows, WIDE))
@@ -244,6 +253,9 @@ def test_recordings_of_two_modes_are_not_compared(folder: Path, tmp_path: Path) 
         Auditor(MODEL).audit(folder, PROMPT, again=other)
 
 
-def test_one_recording_given_twice_is_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match="given twice"):
-        Auditor(MODEL).audit(folder, PROMPT, again=folder / ".." / folder.name)
+@pytest.mark.parametrize("name", [".", "../recording", SESSION, "../link"])
+def test_one_recording_given_twice_is_refused(name: str, folder: Path) -> None:
+    (folder.parent / "link").symlink_to(folder / SESSION)
+    for second in ({"again": folder / name}, {"shares": [folder / name]}):
+        with pytest.raises(UsageError, match="given twice"):
+            Auditor(MODEL).audit(folder, PROMPT, **second)  # type: ignore[arg-type]

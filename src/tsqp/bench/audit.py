@@ -16,7 +16,7 @@ from tsqp.bench.attacks import (
 )
 from tsqp.bench.finding import ABOVE_CHANCE, Finding
 from tsqp.bench.noise import Agreement, Related, Repeats, Uniformity
-from tsqp.bench.recording import FIRST, Recording, add, open_recording
+from tsqp.bench.recording import FIRST, Recording, add, open_recording, session_folder
 from tsqp.errors import PromptError, RecordingError, UsageError
 from tsqp.model.checkpoint import open_checkpoint
 
@@ -125,7 +125,7 @@ class Auditor:
             PromptError: the ids are not a prompt of this model and this recording.
         """
         folders = [folder, *shares, *([] if again is None else [again])]
-        if len({path.resolve() for path in folders}) < len(folders):
+        if len({session_folder(path).resolve() for path in folders}) < len(folders):
             raise UsageError("One recording is given twice; name different folders.")
         recordings = [self._open(path) for path in (folder, *shares)]
         first = recordings[0]

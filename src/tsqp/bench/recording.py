@@ -100,7 +100,7 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
     Raises:
         RecordingError: no recording, several, a damaged line, or one of another model.
     """
-    session = _session(folder)
+    session = session_folder(folder)
     calls = [call for call in _read_index(session / INDEX) if call.layer is not None]
     if not calls:
         raise RecordingError(f"{session} holds no call of a linear layer; record an answer.")
@@ -152,12 +152,20 @@ def add(recordings: Sequence[Recording]) -> Recording:
     return Recording(name, first.field, first.calls, read)
 
 
-def _session(folder: Path) -> Path:
-    """The folder of one session's files."""
+def session_folder(folder: Path) -> Path:
+    """The folder of one session's files.
+
+    Args:
+        folder: that one, or one that holds it and no other session.
+
+    Raises:
+        RecordingError: there is none, or there are several.
+    """
     try:
         if (folder / INDEX).is_file():
             return folder
-        found = sorted(path.parent for path in folder.glob(f"session-*/{INDEX}"))
+        indices = folder.glob(f"session-*/{INDEX}")
+        found = sorted(index.parent for index in indices if index.is_file())
     except OSError as exc:
         raise RecordingError(f"Cannot read {folder}: {exc.strerror}.") from exc
     if not found:
