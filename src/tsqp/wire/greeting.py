@@ -6,6 +6,7 @@ answers with all of its own, which names the mechanism, and waits for the rest.
 """
 
 import socket
+import time
 from typing import Literal
 
 from tsqp.wire.endpoint import Endpoint
@@ -23,13 +24,18 @@ def ask_mechanism(endpoint: Endpoint, timeout: float) -> Mechanism | None:
 
     Args:
         endpoint: ipc or tcp.
-        timeout: seconds for connecting, and for each part of the answer.
+        timeout: seconds for all of it.
     """
+    deadline = time.monotonic() + timeout
     try:
-        with _connect(endpoint, timeout) as peer:
+        with _connect(endpoint, deadline) as peer:
             peer.sendall(_BEGINNING)
             greeting = b""
-            while len(greeting) < _LENGTH and (more := peer.recv(_LENGTH - len(greeting))):
+            while len(greeting) < _LENGTH:
+                peer.settimeout(_left(deadline))
+                more = peer.recv(_LENGTH - len(greeting))
+                if not more:
+                    break
                 greeting += more
     except OSError:
         return None
@@ -37,12 +43,19 @@ def ask_mechanism(endpoint: Endpoint, timeout: float) -> Mechanism | None:
     return _MECHANISMS.get(greeting[_NAME].rstrip(b"\0")) if is_greeting else None
 
 
-def _connect(endpoint: Endpoint, timeout: float) -> socket.socket:
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:
     if endpoint.scheme == "tcp":
-        return socket.create_connection((endpoint.host, endpoint.port), timeout)
+        return socket.create_connection((endpoint.host, endpoint.port), _left(deadline))
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        peer.settimeout(timeout)
+        peer.settimeout(_left(deadline))
         path = endpoint.address
         peer.connect("\0" + path[1:] if endpoint.is_abstract else path)
     except BaseException:
