@@ -88,8 +88,8 @@ def check_options(
     ):
         if number < 1:
             raise UsageError(f"{name} is {number}; it must be 1 or more.")
-    if pad_memory is not None and pad_memory < 0:
-        raise UsageError(f"pad_memory is {pad_memory}; it must be 0 or more bytes.")
+    if pad_memory is not None and not 0 <= pad_memory < math.inf:
+        raise UsageError(f"pad_memory is {pad_memory}; it must be a number of bytes, 0 or more.")
     if not 0 < timeout < math.inf:
         raise UsageError(f"timeout is {timeout}; it must be a number of seconds above 0.")
     return Options(

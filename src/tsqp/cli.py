@@ -5,6 +5,7 @@ file of --config: see docs/settings.md.
 """
 
 import logging
+import math
 import os
 import sys
 import traceback
@@ -221,7 +222,7 @@ def generate(
         attention=attention,
         field=field,
         fixed_point=fixed_point,
-        pad_memory=None if pad_memory is None else int(pad_memory * 2**30),
+        pad_memory=None if pad_memory is None else _bytes(pad_memory),
         dtype=dtype,
         threads=threads,
         prefill_chunk=prefill_chunk,
@@ -450,6 +451,13 @@ def bench_accuracy(
 def _is_from_command_line(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def _bytes(gibibytes: float) -> int:
+    size = gibibytes * 2**30
+    if not math.isfinite(size):
+        raise UsageError(f"--pad-memory is {gibibytes}; it must be a number of GiB, 0 or more.")
+    return int(size)
 
 
 def _prompts(

@@ -123,6 +123,8 @@ def test_an_unknown_dtype_is_refused(commands: Commands, ids: Path) -> None:
         (["--prompt", "hello"], 2, "either --prompt or --prompt-ids"),
         (["--privacy", "open", "--worker", "nowhere"], 1, "'nowhere' is not an endpoint"),
         (["--privacy", "open", "--worker", "tcp://host"], 1, "lacks a host or a port"),
+        (["--pad-memory", "inf"], 2, "--pad-memory is inf; it must be a number of GiB, 0 or more"),
+        (["--pad-memory", "1e305"], 2, "--pad-memory is 1e+305; it must be a number of GiB"),
         (["--temperature", "-1"], 1, "temperature must be"),
         (["--temperature", "nan"], 1, "temperature must be"),
         (["--top-p", "0"], 1, "top_p must be"),

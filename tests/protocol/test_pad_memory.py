@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from tsqp import LLM, SamplingParams
+from tsqp.errors import UsageError
 
 ROW_BYTES = 4 * (2 * (64 + 128 + 64 + 64 + 64 + 256 + 128 + 64) + 64 + 512)  # of random:tiny
 BUDGET = 400 * ROW_BYTES
@@ -31,6 +32,12 @@ class Watch(threading.Thread):
     def end(self) -> None:
         self._over.set()
         self.join(10)
+
+
+@pytest.mark.parametrize("size", [-1, float("inf"), float("nan")])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(size: float) -> None:
+    with pytest.raises(UsageError, match=f"pad_memory is {size}; it must be a number of bytes"):
+        LLM("random:tiny", worker="inproc", pad_memory=size)  # type: ignore[arg-type]
 
 
 @pytest.mark.timeout(110)
