@@ -1,25 +1,29 @@
 """`pad` computes what `tee --fixed-point` computes, to the last bit; the worker sees residues."""
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from segment_reader import Reader
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
-from tsqp.algebra.params import FIELDS
+from tsqp.algebra.params import FIELDS, Field
 from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel, WorkerLost
 from tsqp.gpu.worker import Worker
+from tsqp.tee.crypto import pads
 from tsqp.tee.crypto.freivalds import CheckVectors, FailureLimit
 from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear
-from tsqp.tee.offload.masked import MaskedGroup
+from tsqp.tee.offload.masked import BLOCK_ROWS, Masked, MaskedGroup
 from tsqp.wire.client import RemoteChannel
+from tsqp.wire.shm import SHM_FOLDER, Segment
 
 BOTH = pytest.mark.parametrize("field", list(FIELDS))
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -171,6 +175,95 @@ def test_what_the_worker_sees_is_spread_over_the_whole_field(watched: Watched, s
     expected = seen.size / 64
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert statistic < 150  # 63 degrees of freedom: more than that once in 10^8 runs
+
+
+class Exposed:
+    """Notes which memory is shared with a worker, and where the inputs of calls lie in it.
+
+    Attributes:
+        offsets: of the inputs, in the segment.
+        unit: of the last row, the size of one step of its integers.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.descriptor = -1
+        self.offsets: set[int] = set()
+        self.unit = 0.0
+        open_segment, mask = Segment.open, MaskedGroup.mask
+
+        def noting(name: str, size: int, folder: Path = SHM_FOLDER) -> Segment:
+            self.descriptor = os.open(folder / name, os.O_RDONLY)
+            segment = open_segment(name, size, folder)
+            self._start = segment.tensor(0, (1,), torch.uint8).data_ptr()
+            return segment
+
+        def noting_place(group: MaskedGroup, x_TD: Tensor, r_TD, c_TB: Tensor, rows) -> Masked:  # type: ignore[no-untyped-def]
+            self.offsets.add(c_TB.data_ptr() - self._start)
+            masked = mask(group, x_TD, r_TD, c_TB, rows)
+            self.unit = float(masked.unit_T[-1])
+            return masked
+
+        monkeypatch.setattr(Segment, "open", noting)
+        monkeypatch.setattr(MaskedGroup, "mask", noting_place)
+
+
+@pytest.fixture
+def exposed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exposed]:
+    exposed = Exposed(monkeypatch)
+    yield exposed
+    os.close(exposed.descriptor)
+
+
+WIDTH = 2048
+
+
+@pytest.fixture(scope="module")
+def broad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a group whose rows are long, so that writing them takes a while."""
+    folder = tmp_path_factory.mktemp("broad")
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=199,
+        hidden_size=16,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def row_of(residue: int, field: Field) -> bytes:
+    """A row of equal residues, as it crosses: words, or three planes of bytes."""
+    each = residue.to_bytes(field.residue_bytes, "little")
+    if field.residue_bytes == 4:
+        return each * WIDTH
+    return b"".join(bytes([plane]) * WIDTH for plane in each)
+
+
+@BOTH
+def test_whoever_maps_the_shared_memory_sees_finished_residues_only(
+    field: str, broad: Path, exposed: Exposed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, r = FIELDS[field].p, 0x5A3C1E77 if field == "wide" else 0x5A3C1E
+    monkeypatch.setattr(pads, "uniform", lambda shape, _: np.full(shape, r, np.int32))
+    options = {"worker": "local", "field": field, "dtype": "float32", "prefill_chunk": BLOCK_ROWS}
+    x_TD = torch.ones(4 * BLOCK_ROWS, WIDTH)
+    with LLM(str(broad), pad_memory=0, timeout=60, **options) as llm:  # type: ignore[arg-type]
+        assert llm.transport != "inline"
+        expected = linear(llm, 0, "down", x_TD)
+        places, xq = set(exposed.offsets), round(1 / exposed.unit)
+        content = row_of((xq + r) % p, FIELDS[field]) * BLOCK_ROWS
+        # As they cross, and as they are computed with.
+        secrets = [row_of(value, FIELDS[field])[:256] for value in (xq, r)]
+        secrets += [value.to_bytes(4, "little") * 64 for value in (xq, r)]
+        with Reader(exposed.descriptor, sorted(places), content, secrets) as reader:
+            for _ in range(100):
+                assert torch.equal(linear(llm, 0, "down", x_TD), expected)
+        assert exposed.offsets == places
+    assert reader.seen["looks"] > 1000
+    assert (reader.seen["others"], reader.seen["leaks"]) == (0, 0)
 
 
 def test_an_activation_that_is_no_number_ends_the_request_by_its_layer(small: Path) -> None:
