@@ -3,8 +3,8 @@
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,30 @@ class Recorded:
 
     def close(self) -> None:
         self._worker.close()
+
+
+class Sharing:
+    """Workers that record, each alone, and that get the shares of the same sessions."""
+
+    def __init__(self, model: str, folder: Path, count: int) -> None:
+        self._model = model
+        self._workers: list[Recorded] = []
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            for number in range(count):
+                self._workers.append(Recorded(model, folder / f"worker-{number}"))
+            stack.pop_all()
+
+    def ask(self, ids: list[int], **options: object) -> list[Path]:
+        """What each worker recorded of one answer."""
+        endpoints = [worker.endpoint for worker in self._workers]
+        options = {"privacy": "shares", "insecure_same_host": True} | options
+        answer(ids, model=self._model, worker=endpoints, **options)
+        return [worker.next_session() for worker in self._workers]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
 
 
 def answer(ids: list[int], **options: object) -> None:
@@ -151,20 +175,8 @@ def test_pad_exits_with_zero_and_prints_no_prompt(
 def test_shares_are_noise_to_each_worker_and_the_prompt_to_all(
     main: Main, ids: Path, tmp_path: Path
 ) -> None:
-    with ExitStack() as stack:
-        workers = []
-        for name in ("a", "b", "c"):
-            workers.append(Recorded("random:tiny", tmp_path / name))
-            stack.callback(workers[-1].close)
-        answer(
-            TINY_PROMPT,
-            model="random:tiny",
-            privacy="shares",
-            worker=[worker.endpoint for worker in workers],
-            insecure_same_host=True,
-            prefill_chunk=16,
-        )
-        first, *others = [worker.next_session() for worker in workers]
+    with closing(Sharing("random:tiny", tmp_path, 3)) as sharing:
+        first, *others = sharing.ask(TINY_PROMPT, prefill_chunk=16)
     named = [argument for folder in others for argument in ("--shares", folder)]
     result = main(*auditing(first, ids, *named, "--json"))
     assert result.status == 0, result.stderr
@@ -174,6 +186,22 @@ def test_shares_are_noise_to_each_worker_and_the_prompt_to_all(
     assert "that the workers do not talk to one another is what this mode rests on" in (
         result.stderr
     )
+
+
+@pytest.mark.parametrize("field", list(FIELDS))
+def test_two_shares_of_one_prompt_have_no_more_in_common_than_chance(
+    field: str, tmp_path: Path
+) -> None:
+    with closing(Sharing("random:tiny", tmp_path, 2)) as sharing:
+        first, second = (sharing.ask(TINY_PROMPT, field=field) for _ in range(2))
+    auditor = Auditor("random:tiny")
+    pairs = [*zip(first, second, strict=True), first, (first[0], second[1])]
+    for one, other in pairs:  # of one worker, of one session, and of neither
+        report = auditor.audit(one, TINY_PROMPT, again=other)
+        assert report.leaks == []
+        equal = report.named(audit.EQUAL)
+        assert equal.of is not None and equal.of > 10_000
+        assert equal.found <= 2  # where chance gives a thousandth of one, or less
 
 
 def test_json_is_the_only_line_of_standard_output(main: Main, in_open: Path, ids: Path) -> None:
@@ -287,20 +315,34 @@ def test_a_disk_that_is_full_or_read_only_ends_the_worker(
     assert error in result.error
 
 
+# One token again and again: what is not masked would show at once. Two answers of one prompt.
+SLOW_PROMPTS = [[5] * 500, [5] * 500, [7] * 500]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("field_name", list(FIELDS))
-def test_a_hundred_million_values_are_uniform(
-    field_name: str, demo_path: Path, tmp_path: Path
+@pytest.mark.parametrize("field", list(FIELDS))
+def test_a_hundred_million_values_are_uniform(field: str, demo_path: Path, tmp_path: Path) -> None:
+    with closing(Recorded("demo", tmp_path / "recording")) as recorded:
+        folders = [recorded.ask(ids, "pad", field=field) for ids in SLOW_PROMPTS]
+    check_noise(field, folders)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("field", list(FIELDS))
+def test_a_hundred_million_values_of_each_share_are_uniform(
+    field: str, demo_path: Path, tmp_path: Path
 ) -> None:
-    """Forty groups of what a real worker received, and the p-values of each."""
+    with closing(Sharing("demo", tmp_path, 2)) as sharing:
+        answers = [sharing.ask(ids, field=field, timeout=60) for ids in SLOW_PROMPTS]
+    for folders in zip(*answers, strict=True):
+        check_noise(field, folders)
+
+
+def check_noise(field_name: str, folders: Sequence[Path]) -> None:
+    """Check what a real worker received for SLOW_PROMPTS, by the p-values of many groups."""
     field = FIELDS[field_name]
-    recorded = Recorded("demo", tmp_path / "recording")
-    try:
-        # One token again and again: what is not masked would show at once.
-        folders = [recorded.ask([each] * 500, "pad", field=field_name) for each in (5, 5, 7)]
-    finally:
-        recorded.close()
     config = open_checkpoint("demo").config
     recordings = [open_recording(folder, config, "demo") for folder in folders]
     values, tails = 0, []
@@ -322,7 +364,7 @@ def test_a_hundred_million_values_are_uniform(
         assert ordered[0] > 1e-8
 
     auditor = Auditor("demo")
-    report: Report = auditor.audit(folders[0], [5] * 500, again=folders[1])
+    report: Report = auditor.audit(folders[0], SLOW_PROMPTS[0], again=folders[1])
     assert report.leaks == []
     equal = report.named(audit.EQUAL)
     assert equal.of is not None and equal.of > 3e7
