@@ -1,5 +1,7 @@
 """Digits, products and bytes of residues, against Python's big integers."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,34 @@ def test_a_product_that_saturates_fails_the_self_test(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch, "_int_mm", saturating)
     assert not int8_product.fast_product_is_exact.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    "wrong_for",
+    [
+        lambda a_MD, b_DF: b_DF.is_contiguous(),
+        lambda a_MD, b_DF: b_DF.t().is_contiguous(),
+        lambda a_MD, b_DF: len(a_MD) == 1,
+        lambda a_MD, b_DF: len(a_MD) > 16,
+    ],
+    ids=["by-rows", "by-columns", "one-row", "many-rows"],
+)
+def test_a_product_that_is_wrong_for_one_kind_of_operands_fails_the_self_test(
+    wrong_for: Callable[[torch.Tensor, torch.Tensor], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off_by_one(a_MD: torch.Tensor, b_DF: torch.Tensor) -> torch.Tensor:
+        return (a_MD.double() @ b_DF.double()).int() + wrong_for(a_MD, b_DF)
+
+    monkeypatch.setattr(torch, "_int_mm", off_by_one)
+    assert not int8_product.fast_product_is_exact.__wrapped__()
+
+
+def test_an_exact_product_passes_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exact(a_MD: torch.Tensor, b_DF: torch.Tensor) -> torch.Tensor:
+        return (a_MD.double() @ b_DF.double()).int()
+
+    monkeypatch.setattr(torch, "_int_mm", exact)
+    assert int8_product.fast_product_is_exact.__wrapped__()
 
 
 @BOTH

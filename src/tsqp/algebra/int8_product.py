@@ -18,10 +18,11 @@ BLOCK_ROWS = 128  # tokens whose digits and products are in the cache at once
 def fast_product_is_exact() -> bool:
     """Whether `torch._int_mm` of this CPU is right; without VNNI it saturates in 16 bits.
 
-    The operands are the largest there are, and random ones, in shapes for one and many tokens.
+    The operands are the largest there are, and random ones, in shapes for one and many tokens;
+    the right one lies in memory by rows, and by columns as weights that are transposed do.
     """
     generator = torch.Generator().manual_seed(0)
-    for rows, width, features in ((4, 64, 48), (67, 576, 80)):
+    for rows, width, features in ((1, 64, 48), (4, 64, 48), (67, 576, 80)):
         pairs = [
             (torch.full((rows, width), digit), torch.full((width, features), weight))
             for digit in (-128, 127)
@@ -35,11 +36,13 @@ def fast_product_is_exact() -> bool:
         )
         for a_MD, b_DF in pairs:
             expected_MF = a_MD @ b_DF
+            by_rows = b_DF.to(torch.int8)
+            by_columns = by_rows.t().contiguous().t()
             try:
-                found_MF = torch._int_mm(a_MD.to(torch.int8), b_DF.to(torch.int8))
+                found = [torch._int_mm(a_MD.to(torch.int8), b) for b in (by_rows, by_columns)]
             except RuntimeError:  # not built into this torch
                 return False
-            if not torch.equal(found_MF.long(), expected_MF):
+            if not all(torch.equal(found_MF.long(), expected_MF) for found_MF in found):
                 return False
     return True
 
