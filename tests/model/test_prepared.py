@@ -105,16 +105,28 @@ def test_another_safetensors_file_is_no_prepared_one(directory: Path) -> None:
         PreparedFile(directory / "model.safetensors")
 
 
-def test_a_group_that_is_too_wide_is_refused(prepared: Path) -> None:
-    raw = prepared.read_bytes()
-    end = header_end(prepared)
+def set_shape(path: Path, shape: list[int]) -> None:
+    """Change the shape of one group in the header."""
+    raw = path.read_bytes()
+    end = header_end(path)
     header = json.loads(raw[8:end])
-    entry = header["layers.0.qkv.weight"]
-    entry["shape"] = [1, entry["shape"][0] * entry["shape"][1] * 2**17]
+    header["layers.0.qkv.weight"]["shape"] = shape
     text = json.dumps(header).encode()
-    prepared.write_bytes(struct.pack("<Q", len(text)) + text + raw[end:])
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[end:])
+
+
+def test_a_group_that_is_too_wide_is_refused(prepared: Path) -> None:
+    set_shape(prepared, [1, 2**18])
     with pytest.raises(CheckpointError, match="was changed"):
         list(PreparedFile(prepared).groups())
+
+
+# As many elements as there are bytes, none, and fewer than none.
+@pytest.mark.parametrize("shape", [[-64, -64], [2**70, 0], [-1, 4096], [64, -64], [2**63, 2]])
+def test_an_impossible_shape_is_refused(prepared: Path, shape: list[int]) -> None:
+    set_shape(prepared, shape)
+    with pytest.raises(CheckpointError, match="cut short or not a safetensors file"):
+        PreparedFile(prepared)
 
 
 def test_an_existing_file_is_left_alone(prepared: Path, directory: Path) -> None:

@@ -174,6 +174,10 @@ def test_a_file_cut_after_opening_is_an_error_and_no_crash(directory: Path) -> N
         {"data_offsets": [8, 4]},
         {"data_offsets": "all"},
         {"shape": ["32"]},
+        {"shape": [-32]},
+        {"shape": [-8, -4]},
+        {"shape": [2**31, 0]},
+        {"shape": [2**70, 0]},
     ],
 )
 def test_a_header_that_contradicts_the_file_is_refused(

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import torch
@@ -17,9 +18,13 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STORED = {"I8": torch.int8, "I32": torch.int32, **_DTYPES}
 
 
+# Nothing real is larger; what is, or is negative, torch refuses with errors of its own.
+_Dimension = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
 class _Entry(msgspec.Struct):
     dtype: str
-    shape: list[int]
+    shape: list[_Dimension]
     data_offsets: tuple[int, int]
 
 
