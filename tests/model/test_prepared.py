@@ -1,21 +1,26 @@
 """Prepared files and the cache of them: whole, changed, and where the disk says no."""
 
+import errno
 import json
 import os
 import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from model_helpers import make_model
+from safetensors.torch import load_file, save_file
 
 from tsqp.errors import CheckpointError, UsageError
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.model.files import bytes_of
 from tsqp.model.integer_cache import load_integers
 from tsqp.model.prepared import SUFFIX, PreparedFile, prepare
 from tsqp.model.quantize import IntegerWeights, quantize_all
+from tsqp.model.safetensors_file import SafetensorsCheckpoint
 
 Key = tuple[int, str]
 
@@ -154,7 +159,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(directory: Path, tmp_path: Pat
     run = subprocess.run(
         [sys.executable, "-c", program, str(directory), str(out)], capture_output=True, text=True
     )
-    assert f"CheckpointError: Cannot write {out}: File too large" in run.stderr
+    assert f"WriteError: Cannot write {out}: File too large" in run.stderr
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
 
 
@@ -216,6 +221,65 @@ def test_a_changed_checkpoint_has_another_place(cache: Path, directory: Path) ->
     change_byte(weights, weights.stat().st_size - 1)
     load(directory)
     assert len(list((cache / "prepared").iterdir())) == 2
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each tensor of a checkpoint was read."""
+    names: Counter[str] = Counter()
+    read = SafetensorsCheckpoint.read
+
+    def counted(self: SafetensorsCheckpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        names[name] += 1
+        return read(self, name, shape)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", counted)
+    return names
+
+
+def test_a_checkpoint_with_nan_is_refused_the_first_time(
+    cache: Path, directory: Path, reads: Counter[str]
+) -> None:
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][3, 5] = float("nan")  # of the last group
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight of .* holds NaN"):
+        load(directory)
+    assert set(reads.values()) == {1}
+    assert list((cache / "prepared").iterdir()) == []
+
+
+@pytest.mark.parametrize("fails_at", [0, 7, None], ids=["first-tensor", "middle", "end"])
+def test_a_full_disk_costs_no_second_quantisation(
+    fails_at: int | None,
+    cache: Path,
+    directory: Path,
+    reads: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[torch.Tensor] = []
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(tensor: torch.Tensor) -> memoryview:
+        if len(written) == fails_at:
+            full()
+        written.append(tensor)
+        return bytes_of(tensor)
+
+    monkeypatch.setattr("tsqp.model.prepared.bytes_of", write)
+    if fails_at is None:
+        monkeypatch.setattr(os, "fsync", full)
+    found, digest = load(directory)
+    assert set(reads.values()) == {1}
+    check(found, directory)
+    assert list((cache / "prepared").iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("TSQP_CACHE", str(cache))
+    assert load(directory)[1] == digest
+    assert len(list((cache / "prepared").iterdir())) == 1
 
 
 def test_without_a_cache_folder_it_works_all_the_same(cache: Path, directory: Path) -> None:

@@ -11,7 +11,7 @@ from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import linear_groups
 from tsqp.model.demo import cache_folder, locate
 from tsqp.model.digest import WeightsDigest
-from tsqp.model.prepared import FORMAT, SUFFIX, Groups, Key, PreparedFile, write_prepared
+from tsqp.model.prepared import FORMAT, SUFFIX, Groups, Key, PreparedFile, WriteError, write_prepared
 from tsqp.model.quantize import (
     IntegerWeights,
     Progress,
@@ -47,19 +47,20 @@ def load_integers(
         except CheckpointError as exc:
             log.warning("passing over the cache: %s", exc)
 
-    def placed() -> Groups:
+    def place_each() -> Groups:
         for key, weights in quantize_all(checkpoint, progress):
             place(key, weights)
             yield key, weights
 
+    digest = WeightsDigest()
+    groups = place_each()
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return write_prepared(checkpoint, path, placed())
-        except (CheckpointError, OSError) as exc:
+            write_prepared(checkpoint, path, groups, digest)
+        except (WriteError, OSError) as exc:
             log.warning("keeping no cache: %s", exc)
-    digest = WeightsDigest()
-    for key, weights in placed():
+    for key, weights in groups:  # those that have not been written
         add_to_digest(digest, *key, weights)
     return digest.hexdigest()
 

@@ -38,6 +38,10 @@ Key = tuple[int, str]
 Groups = Iterator[tuple[Key, IntegerWeights]]
 
 
+class WriteError(CheckpointError):
+    """A prepared file cannot be written, which says nothing about the checkpoint."""
+
+
 class PreparedFile:
     """A prepared file that is open.
 
@@ -119,35 +123,34 @@ def prepare(model: str, path: Path, progress: Progress = lambda done, total: Non
     if path.exists():
         raise UsageError(f"{path} exists; name a new file, or remove it.")
     checkpoint = open_checkpoint(model)
+    digest = WeightsDigest()
     try:
-        return write_prepared(checkpoint, path, progress=progress)
+        write_prepared(checkpoint, path, quantize_all(checkpoint, progress), digest)
     finally:
         checkpoint.close()
+    return digest.hexdigest()
 
 
 def write_prepared(
-    checkpoint: Checkpoint,
-    path: Path,
-    groups: Groups | None = None,
-    *,
-    progress: Progress = lambda done, total: None,
-) -> str:
-    """Write a prepared file, all at once or not at all, and return its digest.
+    checkpoint: Checkpoint, path: Path, groups: Groups, digest: WeightsDigest
+) -> None:
+    """Write a prepared file, all at once or not at all.
 
     Args:
-        groups: as `quantize_all` gives them; None computes them one at a time.
+        groups: as `quantize_all` gives them.
+        digest: still empty; every group that is taken from `groups` is added to it.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or the file not be written.
+        WriteError: the file cannot be written. What is left of `groups` can still be taken.
+        CheckpointError: what `groups` raises.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    digest = WeightsDigest()
     header, places = _layout(checkpoint)
     try:
         try:
             with temporary.open("xb") as file:
                 file.truncate(len(header) + max(end for _, end in places.values()))
-                for key, weights in groups or quantize_all(checkpoint, progress):
+                for key, weights in groups:
                     add_to_digest(digest, *key, weights)
                     tensors = (weights.weight_FD, weights.scale_F)
                     for name, tensor in zip(tensor_names(*key), tensors, strict=True):
@@ -162,8 +165,7 @@ def write_prepared(
             temporary.unlink(missing_ok=True)
     except OSError as exc:
         hint = "free some space" if exc.errno == errno.ENOSPC else "choose another place"
-        raise CheckpointError(f"Cannot write {path}: {exc.strerror}; {hint}.") from exc
-    return digest.hexdigest()
+        raise WriteError(f"Cannot write {path}: {exc.strerror}; {hint}.") from exc
 
 
 _NO_DIGEST = "0" * 64  # in its place until it is known
