@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +281,45 @@ def test_a_full_disk_costs_no_second_quantisation(
     monkeypatch.setenv("TSQP_CACHE", str(cache))
     assert load(directory)[1] == digest
     assert len(list((cache / "prepared").iterdir())) == 1
+
+
+def replace_by_another_model(directory: Path) -> None:
+    """Other weights in the same file, of the same size and with the same time."""
+    weights = directory / "model.safetensors"
+    before = weights.stat()
+    tensors = {name: tensor.flip(0) for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+
+
+def test_another_model_of_the_same_size_and_time_gets_its_own_integers(
+    cache: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqp.model.integer_cache.PAGE_BYTES", 8)  # the header's length alone
+    monkeypatch.setattr("tsqp.model.integer_cache.PAGES", 1)
+    load(directory)
+    replace_by_another_model(directory)
+    check(load(directory)[0], directory)
+
+
+def test_another_model_is_known_where_inodes_and_times_are_made_up(
+    cache: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_up(descriptor: int) -> SimpleNamespace:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        return SimpleNamespace(st_ino=1, st_ctime_ns=0, st_mtime_ns=0, st_size=size)
+
+    monkeypatch.setattr(os, "fstat", made_up)
+    load(directory)
+    replace_by_another_model(directory)
+    check(load(directory)[0], directory)
+
+
+def test_files_that_cannot_be_looked_at_cost_the_cache_alone(cache: Path, directory: Path) -> None:
+    (directory / "folder.json").mkdir()
+    found, _ = load(directory)
+    check(found, directory)
 
 
 def test_without_a_cache_folder_it_works_all_the_same(cache: Path, directory: Path) -> None:
