@@ -8,7 +8,7 @@ import torch
 from tsqp._options import Options
 from tsqp._sessions import WorkerProcess
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import LAYER_GROUPS, linear_groups
+from tsqp.model.config import LAYER_GROUPS, Key, linear_groups
 from tsqp.model.digest import weights_digest
 from tsqp.model.integer_cache import load_integers
 from tsqp.model.memory import available_bytes
@@ -26,7 +26,7 @@ from tsqp.tee.crypto.pads import DirectProvider, PadPool
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.fixed_point import FixedPointLinear
 from tsqp.tee.offload.local import LocalOffload
-from tsqp.tee.offload.masked import Key, MaskedGroup, PrivateOffload
+from tsqp.tee.offload.masked import MaskedGroup, PrivateOffload
 from tsqp.tee.offload.open import OpenOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear

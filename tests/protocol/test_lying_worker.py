@@ -40,11 +40,12 @@ from tsqp.errors import (
     WorkerLost,
 )
 from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.config import Key
 from tsqp.model.integer_cache import load_integers
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.kernels import RowPool
-from tsqp.tee.crypto.pads import DirectProvider, Key, Pads
+from tsqp.tee.crypto.pads import DirectProvider, Pads
 from tsqp.tee.offload.masked import MaskedGroup
 from tsqp.tee.sampler import Sampler
 

@@ -18,11 +18,12 @@ from tsqp.bench.ceilings import copy_bytes_per_s, int8_ops
 from tsqp.bench.machine import describe_machine
 from tsqp.bench.output import new_table
 from tsqp.bench.timing import seconds
+from tsqp.model.config import Key
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import DirectProvider
 from tsqp.tee.crypto.rng import uniform
-from tsqp.tee.offload.masked import BLOCK_ROWS, Key, Masked, MaskedGroup
+from tsqp.tee.offload.masked import BLOCK_ROWS, Masked, MaskedGroup
 
 TARGET_NS = 1.5  # what an input and an output element, with both checks, were to take at most
 SHAPES = {  # of SmolLM2-135M: (F, D)

@@ -15,12 +15,10 @@ from torch import Tensor
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.errors import CheckpointError, RecordingError
 from tsqp.gpu.record import INDEX, TENSOR, RecordedCall
-from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.model.config import Key, ModelConfig, linear_groups
 from tsqp.model.quantize import group_shape
 from tsqp.model.safetensors_file import SafetensorsFile
 from tsqp.model.weights import check_memory
-
-Key = tuple[int, str]
 
 FIRST: Key = (0, "qkv")  # receives nothing but the prompt's embeddings, normed
 HEAD: Key = (-1, "lm_head")  # asked for once the prompt is through

@@ -13,6 +13,8 @@ SUPPORTED_DTYPES = ("float32", "float16", "bfloat16")
 
 LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 
+Key = tuple[int, str]  # of a group of linear layers: (layer, group); (-1, "lm_head") is the last
+
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
@@ -119,7 +121,7 @@ def parts(config: ModelConfig, layer: int, group: str) -> tuple[Part, ...]:
     }[group]
 
 
-def linear_groups(config: ModelConfig) -> list[tuple[int, str]]:
+def linear_groups(config: ModelConfig) -> list[Key]:
     """All groups of a model as (layer, group), the output projection last."""
     layers = range(config.num_layers)
     return [*((layer, group) for layer in layers for group in LAYER_GROUPS), (-1, "lm_head")]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tsqp.errors import CheckpointError
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import linear_groups
+from tsqp.model.config import Key, linear_groups
 from tsqp.model.demo import cache_folder, locate
 from tsqp.model.digest import WeightsDigest
-from tsqp.model.prepared import FORMAT, SUFFIX, Groups, Key, PreparedFile, WriteError, write_prepared
+from tsqp.model.prepared import FORMAT, SUFFIX, Groups, PreparedFile, WriteError, write_prepared
 from tsqp.model.quantize import (
     IntegerWeights,
     Progress,

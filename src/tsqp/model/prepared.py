@@ -17,7 +17,7 @@ from pathlib import Path
 from tsqp.algebra.params import MAX_WIDTH
 from tsqp.errors import CheckpointError, UsageError
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
-from tsqp.model.config import linear_groups
+from tsqp.model.config import Key, linear_groups
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.files import bytes_of
 from tsqp.model.quantize import (
@@ -34,7 +34,6 @@ FORMAT = "tsqp-prepared-1"
 SUFFIX = ".tsqp.safetensors"
 _KEY = re.compile(r"(?:layers\.(\d{1,4})\.([a-z_]{1,16})|lm_head)\.weight\Z")
 
-Key = tuple[int, str]
 Groups = Iterator[tuple[Key, IntegerWeights]]
 
 

@@ -13,7 +13,7 @@ from tsqp.algebra.fixed_point import quantize_rows
 from tsqp.algebra.params import MAX_WIDTH
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import ModelConfig, linear_groups, parts
+from tsqp.model.config import Key, ModelConfig, linear_groups, parts
 from tsqp.model.digest import WeightsDigest
 
 Progress = Callable[[int, int], None]
@@ -86,7 +86,7 @@ def add_to_digest(digest: WeightsDigest, layer: int, group: str, weights: Intege
 
 def quantize_all(
     checkpoint: Checkpoint, progress: Progress = lambda done, total: None
-) -> Iterator[tuple[tuple[int, str], IntegerWeights]]:
+) -> Iterator[tuple[Key, IntegerWeights]]:
     """All groups of a model, one at a time, the output projection last.
 
     Args:

@@ -16,19 +16,17 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import Field
+from tsqp.algebra.residue_bytes import Int32
 from tsqp.errors import TSQPError
+from tsqp.model.config import Key
 from tsqp.tee.cpu_clock import ThreadClock
 from tsqp.tee.crypto.rng import uniform
 
 log = logging.getLogger("tsqp")
-
-Key = tuple[int, str]
-Int32 = NDArray[np.int32]
 
 BATCH_ROWS = 64  # made at once: enough for the matrix units
 BATCH_PRODUCTS = 2**29  # and at most this many, so that the engine never waits long for a core

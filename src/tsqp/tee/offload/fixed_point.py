@@ -11,9 +11,10 @@ import torch
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
+from tsqp.model.config import Key
 from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.offload.base import Linear, Ready
-from tsqp.tee.offload.masked import Key, MaskedGroup
+from tsqp.tee.offload.masked import MaskedGroup
 
 
 class FixedPointLinear:

@@ -18,16 +18,15 @@ from torch.nn import functional as F
 
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import Field
+from tsqp.algebra.residue_bytes import Int32
 from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel, WorkerLost
-from tsqp.model.config import ModelConfig
+from tsqp.model.config import Key, ModelConfig
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request
 from tsqp.tee.offload.local import LocalAttention
 
-Key = tuple[int, str]
-Int32 = NDArray[np.int32]
 Block = TypeVar("Block")  # what a mode remembers of rows that are out
 
 BLOCK_ROWS = 128  # of one call: the TEE unmasks one block while the worker multiplies the next

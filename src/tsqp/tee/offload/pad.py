@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import IntegrityError
+from tsqp.model.config import Key
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear, Pending
-from tsqp.tee.offload.masked import Groups, Key, Masked, MaskedGroup, start_in_blocks
+from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product
 from tsqp.wire.tensors import Spec

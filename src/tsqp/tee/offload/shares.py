@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from tsqp.algebra.params import Field
+from tsqp.algebra.residue_bytes import Int32
 from tsqp.errors import IntegrityError
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.rng import fresh_seed
 from tsqp.tee.offload.base import Linear, Pending
-from tsqp.tee.offload.masked import Groups, Int32, Key, Masked, MaskedGroup, start_in_blocks
+from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product, SeedProduct
 from tsqp.wire.seeds import expand
