@@ -27,7 +27,7 @@ class WeightsDigest:
 
     def update(self, name: str, tensor: Tensor) -> None:
         """Add one tensor, contiguous and on the CPU; a name that was seen counts once."""
-        if name in self._hashes:  # a tied output projection is the embedding
+        if name in self:  # a tied output projection is the embedding
             return
         dtype = str(tensor.dtype).removeprefix("torch.")
         head = json.dumps([name, list(tensor.shape), dtype])
@@ -35,24 +35,37 @@ class WeightsDigest:
         found.update(bytes_of(tensor))
         self._hashes[name] = found.digest()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._hashes
+
     def hexdigest(self) -> str:
         """The digest of what was added so far: 64 hexadecimal digits."""
         return hashlib.sha256(b"".join(h for _, h in sorted(self._hashes.items()))).hexdigest()
 
 
-def weights_digest(checkpoint: Checkpoint, dtype: torch.dtype, threads: int = 2) -> str:
+def weights_digest(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    threads: int = 2,
+    *,
+    digest: WeightsDigest | None = None,
+) -> str:
     """The digest of all linear weights, biases and the embedding, converted to `dtype`.
 
     Holds one tensor a thread at a time.
 
+    Args:
+        digest: holds tensors that were read already, which are not read again.
+
     Raises:
         CheckpointError: a tensor is missing, cut short or of another shape.
     """
-    digest = WeightsDigest()
+    digest = WeightsDigest() if digest is None else digest
 
     def add(item: tuple[str, tuple[int, ...]]) -> None:
         name, shape = item
-        digest.update(name, checkpoint.read(name, shape).to(dtype).contiguous())
+        if name not in digest:
+            digest.update(name, checkpoint.read(name, shape).to(dtype).contiguous())
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(add, linear_shapes(checkpoint.config).items()):
