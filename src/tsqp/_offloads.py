@@ -9,7 +9,7 @@ from tsqp._options import Options
 from tsqp._sessions import WorkerProcess
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, Key, linear_groups
-from tsqp.model.digest import weights_digest
+from tsqp.model.digest import WeightsDigest, weights_digest
 from tsqp.model.integer_cache import load_integers
 from tsqp.model.memory import available_bytes
 from tsqp.model.quantize import IntegerWeights, group_shape, integer_bytes
@@ -67,9 +67,10 @@ class Builder:
 
     def _open(self, worker: WorkerProcess) -> Offload:
         log.warning("privacy open: the worker reads every prompt and every answer")
-        digest = weights_digest(self._checkpoint, self._dtype)
+        biases = WeightsDigest()
+        biases_F = self._biases_F(biases)  # read once: what is used is what is hashed
+        digest = weights_digest(self._checkpoint, self._dtype, digest=biases)
         channel = self._connect(worker, digest, self._dtype.itemsize)
-        biases_F = self._biases_F()
         return OpenOffload(channel, self._config, self._dtype, biases_F, self._options.timeout)
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
@@ -83,7 +84,7 @@ class Builder:
             for key, weights in integers.items()
         }
         embedding_VD = read_embedding(self._checkpoint, self._dtype)
-        prepare(field)
+        prepare(field, shares=options.privacy == "shares")
         rows = RowPool(options.threads or torch.get_num_threads())
         if options.privacy == "tee":
             fixed_point = FixedPointLinear(groups, self._dtype, rows)
@@ -102,13 +103,13 @@ class Builder:
         )
         return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
 
-    def _biases_F(self) -> dict[Key, torch.Tensor]:
-        return {
-            (layer, group): bias_F
+    def _biases_F(self, digest: WeightsDigest | None = None) -> dict[Key, torch.Tensor]:
+        found = {
+            (layer, group): read_bias(self._checkpoint, layer, group, self._dtype, digest)
             for layer in range(self._config.num_layers)
             for group in LAYER_GROUPS
-            if (bias_F := read_bias(self._checkpoint, layer, group, self._dtype)) is not None
         }
+        return {key: bias_F for key, bias_F in found.items() if bias_F is not None}
 
     def _check_memory(self, weights: int) -> None:
         own_table = self._options.masked or not self._config.tie_word_embeddings

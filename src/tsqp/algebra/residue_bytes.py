@@ -32,7 +32,7 @@ def unpack(bytes_TB: Bytes, field: Field, residues_TN: Int32) -> None:
         residues_TN[:] = bytes_TB.view(np.int32)
 
 
-def words(bytes_TB: Bytes, field: Field) -> Int32:
+def as_words(bytes_TB: Bytes, field: Field) -> Int32:
     """The residues where they lie, if rows of this field are words; else an array of no rows.
 
     Args:
@@ -57,7 +57,7 @@ def copy_row(from_N: Int32, to_N: Int32) -> None:
 
 @inlined
 def write_row(row_N: Int32, words_TN: Int32, bytes_TB: Bytes, t: int) -> None:
-    """Row t, in a kernel; `words_TN` is `words` of `bytes_TB`."""
+    """Row t, in a kernel; `words_TN` is `as_words` of `bytes_TB`."""
     if words_TN.shape[0] > 0:
         copy_row(row_N, words_TN[t])
     else:
@@ -66,7 +66,7 @@ def write_row(row_N: Int32, words_TN: Int32, bytes_TB: Bytes, t: int) -> None:
 
 @inlined
 def read_row(words_TN: Int32, bytes_TB: Bytes, t: int, row_N: Int32) -> None:
-    """Row t, in a kernel; each byte is read once. `words_TN` is `words` of `bytes_TB`."""
+    """Row t, in a kernel; each byte is read once. `words_TN` is `as_words` of `bytes_TB`."""
     if words_TN.shape[0] > 0:
         copy_row(words_TN[t], row_N)
     else:

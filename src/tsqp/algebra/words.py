@@ -18,6 +18,11 @@ def accept(words_N: NDArray[np.uint32], bits: int, p: int, residues_N: NDArray[n
     return int(_accept(words_N, (1 << bits) - 1, p, residues_N))
 
 
+def prepare() -> None:
+    """Compile it."""
+    _accept.compile()
+
+
 @compiled("int64(uint32[::1], uint32, uint32, int32[::1])")
 def _accept(words_N: NDArray[np.uint32], mask: int, p: int, residues_N: NDArray[np.int32]) -> int:
     any_rejected = False

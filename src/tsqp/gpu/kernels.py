@@ -7,14 +7,15 @@ copied to the device and back.
 import torch
 from torch import Tensor
 
-from tsqp.algebra import digits, int8_product, residue_bytes
+from tsqp.algebra import digits, int8_product, residue_bytes, words
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.gpu import cuda_product
 
 
 def prepare() -> None:
-    """Compile what products of residues need, before a client waits for one."""
+    """Compile what products of residues need, sent or from a seed, before a client waits."""
     digits.prepare()
+    words.prepare()
     for field in FIELDS.values():
         residue_bytes.prepare(field)
     int8_product.fast_product_is_exact()

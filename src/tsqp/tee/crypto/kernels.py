@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsqp.algebra import residue_bytes
+from tsqp.algebra import digits, residue_bytes, words
 from tsqp.algebra.native import compiled, inlined, reordered
 from tsqp.algebra.params import CHECK_MODULUS, Field
-from tsqp.algebra.residue_bytes import Bytes, Int32, copy_row, read_row, words, write_row
+from tsqp.algebra.residue_bytes import Bytes, Int32, as_words, copy_row, read_row, write_row
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -80,7 +80,7 @@ def quantize_and_pad(
     Returns:
         the first row with NaN or Inf, or ALL_ROWS. Rows from there on are to be discarded.
     """
-    c_words_TD, bits_TD = words(c_TB, field), x_TD.view(np.int32)
+    c_words_TD, bits_TD = as_words(c_TB, field), x_TD.view(np.int32)
     return int(
         _quantize_and_pad(
             x_TD,
@@ -140,14 +140,22 @@ def _answer(z_TB: Bytes, field: Field) -> tuple[Int32, Bytes]:
     """The words of an answer, if it has words, and its bytes; copied where they lie crooked."""
     if z_TB.ctypes.data % 4:  # a frame from a socket may
         z_TB = z_TB.copy()
-    return words(z_TB, field), z_TB
+    return as_words(z_TB, field), z_TB
 
 
-def prepare(field: Field) -> None:
-    """Compile the loops, which would otherwise be done while somebody waits for an answer."""
+def prepare(field: Field, *, shares: bool) -> None:
+    """Compile the loops, which would otherwise be done while somebody waits for an answer.
+
+    Args:
+        shares: also what adds up the answers of several workers [P8].
+    """
     _quantize_and_pad.compile()
     _unpad_and_check.compile()
-    residue_bytes.prepare(field)  # for tee --fixed-point
+    if shares:
+        _subtract.compile()
+    residue_bytes.prepare(field)
+    digits.prepare()
+    words.prepare()
 
 
 @inlined

@@ -16,6 +16,7 @@ from torch import Tensor
 from tsqp.algebra.params import Field
 from tsqp.algebra.residue_bytes import Int32
 from tsqp.errors import IntegrityError
+from tsqp.model.config import Key
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.rng import fresh_seed
