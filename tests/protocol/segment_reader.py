@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Self
 
-LOOKS_AT_PLACES = 20  # for one at everything, which takes longer
+LOOKS_AT_PLACES = 100  # for one at everything, which takes longer
 
 
 class Reader:

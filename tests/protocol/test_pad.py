@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tsqp.tee.crypto import pads
 from tsqp.tee.crypto.freivalds import CheckVectors, FailureLimit
 from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear
-from tsqp.tee.offload.masked import BLOCK_ROWS, Masked, MaskedGroup
+from tsqp.tee.offload.masked import Masked, MaskedGroup
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.shm import SHM_FOLDER, Segment
 
@@ -214,7 +215,7 @@ def exposed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exposed]:
     os.close(exposed.descriptor)
 
 
-WIDTH = 2048
+ROWS, WIDTH = 4, 32_768
 
 
 @pytest.fixture(scope="module")
@@ -248,21 +249,22 @@ def test_whoever_maps_the_shared_memory_sees_finished_residues_only(
 ) -> None:
     p, r = FIELDS[field].p, 0x5A3C1E77 if field == "wide" else 0x5A3C1E
     monkeypatch.setattr(pads, "uniform", lambda shape, _: np.full(shape, r, np.int32))
-    options = {"worker": "local", "field": field, "dtype": "float32", "prefill_chunk": BLOCK_ROWS}
-    x_TD = torch.ones(4 * BLOCK_ROWS, WIDTH)
+    options = {"worker": "local", "field": field, "dtype": "float32", "prefill_chunk": ROWS}
+    x_TD = torch.ones(ROWS, WIDTH)
     with LLM(str(broad), pad_memory=0, timeout=60, **options) as llm:  # type: ignore[arg-type]
         assert llm.transport != "inline"
         expected = linear(llm, 0, "down", x_TD)
         places, xq = set(exposed.offsets), round(1 / exposed.unit)
-        content = row_of((xq + r) % p, FIELDS[field]) * BLOCK_ROWS
+        content = row_of((xq + r) % p, FIELDS[field]) * ROWS
         # As they cross, and as they are computed with.
         secrets = [row_of(value, FIELDS[field])[:256] for value in (xq, r)]
         secrets += [value.to_bytes(4, "little") * 64 for value in (xq, r)]
         with Reader(exposed.descriptor, sorted(places), content, secrets) as reader:
-            for _ in range(100):
+            end = time.monotonic() + 4
+            while time.monotonic() < end:
                 assert torch.equal(linear(llm, 0, "down", x_TD), expected)
         assert exposed.offsets == places
-    assert reader.seen["looks"] > 1000
+    assert reader.seen["looks"] >= 500
     assert (reader.seen["others"], reader.seen["leaks"]) == (0, 0)
 
 
