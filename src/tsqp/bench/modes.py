@@ -16,7 +16,6 @@ from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.model.memory import available_bytes
 from tsqp.model.quantize import group_shape
 from tsqp.model.weights import parse_dtype
-from tsqp.tee.crypto.pads import BATCH_ROWS
 
 TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
 
@@ -168,6 +167,9 @@ MODES: dict[str, Callable[[Setting], Runner]] = {
     "open": partial(LlmRunner, privacy="open", worker="local"),
     "pad": partial(LlmRunner, privacy="pad", worker="local", stocked=True),
     "pad-inline": partial(LlmRunner, privacy="pad", worker="local"),
+    "shares": partial(
+        LlmRunner, privacy="shares", worker=("local", "local"), insecure_same_host=True
+    ),
 }
 
 
@@ -187,8 +189,7 @@ def _stock(setting: Setting) -> tuple[int, int]:
     """Rows and bytes of the pads of a run; half of what is free, where they take more."""
     checkpoint = open_checkpoint(setting.model)
     checkpoint.close()
-    # A batch is made only where it fits as a whole.
-    wanted = stock_bytes(checkpoint.config, setting.forwards + BATCH_ROWS)
+    wanted = stock_bytes(checkpoint.config, setting.forwards)
     memory = min(wanted, available_bytes() // 2)
     return memory // stock_bytes(checkpoint.config, 1), memory
 
