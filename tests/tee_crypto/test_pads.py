@@ -101,7 +101,7 @@ def test_a_stock_that_could_not_be_refilled_is_refilled_later(
 ) -> None:
     monkeypatch.setattr("tsqp.tee.crypto.pads.RETRY_S", 0.01)
     pool = PadPool(NumberingProvider(fails_every=2), SHAPES, 100 * ROW_BYTES)
-    assert eventually(lambda: pool.nbytes == 100 * ROW_BYTES)
+    assert eventually(lambda: pool.nbytes == 100 * ROW_BYTES)  # four whole batches of each
     pool.close()
     assert "cannot make pads ahead (MemoryError)" in caplog.text
 
@@ -149,9 +149,15 @@ def test_the_stock_fills_its_memory_to_the_last_row(pool: PadPool) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_stock_that_was_used_is_refilled_while_nobody_asks(pool: PadPool) -> None:
+def test_a_stock_that_was_used_is_refilled_while_nobody_asks_and_in_whole_batches(
+    pool: PadPool,
+) -> None:
     pool.fill()
-    for _ in range(100):
+    for _ in range(24):
+        pool.take(HEAD, 1)
+    time.sleep(0.05)
+    assert pool.nbytes == 100 * ROW_BYTES - 24 * 4 * 7  # a batch of one row costs like several
+    for _ in range(76):
         pool.take(HEAD, 1)
     assert eventually(lambda: pool.nbytes == 100 * ROW_BYTES)
 

@@ -32,7 +32,7 @@ BATCH_ROWS = 64  # made at once: enough for the matrix units
 BATCH_PRODUCTS = 2**29  # and at most this many, so that the engine never waits long for a core
 BATCHES = 4  # at least, of a small stock: it is refilled before it is used up
 RETRY_S = 1.0  # after pads could not be made
-NICE = 10  # the background thread gives way to whoever else wants the core
+NICE = 10  # of the background thread, where the system knows no idle policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,24 +232,31 @@ class PadPool:
             return taken
 
     def _next(self, *, wait: bool) -> tuple[Key, int] | None:
-        """The group with the least stock that has room, and how many rows to make."""
+        """The group with the least stock that has room, and how many rows to make.
+
+        Args:
+            wait: for room for a whole batch; else a part of one will do, and None says that
+                everything is full.
+        """
         with self._lock:
             while not self._closed:
-                with_room = filter(self._room, self._stocks)
+                rooms = {key: self._room(key, whole=wait) for key in self._stocks}
+                with_room = (key for key, rows in rooms.items() if rows)
                 key = min(with_room, key=lambda key: self._stocks[key].ready, default=None)
                 if key is not None:
-                    return key, self._room(key)
+                    return key, rooms[key]
                 if not wait:
                     return None
                 self._lock.wait()
         return None
 
-    def _room(self, key: Key) -> int:
+    def _room(self, key: Key, *, whole: bool) -> int:
         """Rows of the next batch; 0 if there is no room."""
         features, width = self._shapes[key]
         a_few = -(-self._rows // BATCHES)
         batch = max(1, min(BATCH_ROWS, a_few, BATCH_PRODUCTS // (features * width)))
-        return min(batch, self._stocks[key].room)
+        room = self._stocks[key].room
+        return batch if room >= batch else 0 if whole else room
 
     def _make(self, key: Key, rows: int) -> None:
         pads = self._provider.make(key, rows)
@@ -259,8 +266,7 @@ class PadPool:
                 self._stocks[key].put(pads)
 
     def _refill(self) -> None:
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        _give_way()
         self._clock.mark()
         failed = False
         while (batch := self._next(wait=True)) is not None:
@@ -274,6 +280,14 @@ class PadPool:
                 with self._lock:
                     self._lock.wait_for(lambda: self._closed, RETRY_S)
             self._clock.look()
+
+
+def _give_way() -> None:
+    """Let the calling thread, and those that it starts, run where nobody else wants to."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    with suppress(OSError):  # some systems, Gramine for one, have no such policy
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 _pools: weakref.WeakSet[PadPool] = weakref.WeakSet()
