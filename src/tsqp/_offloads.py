@@ -1,6 +1,5 @@
 """Where linear layers run: builds the offload of each privacy mode."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -31,8 +30,6 @@ from tsqp.tee.offload.open import OpenOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.channel import Channel
-
-log = logging.getLogger("tsqp")
 
 MIN_SHM = 2**20
 MAX_SHM = 2**30
@@ -66,7 +63,6 @@ class Builder:
         return LocalOffload(self._checkpoint, self._dtype), None
 
     def _open(self, worker: WorkerProcess) -> Offload:
-        log.warning("privacy open: the worker reads every prompt and every answer")
         biases = WeightsDigest()
         biases_F = self._biases_F(biases)  # read once: what is used is what is hashed
         digest = weights_digest(self._checkpoint, self._dtype, digest=biases)

@@ -1,5 +1,6 @@
 """The only place that joins the zones: builds a TEE side, a worker side, or both."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from time import process_time
@@ -22,6 +23,8 @@ from tsqp.tee.scoring import Scores
 from tsqp.tee.stats import Stats
 from tsqp.tee.tokenizer import Tokenizer
 from tsqp.wire.channel import Channel, Counters
+
+log = logging.getLogger("tsqp")
 
 
 class LLM:
@@ -224,6 +227,8 @@ class LLM:
 
     def _load(self, model: str, dtype: str) -> None:
         options = self._options
+        if options.privacy == "open":
+            log.warning("privacy open: the worker reads every prompt and every answer")
         self._tokenizer = Tokenizer(model)
         checkpoint = open_checkpoint(model)
         try:
