@@ -81,6 +81,7 @@ def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
         assert 0 <= found["sustained"]["pad"][f"stock_rows_{when}"] <= found["stock_rows"]["pad"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(110)
 def test_starts_are_measured_without_and_with_the_cache(main: Main, speaking: Path) -> None:
     result = main(

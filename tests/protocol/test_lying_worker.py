@@ -231,8 +231,9 @@ def test_a_worker_that_does_not_lie_is_believed(
     assert not limit.reached
 
 
-@pytest.mark.parametrize("shm", [True, False], ids=[SHARED, "inline"])
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    ("field", "shm"), [("wide", True), ("compact", False)], ids=[f"wide-{SHARED}", "compact-inline"]
+)
 @pytest.mark.parametrize(("crime", "verdict", "words"), CRIMES, ids=[c[0] for c in CRIMES])
 def test_a_lie_ends_the_session(
     crime: str,
