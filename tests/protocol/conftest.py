@@ -17,12 +17,14 @@ from protocol_helpers import (
     socket_endpoint,
     write_ids,
 )
-from torch import manual_seed
+from torch import Tensor, manual_seed
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tsqp import cli
+from tsqp import _offloads, cli
 from tsqp.errors import CheckpointError
 from tsqp.model import demo
+from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.tee.sampler import Sampler
 
 
 @pytest.fixture
@@ -136,3 +138,25 @@ def demo_tcp(demo_path: Path, shared_commands: Commands) -> str:
     """The endpoint of another worker with the real model in float32."""
     worker = shared_commands.worker("demo", "tcp://127.0.0.1:0", "--dtype", "float32")
     return socket_endpoint(worker.stderr)
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> FailureLimit:
+    """The limit of the process, for tests that reach it, or come near."""
+    limit = FailureLimit()
+    monkeypatch.setattr(_offloads, "process_limit", limit)
+    return limit
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every token that is chosen, also of a generation that fails."""
+    tokens: list[int] = []
+    sample = Sampler.sample
+
+    def recorded(sampler: Sampler, logits_V: Tensor) -> int:
+        tokens.append(sample(sampler, logits_V))
+        return tokens[-1]
+
+    monkeypatch.setattr(Sampler, "sample", recorded)
+    return tokens

@@ -47,9 +47,8 @@ from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import DirectProvider, Pads
 from tsqp.tee.offload.masked import MaskedGroup
-from tsqp.tee.sampler import Sampler
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_is_left")]
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_is_left", "limit")]
 
 GROUPS = [(layer, name) for layer in (0, 1) for name in ("qkv", "o", "gate_up", "down")]
 GROUPS.append((-1, "lm_head"))
@@ -145,28 +144,6 @@ def held() -> tuple[int, int, int, int]:
         len(os.listdir("/proc/self/fd")),  # noqa: PTH208
         Path("/proc/self/maps").read_text().count("/tsqp-"),
     )
-
-
-@pytest.fixture(autouse=True)
-def limit(monkeypatch: pytest.MonkeyPatch) -> FailureLimit:
-    """The limit of the process, which must not be that of the other tests."""
-    limit = FailureLimit()
-    monkeypatch.setattr(_offloads, "process_limit", limit)
-    return limit
-
-
-@pytest.fixture
-def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every token that is chosen, also of a generation that fails."""
-    tokens: list[int] = []
-    sample = Sampler.sample
-
-    def recorded(sampler: Sampler, logits_V: Tensor) -> int:
-        tokens.append(sample(sampler, logits_V))
-        return tokens[-1]
-
-    monkeypatch.setattr(Sampler, "sample", recorded)
-    return tokens
 
 
 def private(worker: LyingWorker, order: Order | None = None, **options: Any) -> LLM:

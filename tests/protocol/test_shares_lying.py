@@ -10,14 +10,12 @@ import pytest
 from liars import LyingWorker
 from lying_worker import MODEL, WRONG_PRODUCTS, Order
 from protocol_helpers import DEADLINE_S, Commands, eventually
-from torch import Tensor
 
-from tsqp import LLM, SamplingParams, _offloads
+from tsqp import LLM, SamplingParams
 from tsqp.errors import IntegrityError, ProtocolError, RemoteError, TSQPError, WorkerError
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
-from tsqp.tee.sampler import Sampler
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("limit")]
 
 PROMPT = [3, 141, 59, 265, 358]
 TOKENS = 4
@@ -41,28 +39,6 @@ def liar(shared_commands: Commands) -> Iterator[LyingWorker]:
         liar.close()
     finally:
         liar.running.stop()
-
-
-@pytest.fixture(autouse=True)
-def limit(monkeypatch: pytest.MonkeyPatch) -> FailureLimit:
-    """The limit of the process, which must not be that of the other tests."""
-    limit = FailureLimit()
-    monkeypatch.setattr(_offloads, "process_limit", limit)
-    return limit
-
-
-@pytest.fixture
-def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every token that is chosen, also of a generation that fails."""
-    tokens: list[int] = []
-    sample = Sampler.sample
-
-    def recorded(sampler: Sampler, logits_V: Tensor) -> int:
-        tokens.append(sample(sampler, logits_V))
-        return tokens[-1]
-
-    monkeypatch.setattr(Sampler, "sample", recorded)
-    return tokens
 
 
 def endpoints(liar: LyingWorker, honest: str, place: int) -> list[str]:
