@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tsqp import LLM, SamplingParams
+from tsqp.model.attention import Segment
 from tsqp.tee.decoder import Batch
 from tsqp.tee.lanes import run_lanes
-from tsqp.tee.offload.base import Segment
 from tsqp.tee.stats import Stats
 from tsqp.tee.tokenizer import Tokenizer
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import ModelConfig, tensor_shapes
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine import Engine
 from tsqp.tee.lanes import run_lanes
-from tsqp.tee.offload.base import Offload, Segment
+from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.stats import Stats
 from tsqp.tee.tokenizer import Tokenizer

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tsqp.errors import WorkerError
+from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.lanes import run_lanes
-from tsqp.tee.offload.base import LM_HEAD, Linear, Pending, Request, Segment
+from tsqp.tee.offload.base import LM_HEAD, Linear, Pending, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
 from tsqp.tee.stats import Stats
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import WorkerError
+from tsqp.model import ops
+from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.weights import read_norm
-from tsqp.tee import ops
-from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Request, Segment
+from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Request
 from tsqp.tee.stats import Stats
 
 

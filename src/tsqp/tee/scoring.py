@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tsqp.model.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.lanes import run_lanes
-from tsqp.tee.offload.base import Offload, Segment
+from tsqp.tee.offload.base import Offload
 from tsqp.tee.stats import Stats
 
 BLOCK_ROWS = 32  # rows in float64 at once, to bound the memory

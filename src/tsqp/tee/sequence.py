@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tsqp.model.attention import Segment
 from tsqp.tee.decoder import Batch
-from tsqp.tee.offload.base import Segment
 from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import SamplingParams
 from tsqp.tee.text_stream import TextStream

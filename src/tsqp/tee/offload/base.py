@@ -12,22 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tsqp.model.attention import CachedAttention, Segment
+
 LM_HEAD = -1  # the "layer" of the output projection
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive tokens of one sequence inside a flat batch.
-
-    Attributes:
-        sequence: the id under which the offload keeps this sequence's KV.
-        start: position of the first token in its sequence; equals the KV length before the step.
-        length: number of tokens, at least 1.
-    """
-
-    sequence: int
-    start: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +93,12 @@ class Ready:
 
     def cancel(self) -> None:
         pass
+
+
+def attend_here(attention: CachedAttention, request: Attention) -> Ready:
+    """Answer from a cache of this side's own."""
+    r = request
+    return Ready(attention.attend(r.layer, r.q_THK, r.k_TJK, r.v_TJK, r.segments))
 
 
 class Offload(Protocol):

@@ -20,12 +20,12 @@ from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import Field
 from tsqp.algebra.residue_bytes import Int32
 from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel, WorkerLost
+from tsqp.model.attention import CachedAttention
 from tsqp.model.config import Key, ModelConfig
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
-from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request
-from tsqp.tee.offload.local import LocalAttention
+from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request, attend_here
 
 Block = TypeVar("Block")  # what a mode remembers of rows that are out
 
@@ -197,7 +197,7 @@ class PrivateOffload:
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, embedding_VD: Tensor, linear: _LinearPart
     ) -> None:
-        self._attention = LocalAttention(config, dtype)
+        self._attention = CachedAttention(config, dtype)
         self._embedding_VD = embedding_VD
         self._linear = linear
 
@@ -205,7 +205,7 @@ class PrivateOffload:
         if isinstance(request, Linear):
             return self._linear.start(request)
         if isinstance(request, Attention):
-            return self._attention.start(request)
+            return attend_here(self._attention, request)
         assert isinstance(request, Embedding)
         return Ready(F.embedding(request.token_ids_T, self._embedding_VD))
 

@@ -15,9 +15,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from tsqp.model.attention import CachedAttention
 from tsqp.model.config import ModelConfig, linear_groups, parts
-from tsqp.tee.offload.base import Attention, Embedding, Pending, Request
-from tsqp.tee.offload.local import LocalAttention
+from tsqp.tee.offload.base import Attention, Embedding, Pending, Request, attend_here
 from tsqp.wire import messages
 from tsqp.wire.channel import Channel, Reply
 from tsqp.wire.messages import Operation
@@ -49,7 +49,7 @@ class OpenOffload:
         biases_F: Mapping[tuple[int, str], Tensor],
         timeout: float,
     ) -> None:
-        self.attention = LocalAttention(config, dtype)
+        self.attention = CachedAttention(config, dtype)
         self._channel = channel
         self._dtype = dtype
         # Which worker computes which features of a group: as yet, one computes all.
@@ -63,7 +63,7 @@ class OpenOffload:
 
     def start(self, request: Request) -> Pending:
         if isinstance(request, Attention):
-            return self.attention.start(request)
+            return attend_here(self.attention, request)
         if isinstance(request, Embedding):
             return self._call(messages.Embed(), request.token_ids_T, self._embedding, None)
         key = (request.layer, request.group)

@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tee_helpers import TINY
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from tsqp.model import ops
 from tsqp.model.config import Llama3Scaling
-from tsqp.tee import ops
 
 GENERATOR_SEED = 3
 
@@ -30,7 +29,11 @@ def rotary(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> LlamaR
             "original_max_position_embeddings": scaling.original_max_positions,
         }
     config = LlamaConfig(
-        **(TINY | {"head_dim": head_dim, "rope_parameters": rope, "max_position_embeddings": 8192})
+        hidden_size=6 * head_dim,
+        num_attention_heads=6,
+        head_dim=head_dim,
+        rope_parameters=rope,
+        max_position_embeddings=8192,
     )
     return LlamaRotaryEmbedding(config)
 

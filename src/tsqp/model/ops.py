@@ -1,4 +1,4 @@
-"""The non-linear operations, which run on the trusted side in every mode.
+"""The non-linear operations. They run on the trusted side, unless a trusted GPU runs whole layers.
 
 Shape suffixes: T tokens; D features; I inner features; H query heads; J key/value heads; N heads
 of either sort; K features of one head, and h = K/2; S tokens in the cache.

@@ -1,0 +1,75 @@
+"""The command line: parses, calls, prints.
+
+Settings come from flags, then TSQP_* variables (and the prototype's LLAMA_* names), then the TOML
+file of --config: see docs/settings.md.
+"""
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tsqp._settings import read_settings
+from tsqp.errors import RemoteError, TSQPError, UsageError
+
+# As a newcomer meets them; a command that is not here comes last.
+ORDER = ("demo", "generate", "worker", "prepare", "keygen", "audit", "bench")
+
+
+class _Commands(TyperGroup):
+    """`tsqp bench kernels` is the command bench-kernels; `tsqp bench MODEL` is bench."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=lambda name: (*ORDER, name).index(name))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # typer has a click of its own
+        joined = "-".join(args[:2])
+        if joined in self.commands:
+            args = [joined, *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="tsqp",
+    cls=_Commands,
+    help="Private LLM inference on a GPU that nobody has to trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _settings(
+    config: Annotated[
+        Path | None,
+        typer.Option(envvar="TSQP_CONFIG", callback=read_settings, help="Settings, in TOML."),
+    ] = None,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; exit status 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tsqp").setLevel(logging.INFO)
+    state: dict[str, bool] = {}
+    try:
+        app(obj=state, auto_envvar_prefix="TSQP")
+    except TSQPError as exc:
+        if state.get("debug"):
+            traceback.print_exc()
+            if isinstance(exc, RemoteError) and exc.remote_traceback:
+                print(f"The worker's traceback:\n{exc.remote_traceback}", file=sys.stderr)
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(2 if isinstance(exc, UsageError) else 1)
+    except Exception as exc:
+        if state.get("debug"):
+            traceback.print_exc()
+        kind = type(exc).__name__
+        print(f"error: Unexpected {kind}; run again with --debug, and report it.", file=sys.stderr)
+        sys.exit(1)

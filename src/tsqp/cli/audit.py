@@ -1,0 +1,65 @@
+"""`tsqp demo` and `tsqp audit`: what the GPU saw."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tsqp.cli.app import app
+from tsqp.cli.flags import Debug, JsonOutput
+from tsqp.cli.prompts import read_ids
+from tsqp.errors import PromptError
+
+DEMO_PROMPT = "What is the capital of France? Answer in one sentence."
+
+
+@app.command()
+def demo(
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Download the demo model first, if need be.")
+    ] = False,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = DEMO_PROMPT,
+    debug: Debug = False,
+) -> None:
+    """A real model answers through a TEE process and a worker process; then, what the GPU saw."""
+    from tsqp._printing import fetch_demo_model
+    from tsqp.bench.demo import run_demo
+
+    if fetch:
+        fetch_demo_model()
+    run_demo(prompt)
+
+
+@app.command()
+def audit(
+    recording: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="What `tsqp worker --record` wrote: one session."),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(envvar=["TSQP_MODEL", "LLAMA_MODEL_PATH"], help="The model it served."),
+    ],
+    prompt_ids: Annotated[Path, typer.Option(help="The true prompt: token ids in a JSON file.")],
+    again: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A second recording of the same prompt."),
+    ] = None,
+    shares: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="What another worker of the session saw; repeatable."),
+    ] = None,
+    json_output: JsonOutput = False,
+    debug: Debug = False,
+) -> None:
+    """Attack what a worker saw; exit status 1 if anything is found that noise would not show."""
+    prompts = read_ids(prompt_ids)
+    if len(prompts) != 1:
+        raise PromptError(f"{prompt_ids} holds {len(prompts)} prompts; an audit takes one.")
+    from tsqp.bench.audit import Auditor
+    from tsqp.bench.audit_table import print_report
+
+    report = Auditor(model).audit(recording, prompts[0], again=again, shares=shares or ())
+    print_report(report, model, json_output=json_output)
+    if report.leaks:
+        raise typer.Exit(1)

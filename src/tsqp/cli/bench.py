@@ -1,0 +1,90 @@
+"""`tsqp bench` and its kinds."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tsqp.cli.app import app
+from tsqp.cli.flags import BenchThreads, Debug, Dtype, Field, Model, Out
+
+
+@app.command()
+def bench(
+    model: Model,
+    modes: Annotated[
+        str | None,
+        typer.Option(help="Which to compare, with commas between; all, unless given."),
+    ] = None,
+    dtype: Dtype = "auto",
+    field: Field = "wide",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 33,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
+    sustained: Annotated[
+        int, typer.Option(min=0, help="Tokens to generate after the stock of pads is used up.")
+    ] = 0,
+    starts: Annotated[
+        bool, typer.Option("--starts", help="Time the start of each mode, and its memory.")
+    ] = False,
+    threads: BenchThreads = None,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Time all modes in turn, on this machine's CPU. Also: bench kernels, bench accuracy."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.compare import compare, parse_field, parse_modes
+    from tsqp.bench.modes import MODES, Setting
+    from tsqp.bench.table import notes, tables
+
+    setting = Setting(
+        model=model,
+        dtype=dtype,
+        field=parse_field(field),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        threads=threads or os.cpu_count() or 1,
+    )
+    chosen = list(MODES) if modes is None else parse_modes(modes)
+    result = compare(setting, chosen, rounds=rounds, sustained=sustained, starts=starts)
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-kernels")
+def bench_kernels(out: Out = None, debug: Debug = False) -> None:
+    """Time the loops of the trusted side on one core, for each element."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.kernels import measure_kernels, notes, tables
+
+    result = measure_kernels()
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-accuracy")
+def bench_accuracy(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="A text to score, in UTF-8.", show_default=False)],
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Score only the beginning of the text.")
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens whose logits are in memory at once.")
+    ] = 256,
+    threads: BenchThreads = None,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Compare the perplexity of float32, fixed point and pad."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.accuracy import measure_accuracy, notes, tables
+
+    threads = threads or os.cpu_count() or 1
+    result = measure_accuracy(model, text, max_tokens=max_tokens, chunk=chunk, threads=threads)
+    output.print_result(result.as_json(), tables(result), notes(result), out)

@@ -1,0 +1,90 @@
+"""`tsqp worker`, and what prepares one: `tsqp prepare`, `tsqp keygen`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tsqp.cli.app import app
+from tsqp.cli.flags import Debug, Dtype, Insecure, Model, NoShm, Threads
+
+
+@app.command()
+def worker(
+    model: Model,
+    listen: Annotated[
+        str,
+        typer.Option(
+            envvar=["TSQP_LISTEN", "LLAMA_IPC_PATH"], help="ipc:///PATH or tcp://HOST:PORT."
+        ),
+    ],
+    device: Annotated[
+        str,
+        typer.Option(envvar=["TSQP_DEVICE", "LLAMA_GPU_DEVICE"], help="cpu, cuda or cuda:NUMBER."),
+    ] = "cpu",
+    serve: Annotated[
+        str, typer.Option(help="What to hold weights for: private modes, open, or all.")
+    ] = "all",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    no_shm: NoShm = False,
+    keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="TSQP_KEYFILE", help="The worker.key of `tsqp keygen`: encrypted links alone."
+        ),
+    ] = None,
+    insecure: Insecure = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Write down everything that arrives, for `tsqp audit`, in this folder."),
+    ] = None,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model's linear layers to TEE processes. Runs on the machine with the GPU."""
+    from tsqp.gpu.serve import serve as serve_model
+
+    serve_model(
+        model,
+        listen,
+        device=device,
+        serve=serve,
+        dtype=dtype,
+        threads=threads,
+        max_shm_bytes=0 if no_shm else 2**30,
+        keyfile=None
+        if supervised
+        else keyfile,  # a local worker inherits settings meant for others
+        insecure=insecure,
+        record=record,
+        supervised=supervised,
+    )
+
+
+@app.command()
+def prepare(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(help="A new file, NAME.tsqp.safetensors.", show_default=False)
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write the int8 weights of the private modes, which are all that a worker needs for them."""
+    from tsqp._printing import prepare_model
+
+    prepare_model(model, out)
+
+
+@app.command()
+def keygen(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the two files go.")],
+    debug: Debug = False,
+) -> None:
+    """Make a worker's key pair: worker.key for its --keyfile, worker.pub for --worker-key."""
+    from tsqp.wire.keys import write_key_pair
+
+    secret_path, public_path, public_key = write_key_pair(folder)
+    print(f"{secret_path} stays with the worker; {public_path} goes to its users.", file=sys.stderr)
+    print(public_key)
