@@ -194,11 +194,11 @@ def test_rows_are_shared_out_without_gaps_and_the_first_fault_is_told() -> None:
     for rows in (1, 15, 16, 48, 1000):
         seen = np.zeros(rows, np.int64)
 
-        def kernel(some: slice, seen: np.ndarray = seen) -> int:
-            seen[some] += 1
+        def kernel(first: int, stop: int, seen: np.ndarray = seen) -> int:
+            seen[first:stop] += 1
             return ALL_ROWS
 
         assert pool.run(rows, kernel) == ALL_ROWS
         assert (seen == 1).all()
-    assert pool.run(90, lambda some: 5 if some.start >= 30 else ALL_ROWS) == 35
+    assert pool.run(90, lambda first, stop: first + 5 if first >= 30 else ALL_ROWS) == 35
     pool.close()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tsqp.algebra import digits, residue_bytes, words
 from tsqp.algebra.native import compiled, inlined, reordered
@@ -36,20 +37,18 @@ class RowPool:
         self._threads = threads
         self._pool = ThreadPoolExecutor(max(threads - 1, 1), "tsqp-rows")
 
-    def run(self, rows: int, kernel: Callable[[slice], int]) -> int:
-        """Call `kernel` on disjoint slices of the rows; the first row at fault, or ALL_ROWS."""
-        parts = max(1, min(self._threads, rows // MIN_ROWS))
-        if parts == 1:  # a token at a time: the rest would take longer than the loop
-            return kernel(slice(0, rows))
+    def run(self, rows: int, kernel: Callable[[int, int], int]) -> int:
+        """Call `kernel(first, stop)` on parts of the rows; the first row at fault, or ALL_ROWS."""
+        parts = min(self._threads, rows // MIN_ROWS)
+        if parts <= 1:  # a token at a time: the rest would take longer than the loop
+            return kernel(0, rows)
         edges = [rows * part // parts for part in range(parts + 1)]
-        slices = [slice(*pair) for pair in pairwise(edges)]
-        others = [self._pool.submit(kernel, some) for some in slices[1:]]
+        others = [self._pool.submit(kernel, *some) for some in pairwise(edges[1:])]
         try:
-            found = [kernel(slices[0])]
+            found = [kernel(0, edges[1])]
         finally:
             found_others = [other.result() for other in others]
-        faults = zip(slices, found + found_others, strict=True)
-        return next((some.start + row for some, row in faults if row >= 0), ALL_ROWS)
+        return next((row for row in found + found_others if row != ALL_ROWS), ALL_ROWS)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -66,6 +65,8 @@ def quantize_and_pad(
     c_TB: Bytes,
     unit_T: Float64,
     expected_T2: Int64,
+    first: int,
+    stop: int,
 ) -> int:
     """[P2], [P5] and the right side of [P7]: c = round(x · a) + r mod p, and k_iW · xq mod P.
 
@@ -76,6 +77,7 @@ def quantize_and_pad(
         c_TB: shared memory; receives the rows of c as bytes.
         unit_T: receives 1/a, the size of one step of xq; 0 for a row of zeros.
         expected_T2: receives k_iW · xq mod P.
+        first, stop: the rows to do.
 
     Returns:
         the first row with NaN or Inf, or ALL_ROWS. Rows from there on are to be discarded.
@@ -95,6 +97,8 @@ def quantize_and_pad(
             c_TB,
             unit_T,
             expected_T2,
+            first,
+            stop,
         )
     )
 
@@ -108,39 +112,55 @@ def unpad_and_check(
     expected_T2: Int64,
     field: Field,
     y_TF: Float32,
+    first: int,
+    stop: int,
 ) -> int:
     """[P5], [P7], [P3]: y = centre(z - u mod p) · s / a, once k_i · yq ≡ k_iW · xq (mod P).
 
     Args:
-        z_TB: shared memory, the worker's answer as bytes; each is read once.
+        z_TB: shared memory, the worker's answer as bytes, which `aligned` has seen; each is read
+            once.
         u_TF: the pad's product, in [0, p).
         k_2F: the check vectors, in [0, P).
         y_TF: private memory. Worthless unless ALL_ROWS is returned.
+        first, stop: the rows to do.
 
     Returns:
         the first row that holds a residue outside [0, p) or fails the check, or ALL_ROWS.
     """
-    z_words_TF, z_TB = _answer(z_TB, field)
+    z_words_TF = as_words(z_TB, field)
     return int(
-        _unpad_and_check(z_words_TF, z_TB, u_TF, k_2F, scale_F, unit_T, expected_T2, field.p, y_TF)
+        _unpad_and_check(
+            z_words_TF,
+            z_TB,
+            u_TF,
+            k_2F,
+            scale_F,
+            unit_T,
+            expected_T2,
+            field.p,
+            y_TF,
+            first,
+            stop,
+        )
     )
 
 
 def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
     """u -= z mod p: what other workers answered, where the input was shared [P8].
 
+    Args:
+        z_TB: as in `unpad_and_check`.
+
     Returns:
         the first row that holds a residue outside [0, p), or ALL_ROWS.
     """
-    z_words_TF, z_TB = _answer(z_TB, field)
-    return int(_subtract(z_words_TF, z_TB, field.p, u_TF))
+    return int(_subtract(as_words(z_TB, field), z_TB, field.p, u_TF))
 
 
-def _answer(z_TB: Bytes, field: Field) -> tuple[Int32, Bytes]:
-    """The words of an answer, if it has words, and its bytes; copied where they lie crooked."""
-    if z_TB.ctypes.data % 4:  # a frame from a socket may
-        z_TB = z_TB.copy()
-    return as_words(z_TB, field), z_TB
+def aligned(z_TB: Tensor) -> Bytes:
+    """An answer where it lies; a copy where it lies crooked, as a frame from a socket may."""
+    return (z_TB.clone() if z_TB.data_ptr() % 4 else z_TB).numpy()
 
 
 def prepare(field: Field, *, shares: bool) -> None:
@@ -286,7 +306,7 @@ def _check_answer(k_2F: Int32, yq_F: Int32, expected_2: Int64) -> Any:
 
 @compiled(
     "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], int32[:, ::1], float64, float64,"
-    " float64, int64, int32[:, ::1], uint8[:, ::1], float64[::1], int64[:, ::1])"
+    " float64, int64, int32[:, ::1], uint8[:, ::1], float64[::1], int64[:, ::1], int64, int64)"
 )
 def _quantize_and_pad(
     x_TD: Float32,
@@ -301,10 +321,12 @@ def _quantize_and_pad(
     c_TB: Bytes,
     unit_T: Float64,
     expected_T2: Int64,
+    first: int,
+    stop: int,
 ) -> int:
     xq_D = np.empty(x_TD.shape[1], np.int32)
     c_D = np.empty(x_TD.shape[1], np.int32)
-    for t in range(x_TD.shape[0]):
+    for t in range(first, stop):
         unit_T[t] = _quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
         if unit_T[t] < 0.0:
             return t
@@ -316,7 +338,7 @@ def _quantize_and_pad(
 
 @compiled(
     "int64(int32[:, ::1], uint8[:, ::1], int32[:, ::1], int32[:, ::1], float32[::1], float64[::1],"
-    " int64[:, ::1], int64, float32[:, ::1])"
+    " int64[:, ::1], int64, float32[:, ::1], int64, int64)"
 )
 def _unpad_and_check(
     z_words_TF: Int32,
@@ -328,10 +350,12 @@ def _unpad_and_check(
     expected_T2: Int64,
     p: int,
     y_TF: Float32,
+    first: int,
+    stop: int,
 ) -> int:
     z_F = np.empty(u_TF.shape[1], np.int32)
     yq_F = np.empty(u_TF.shape[1], np.int32)
-    for t in range(u_TF.shape[0]):
+    for t in range(first, stop):
         read_row(z_words_TF, z_TB, t, z_F)
         if not _unpad_row(z_F, u_TF[t], p, yq_F):
             return t

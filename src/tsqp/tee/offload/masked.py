@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
@@ -101,28 +102,26 @@ class MaskedGroup:
             NumericalError: a row of x is not finite.
         """
         x_np, c_np = x_TD.numpy(), c_TB.numpy()
-        masked = Masked(np.empty(len(x_np)), np.empty((len(x_np), 2), np.int64))
-
-        def some(part: slice) -> int:
-            return kernels.quantize_and_pad(
-                x_np[part],
-                r_TD[part],
-                self._checks.kw_2D,
-                self._l1,
-                self._l2,
-                self._room,
-                self.field,
-                c_np[part],
-                masked.unit_T[part],
-                masked.expected_T2[part],
-            )
-
-        if rows.run(len(x_np), some) != kernels.ALL_ROWS:
+        unit_T, expected_T2 = np.empty(len(x_np)), np.empty((len(x_np), 2), np.int64)
+        kernel = partial(
+            kernels.quantize_and_pad,
+            x_np,
+            r_TD,
+            self._checks.kw_2D,
+            self._l1,
+            self._l2,
+            self._room,
+            self.field,
+            c_np,
+            unit_T,
+            expected_T2,
+        )
+        if rows.run(len(x_np), kernel) != kernels.ALL_ROWS:
             raise NumericalError(
                 f"The input of {self} holds NaN or infinity; try --dtype float32, or check the "
                 "model."
             )
-        return masked
+        return Masked(unit_T, expected_T2)
 
     def unmask(
         self, z_TB: Tensor, u_TF: Int32, masked: Masked, culprit: str, rows: kernels.RowPool
@@ -135,23 +134,21 @@ class MaskedGroup:
         Raises:
             IntegrityError: some row is not the product.
         """
-        y_TF = torch.empty(len(z_TB), self.features)
-        z_np, y_np = z_TB.numpy(), y_TF.numpy()
-
-        def some(part: slice) -> int:
-            return kernels.unpad_and_check(
-                z_np[part],
-                u_TF[part],
-                self._checks.k_2F,
-                self._scale_F,
-                masked.unit_T[part],
-                masked.expected_T2[part],
-                self.field,
-                y_np[part],
-            )
-
-        if rows.run(len(z_np), some) != kernels.ALL_ROWS:
+        y_np = np.empty((len(z_TB), self.features), np.float32)
+        kernel = partial(
+            kernels.unpad_and_check,
+            kernels.aligned(z_TB),
+            u_TF,
+            self._checks.k_2F,
+            self._scale_F,
+            masked.unit_T,
+            masked.expected_T2,
+            self.field,
+            y_np,
+        )
+        if rows.run(len(y_np), kernel) != kernels.ALL_ROWS:
             raise self.wrong_product(culprit)
+        y_TF = torch.from_numpy(y_np)
         return y_TF if self._bias_F is None else y_TF.add_(self._bias_F)
 
     def wrong_product(self, culprit: str) -> IntegrityError:
