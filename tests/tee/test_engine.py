@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from tee_helpers import make_engine, reference_model, write_llama
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tsqp.errors import OutOfMemory, PromptError, WorkerLost
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
-from tsqp.tee.offload.base import Attention, Linear, Request
+from tsqp.tee.offload.base import Attention, Linear, Pending, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
 from tsqp.tee.sampling import Completion, SamplingParams
 from tsqp.tee.stats import KINDS
@@ -237,6 +238,44 @@ def test_a_lost_worker_frees_everything_and_the_engine_can_go_on(
     assert tokens(engine.generate(PROMPTS, GREEDY)) == one_by_one
 
 
+class Later(LocalOffload):
+    """Like a worker: the linear layers are not answered when they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        super().__init__(checkpoint, dtype)
+        self.order: list[tuple[int, int]] = []  # layer and first position of each attention
+
+    def start(self, request: Request) -> Pending:
+        if isinstance(request, Attention):
+            self.order.append((request.layer, request.segments[0].start))
+        answer = super().start(request)
+        return Later.Answer(answer) if isinstance(request, Linear) else answer
+
+    class Answer:
+        waited_s = 0.0
+
+        def __init__(self, answer: Ready) -> None:
+            self._answer = answer
+
+        def __enter__(self) -> Tensor:
+            return self._answer.__enter__()
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def cancel(self) -> None:
+            pass
+
+
+def test_the_later_part_of_a_long_prompt_follows_the_earlier_in_another_lane(tiny: Tiny) -> None:
+    checkpoint, model = tiny
+    offload = Later(checkpoint, torch.float32)
+    engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config, lanes=2)
+    prompt = [n % 101 for n in range(500)]
+    assert tokens(engine.generate([prompt], GREEDY)) == [hf_greedy(model, prompt, 12)]
+    assert offload.order[:6] == [(layer, start) for layer in range(3) for start in (0, 256)]
+
+
 def test_lanes_are_closed_when_one_of_them_fails(tiny: Tiny) -> None:
     checkpoint = tiny[0]
     closed: list[int] = []
@@ -249,7 +288,10 @@ def test_lanes_are_closed_when_one_of_them_fails(tiny: Tiny) -> None:
                 closed.append(len(batch.segments))
                 raise
 
-    offload = Failing(checkpoint, torch.float32)
+    class FailingLater(Failing, Later):
+        pass
+
+    offload = FailingLater(checkpoint, torch.float32)
     offload.calls_left = 7
     engine = Engine(Watched(checkpoint, torch.float32), offload, checkpoint.config, lanes=2)
     with pytest.raises(WorkerLost):

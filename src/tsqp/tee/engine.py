@@ -61,8 +61,8 @@ class Engine:
         prefill_chunk: prompt tokens a step at most. A prompt is cut at its multiples whatever
             else runs, so a sequence's attention is computed alike in any company.
         max_sequences: sequences that run at the same time; the others wait.
-        lanes: parts into which a step's sequences are split, so that this side works on one
-            while the worker works on another.
+        lanes: parts into which a step's tokens are split, so that this side works on one while
+            the worker works on another.
         cpu_clock: seconds of processor time that count as work of the steps.
     """
 
@@ -247,19 +247,18 @@ class Engine:
         budget = self._prefill_chunk
         for sequence in self._running:
             length = min(sequence.remaining, self._prefill_chunk)
+            chunk = Chunk(sequence, sequence.computed, length)
             if not sequence.in_prompt:
-                chunks.append(Chunk(sequence, length))
+                chunks.append(chunk)
             elif length <= budget:
                 budget -= length
-                chunks.append(Chunk(sequence, length))
+                chunks.append(chunk)
             else:
                 budget = 0  # who comes later does not overtake
         return chunks
 
     def _run(self, chunks: list[Chunk]) -> list[Output]:
-        works = [_Work() for _ in range(min(self._lanes, len(chunks)))]
-        for chunk in chunks:
-            min(works, key=lambda work: work.tokens).chunks.append(chunk)
+        works = self._share_out(chunks)
         lanes = [self._decoder.forward(flat_batch(work.chunks), self.stats) for work in works]
         outputs = []
         for work, logits_RV in zip(works, run_lanes(self._offload, lanes, self.stats), strict=True):
@@ -270,6 +269,18 @@ class Engine:
                 if ended:
                     outputs.append(self._advance(chunk.sequence, next(rows)))
         return outputs
+
+    def _share_out(self, chunks: list[Chunk]) -> list[_Work]:
+        """A step's work for each lane; the later part of a long prompt goes to a later lane."""
+        works = [_Work() for _ in range(self._lanes)]
+        for chunk in chunks:
+            parts = chunk.split(self._lanes)
+            if len(parts) == 1:
+                min(works, key=lambda work: work.tokens).chunks.append(chunk)
+            else:
+                for work, part in zip(works, parts, strict=False):
+                    work.chunks.append(part)
+        return [work for work in works if work.chunks]
 
     def _advance(self, sequence: Sequence, logits_V: Tensor) -> Output:
         """Choose the next token, and end the sequence if it is the last."""

@@ -16,35 +16,44 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
     """Drive several forward passes at once, in turn, and return what each returns.
 
     The request of one lane is started before the answer of another is waited for; a lane whose
-    answer is there at once goes on at once. Whatever is raised, by a lane or by the offload, closes
-    all lanes, gives up the answers that are out, and goes on to the caller.
+    answer is there at once goes on at once. A lane is never ahead of one before it, so a prompt's
+    later tokens may follow its earlier ones in the next lane. Whatever is raised, by a lane or by
+    the offload, closes all lanes, gives up the answers that are out, and goes on to the caller.
     """
     results: dict[int, Tensor] = {}
     started: deque[tuple[int, Timer, Pending]] = deque()
 
-    def start(lane: int, request: Request) -> None:
+    def start(lane: int, request: Request) -> tuple[Timer, Pending]:
         timer = stats.time(_kind(request))
         with timer:
-            pending = offload.start(request)
-        entry = (lane, timer, pending)
-        if isinstance(pending, Ready):
-            started.appendleft(entry)
-        else:
-            started.append(entry)
+            return timer, offload.start(request)
 
-    try:
-        for lane, generator in enumerate(lanes):
-            start(lane, next(generator))
-        while started:
-            lane, timer, pending = started.popleft()
+    def advance(lane: int, timer: Timer, pending: Pending) -> None:
+        """Wait for an answer, and go on until the next that is not there at once."""
+        while True:
             began = perf_counter()
             with pending as answer:
                 timer.seconds += perf_counter() - began
                 stats.wait_s += pending.waited_s
                 try:
-                    start(lane, lanes[lane].send(answer))
+                    request = lanes[lane].send(answer)
                 except StopIteration as end:
                     results[lane] = end.value
+                    return
+                timer, pending = start(lane, request)
+                if not isinstance(pending, Ready):
+                    started.append((lane, timer, pending))
+                    return
+
+    try:
+        for lane, generator in enumerate(lanes):
+            timer, pending = start(lane, next(generator))
+            if isinstance(pending, Ready):
+                advance(lane, timer, pending)
+            else:
+                started.append((lane, timer, pending))
+        while started:
+            advance(*started.popleft())
     finally:
         for _, _, pending in started:
             pending.cancel()

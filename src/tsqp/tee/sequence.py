@@ -1,10 +1,12 @@
 """One request's state, and how the next tokens of several become one batch."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from tsqp.model.attention import Segment
+from tsqp.model.ops import ATTENTION_BLOCK
 from tsqp.tee.decoder import Batch
 from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import SamplingParams
@@ -37,15 +39,24 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `length` tokens of a sequence."""
+    """`length` tokens of a sequence, from position `start` on."""
 
     sequence: Sequence
+    start: int
     length: int
 
     @property
     def ends_known_tokens(self) -> bool:
         """Whether the token after this chunk is the next to be chosen."""
-        return self.length == self.sequence.remaining
+        return self.start + self.length == len(self.sequence.token_ids)
+
+    def split(self, parts: int) -> list["Chunk"]:
+        """At most so many chunks, in order; attention is computed in the same blocks as in one."""
+        step = ATTENTION_BLOCK * math.ceil(self.length / parts / ATTENTION_BLOCK)
+        return [
+            Chunk(self.sequence, self.start + first, min(step, self.length - first))
+            for first in range(0, self.length, step)
+        ]
 
 
 def flat_batch(chunks: list[Chunk]) -> Batch:
@@ -55,7 +66,7 @@ def flat_batch(chunks: list[Chunk]) -> Batch:
     segments: list[Segment] = []
     logits_rows: list[int] = []
     for chunk in chunks:
-        sequence, start = chunk.sequence, chunk.sequence.computed
+        sequence, start = chunk.sequence, chunk.start
         end = start + chunk.length
         token_ids += sequence.token_ids[start:end]
         positions += range(start, end)
