@@ -1,12 +1,21 @@
-"""What `generate` and `demo` print: the answer as it comes, then the statistics."""
+"""What `generate`, `chat` and `demo` print: the answer as it comes, then the statistics."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+)
 from rich.table import Table
 
 from tsqp._wiring import LLM
@@ -22,12 +31,13 @@ _stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class Printer:
-    """One prompt streams; several are printed when all are done; JSON is one last line."""
+    """One answer streams; several are printed when all are done; JSON is one last line."""
 
-    def __init__(self, llm: LLM, *, prompts: int, json_output: bool) -> None:
+    def __init__(self, llm: LLM, *, prompts: int, n: int = 1, json_output: bool) -> None:
         self._llm = llm
+        self._n = n
         self._json_output = json_output
-        self._stream = prompts == 1 and not json_output
+        self._stream = prompts * n == 1 and not json_output
 
     def on_text(self, number: int, text: str) -> None:
         """Print a new piece of an answer, if it streams."""
@@ -43,7 +53,10 @@ class Printer:
         if self._stream:
             print(flush=True)
         else:
-            for number, completion in enumerate(completions, 1):
+            for place, completion in enumerate(completions):
+                number = str(place // self._n + 1)
+                if self._n > 1:
+                    number += f".{completion.index + 1}"
                 print(f"[{number}] {completion.text}", flush=True)
         print_statistics(self._llm)
 
@@ -51,16 +64,9 @@ class Printer:
 def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
     """The object that `generate --json` prints."""
     rpc = llm.rpc
+    several = any(completion.index > 0 for completion in completions)  # to each prompt
     return {
-        "outputs": [
-            {
-                "text": completion.text,
-                "token_ids": list(completion.token_ids),
-                "prompt_tokens": completion.prompt_tokens,
-                "finish_reason": completion.finish_reason,
-            }
-            for completion in completions
-        ],
+        "outputs": [_output(completion, several) for completion in completions],
         "privacy": llm.privacy,
         "transport": llm.transport,
         "transport_reason": llm.transport_reason,
@@ -76,6 +82,25 @@ def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
             "worker_s": rpc.compute_s,
         },
     }
+
+
+def _output(completion: Completion, several: bool) -> dict[str, object]:
+    """What every answer has, and what was asked for besides."""
+    output: dict[str, object] = {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "prompt_tokens": completion.prompt_tokens,
+        "finish_reason": completion.finish_reason,
+    }
+    if several:
+        output["index"] = completion.index
+    for name, logprobs in (
+        ("logprobs", completion.logprobs),
+        ("prompt_logprobs", completion.prompt_logprobs),
+    ):
+        if logprobs is not None:
+            output[name] = [None if each is None else asdict(each) for each in logprobs]
+    return output
 
 
 def print_statistics(llm: LLM) -> None:
@@ -111,6 +136,36 @@ def print_statistics(llm: LLM) -> None:
             f"{rpc.sent_bytes / 1e6:.1f} MB to the worker, {rpc.received_bytes / 1e6:.1f} MB back, "
             f"{rpc.socket_bytes / 1e3:.1f} kB through the socket"
         )
+
+
+@contextmanager
+def prompt_progress(wanted: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for prompts that take several steps, which is gone before the first text comes.
+
+    Yields:
+        what `generate` takes as `on_progress`: None where nobody would see the bar.
+    """
+    if not (wanted and _stderr.is_interactive):
+        yield None
+        return
+    rate = TextColumn("{task.fields[rate]:.0f} tokens a second")
+    columns = (TextColumn("Reading the prompt"), BarColumn(), MofNCompleteColumn(), rate)
+    bar = Progress(*columns, console=_stderr, transient=True, auto_refresh=False)
+    task = bar.add_task("", total=None, rate=0.0)
+    began = perf_counter()
+
+    def show(done: int, total: int) -> None:
+        if done >= total:
+            bar.stop()
+            return
+        bar.start()
+        bar.update(task, completed=done, total=total, rate=done / (perf_counter() - began))
+        bar.refresh()
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def say(text: str) -> None:

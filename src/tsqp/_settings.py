@@ -28,7 +28,7 @@ def read_settings(context: typer.Context, path: Path | None) -> Path | None:
         mine = {key: value for key, value in (shared | own).items() if key in options}
         defaults[name] = {
             options[key].name: [value]
-            if options[key].multiple and isinstance(value, str)
+            if options[key].multiple and not isinstance(value, list)
             else value
             for key, value in mine.items()
         }

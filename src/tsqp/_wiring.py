@@ -12,6 +12,7 @@ import torch
 from tsqp._offloads import Builder
 from tsqp._options import check_options
 from tsqp._sessions import WorkerProcess
+from tsqp.errors import PromptError
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.weights import parse_dtype
 from tsqp.tee.crypto.pads import PadPool, PadStats
@@ -52,6 +53,7 @@ class LLM:
         insecure: bool = False,
         insecure_same_host: bool = False,
         lanes: int = 1,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Load what this side needs and open a session with each worker.
 
@@ -80,6 +82,7 @@ class LLM:
             insecure_same_host: for testing: let the workers of "shares" be on one host, over any
                 kind of link, where they could add up what they receive.
             lanes: parts of a batch that take turns, so that both sides work at once.
+            tokenizer: the model's, where it has been read already.
 
         Raises:
             UsageError: options that are unknown or contradict each other.
@@ -108,6 +111,7 @@ class LLM:
         self._workers: list[WorkerProcess] = []
         self._offload: Offload | None = None
         self._pads: PadPool | None = None
+        self._tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
         try:
             self._load(model, dtype)
         except BaseException:
@@ -120,24 +124,39 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         on_text: Callable[[int, str], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """Complete one or several prompts, all of them at once.
 
         Args:
             prompts: texts, or token ids.
             sampling_params: how to choose tokens; the same for all prompts.
-            on_text: called with the number of the prompt and each new piece of its answer.
+            on_text: called with the place of an answer in what is returned, which is the number of
+                its prompt unless `n` is above 1, and each new piece of its text.
+            on_progress: called after each step that reads prompts: how many prompt tokens have
+                been computed, and how many are to be.
+            should_stop: asked before each step; once it says so, every answer ends with what it
+                has, and the finish_reason "abort".
 
         Returns:
-            one completion a prompt, in order.
+            one completion a prompt, in order; with `n` above 1 that many for each prompt, those of
+            one prompt side by side, numbered by their `index`.
 
         Raises:
-            PromptError: a prompt is empty, or longer than the model's context.
+            PromptError: a prompt is empty, or longer than the model's context, or a parameter
+                speaks of tokens that the model does not have.
             WorkerError: the worker failed; nothing is left running.
         """
         several = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.tokenize(p) if isinstance(p, str) else list(p) for p in several]
-        return self._engine.generate(ids, sampling_params or SamplingParams(), on_text)
+        return self._engine.generate(
+            ids,
+            sampling_params or SamplingParams(),
+            on_text,
+            on_progress=on_progress,
+            should_stop=should_stop,
+        )
 
     def chat(
         self,
@@ -145,24 +164,50 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         on_text: Callable[[int, str], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        keep_prefix: bool = False,
     ) -> Completion:
-        """Answer a conversation, `[{"role": "user", "content": "..."}, ...]`.
+        """Answer a conversation, `[{"role": "user", "content": "..."}, ...]`, once.
+
+        Args:
+            keep_prefix: keep the keys and values of this conversation until the next call, and
+                begin with those that the last call kept, as far as both conversations begin alike;
+                floating-point results may then differ in the last bits. The other arguments are
+                those of `generate`.
 
         Raises:
             TokenizerError: the model has no chat template.
+            PromptError: see `generate`; or `n` is above 1, for which `tokenize` and `generate` are.
         """
-        ids = self._tokenizer.encode_chat(messages)
-        return self.generate([ids], sampling_params, on_text=on_text)[0]
+        params = sampling_params or SamplingParams()
+        if params.n > 1:
+            raise PromptError("A chat has one answer: leave n at 1, or use tokenize and generate.")
+        [completion] = self._engine.generate(
+            [self._tokenizer.encode_chat(messages)],
+            params,
+            on_text,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            keeps_kv=keep_prefix,
+        )
+        return completion
 
-    def tokenize(self, text: str, *, chat: bool = False) -> list[int]:
-        """The token ids of a prompt; with `chat`, of a conversation that begins with it.
+    def tokenize(
+        self, prompt: str | Sequence[Mapping[str, str]], *, chat: bool = False
+    ) -> list[int]:
+        """The token ids of a text; with `chat`, of a conversation that begins with it.
+
+        A conversation may also be given as its messages.
 
         Raises:
             TokenizerError: the model has no tokenizer, or no chat template.
         """
+        if not isinstance(prompt, str):
+            return self._tokenizer.encode_chat(prompt)
         if chat:
-            return self._tokenizer.encode_chat([{"role": "user", "content": text}])
-        return self._tokenizer.encode(text)
+            return self._tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return self._tokenizer.encode(prompt)
 
     def score(self, prompt: str | Sequence[int]) -> Scores:
         """How likely each token of a text, or of token ids, is after those before it.
@@ -229,7 +274,6 @@ class LLM:
         options = self._options
         if options.privacy == "open":
             log.warning("privacy open: the worker reads every prompt and every answer")
-        self._tokenizer = Tokenizer(model)
         checkpoint = open_checkpoint(model)
         try:
             self.config = checkpoint.config

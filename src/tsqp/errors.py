@@ -7,7 +7,8 @@
     │   ├── CheckpointError        a file is missing, cut, or contradicts the config
     │   └── TokenizerError         no tokenizer or no chat template where one is needed
     ├── NumericalError             an activation that is not a finite number
-    ├── PromptError                an empty or over-long prompt, or an impossible parameter
+    ├── PromptError                an empty prompt, or an impossible parameter
+    │   └── PromptTooLong          a prompt that leaves no room in the model's context
     ├── OutOfMemory                would not fit; names the bytes needed and the bytes there are
     ├── RecordingError             what a worker received cannot be written down, or not be read
     └── WorkerError                something between here and the worker
@@ -53,6 +54,23 @@ class NumericalError(TSQPError):
 
 class PromptError(TSQPError):
     """A prompt or a sampling parameter that cannot be served."""
+
+
+class PromptTooLong(PromptError):
+    """A prompt that does not fit the model's context with an answer.
+
+    Attributes:
+        tokens: how many the prompt has.
+        limit: how many prompt and answer may have together.
+    """
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"The prompt has {tokens} tokens, and this model's maximum context length is {limit} "
+            "tokens, the answer included: shorten the prompt."
+        )
+        self.tokens = tokens
+        self.limit = limit
 
 
 class OutOfMemory(TSQPError):

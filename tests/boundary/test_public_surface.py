@@ -36,6 +36,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "insecure",
         "insecure_same_host",
         "lanes",
+        "tokenizer",
     ]
     public = {name for name in dir(tsqp.LLM) if not name.startswith("_")}
     assert public == {
@@ -62,10 +63,23 @@ def test_the_fields_of_parameters_and_completions_are_frozen() -> None:
         "stop",
         "seed",
         "ignore_eos",
+        "n",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "prompt_logprobs",
+        "stop_token_ids",
+        "min_tokens",
     ]
     assert list(inspect.signature(tsqp.Completion).parameters) == [
         "text",
         "token_ids",
         "prompt_tokens",
         "finish_reason",
+        "index",
+        "logprobs",
+        "prompt_logprobs",
     ]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tsqp.errors import PromptError
-from tsqp.tee.sampler import Sampler, candidates
+from tsqp.tee.logits import candidates
+from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import SamplingParams
 
 logit_lists = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40)
@@ -137,10 +138,33 @@ def test_a_tiny_temperature_takes_the_largest() -> None:
         {"stop": ["a", ""]},
         {"stop": [1]},
         {"seed": "x"},
+        {"n": 0},
+        {"n": 2, "temperature": 0},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": float("inf")},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": [1]},
+        {"logit_bias": {-1: 0.0}},
+        {"logit_bias": {"1": 0.0}},
+        {"logit_bias": {1: 100.5}},
+        {"logit_bias": {1: float("nan")}},
+        {"logprobs": -1},
+        {"logprobs": True},
+        {"prompt_logprobs": 1.0},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": ["x"]},
+        {"stop_token_ids": 5},
+        {"min_tokens": -1},
+        {"min_tokens": 17},
     ],
 )
 def test_impossible_parameters_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(PromptError):
+    with pytest.raises(PromptError, match=r"^[^.]+(\.\d[^.]*)?\.$"):  # one sentence
         SamplingParams(**wrong)
 
 
@@ -148,3 +172,7 @@ def test_the_defaults_are_those_of_vllm() -> None:
     params = SamplingParams()
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (1.0, 1.0, 0, 16)
     assert (params.stop_strings, params.seed, params.ignore_eos) == ((), None, False)
+    assert (params.n, params.min_p, params.min_tokens) == (1, 0.0, 0)
+    assert (params.repetition_penalty, params.presence_penalty) == (1.0, 0.0)
+    assert (params.frequency_penalty, params.logit_bias) == (0.0, None)
+    assert (params.logprobs, params.prompt_logprobs, params.stop_token_ids) == (None, None, None)

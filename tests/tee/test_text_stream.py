@@ -77,3 +77,10 @@ def test_a_stop_string_that_does_not_come_is_released() -> None:
 
 def test_a_beginning_still_held_at_the_end_is_released() -> None:
     assert streamed([3, 0, 1], ["abc"]) == (["c", "", "", "ab"], False)
+
+
+def test_a_stop_string_that_may_not_stop_yet_is_text() -> None:
+    stream = TextStream(Pieces(), ["ab"])
+    assert [stream.push(token, may_stop=False) for token in (0, 1)] == ["a", "b"]
+    assert (stream.push(0), stream.push(1)) == ("", "")
+    assert (stream.text, stream.stopped) == ("ab", True)

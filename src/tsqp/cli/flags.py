@@ -91,6 +91,32 @@ Attention = Annotated[
     str, typer.Option(envvar="TSQP_ATTENTION", help="Where Q·Kᵀ and P·V run in open: tee.")
 ]
 
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")]
+MinP = Annotated[
+    float, typer.Option(help="Only tokens at least this times as likely as the likeliest.")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: less of the tokens of prompt and answer.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option(help="Above 0: less of the tokens that are in the answer.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(help="Likewise, once for each time that they are there.")
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TOKEN_ID=BIAS", help="Added to a token's logit; may be repeated."),
+]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
+StopTokenId = Annotated[
+    list[int] | None,
+    typer.Option("--stop-token-id", min=0, help="End with this token; may be repeated."),
+]
 
 BenchThreads = Annotated[int | None, typer.Option(min=1, help="Threads for each side.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this new file.")]

@@ -1,6 +1,5 @@
 """`tsqp generate`."""
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -13,22 +12,33 @@ from tsqp.cli.flags import (
     Dtype,
     Field,
     FixedPoint,
+    FrequencyPenalty,
     Insecure,
     InsecureSameHost,
     JsonOutput,
+    LogitBias,
+    MaxTokens,
+    MinP,
     Model,
     NoShm,
     PadMemory,
     PrefillChunk,
+    PresencePenalty,
     Privacy,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    StopTokenId,
+    Temperature,
     Threads,
     Timeout,
+    TopK,
+    TopP,
     WorkerEndpoint,
     WorkerKey,
-    is_from_command_line,
 )
 from tsqp.cli.prompts import read_prompts
-from tsqp.errors import UsageError
+from tsqp.cli.session import open_llm, read_sampling
 
 
 @app.command()
@@ -42,20 +52,39 @@ def generate(
         list[str] | None,
         typer.Option(help="A prompt, or - for standard input; may be repeated."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts in a file: one a line (.txt), or an object a line (.jsonl)."),
+    ] = None,
     prompt_ids: Annotated[
         Path | None,
         typer.Option(help="Token ids in a JSON file: one list, or a list of lists."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
+    max_tokens: MaxTokens = 128,
+    min_tokens: Annotated[int, typer.Option(help="Do not end an answer before.")] = 0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    seed: Seed = None,
+    n: Annotated[int, typer.Option("--n", help="Answers to each prompt.")] = 1,
+    stop: Stop = None,
+    stop_token_ids: StopTokenId = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end token.")
     ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: how likely each token was, and so many others."),
+    ] = None,
+    prompt_logprobs: Annotated[
+        int | None, typer.Option(help="The same for the tokens of the prompt.")
+    ] = None,
     attention: Attention = "tee",
     field: Field = "wide",
     fixed_point: FixedPoint = False,
@@ -71,46 +100,15 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Complete prompts, or answer them with --chat."""
-    from tsqp import LLM, SamplingParams
-    from tsqp._printing import Printer
+    params = read_sampling(context)
+    given = read_prompts(prompt, prompt_ids, prompts, chat)
+    from tsqp._printing import Printer, prompt_progress
 
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        seed=seed,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-    )
-    prompts = read_prompts(prompt, prompt_ids, chat)
-    if privacy == "tee":  # which passes over settings for the other modes
-        worker = worker if is_from_command_line(context, "worker") else None
-        worker_key = worker_key if is_from_command_line(context, "worker_key") else None
-    with LLM(
-        model,
-        privacy=privacy,
-        worker=worker,
-        worker_key=worker_key,
-        attention=attention,
-        field=field,
-        fixed_point=fixed_point,
-        pad_memory=None if pad_memory is None else _bytes(pad_memory),
-        dtype=dtype,
-        threads=threads,
-        prefill_chunk=prefill_chunk,
-        timeout=timeout,
-        shm=not no_shm,
-        insecure=insecure,
-        insecure_same_host=insecure_same_host,
-    ) as llm:
-        ids = [llm.tokenize(p, chat=chat) if isinstance(p, str) else p for p in prompts]
-        printer = Printer(llm, prompts=len(ids), json_output=json_output)
-        printer.finish(llm.generate(ids, params, on_text=printer.on_text))
-
-
-def _bytes(gibibytes: float) -> int:
-    size = gibibytes * 2**30
-    if not math.isfinite(size):
-        raise UsageError(f"--pad-memory is {gibibytes}; it must be a number of GiB, 0 or more.")
-    return int(size)
+    with open_llm(context) as llm:
+        ids = given.encode(llm, chat)
+        printer = Printer(llm, prompts=len(ids), n=n, json_output=json_output)
+        with prompt_progress(not json_output) as on_progress:
+            completions = llm.generate(
+                ids, params, on_text=printer.on_text, on_progress=on_progress
+            )
+        printer.finish(completions)

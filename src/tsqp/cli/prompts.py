@@ -1,25 +1,48 @@
 """Where prompts come from: options, standard input, files."""
 
+import codecs
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from tsqp.errors import PromptError, UsageError
 
+if TYPE_CHECKING:
+    from tsqp import LLM
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Either texts and conversations, or token ids."""
+
+    texts: Sequence[str | Messages] = ()
+    ids: Sequence[list[int]] = ()
+
+    def encode(self, llm: "LLM", chat: bool) -> list[list[int]]:
+        """The token ids of all; with `chat`, each text begins a conversation."""
+        return [*self.ids, *(llm.tokenize(each, chat=chat) for each in self.texts)]
+
 
 def read_prompts(
-    texts: list[str] | None, ids_file: Path | None, chat: bool
-) -> list[str] | list[list[int]]:
-    """What --prompt or --prompt-ids brought."""
-    if bool(texts) == bool(ids_file):
-        raise UsageError("Give either --prompt or --prompt-ids.")
+    texts: list[str] | None, ids_file: Path | None, file: Path | None, chat: bool
+) -> Prompts:
+    """What --prompt, --prompt-ids or --prompts brought."""
+    if sum(map(bool, (texts, ids_file, file))) != 1:
+        raise UsageError("Give either --prompt or --prompt-ids or --prompts.")
     if texts:
-        return [_read_stdin() if text == "-" else text for text in texts]
+        return Prompts(texts=[_read_stdin() if text == "-" else text for text in texts])
+    if file is not None:
+        return Prompts(texts=read_texts(file))
     if chat:
-        raise UsageError("--chat goes with --prompt; ids are taken as they are.")
+        raise UsageError("--chat goes with --prompt or --prompts; ids are taken as they are.")
     assert ids_file is not None
-    return read_ids(ids_file)
+    return Prompts(ids=read_ids(ids_file))
 
 
 def _read_stdin() -> str:
@@ -39,3 +62,58 @@ def read_ids(path: Path) -> list[list[int]]:
     if several and len(several) < len(ids):
         raise PromptError(f"{path} mixes token ids and lists of them; give one list, or lists.")
     return several or [[each for each in ids if isinstance(each, int)]]
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    prompt: str | None = None
+    messages: list[_Message] = []
+
+
+def read_texts(path: Path) -> list[str | Messages]:
+    """The prompts of a .txt file, one a line, or of a .jsonl file, one object a line.
+
+    An object is {"prompt": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}. Empty
+    lines are passed over.
+
+    Raises:
+        PromptError: the file cannot be read or holds none, or a line, which it names, is wrong.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise PromptError(f"{path} is neither a .txt file, a prompt a line, nor a .jsonl file.")
+    decode: Callable[[bytes], str | Messages] = bytes.decode
+    if path.suffix == ".jsonl":
+        decode = _from_json
+    prompts: list[str | Messages] = []
+    for number, line in _lines(path):
+        try:
+            prompts.append(decode(line))
+        except UnicodeDecodeError:
+            raise PromptError(f"{path}, line {number}: this is not valid UTF-8.") from None
+        except msgspec.DecodeError as exc:
+            raise PromptError(f"{path}, line {number}: {exc}.") from exc
+    if not prompts:
+        raise PromptError(f"{path} holds no prompt: write one a line.")
+    return prompts
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        content = path.read_bytes()
+    except OSError as exc:
+        raise PromptError(f"Cannot read prompts from {path}: {exc.strerror}.") from exc
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return ((n, line.removesuffix(b"\r")) for n, line in enumerate(lines, 1) if line.strip())
+
+
+def _from_json(line: bytes) -> str | Messages:
+    decoded = msgspec.json.decode(line, type=_Line)
+    if (decoded.prompt is None) == (not decoded.messages):
+        raise msgspec.DecodeError('an object needs either a "prompt" or "messages"')
+    if decoded.prompt is not None:
+        return decoded.prompt
+    return [{"role": each.role, "content": each.content} for each in decoded.messages]

@@ -2,7 +2,7 @@
 
 from collections import abc, deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import count
 from time import perf_counter, process_time
 
@@ -11,44 +11,18 @@ from torch import Tensor
 
 from tsqp.errors import OutOfMemory, PromptError, TSQPError
 from tsqp.model.config import ModelConfig
+from tsqp.tee.checks import check_params, check_prompt
 from tsqp.tee.decoder import Decoder
+from tsqp.tee.kept_prefix import KeptPrefix
 from tsqp.tee.lanes import run_lanes
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.sampler import Sampler
-from tsqp.tee.sampling import Completion, FinishReason, SamplingParams
+from tsqp.tee.sampling import Completion, SamplingParams
 from tsqp.tee.scoring import Scores, score
-from tsqp.tee.sequence import Chunk, Sequence, flat_batch
+from tsqp.tee.sequence import Chunk, Output, Sequence, flat_batch, share_out
 from tsqp.tee.stats import Stats
 from tsqp.tee.text_stream import TextStream
 from tsqp.tee.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step added to one sequence.
-
-    Attributes:
-        sequence: the id that `Engine.add` returned.
-        token_id: the token it chose.
-        text: the text that became certain, which may be empty.
-        completion: the whole answer, if this token ended it.
-    """
-
-    sequence: int
-    token_id: int
-    text: str
-    completion: Completion | None
-
-
-@dataclass(slots=True)
-class _Work:
-    """What one lane does in one step."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
 
 
 class Engine:
@@ -89,6 +63,7 @@ class Engine:
         self._max_sequences = max_sequences
         self._lanes = lanes
         self._cpu_clock = cpu_clock
+        self._kept = KeptPrefix(offload, config.max_positions)
         self._ids = count()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -97,26 +72,41 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
 
-    def add(self, prompt_ids: abc.Sequence[int], params: SamplingParams) -> int:
+    def add(
+        self, prompt_ids: abc.Sequence[int], params: SamplingParams, *, keeps_kv: bool = False
+    ) -> int:
         """Queue a prompt and return the id of its sequence.
 
+        Args:
+            params: of one answer; `n` is for `generate`.
+            keeps_kv: begin with the KV that the last sequence of this kind left, as far as the
+                prompts begin alike, and leave it for the next.
+
         Raises:
-            PromptError: the prompt is empty, leaves no room for an answer, or holds an id that
-                the model does not have; or there are stop strings and no tokenizer.
+            PromptError: the prompt is empty, leaves no room for an answer, or it or `params` hold
+                an id that the model does not have; or there are stop strings and no tokenizer.
         """
-        self._check(prompt_ids)
-        prompt_tokens = len(prompt_ids)
+        check_prompt(prompt_ids, self._config)
+        check_params(params, self._config)
+        ending_ids = {
+            *(params.stop_token_ids or ()),
+            *(() if params.ignore_eos else self._config.eos_token_ids),
+        }
+        prompt_tokens, number = len(prompt_ids), next(self._ids)
         sequence = Sequence(
-            id=next(self._ids),
+            id=number,
             params=params,
             token_ids=list(prompt_ids),
             prompt_tokens=prompt_tokens,
             capacity=min(prompt_tokens + params.max_tokens, self._config.max_positions),
-            sampler=Sampler(params),
+            ending_ids=ending_ids,
+            sampler=Sampler(params, prompt_ids, ending_ids),
             stream=self._stream(params, prompt_ids),
+            kv_id=number,
+            keeps_kv=keeps_kv,
         )
         self._waiting.append(sequence)
-        return sequence.id
+        return number
 
     def step(self) -> list[Output]:
         """Compute one batch, and return one output for each sequence that got a token.
@@ -151,30 +141,54 @@ class Engine:
         prompts: abc.Sequence[abc.Sequence[int]],
         params: SamplingParams,
         on_text: abc.Callable[[int, str], None] | None = None,
+        *,
+        on_progress: abc.Callable[[int, int], None] | None = None,
+        should_stop: abc.Callable[[], bool] | None = None,
+        keeps_kv: bool = False,
     ) -> list[Completion]:
         """Complete several prompts and return their answers in order; nothing else may be queued.
 
         Args:
-            on_text: called with the number of the prompt and each new piece of its answer.
+            on_text: called with the place of an answer among all and each new piece of it.
+            on_progress: called after each step with prompt tokens: how many have been computed,
+                and how many are to be.
+            should_stop: asked before each step; once true, every answer ends with what it has.
+            keeps_kv: see `add`; for one answer. Without it, no KV is kept any longer.
 
         Raises:
             PromptError: see `add`; then no prompt is run.
             WorkerError: see `step`.
         """
         assert not self.has_unfinished
+        assert not keeps_kv or len(prompts) == params.n == 1
+        if not keeps_kv:
+            self._kept.drop()
         completions: dict[int, Completion] = {}
+        places: dict[int, int] = {}
+        read_before = self.stats.prefill_tokens
+        to_read = params.n * sum(map(len, prompts)) + self.stats.reused_tokens
+        done = 0
         try:
-            numbers = {self.add(prompt, params): n for n, prompt in enumerate(prompts)}
+            for prompt in prompts:
+                for index in range(params.n):
+                    number = self.add(prompt, params.of_answer(index), keeps_kv=keeps_kv)
+                    places[number] = len(places)
             while self.has_unfinished:
-                for output in self.step():
-                    number = numbers[output.sequence]
+                is_over = should_stop is not None and should_stop()
+                outputs = self._stop() if is_over else self.step()
+                if on_progress is not None and self.stats.prefill_tokens > read_before + done:
+                    done = self.stats.prefill_tokens - read_before
+                    on_progress(done, to_read - self.stats.reused_tokens)
+                for output in outputs:
+                    place = places[output.sequence]
                     if on_text is not None and output.text:
-                        on_text(number, output.text)
+                        on_text(place, output.text)
                     if output.completion is not None:
-                        completions[number] = output.completion
+                        index = place % params.n
+                        completions[place] = replace(output.completion, index=index)
         finally:
             self._abandon()  # does nothing unless something was raised
-        return [completions[number] for number in range(len(prompts))]
+        return [completions[place] for place in range(len(places))]
 
     def score(self, prompt_ids: abc.Sequence[int]) -> Scores:
         """How likely each token of a prompt is after those before it; nothing else may be queued.
@@ -187,7 +201,8 @@ class Engine:
         assert not self.has_unfinished
         if len(prompt_ids) < 2:
             raise PromptError("There is nothing to score: give at least two tokens.")
-        self._check(prompt_ids, answer=0)
+        check_prompt(prompt_ids, self._config, answer=0)
+        self._kept.drop()
         sequence = next(self._ids)
         self._offload.alloc(sequence, len(prompt_ids))
         try:
@@ -208,21 +223,6 @@ class Engine:
                 self._release(running)
                 return
 
-    def _check(self, prompt_ids: abc.Sequence[int], answer: int = 1) -> None:
-        config = self._config
-        if not prompt_ids:
-            raise PromptError("The prompt is empty: give at least one token.")
-        if len(prompt_ids) + answer > config.max_positions:
-            raise PromptError(
-                f"The prompt has {len(prompt_ids)} tokens, and this model's maximum context length"
-                f" is {config.max_positions} tokens, the answer included: shorten the prompt."
-            )
-        if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
-            raise PromptError(
-                f"The prompt has a token id outside the model's vocabulary of"
-                f" {config.vocab_size}: encode it with this model's tokenizer."
-            )
-
     def _stream(self, params: SamplingParams, prompt_ids: abc.Sequence[int]) -> TextStream | None:
         if self._tokenizer is not None and self._tokenizer.exists:
             return TextStream(self._tokenizer, params.stop_strings, prompt_ids)
@@ -234,11 +234,15 @@ class Engine:
         while self._waiting and len(self._running) < self._max_sequences:
             sequence = self._waiting[0]
             try:
-                self._offload.alloc(sequence.id, sequence.capacity)
+                if sequence.keeps_kv:
+                    self._kept.admit(sequence)
+                else:
+                    self._offload.alloc(sequence.kv_id, sequence.capacity)
             except OutOfMemory:
                 if self._running:
                     return  # it gets its turn when another ends
                 raise
+            self.stats.reused_tokens += sequence.computed
             self._running.append(self._waiting.popleft())
 
     def _schedule(self) -> list[Chunk]:
@@ -258,64 +262,51 @@ class Engine:
         return chunks
 
     def _run(self, chunks: list[Chunk]) -> list[Output]:
-        works = self._share_out(chunks)
-        lanes = [self._decoder.forward(flat_batch(work.chunks), self.stats) for work in works]
+        parts = share_out(chunks, self._lanes)
+        lanes = [self._decoder.forward(flat_batch(part), self.stats) for part in parts]
         outputs = []
-        for work, logits_RV in zip(works, run_lanes(self._offload, lanes, self.stats), strict=True):
-            rows = iter(logits_RV)
-            for chunk in work.chunks:
-                ended = chunk.ends_known_tokens
-                chunk.sequence.computed += chunk.length
+        for part, logits_RV in zip(parts, run_lanes(self._offload, lanes, self.stats), strict=True):
+            rows = logits_RV.split_with_sizes([len(chunk.wanted) for chunk in part])
+            for chunk, chunk_RV in zip(part, rows, strict=True):
+                sequence, ended = chunk.sequence, chunk.ends_known_tokens
+                if sequence.rates_prompt:
+                    with self.stats.time("sampling"):
+                        sequence.rate_prompt(chunk_RV)
+                sequence.computed += chunk.length
                 if ended:
-                    outputs.append(self._advance(chunk.sequence, next(rows)))
+                    outputs.append(self._advance(sequence, chunk_RV[-1]))
         return outputs
-
-    def _share_out(self, chunks: list[Chunk]) -> list[_Work]:
-        """A step's work for each lane; the later part of a long prompt goes to a later lane."""
-        works = [_Work() for _ in range(self._lanes)]
-        for chunk in chunks:
-            parts = chunk.split(self._lanes)
-            if len(parts) == 1:
-                min(works, key=lambda work: work.tokens).chunks.append(chunk)
-            else:
-                for work, part in zip(works, parts, strict=False):
-                    work.chunks.append(part)
-        return [work for work in works if work.chunks]
 
     def _advance(self, sequence: Sequence, logits_V: Tensor) -> Output:
         """Choose the next token, and end the sequence if it is the last."""
         with self.stats.time("sampling"):
-            token_id = sequence.sampler.sample(logits_V)
-        sequence.token_ids.append(token_id)
-        stream, params = sequence.stream, sequence.params
-        is_eos = token_id in self._config.eos_token_ids and not params.ignore_eos
-        text = stream.push(token_id) if stream and not is_eos else ""
-
-        reason: FinishReason | None = None
-        if is_eos or (stream and stream.stopped):
-            reason = "stop"
-        elif len(sequence.token_ids) >= sequence.capacity:
-            reason = "length"
+            token_id = sequence.choose(logits_V)
+        text, reason = sequence.read()
         if reason is None:
             return Output(sequence.id, token_id, text, None)
         self._release(sequence)
-        if stream:
-            text += stream.finish()
-        completion = Completion(
-            text=stream.text if stream else "",
-            token_ids=tuple(sequence.token_ids[sequence.prompt_tokens :]),
-            prompt_tokens=sequence.prompt_tokens,
-            finish_reason=reason,
-        )
-        return Output(sequence.id, token_id, text, completion)
+        rest, completion = sequence.complete(reason)
+        return Output(sequence.id, token_id, text + rest, completion)
+
+    def _stop(self) -> list[Output]:
+        """End every sequence with what it has."""
+        stopped = [*self._running, *self._waiting]
+        self._waiting.clear()
+        for sequence in list(self._running):
+            self._release(sequence)
+        return [Output(each.id, None, *each.complete("abort")) for each in stopped]
 
     def _release(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._offload.free(sequence.id)
+        if sequence.keeps_kv:
+            self._kept.hold(sequence)
+        else:
+            self._offload.free(sequence.kv_id)
 
     def _abandon(self) -> None:
         """Free everything after a failure; a worker that is gone cannot free anything."""
         self._waiting.clear()
         for sequence in list(self._running):
+            sequence.keeps_kv = False
             with suppress(TSQPError):
                 self._release(sequence)

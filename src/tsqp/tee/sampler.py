@@ -1,15 +1,17 @@
 """Choosing the next token, reproducibly, whatever else runs beside.
 
-Shape suffixes: V vocabulary; C candidates.
+Shape suffixes: V vocabulary; N token ids; C candidates.
 """
 
 import hashlib
 import os
+from collections.abc import Collection, Sequence
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
+from tsqp.tee import logits
 from tsqp.tee.sampling import SamplingParams
 
 _KEY_DOMAIN = b"tsqp sampler v1\0"
@@ -22,55 +24,68 @@ class Sampler:
     nor the order of steps can change what it draws.
     """
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] = (),
+        ending_ids: Collection[int] = (),
+    ) -> None:
+        """Start an answer.
+
+        Args:
+            prompt_ids: what `repetition_penalty` counts besides the answer.
+            ending_ids: tokens that end the answer, which are not drawn before `min_tokens`.
+        """
         self._params = params
+        self._prompt_N = torch.tensor(sorted(set(prompt_ids)), dtype=torch.int64)
+        self._ending_ids = ending_ids
+        self._answer_ids: list[int] = []
         seed = os.urandom(32) if params.seed is None else str(params.seed).encode()
         key = hashlib.sha256(_KEY_DOMAIN + seed).digest()
         self._keystream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def sample(self, logits_V: Tensor) -> int:
-        """The id of one token. `logits_V` must be finite; equal logits go to the lowest id."""
+        """The id of one token, which is then part of the answer.
+
+        `logits_V` must be finite; equal logits go to the lowest id.
+        """
+        token_id = self._draw(self._adjust(logits_V))
+        self._answer_ids.append(token_id)
+        return token_id
+
+    def _adjust(self, logits_V: Tensor) -> Tensor:
+        params = self._params
+        if params.logit_bias:
+            logits_V = logits.add_bias(logits_V, params.logit_bias)
+        if params.repetition_penalty != 1:
+            seen_N = torch.cat([self._prompt_N, self._answer_N])
+            logits_V = logits.penalize_repetition(logits_V, seen_N, params.repetition_penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            logits_V = logits.penalize_occurrence(
+                logits_V, self._answer_N, params.presence_penalty, params.frequency_penalty
+            )
+        if len(self._answer_ids) < params.min_tokens:
+            logits_V = logits.forbid(logits_V, self._ending_ids)
+        return logits_V
+
+    def _draw(self, logits_V: Tensor) -> int:
         params = self._params
         if params.temperature == 0:
             return int(logits_V.argmax())
-        ids_C, weight_C = candidates(logits_V, params.temperature, params.top_k, params.top_p)
+        ids_C, weight_C = logits.candidates(
+            logits_V, params.temperature, params.top_k, params.top_p, params.min_p
+        )
         total_C = weight_C.cumsum(0)
         # The draw lies strictly below the last total, in rounded arithmetic too, so the search
         # ends on a candidate, and on one whose weight is not zero.
         draw = total_C[-1] * self._uniform()
         return int(ids_C[torch.searchsorted(total_C, draw, right=True)])
 
+    @property
+    def _answer_N(self) -> Tensor:
+        return torch.tensor(self._answer_ids, dtype=torch.int64)
+
     def _uniform(self) -> float:
         """53 random bits as a number in [0, 1)."""
         word = int.from_bytes(self._keystream.update(bytes(8)), "little")
         return (word >> 11) * 2.0**-53
-
-
-def candidates(
-    logits_V: Tensor, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn and their weights.
-
-    Returns:
-        ids_C, int64, and weight_C, float64, which are softmax(logits / temperature) of all
-        tokens; they add up to less than 1 where tokens were dropped. Sorted if any were.
-    """
-    weight_V = torch.softmax((logits_V.double() - logits_V.max()) / temperature, dim=0)
-    vocabulary = len(weight_V)
-    keep = top_k if 0 < top_k < vocabulary else vocabulary
-    if keep == vocabulary and top_p == 1:
-        return torch.arange(vocabulary), weight_V
-    if keep < vocabulary:
-        eligible_V = logits_V >= logits_V.topk(keep).values[-1]  # more than `keep` if some tie
-    else:  # all that are less likely than this add up to less than 1 - top_p
-        eligible_V = weight_V >= (1 - top_p) / vocabulary
-    ids_C = eligible_V.nonzero()[:, 0]
-    # Stable: which of several equal tokens is dropped must not depend on the sorting network.
-    ids_C = ids_C[logits_V[ids_C].sort(descending=True, stable=True).indices[:keep]]
-    weight_C = weight_V[ids_C]
-    if top_p < 1:
-        total_C = weight_C.cumsum(0)
-        mass = top_p * (total_C[-1] if keep < vocabulary else 1.0)
-        count = int((total_C - weight_C < mass).sum())
-        ids_C, weight_C = ids_C[:count], weight_C[:count]
-    return ids_C, weight_C

@@ -1,6 +1,6 @@
 """How likely a model finds a text it is given, token by token.
 
-Shape suffixes: T tokens; R rows of logits; V vocabulary.
+Shape suffixes: T tokens; R rows of logits; B rows of one block; V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,9 @@ from torch import Tensor
 from tsqp.model.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.lanes import run_lanes
+from tsqp.tee.logprobs import in_blocks
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.stats import Stats
-
-BLOCK_ROWS = 32  # rows in float64 at once, to bound the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +61,8 @@ def score(
 
 
 def _rate(logits_RV: Tensor, next_R: Tensor) -> tuple[Tensor, Tensor]:
-    logprobs = []
-    for first in range(0, len(next_R), BLOCK_ROWS):
-        rows = slice(first, first + BLOCK_ROWS)
-        all_RV = logits_RV[rows].double().log_softmax(dim=1)
-        logprobs.append(all_RV.gather(1, next_R[rows, None])[:, 0])
+    logprobs = [
+        logprobs_BV.gather(1, next_B[:, None])[:, 0]
+        for logprobs_BV, next_B in in_blocks(logits_RV, next_R)
+    ]
     return torch.cat(logprobs), logits_RV.argmax(dim=1)

@@ -1,15 +1,21 @@
-"""One request's state, and how the next tokens of several become one batch."""
+"""One request's state, and how the next tokens of several become one batch.
+
+Shape suffixes: R rows of logits; V vocabulary.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from tsqp.model.attention import Segment
 from tsqp.model.ops import ATTENTION_BLOCK
 from tsqp.tee.decoder import Batch
+from tsqp.tee.logprobs import rate
 from tsqp.tee.sampler import Sampler
-from tsqp.tee.sampling import SamplingParams
+from tsqp.tee.sampling import Completion, FinishReason, SamplingParams, TokenLogprobs
 from tsqp.tee.text_stream import TextStream
 
 
@@ -22,9 +28,15 @@ class Sequence:
     token_ids: list[int]  # the prompt, then what was generated
     prompt_tokens: int
     capacity: int  # tokens, prompt included, at which it ends
+    ending_ids: Set[int]  # tokens after which it ends
     sampler: Sampler
     stream: TextStream | None
+    kv_id: int  # under which the offload has its KV
+    keeps_kv: bool = False  # for the next sequence, after it has ended
+    reserved: int = 0  # tokens for which there is room in the cache
     computed: int = 0  # tokens whose KV is in the cache
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
     @property
     def remaining(self) -> int:
@@ -35,6 +47,71 @@ class Sequence:
     def in_prompt(self) -> bool:
         """Whether the next token to be computed is one of the prompt's."""
         return self.computed < self.prompt_tokens
+
+    @property
+    def rates_prompt(self) -> bool:
+        """Whether it wants the logits of the tokens to be computed next, to rate the prompt."""
+        return self.in_prompt and self.params.prompt_logprobs is not None
+
+    def rate_prompt(self, logits_RV: Tensor) -> None:
+        """Take the logits of the next R tokens of the prompt."""
+        count = self.params.prompt_logprobs
+        assert count is not None
+        first = self.computed + 1
+        known = self.token_ids[first : first + len(logits_RV)]
+        rows_RV = logits_RV[: len(known)]  # what follows the last token is not known
+        self.prompt_logprobs += rate(rows_RV, torch.tensor(known, dtype=torch.int64), count)
+
+    def choose(self, logits_V: Tensor) -> int:
+        """Choose the next token."""
+        token_id = self.sampler.sample(logits_V)
+        if self.params.logprobs is not None:
+            self.logprobs += rate(logits_V[None], torch.tensor([token_id]), self.params.logprobs)
+        self.token_ids.append(token_id)
+        return token_id
+
+    def read(self) -> tuple[str, FinishReason | None]:
+        """The text that the last token made certain, and why it ends the answer, if it does."""
+        token_id, stream = self.token_ids[-1], self.stream
+        if token_id in self.ending_ids:
+            return "", "stop"
+        text = ""
+        if stream:
+            generated = len(self.token_ids) - self.prompt_tokens
+            text = stream.push(token_id, may_stop=generated > self.params.min_tokens)
+            if stream.stopped:
+                return text, "stop"
+        return text, "length" if len(self.token_ids) >= self.capacity else None
+
+    def complete(self, reason: FinishReason) -> tuple[str, Completion]:
+        """The text that was still held, and the whole answer."""
+        text = self.stream.finish() if self.stream else ""
+        params = self.params
+        return text, Completion(
+            text=self.stream.text if self.stream else "",
+            token_ids=tuple(self.token_ids[self.prompt_tokens :]),
+            prompt_tokens=self.prompt_tokens,
+            finish_reason=reason,
+            logprobs=None if params.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one sequence.
+
+    Attributes:
+        sequence: its id.
+        token_id: the token that was chosen; None where the sequence was ended before one.
+        text: the text that became certain, which may be empty.
+        completion: the whole answer, if it has ended.
+    """
+
+    sequence: int
+    token_id: int | None
+    text: str
+    completion: Completion | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +135,26 @@ class Chunk:
             for first in range(0, self.length, step)
         ]
 
+    @property
+    def wanted(self) -> range:
+        """Which of its tokens' logits are wanted: all, the last one's, or none."""
+        if self.sequence.rates_prompt:
+            return range(self.length)
+        return range(self.length - self.ends_known_tokens, self.length)
+
+
+def share_out(chunks: list[Chunk], lanes: int) -> list[list[Chunk]]:
+    """What each lane does in a step; the later part of a long prompt goes to a later lane."""
+    works: list[list[Chunk]] = [[] for _ in range(lanes)]
+    for chunk in chunks:
+        parts = chunk.split(lanes)
+        if len(parts) == 1:
+            min(works, key=lambda work: sum(each.length for each in work)).append(chunk)
+        else:
+            for work, part in zip(works, parts, strict=False):
+                work.append(part)
+    return [work for work in works if work]
+
 
 def flat_batch(chunks: list[Chunk]) -> Batch:
     """The tokens of these chunks as the decoder takes them."""
@@ -68,11 +165,10 @@ def flat_batch(chunks: list[Chunk]) -> Batch:
     for chunk in chunks:
         sequence, start = chunk.sequence, chunk.start
         end = start + chunk.length
+        logits_rows += [len(token_ids) + row for row in chunk.wanted]
         token_ids += sequence.token_ids[start:end]
         positions += range(start, end)
-        segments.append(Segment(sequence.id, start, chunk.length))
-        if chunk.ends_known_tokens:
-            logits_rows.append(len(token_ids) - 1)
+        segments.append(Segment(sequence.kv_id, start, chunk.length))
     return Batch(
         torch.tensor(token_ids, dtype=torch.int64),
         torch.tensor(positions, dtype=torch.int64),

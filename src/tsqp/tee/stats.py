@@ -44,6 +44,7 @@ class Stats:
         prefill_cpu_s, decode_cpu_s: processor time of this process, all threads, in the steps of
             each kind. Pads made in line count; pads made ahead do not, see `PadStats`.
         prefill_tokens: prompt tokens computed.
+        reused_tokens: prompt tokens whose keys and values were there from an earlier answer.
         decode_tokens: generated tokens computed in the steps of `decode_s`.
     """
 
@@ -58,6 +59,7 @@ class Stats:
         self.prefill_cpu_s = 0.0
         self.decode_cpu_s = 0.0
         self.prefill_tokens = 0
+        self.reused_tokens = 0
         self.decode_tokens = 0
 
     def time(self, kind: str) -> Timer:
@@ -89,6 +91,7 @@ class Stats:
         return {
             **self.timings(),
             "prefill_tokens": self.prefill_tokens,
+            "reused_tokens": self.reused_tokens,
             "decode_tokens": self.decode_tokens,
             "operations": {
                 kind: {"seconds": timer.seconds, "calls": timer.calls}

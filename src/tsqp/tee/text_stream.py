@@ -24,10 +24,15 @@ class TextStream:
         self.text = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Take one token; return the text it releases."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Take one token; return the text it releases.
+
+        Args:
+            may_stop: whether to look for a stop string in the text so far that is still held; if
+                not, it is released.
+        """
         self._held += self._detokenizer.push(token_id)
-        return self._release(at_end=False)
+        return self._release(at_end=False) if may_stop else self._let_go(len(self._held))
 
     def finish(self) -> str:
         """Return what was still held, unless a stop string came."""
@@ -44,6 +49,9 @@ class TextStream:
             end = min(found)
         else:
             end = len(self._held) - (0 if at_end else self._possible_stop())
+        return self._let_go(end)
+
+    def _let_go(self, end: int) -> str:
         released, self._held = self._held[:end], self._held[end:]
         self.text += released
         return released

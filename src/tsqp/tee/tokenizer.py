@@ -71,6 +71,17 @@ class Tokenizer:
         _check_unicode(text)
         return list(self._tokenizer(text)["input_ids"])
 
+    def check_chat(self) -> None:
+        """Read it now, and find a chat template.
+
+        Raises:
+            TokenizerError: there is none.
+        """
+        if not self._tokenizer.chat_template:
+            raise TokenizerError(
+                "The model's tokenizer has no chat template: send a plain prompt instead."
+            )
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Messages of "role" and "content", put into the model's chat template.
 
@@ -82,10 +93,7 @@ class Tokenizer:
         """
         for message in messages:
             _check_unicode(message.get("content", ""))
-        if not self._tokenizer.chat_template:
-            raise TokenizerError(
-                "The model's tokenizer has no chat template: send a plain prompt instead."
-            )
+        self.check_chat()
         try:
             ids = self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False

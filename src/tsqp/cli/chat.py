@@ -1,0 +1,90 @@
+"""`tsqp chat`."""
+
+import sys
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from tsqp.cli.app import app
+from tsqp.cli.flags import (
+    Attention,
+    Debug,
+    Dtype,
+    Field,
+    FixedPoint,
+    FrequencyPenalty,
+    Insecure,
+    InsecureSameHost,
+    LogitBias,
+    MaxTokens,
+    MinP,
+    Model,
+    NoShm,
+    PadMemory,
+    PrefillChunk,
+    PresencePenalty,
+    Privacy,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    StopTokenId,
+    Temperature,
+    Threads,
+    Timeout,
+    TopK,
+    TopP,
+    WorkerEndpoint,
+    WorkerKey,
+)
+from tsqp.cli.session import open_llm, read_sampling
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    model: Model,
+    privacy: Privacy = "pad",
+    worker: WorkerEndpoint = None,
+    worker_key: WorkerKey = None,
+    system: Annotated[str, typer.Option(help="A message before the conversation.")] = "",
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    stop_token_ids: StopTokenId = None,
+    attention: Attention = "tee",
+    field: Field = "wide",
+    fixed_point: FixedPoint = False,
+    pad_memory: PadMemory = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    prefill_chunk: PrefillChunk = 512,
+    timeout: Timeout = 8.0,
+    no_shm: NoShm = False,
+    insecure: Insecure = False,
+    insecure_same_host: InsecureSameHost = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model: a line is a message, and /help lists the commands."""
+    params = read_sampling(context)
+    from tsqp._printing import say
+    from tsqp.cli.repl import Repl
+    from tsqp.tee.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(model)
+    tokenizer.check_chat()  # before a worker is started for nothing
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    with open_llm(context, tokenizer) as llm:
+        if interactive:
+            with suppress(ImportError):  # line editing, where Python has it; kept in no file
+                import readline  # noqa: F401
+            say("/help lists the commands, and Ctrl-D ends the chat.")
+        Repl(llm, params, system=system, interactive=interactive).run()

@@ -1,0 +1,77 @@
+"""What `generate` and `chat` make of the options that they share."""
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import typer
+
+from tsqp.cli.flags import is_from_command_line
+from tsqp.errors import UsageError
+
+if TYPE_CHECKING:  # torch takes a second to import; `tsqp --help` should not
+    from tsqp import LLM, SamplingParams
+    from tsqp.tee.tokenizer import Tokenizer
+
+_PASSED_ON = (
+    "model",
+    "privacy",
+    "worker",
+    "worker_key",
+    "attention",
+    "field",
+    "fixed_point",
+    "dtype",
+    "threads",
+    "prefill_chunk",
+    "timeout",
+    "insecure",
+    "insecure_same_host",
+)
+
+
+def open_llm(context: typer.Context, tokenizer: "Tokenizer | None" = None) -> "LLM":
+    """The model and its workers, as the command's options describe them."""
+    from tsqp import LLM
+
+    given = context.params
+    arguments = {name: given[name] for name in _PASSED_ON}
+    for name in ("worker", "worker_key"):
+        # tee passes over settings for the other modes.
+        if given["privacy"] == "tee" and not is_from_command_line(context, name):
+            arguments[name] = None
+    pad_memory = given["pad_memory"]
+    return LLM(
+        **arguments,
+        pad_memory=None if pad_memory is None else _bytes(pad_memory),
+        shm=not given["no_shm"],
+        tokenizer=tokenizer,
+    )
+
+
+def read_sampling(context: typer.Context) -> "SamplingParams":
+    """How to choose tokens; what the command has no option for stays as it is."""
+    from tsqp import SamplingParams
+
+    given = {each.name: context.params.get(each.name) for each in fields(SamplingParams)}
+    bias = given.pop("logit_bias")
+    if bias:
+        given["logit_bias"] = dict(_bias(each) for each in bias)
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise UsageError(
+            "--logit-bias takes TOKEN_ID=BIAS, a token id and a number from -100 to 100."
+        ) from None
+
+
+def _bytes(gibibytes: float) -> int:
+    size = gibibytes * 2**30
+    if not math.isfinite(size):
+        raise UsageError(f"--pad-memory is {gibibytes}; it must be a number of GiB, 0 or more.")
+    return int(size)

@@ -1,0 +1,51 @@
+"""What a model must know of a request before it is queued."""
+
+from collections.abc import Sequence
+
+from tsqp.errors import PromptError, PromptTooLong
+from tsqp.model.config import ModelConfig
+from tsqp.tee.sampling import SamplingParams
+
+
+def check_prompt(prompt_ids: Sequence[int], config: ModelConfig, answer: int = 1) -> None:
+    """Refuse a prompt that the model cannot go on with.
+
+    Args:
+        answer: tokens for which there must be room behind it.
+
+    Raises:
+        PromptError: it is empty, or holds an id that the model does not have.
+        PromptTooLong: there is no room.
+    """
+    if not prompt_ids:
+        raise PromptError("The prompt is empty: give at least one token.")
+    if len(prompt_ids) + answer > config.max_positions:
+        raise PromptTooLong(len(prompt_ids), config.max_positions)
+    if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
+        raise PromptError(
+            f"The prompt has a token id outside the model's vocabulary of {config.vocab_size}: "
+            "encode it with this model's tokenizer."
+        )
+
+
+def check_params(params: SamplingParams, config: ModelConfig) -> None:
+    """Refuse parameters that speak of tokens that the model does not have.
+
+    Raises:
+        PromptError: they do.
+    """
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if ids and max(ids) >= config.vocab_size:
+            raise PromptError(
+                f"{name} has a token id outside the model's vocabulary of {config.vocab_size}: "
+                "take the ids of this model's tokenizer."
+            )
+    for name, count in (
+        ("logprobs", params.logprobs),
+        ("prompt_logprobs", params.prompt_logprobs),
+    ):
+        if count is not None and count > config.vocab_size:
+            raise PromptError(
+                f"{name} asks for {count} tokens of a vocabulary of {config.vocab_size}: ask for "
+                "fewer."
+            )

@@ -1,0 +1,62 @@
+"""The keys and values of a conversation, kept from one answer to the next."""
+
+from itertools import takewhile
+
+from tsqp.errors import OutOfMemory
+from tsqp.tee.offload.base import Offload
+from tsqp.tee.sequence import Sequence
+
+
+class KeptPrefix:
+    """Holds the KV of at most one sequence that has ended, for the next to begin with.
+
+    What is computed on top of kept KV is cut into other pieces than a whole prompt is, so its
+    floating-point numbers may differ in the last bits.
+    """
+
+    def __init__(self, offload: Offload, max_positions: int) -> None:
+        self._offload = offload
+        self._max_positions = max_positions
+        self._held: Sequence | None = None
+
+    def admit(self, sequence: Sequence) -> None:
+        """Make room for a sequence, with as much of the kept KV as it begins with.
+
+        Raises:
+            OutOfMemory: it does not fit.
+        """
+        held, self._held = self._held, None
+        if held is not None:
+            same = _in_common(held, sequence)
+            if same and sequence.capacity <= held.reserved:
+                self._offload.truncate(held.kv_id, same)
+                sequence.kv_id, sequence.reserved = held.kv_id, held.reserved
+                sequence.computed = same
+                return
+            self._offload.free(held.kv_id)
+        # More than it needs itself, for the turns that follow: KV that does not fit begins anew.
+        sequence.reserved = min(2 * sequence.capacity, self._max_positions)
+        try:
+            self._offload.alloc(sequence.kv_id, sequence.reserved)
+        except OutOfMemory:
+            sequence.reserved = sequence.capacity
+            self._offload.alloc(sequence.kv_id, sequence.reserved)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Keep the KV of a sequence that has ended."""
+        self.drop()
+        self._held = sequence
+
+    def drop(self) -> None:
+        """Free what is kept; safe where that is nothing."""
+        held, self._held = self._held, None
+        if held is not None:
+            self._offload.free(held.kv_id)
+
+
+def _in_common(held: Sequence, sequence: Sequence) -> int:
+    """Tokens at the beginning whose KV can be taken over; the last one's logits are wanted."""
+    if sequence.rates_prompt:
+        return 0
+    pairs = zip(held.token_ids[: held.computed], sequence.token_ids[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,0 +1,157 @@
+"""A conversation goes on with the keys and values that it has, as if all were computed anew."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tee_helpers import make_engine
+from transformers import LlamaForCausalLM
+
+from tsqp.errors import OutOfMemory, WorkerLost
+from tsqp.model.checkpoint import Checkpoint
+from tsqp.tee.decoder import Decoder
+from tsqp.tee.engine import Engine
+from tsqp.tee.offload.base import Linear, Request
+from tsqp.tee.offload.local import LocalOffload, Ready
+from tsqp.tee.sampling import Completion, SamplingParams
+
+Tiny = tuple[Checkpoint, LlamaForCausalLM]
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3)
+FIRST = list(range(40))
+
+
+def ask(engine: Engine, prompt: list[int], params: SamplingParams = GREEDY) -> Completion:
+    [answer] = engine.generate([prompt], params, keeps_kv=True)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def fresh(tiny: Tiny) -> Engine:
+    """Computes everything anew."""
+    return make_engine(tiny[0])[0]
+
+
+Reused = Callable[..., int]
+
+
+@pytest.fixture
+def reused(fresh: Engine) -> Reused:
+    """How many tokens of a prompt are not computed again; the answer is checked."""
+
+    def reused(engine: Engine, prompt: list[int], params: SamplingParams = GREEDY) -> int:
+        stats = engine.stats
+        computed, kept = stats.prefill_tokens, stats.reused_tokens
+        answer = ask(engine, prompt, params)
+        check(answer, fresh.generate([prompt], GREEDY)[0])
+        kept = stats.reused_tokens - kept
+        assert stats.prefill_tokens - computed == len(prompt) - kept
+        return kept
+
+    return reused
+
+
+def check(answer: Completion, expected: Completion) -> None:
+    assert answer.token_ids == expected.token_ids
+    assert answer.logprobs is not None
+    assert expected.logprobs is not None
+    for given, wanted in zip(answer.logprobs, expected.logprobs, strict=True):
+        assert given.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+
+
+def test_a_longer_conversation_computes_what_is_new(tiny: Tiny, reused: Reused) -> None:
+    engine, _ = make_engine(tiny[0])
+    answer = ask(engine, FIRST)
+    second = [*FIRST, *answer.token_ids, 8, 9]
+    # The KV of the last token of an answer was never computed.
+    assert reused(engine, second) == len(FIRST) + 5
+    assert reused(engine, [*second[:30], 3, 4]) == 30  # what was undone is cut off
+    assert reused(engine, [*second[:30], 3, 4]) == 31  # the last token's logits are wanted
+
+
+def test_nothing_in_common_begins_anew(tiny: Tiny, reused: Reused) -> None:
+    engine, offload = make_engine(tiny[0])
+    ask(engine, FIRST)
+    assert reused(engine, [50, 51, 52]) == 0
+    reserved = offload.attention.reserved_bytes
+    assert reserved == 3 * 2 * 2 * 8 * (2 * 9) * 4  # layers, k and v, heads, features, tokens
+
+
+def test_a_conversation_that_outgrows_its_room_begins_anew(tiny: Tiny, reused: Reused) -> None:
+    engine, _ = make_engine(tiny[0])
+    ask(engine, FIRST)  # with room for 2 * 46
+    assert reused(engine, [*FIRST, *range(46)]) == 40
+    assert reused(engine, [*FIRST, *range(60)]) == 0
+    assert reused(engine, [*FIRST, *range(80)]) == 100
+
+
+def test_a_rated_prompt_is_computed_as_a_whole(tiny: Tiny, reused: Reused) -> None:
+    engine, _ = make_engine(tiny[0])
+    ask(engine, FIRST)
+    rated = SamplingParams(
+        temperature=0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=1
+    )
+    assert reused(engine, [*FIRST, 1], rated) == 0
+
+
+def test_a_stopped_answer_leaves_its_keys_and_values(tiny: Tiny, reused: Reused) -> None:
+    engine, _ = make_engine(tiny[0])
+    asked = iter([False] * 3 + [True])
+    [answer] = engine.generate([FIRST], GREEDY, should_stop=lambda: next(asked), keeps_kv=True)
+    assert len(answer.token_ids) == 3
+    assert reused(engine, [*FIRST, *answer.token_ids, 1]) == len(FIRST) + 2
+
+
+def test_anything_else_frees_it(tiny: Tiny, reused: Reused) -> None:
+    engine, offload = make_engine(tiny[0])
+    for use in (lambda: engine.generate([[1]], GREEDY), lambda: engine.score([1, 2])):
+        ask(engine, FIRST)
+        assert offload.attention.reserved_bytes > 0
+        use()
+        assert offload.attention.reserved_bytes == 0
+    assert reused(engine, FIRST) == 0
+
+
+class Small(LocalOffload):
+    """Has room for 60 tokens a sequence."""
+
+    def alloc(self, sequence: int, capacity: int) -> None:
+        if capacity > 60:
+            raise OutOfMemory("The KV cache would not fit.")
+        super().alloc(sequence, capacity)
+
+
+def test_room_for_later_turns_is_no_condition(tiny: Tiny, reused: Reused) -> None:
+    checkpoint = tiny[0]
+    offload = Small(checkpoint, torch.float32)
+    engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config)
+    assert reused(engine, FIRST) == 0
+    assert reused(engine, FIRST) == 39
+    with pytest.raises(OutOfMemory):
+        ask(engine, [*FIRST, *FIRST])
+    assert offload.attention.reserved_bytes == 0
+
+
+class Failing(LocalOffload):
+    """Loses its worker at the n-th linear request."""
+
+    calls_left = 10_000
+
+    def start(self, request: Request) -> Ready:
+        self.calls_left -= isinstance(request, Linear)
+        if self.calls_left < 0:
+            raise WorkerLost("The worker is gone.")
+        return super().start(request)
+
+
+@pytest.mark.parametrize("calls", [0, 5, 40])
+def test_a_failure_keeps_nothing(calls: int, tiny: Tiny, reused: Reused) -> None:
+    checkpoint = tiny[0]
+    offload = Failing(checkpoint, torch.float32)
+    engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config)
+    ask(engine, FIRST)
+    offload.calls_left = calls
+    with pytest.raises(WorkerLost):
+        ask(engine, [*FIRST, 1, 2])
+    assert offload.attention.reserved_bytes == 0
+    offload.calls_left = 10_000
+    assert reused(engine, FIRST) == 0
