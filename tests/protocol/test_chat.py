@@ -1,15 +1,17 @@
-"""`tsqp chat` as a real process: lines go in, answers and remarks come out."""
+"""`tsqp chat`: lines go in, answers and remarks come out; where it matters, of a real process."""
 
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
-from protocol_helpers import START_S, Commands, Main, Running
+from protocol_helpers import START_S, Commands, Main, Result, Running, socket_endpoint
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 LONG = ["--privacy", "tee", "--seed", "1", "--max-tokens", "50000"]
@@ -39,10 +41,21 @@ def chatting(commands: Commands, *arguments: object) -> Iterator[Terminal]:
         os.close(descriptor)
 
 
-def script(commands: Commands, *lines: str) -> Path:
-    path = commands.folder / "lines.txt"
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
+Talk = Callable[..., Result]
+
+
+@pytest.fixture
+def talk(main: Main, monkeypatch: pytest.MonkeyPatch) -> Talk:
+    """Runs `tsqp chat MODEL` in this process; the lines, text or bytes, are its standard input."""
+
+    def talk(model: Path, *lines: str | bytes) -> Result:
+        content = b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n" for x in lines)
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(content), encoding="utf-8"))
+        result = main("chat", model, *SHORT)
+        assert result.status == 0, result.stderr
+        return result
+
+    return talk
 
 
 def messages(path: Path) -> list[dict[str, str]]:
@@ -53,7 +66,9 @@ def messages(path: Path) -> list[dict[str, str]]:
 def test_a_conversation_with_the_real_model(
     commands: Commands, main: Main, demo_path: Path
 ) -> None:
-    lines = script(commands, QUESTION, "", "And of Italy?", "/save talk.jsonl", "/retry", "/stats")
+    lines = commands.folder / "lines.txt"
+    typed = [QUESTION, "", "And of Italy?", "/save talk.jsonl", "/retry", "/stats"]
+    lines.write_text("".join(f"{line}\n" for line in typed))
     command = ["chat", "demo", "--privacy", "tee", "--temperature", "0", "--max-tokens", "40"]
     result = commands.run(*command, stdin=lines)
     assert result.status == 0, result.stderr
@@ -103,20 +118,18 @@ def test_an_interrupt_at_the_prompt_is_no_end_and_two_are(
     assert (result.status, result.stdout) == (0, "")
 
 
-def test_commands_change_the_conversation(commands: Commands, speaking: Path) -> None:
-    lines = script(
-        commands,
+def test_commands_change_the_conversation(talk: Talk, speaking: Path, tmp_path: Path) -> None:
+    result = talk(
+        speaking,
         "/undo", "/retry",
         "/system Be brief.", "one", "two", "/save two.json", "/undo", "/save one.json",
         "/retry", "/save retried.json",
         "/reset", "/save none.json", "/system", "three", "/save three.json", "/save three.json",
         "/save", "/save /no/such/folder/x", "/help", "/exit", "never asked",
     )  # fmt: skip
-    result = commands.run("chat", speaking, *SHORT, stdin=lines)
-    assert result.status == 0, result.stderr
 
     def saved(name: str) -> list[dict[str, str]]:
-        return messages(commands.folder / f"{name}.json")
+        return messages(tmp_path / f"{name}.json")
 
     two, one, retried = saved("two"), saved("one"), saved("retried")
     assert [each["role"] for each in two] == ["system", *["user", "assistant"] * 2]
@@ -126,7 +139,7 @@ def test_commands_change_the_conversation(commands: Commands, speaking: Path) ->
     assert retried[2] != one[2]  # the next seed
     assert saved("none") == two[:1]
     assert [each["role"] for each in saved("three")] == ["user", "assistant"]
-    assert (commands.folder / "three.json").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "three.json").stat().st_mode & 0o077 == 0
     for sentence in (
         "There is nothing to take back.",
         "There is nothing to retry.",
@@ -144,44 +157,43 @@ def test_commands_change_the_conversation(commands: Commands, speaking: Path) ->
     assert "never asked" not in result.stdout + result.stderr
 
 
-def test_a_seed_repeats_a_conversation(commands: Commands, speaking: Path) -> None:
-    lines = script(commands, "one", "two")
-    first, second = (commands.run("chat", speaking, *SHORT, stdin=lines) for _ in range(2))
-    assert first.stdout == second.stdout != ""
+def test_a_seed_repeats_a_conversation(talk: Talk, speaking: Path) -> None:
+    first, second = (talk(speaking, "one", "two") for _ in range(2))
+    assert first.stdout == second.stdout
+    one, two = first.stdout.splitlines()
+    assert one != two
 
 
 def test_a_conversation_that_outgrows_the_context_loses_nothing(
-    commands: Commands, speaking: Path
+    talk: Talk, speaking: Path, tmp_path: Path
 ) -> None:
-    model = commands.folder / "model"
+    model = tmp_path / "model"
     shutil.copytree(speaking, model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
-    lines = script(
-        commands, "one", "many words " * 60, "/save one.json", "/reset", "two", "/save two.json"
+    result = talk(
+        model, "one", "many words " * 60, "/save one.json", "/reset", "two", "/save two.json"
     )
-    result = commands.run("chat", model, *SHORT, stdin=lines)
-    assert result.status == 0, result.stderr
     assert "the model's context is 100, the answer included: /reset begins anew" in result.stderr
     assert "error" not in result.stderr
-    assert [each["content"] for each in messages(commands.folder / "one.json")][::2] == ["one"]
-    assert [each["content"] for each in messages(commands.folder / "two.json")][::2] == ["two"]
+    assert [each["content"] for each in messages(tmp_path / "one.json")][::2] == ["one"]
+    assert [each["content"] for each in messages(tmp_path / "two.json")][::2] == ["two"]
 
 
-def test_a_line_that_is_not_unicode_is_passed_over(commands: Commands, speaking: Path) -> None:
-    path = commands.folder / "lines.txt"
-    path.write_bytes(b"caf\xe9\n/system caf\xe9\nHello\n/save talk.json\n")
-    result = commands.run("chat", speaking, *SHORT, stdin=path)
-    assert result.status == 0, result.stderr
+def test_a_line_that_is_not_unicode_is_passed_over(
+    talk: Talk, speaking: Path, tmp_path: Path
+) -> None:
+    result = talk(speaking, b"caf\xe9", b"/system caf\xe9", "Hello", "/save talk.json")
     assert result.stderr.count("This line is not valid UTF-8, and nothing was done with it.") == 2
-    assert len(messages(commands.folder / "talk.json")) == 2
+    assert len(messages(tmp_path / "talk.json")) == 2
 
 
 def test_a_worker_that_is_lost_ends_a_chat_that_nobody_watches(
     commands: Commands, speaking: Path
 ) -> None:
-    worker = commands.worker(speaking, commands.ipc())
-    mode = ["--privacy", "open", "--worker", commands.ipc(), "--max-tokens", "5", "--seed", "1"]
+    worker = commands.worker(speaking, "tcp://127.0.0.1:0")
+    endpoint = socket_endpoint(worker.stderr)
+    mode = ["--privacy", "open", "--worker", endpoint, "--max-tokens", "5", "--seed", "1"]
     with chatting(commands, speaking, *mode) as terminal:
         terminal.type("Hello")
         terminal.running.says("[cut off")
@@ -194,8 +206,8 @@ def test_a_worker_that_is_lost_ends_a_chat_that_nobody_watches(
     assert "Are you there?" not in result.stderr
 
 
-def test_no_message_or_answer_is_logged(commands: Commands, speaking: Path) -> None:
-    result = commands.run("chat", speaking, *SHORT, stdin=script(commands, "Cinnamon", "/stats"))
+def test_no_message_or_answer_is_logged(talk: Talk, speaking: Path) -> None:
+    result = talk(speaking, "Cinnamon", "/stats")
     assert "Cinnamon" not in result.stderr
     assert "prefill" in result.stderr
     assert result.stdout.strip() not in result.stderr
