@@ -158,8 +158,8 @@ def prompt_progress(wanted: bool = True) -> Iterator[Callable[[int, int], None] 
         if done >= total:
             bar.stop()
             return
-        bar.start()
         bar.update(task, completed=done, total=total, rate=done / (perf_counter() - began))
+        bar.start()
         bar.refresh()
 
     try:

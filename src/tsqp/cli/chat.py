@@ -51,7 +51,7 @@ def chat(
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
     top_k: TopK = 0,
-    top_p: TopP = 1.0,
+    top_p: TopP = 0.95,
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
