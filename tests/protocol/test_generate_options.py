@@ -170,3 +170,12 @@ def test_impossible_options_are_refused(
     result = main(*TINY, "--prompt-ids", ids, *options)
     assert (result.status, result.stdout) == (status, "")
     assert sentence in result.error
+
+
+@pytest.mark.parametrize("option", ["--logprobs", "--prompt-logprobs"])
+def test_log_probabilities_that_nobody_would_see_are_refused(
+    option: str, main: Main, ids: Path
+) -> None:
+    result = main(*TINY[:-1], "--prompt-ids", ids, option, 1)
+    assert (result.status, result.stdout) == (2, "")
+    assert "go with --json" in result.error

@@ -8,11 +8,17 @@ from transformers import LlamaForCausalLM
 
 from tsqp.errors import PromptError
 from tsqp.model.checkpoint import Checkpoint
+from tsqp.tee.engine import Engine
 from tsqp.tee.sampling import SamplingParams
 from tsqp.tee.tokenizer import Tokenizer
 
 Tiny = tuple[Checkpoint, LlamaForCausalLM]
 PROMPTS = [[5], [9, 3, 77], list(range(40))]
+
+
+@pytest.fixture(scope="module")
+def real(smollm: Checkpoint, tokenizer: Tokenizer) -> Engine:
+    return make_engine(smollm, tokenizer)[0]
 
 
 def sampled(seed: int, **options: int) -> SamplingParams:
@@ -40,15 +46,14 @@ def test_unseeded_answers_to_one_prompt_differ(tiny: Tiny) -> None:
     assert len({answer.token_ids for answer in engine.generate([[5]], params)}) == 3
 
 
-def test_text_comes_with_the_place_of_its_answer(smollm: Checkpoint, tokenizer: Tokenizer) -> None:
-    engine, _ = make_engine(smollm, tokenizer)
+def test_text_comes_with_the_place_of_its_answer(real: Engine, tokenizer: Tokenizer) -> None:
     pieces: dict[int, str] = {}
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The sea")]
 
     def collect(place: int, text: str) -> None:
         pieces[place] = pieces.get(place, "") + text
 
-    answers = engine.generate(prompts, sampled(1, n=2), collect)
+    answers = real.generate(prompts, sampled(1, n=2), collect)
     assert pieces == {place: answer.text for place, answer in enumerate(answers)}
     assert len(pieces) == 4
 
@@ -66,14 +71,13 @@ def test_a_stop_token_ends_the_answer_and_is_its_last_token(tiny: Tiny) -> None:
     assert offload.attention.reserved_bytes == 0
 
 
-def test_a_stop_token_gives_no_text(smollm: Checkpoint, tokenizer: Tokenizer) -> None:
-    engine, _ = make_engine(smollm, tokenizer)
+def test_a_stop_token_gives_no_text(real: Engine, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("The capital of France is")
-    [whole] = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=6))
+    [whole] = real.generate([prompt], SamplingParams(temperature=0, max_tokens=6))
     last = whole.token_ids[2]
     assert last not in whole.token_ids[:2]
     params = SamplingParams(temperature=0, max_tokens=6, stop_token_ids=(last,))
-    [answer] = engine.generate([prompt], params)
+    [answer] = real.generate([prompt], params)
     assert answer.token_ids == whole.token_ids[:3]
     assert answer.text == tokenizer.decode(whole.token_ids[:2]) != whole.text
 
@@ -135,15 +139,12 @@ def test_a_stopped_answer_keeps_what_it_has(tiny: Tiny) -> None:
     assert engine.generate(PROMPTS, sampled(1)) == whole
 
 
-def test_a_stopped_answer_releases_the_text_it_held(
-    smollm: Checkpoint, tokenizer: Tokenizer
-) -> None:
-    engine, _ = make_engine(smollm, tokenizer)
+def test_a_stopped_answer_releases_the_text_it_held(real: Engine, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("The capital of France is")
     params = SamplingParams(temperature=0, max_tokens=6, stop=" Paris, the city that never")
     pieces: list[str] = []
     asked = iter([False] * 2 + [True])
-    [answer] = engine.generate(
+    [answer] = real.generate(
         [prompt], params, lambda _, text: pieces.append(text), should_stop=lambda: next(asked)
     )
     assert answer.text == "".join(pieces) == tokenizer.decode(answer.token_ids) != ""

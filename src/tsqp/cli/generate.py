@@ -39,6 +39,7 @@ from tsqp.cli.flags import (
 )
 from tsqp.cli.prompts import read_prompts
 from tsqp.cli.session import open_llm, read_sampling
+from tsqp.errors import UsageError
 
 
 @app.command()
@@ -80,10 +81,10 @@ def generate(
     ] = False,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="With --json: how likely each token was, and so many others."),
+        typer.Option(help="With --json: how likely each token was, and N others.", metavar="N"),
     ] = None,
     prompt_logprobs: Annotated[
-        int | None, typer.Option(help="The same for the tokens of the prompt.")
+        int | None, typer.Option(help="The same for the tokens of the prompt.", metavar="N")
     ] = None,
     attention: Attention = "tee",
     field: Field = "wide",
@@ -101,6 +102,8 @@ def generate(
 ) -> None:
     """Complete prompts, or answer them with --chat."""
     params = read_sampling(context)
+    if not json_output and (logprobs is not None or prompt_logprobs is not None):
+        raise UsageError("--logprobs and --prompt-logprobs go with --json, which shows them.")
     given = read_prompts(prompt, prompt_ids, prompts, chat)
     from tsqp._printing import Printer, prompt_progress
 

@@ -37,7 +37,8 @@ class Sampler:
             ending_ids: tokens that end the answer, which are not drawn before `min_tokens`.
         """
         self._params = params
-        self._prompt_N = torch.tensor(sorted(set(prompt_ids)), dtype=torch.int64)
+        counted = () if params.repetition_penalty == 1 else set(prompt_ids)
+        self._prompt_N = torch.tensor(sorted(counted), dtype=torch.int64)
         self._ending_ids = ending_ids
         self._answer_ids: list[int] = []
         seed = os.urandom(32) if params.seed is None else str(params.seed).encode()
