@@ -20,16 +20,20 @@ class LocalWorker:
     """Starts `tsqp worker` and stops it again.
 
     The child reads its standard input and stops at its end, so it cannot outlive this process,
-    however this process ends. It listens in Linux's abstract namespace: no file is left behind.
+    however this process ends.
+
+    Attributes:
+        endpoint: where it listens; of a port that the system chooses, known once it is ready.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], listen: str | None = None) -> None:
         """Start a worker; it loads while this side does.
 
         Args:
             arguments: the model and options for `tsqp worker`, without --listen.
+            listen: None for a name in Linux's abstract namespace, which leaves no file behind.
         """
-        self.endpoint = f"ipc://@tsqp-{secrets.token_hex(16)}"
+        self.endpoint = listen or f"ipc://@tsqp-{secrets.token_hex(16)}"
         # -P: the current folder, which may be a downloaded model's, is not a place to import from.
         command = [sys.executable, "-P", "-m", "tsqp", "worker", *arguments]
         self._process = subprocess.Popen(
@@ -65,7 +69,9 @@ class LocalWorker:
         """
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.strip() == READY:
+            ready, _, endpoint = line.strip().partition(" ")
+            if ready == READY:
+                self.endpoint = endpoint
                 return
         self._process.wait()
         self._listener.join(STOP_S)

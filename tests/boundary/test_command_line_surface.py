@@ -23,6 +23,7 @@ COMMANDS = {
     """,
     "prepare": "--debug MODEL OUT",
     "keygen": "--debug FOLDER",
+    "doctor": "--debug --dtype --insecure --json --threads --worker --worker-key MODEL",
     "demo": "--debug --fetch --prompt",
     "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
     "bench": """
@@ -30,6 +31,8 @@ COMMANDS = {
         --sustained --threads MODEL
     """,
     "bench-kernels": "--debug --out",
+    "bench-transport": "--calls --debug --out",
+    "bench-scaling": "--debug --out --plot --prompt-tokens --rounds --threads --widths",
     "bench-accuracy": "--chunk --debug --max-tokens --out --text --threads MODEL",
 }
 

@@ -46,8 +46,8 @@ def int8_ops() -> float:
     return 2 * SIZE**3 / least_seconds(lambda: int8_product(a, b.t()))
 
 
-def copy_bytes_per_s() -> float:
-    """Bytes copied a second; each is read once and written once."""
-    source = torch.ones(STREAM_BYTES // 2, dtype=torch.uint8)
+def copy_bytes_per_s(nbytes: int = STREAM_BYTES // 2) -> float:
+    """Bytes copied a second, so many at a time; each is read once and written once."""
+    source = torch.ones(nbytes, dtype=torch.uint8)
     target = torch.ones_like(source)
     return source.nbytes / least_seconds(lambda: target.copy_(source))

@@ -13,8 +13,11 @@ from tsqp.bench.figures import Figure
 from tsqp.errors import UsageError
 
 
-def check_out(out: Path | None) -> None:
+def check_out(out: Path | None, option: str = "--out") -> None:
     """Refuse, before anything is measured, a file that could not be written.
+
+    Args:
+        option: which names it.
 
     Raises:
         UsageError: it exists, or its folder does not.
@@ -22,7 +25,7 @@ def check_out(out: Path | None) -> None:
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; name a new file, or remove it.")
     if out is not None and not out.parent.is_dir():
-        raise UsageError(f"There is no folder {out.parent} for --out; make it first.")
+        raise UsageError(f"There is no folder {out.parent} for {option}; make it first.")
 
 
 def print_result(

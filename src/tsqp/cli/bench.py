@@ -32,7 +32,7 @@ def bench(
     out: Out = None,
     debug: Debug = False,
 ) -> None:
-    """Time all modes in turn, on this machine's CPU. Also: bench kernels, bench accuracy."""
+    """Time all modes in turn. Also: bench kernels, accuracy, transport, and scaling."""
     from tsqp.bench import output
 
     output.check_out(out)
@@ -63,6 +63,48 @@ def bench_kernels(out: Out = None, debug: Debug = False) -> None:
 
     result = measure_kernels()
     output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-transport")
+def bench_transport(
+    calls: Annotated[int, typer.Option(min=100, help="Calls of one row, each way.")] = 2000,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Time every way in which a call can reach a worker on this machine."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.transports import measure_transports, notes, tables
+
+    result = measure_transports(calls)
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-scaling")
+def bench_scaling(
+    widths: Annotated[
+        str, typer.Option(help="Hidden sizes of the models, with commas between.")
+    ] = "256,512,1024,2048",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
+    threads: BenchThreads = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it, in this new SVG file.")] = None,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Time the TEE alone as models grow wider: with tee and with pad, and the slope of each."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    output.check_out(plot, "--plot")
+    from tsqp.bench.scaling import draw, measure_scaling, notes, parse_widths, tables
+
+    count = threads or os.cpu_count() or 1
+    result = measure_scaling(parse_widths(widths), prompt_tokens, rounds=rounds, threads=count)
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+    if plot is not None:
+        draw(result, plot)
 
 
 @app.command("bench-accuracy")

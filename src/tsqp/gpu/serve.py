@@ -32,7 +32,7 @@ from tsqp.wire.zmq import public_key_of
 log = logging.getLogger("tsqp")
 
 SERVE = ("all", "private", "open")
-READY = "ready"  # what a supervised worker says on standard output
+READY = "ready"  # what a supervised worker says on standard output, and where it listens
 
 
 def serve(
@@ -62,7 +62,7 @@ def serve(
         keyfile: holds the secret key of `tsqp keygen`; takes encrypted links alone.
         insecure: listen on an address that other machines can reach, without encryption.
         record: a new or empty folder for everything that arrives; see `tsqp.gpu.record`.
-        supervised: say "ready" on standard output, and stop at the end of standard input.
+        supervised: say "ready ADDRESS" on standard output, and stop at the end of standard input.
 
     Raises:
         UsageError: a listening address that is not allowed, no such device, or no key in the file.
@@ -91,7 +91,7 @@ def serve(
         worker = load()
         log.info("serving %s on %s at %s: %s", model, where, server.address, worker)
         if supervised:
-            print(READY, flush=True)
+            print(READY, server.address, flush=True)
         if recorder is not None:
             log.info("recording everything that arrives in %s", record)
         server.serve(worker, stop.is_set, None if recorder is None else recorder.of(worker))

@@ -1,0 +1,1 @@
+"""`tsqp doctor`: what is wrong, in ten seconds."""

@@ -1,0 +1,175 @@
+"""`tsqp bench scaling`: how the TEE's work for a token grows with the width d of a model.
+
+A token's linear layers are O(d²) operations. In `tee` the TEE does them; in `pad`, with pads made
+ahead, it does O(d) operations around each product. The slopes of log(time) over log(d) show it.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+
+from tsqp.bench.figures import Figure
+from tsqp.bench.machine import describe_machine
+from tsqp.bench.modes import MODES, Sample, Setting
+from tsqp.bench.output import new_table
+from tsqp.errors import UsageError
+from tsqp.model.config import from_hf, tensor_shapes
+
+LAYERS, HEAD_DIM, VOCABULARY = 2, 64, 512
+COMPARED = ("tee", "pad")
+NEW_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingResult:
+    """Processor seconds of the TEE for each token of a prompt.
+
+    Attributes:
+        cpu_s_per_token: by mode and width; of `pad` with pads made ahead, which "pads" is.
+        slopes: of the logarithm over the logarithm of the width, by least squares.
+    """
+
+    widths: list[int]
+    prompt_tokens: int
+    threads: int
+    rounds: int
+    cpu_s_per_token: dict[str, dict[int, Figure]]
+    slopes: dict[str, float]
+    machine: dict[str, str]
+
+    def as_json(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def parse_widths(text: str) -> list[int]:
+    """The widths of "256,512".
+
+    Raises:
+        UsageError: fewer than two, or one that is no multiple of a head.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) <= 2**14 for part in parts):
+        raise UsageError(f"--widths {text!r} is no list of sizes up to {2**14}; write 256,512.")
+    widths = sorted({int(part) for part in parts})
+    if len(widths) < 2 or any(width % HEAD_DIM for width in widths):
+        raise UsageError(f"--widths takes two multiples of {HEAD_DIM} or more, not {text!r}.")
+    return widths
+
+
+def measure_scaling(
+    widths: Sequence[int], prompt_tokens: int, *, rounds: int, threads: int
+) -> ScalingResult:
+    """Run a prompt through models of two layers, of each width, in each mode, in turn."""
+    found: dict[str, dict[int, Figure]] = {name: {} for name in (*COMPARED, "pads")}
+    for width in widths:
+        samples = _samples(width, prompt_tokens, rounds, threads)
+        for mode in COMPARED:
+            times = [sample[mode].prefill_cpu_s_per_token for sample in samples]
+            found[mode][width] = Figure.of(times)
+        found["pads"][width] = Figure.of([s["pad"].pads_cpu_s_per_token for s in samples])
+    return ScalingResult(
+        widths=list(widths),
+        prompt_tokens=prompt_tokens,
+        threads=threads,
+        rounds=rounds,
+        cpu_s_per_token=found,
+        slopes={name: slope(figures) for name, figures in found.items()},
+        machine=describe_machine(),
+    )
+
+
+def slope(figures: dict[int, Figure]) -> float:
+    """Of the logarithm of the medians over the logarithm of the widths, by least squares."""
+    logs = np.log([[width, figure.median] for width, figure in figures.items()])
+    return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
+
+
+def tables(result: ScalingResult) -> Iterator[Table]:
+    """A row for each width, and the slopes."""
+    table = new_table("TEE processor time for a token, µs", "d", "tee", "pad", "making its pads")
+    for width in result.widths:
+        cells = [figures[width] for figures in result.cpu_s_per_token.values()]
+        table.add_row(str(width), *map(_cell, cells))
+    table.add_row("slope", *(f"{slope:.2f}" for slope in result.slopes.values()))
+    yield table
+
+
+def notes(result: ScalingResult) -> Iterator[str]:
+    """What it means."""
+    yield (
+        f"{LAYERS} layers, {result.prompt_tokens} prompt tokens; medians of {result.rounds} rounds "
+        "with least and most. Slope: of log time over log d; work that grows as a product does has "
+        "2, as a vector does 1. Attention, norms and activation are in both modes alike."
+    )
+
+
+def draw(result: ScalingResult, path: Path) -> None:
+    """The same as a plot, in SVG."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for (name, figures), marker in zip(result.cpu_s_per_token.items(), "os^", strict=True):
+        medians = [1e6 * figures[width].median for width in result.widths]
+        label = f"{'making pads' if name == 'pads' else name}: slope {result.slopes[name]:.2f}"
+        axes.loglog(result.widths, medians, marker=marker, label=label)
+    axes.set_xticks(result.widths, [str(width) for width in result.widths])
+    axes.minorticks_off()
+    axes.set_xlabel("hidden size d")
+    axes.set_ylabel("TEE processor time for a token, µs")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="svg")
+    pyplot.close(figure)
+
+
+def _cell(figure: Figure) -> str:
+    return f"{1e6 * figure.median:.0f} ({1e6 * figure.least:.0f}–{1e6 * figure.most:.0f})"
+
+
+def _samples(width: int, prompt_tokens: int, rounds: int, threads: int) -> list[dict[str, Sample]]:
+    """What each mode took in each round that counts."""
+    with tempfile.TemporaryDirectory(prefix="tsqp-bench-") as folder, ExitStack() as stack:
+        _write_model(Path(folder), width, prompt_tokens + NEW_TOKENS)
+        setting = Setting(folder, "float32", "wide", prompt_tokens, NEW_TOKENS, threads)
+        runners = {mode: MODES[mode](setting) for mode in COMPARED}
+        for runner in runners.values():
+            stack.callback(runner.close)
+        prompt_ids = [n % VOCABULARY for n in range(prompt_tokens)]
+        return [
+            {mode: runner.run(prompt_ids, NEW_TOKENS) for mode, runner in runners.items()}
+            for _ in range(rounds + 1)
+        ][1:]
+
+
+def _write_model(folder: Path, width: int, positions: int) -> None:
+    """A checkpoint of this width, with random weights."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": width // HEAD_DIM,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": True,
+    }
+    generator = torch.Generator().manual_seed(width)
+    tensors = {
+        name: torch.ones(shape)
+        if len(shape) == 1
+        else 0.02 * torch.randn(shape, generator=generator)
+        for name, shape in tensor_shapes(from_hf(config, None)).items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").touch()

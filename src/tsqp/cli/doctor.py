@@ -1,0 +1,46 @@
+"""`tsqp doctor`."""
+
+import logging
+from typing import Annotated
+
+import typer
+
+from tsqp.cli.app import app
+from tsqp.cli.flags import Debug, Dtype, Insecure, JsonOutput, Threads
+from tsqp.errors import UsageError
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            envvar=["TSQP_MODEL", "LLAMA_MODEL_PATH"],
+            help="The model that --worker serves.",
+            show_default=False,
+        ),
+    ] = None,
+    worker: Annotated[
+        str | None, typer.Option(help="Examine this worker too; needs MODEL, to check products.")
+    ] = None,
+    worker_key: Annotated[
+        str | None, typer.Option(help="The worker's public key, or its file.")
+    ] = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    insecure: Insecure = False,
+    json_output: JsonOutput = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine, the ways to a worker, and a worker: what is wrong, and what to do."""
+    if worker is not None and model is None:
+        raise UsageError("--worker needs MODEL, the model that it serves, to check its products.")
+    from tsqp.bench.doctor.run import examine, print_checks
+    from tsqp.bench.doctor.session import Target
+
+    logging.getLogger("tsqp").setLevel(logging.WARNING)  # every check says its own
+    target = None
+    if worker is not None and model is not None:
+        target = Target(model, worker, worker_key, dtype, threads, insecure)
+    if not print_checks(examine(threads, target), json_output=json_output):
+        raise typer.Exit(1)

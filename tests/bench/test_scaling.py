@@ -1,0 +1,36 @@
+"""Slopes are those of the powers they come from, and a real run has figures for every width."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tsqp.bench.figures import Figure
+from tsqp.bench.scaling import draw, measure_scaling, parse_widths, slope
+from tsqp.errors import UsageError
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0, 2.5])
+def test_the_slope_of_a_power_is_its_exponent(power: float) -> None:
+    figures = {width: Figure.of([3e-6 * width**power]) for width in (256, 512, 2048)}
+    assert slope(figures) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("text", ["", "256", "256,256", "256,100", "256,x", "0,64", "256,1000000"])
+def test_widths_that_cannot_be_measured_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--widths"):
+        parse_widths(text)
+
+
+def test_widths_are_sorted() -> None:
+    assert parse_widths("512, 64") == [64, 512]
+
+
+@pytest.mark.slow
+def test_a_real_run_has_figures_for_every_width_and_a_plot(tmp_path: Path) -> None:
+    result = measure_scaling([64, 128], 32, rounds=1, threads=1)
+    assert result.cpu_s_per_token.keys() == {"tee", "pad", "pads"}
+    for figures in result.cpu_s_per_token.values():
+        assert all(figures[width].least > 0 for width in (64, 128))
+    draw(result, tmp_path / "plot.svg")
+    assert ElementTree.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")

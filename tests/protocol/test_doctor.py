@@ -1,0 +1,146 @@
+"""The doctor finds what is wrong, and only that; with real workers, real sockets, real mounts."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from liars import LyingWorker
+from lying_worker import Order
+from protocol_helpers import Commands, Main
+from test_without_shared_memory import MISSING, inside, may_mount, tmpfs
+
+from tsqp.bench.doctor import machine
+from tsqp.bench.doctor.checks import Check, run_check
+from tsqp.bench.doctor.session import Target, session_checks
+from tsqp.errors import RemoteError
+from tsqp.tee.crypto.freivalds import FailureLimit
+
+MODES = ("pad", "open")
+
+
+def failures(checks: list[Check]) -> dict[str, str]:
+    """What is wrong, by the name of the check."""
+    assert checks
+    return {check.name: check.found for check in checks if check.state == "bad"}
+
+
+def examine(worker: str, model: str = "random:tiny") -> list[Check]:
+    return list(session_checks(Target(model, worker, dtype="float32", threads=1)))
+
+
+@pytest.fixture(scope="module")
+def liar(shared_commands: Commands) -> Iterator[LyingWorker]:
+    liar = LyingWorker(shared_commands)
+    try:
+        liar.running.says("serving ")
+        yield liar
+        liar.close()
+    finally:
+        liar.running.stop()
+
+
+def test_a_machine_and_a_worker_that_are_well(commands: Commands, tiny_worker: str) -> None:
+    result = commands.run(
+        "doctor", "random:tiny", "--worker", tiny_worker, "--threads", 1, "--json"
+    )
+    assert result.status == 0, result.stderr
+    assert result.json["well"]
+    names = [check["name"] for check in result.json["checks"] if check["state"] == "ok"]
+    assert {"processor", "shared memory", "TEE", "int8 products", "tcp alone"} <= set(names)
+    assert {f"{mode}: {step}" for mode in MODES for step in ("handshake", "product")} <= set(names)
+    assert "open: embedding" in names
+    assert result.stderr.count("✓") == len(names)
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
+@pytest.mark.parametrize(
+    ("setup", "found"),
+    [(MISSING, "There is no /dev/shm"), (tmpfs("4m"), "/dev/shm has 4 MiB free")],
+    ids=["missing", "tiny"],
+)
+def test_shared_memory_that_is_missing_or_tiny(setup: str, found: str, commands: Commands) -> None:
+    result = commands.run("doctor", "--json", "--threads", 1, before=inside(setup))
+    assert result.status == 1
+    wrong = {c["name"]: c["found"] for c in result.json["checks"] if c["state"] == "bad"}
+    assert wrong["shared memory"].startswith(found)
+    assert "✗" in result.stderr
+
+
+def test_a_worker_that_is_down(commands: Commands) -> None:
+    [(name, found)] = failures(examine(commands.ipc())).items()
+    assert name == "reach the worker"
+    assert f"ipc://{commands.folder}" in found
+
+
+def test_a_worker_with_another_model(tiny_worker: str) -> None:
+    found = failures(examine(tiny_worker, "random:tiny:7"))
+    assert list(found) == [f"{mode}: handshake" for mode in MODES]
+    assert all("other weights" in each for each in found.values())
+
+
+def test_a_worker_whose_tensors_go_through_the_socket(commands: Commands) -> None:
+    worker = commands.worker("random:tiny", "tcp://127.0.0.1:0", "--no-shm")
+    found = failures(examine(worker.stderr.split(" at ")[1].split(": ")[0]))
+    assert list(found) == [f"{mode}: transport" for mode in MODES]
+    assert all("go through the socket" in each for each in found.values())
+
+
+def test_a_worker_that_serves_one_mode(commands: Commands) -> None:
+    endpoint = commands.ipc()
+    commands.worker("random:tiny", endpoint, "--serve", "private")
+    checks = examine(endpoint)
+    assert failures(checks) == {}
+    assert [check.name for check in checks if check.state == "skipped"] == ["open: handshake"]
+
+
+def test_a_lying_worker(liar: LyingWorker, limit: FailureLimit) -> None:
+    liar.order(Order("one bit flipped"))
+    found = failures(examine(liar.endpoint))
+    assert "returned a wrong product for group qkv of layer 0" in found["pad: product"]
+
+
+def test_what_a_failing_worker_says_of_itself_is_shown(liar: LyingWorker) -> None:
+    liar.order(Order("fails"))
+    [check] = [each for each in examine(liar.endpoint) if each.name == "pad: product"]
+    assert check.state == "bad"
+    assert "RuntimeError: this worker has better things to do" in check.traceback
+
+
+def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    [check] = [
+        run_check(name, check)
+        for name, check in machine.machine_checks(threads=10_000)
+        if name == "threads"
+    ]
+    assert check.state == "bad"
+    assert f"share {machine.cores()} cores" in check.found
+
+
+def test_threads_that_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    check = run_check("threads", lambda: machine.threads_fit(1))
+    assert "OMP_WAIT_POLICY is active" in check.found
+
+
+def test_a_check_that_breaks_shows_why() -> None:
+    check = run_check("odd", lambda: str(1 // 0))
+    assert check.state == "bad"
+    assert "ZeroDivisionError" in check.traceback
+
+
+def test_a_remote_failure_shows_the_remote_traceback() -> None:
+    def fail() -> str:
+        raise RemoteError("The worker failed: no.", "their traceback")
+
+    assert run_check("remote", fail).traceback == "their traceback"
+
+
+def test_a_worker_without_its_model_is_wrong_usage(main: Main) -> None:
+    result = main("doctor", "--worker", "ipc:///nowhere", env={"TSQP_MODEL": ""})
+    assert result.status == 2
+    assert "needs MODEL" in result.error
+
+
+def test_cores_are_those_that_this_process_may_use() -> None:
+    assert 1 <= machine.cores() <= (os.cpu_count() or 1)
