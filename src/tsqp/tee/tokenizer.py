@@ -13,6 +13,7 @@ from tsqp.model import demo
 
 CONTEXT_TOKENS = 6  # tokens of the prompt that the first ones of an answer are decoded after
 MAX_WAITING = 32  # tokens without text after which no more is waited for: no character is as long
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 
 
@@ -162,7 +163,9 @@ def _read(path: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(
             str(path.parent), gguf_file=path.name, local_files_only=True
         )
-    if not path.is_dir():  # transformers would take the name for one on its hub
+    # Without a folder transformers would take the name for one on its hub, and without files in it
+    # makes an empty tokenizer of some families.
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(path)
     from transformers import AutoTokenizer
 
