@@ -38,14 +38,26 @@ MAX_PAD_MEMORY = 2 * 2**30  # unless a user wants more
 
 
 class Builder:
-    """Builds the offload of one model; reads from the checkpoint what the trusted side needs."""
+    """Builds the offload of one model; reads from the checkpoint what the trusted side needs.
 
-    def __init__(self, options: Options, model: str, checkpoint: Checkpoint, dtype: torch.dtype):
+    Args:
+        norms: holds the model's norms, if they were read already.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        model: str,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        norms: WeightsDigest | None = None,
+    ) -> None:
         self._options = options
         self._model = model
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._dtype = dtype
+        self._norms = WeightsDigest() if norms is None else norms
 
     def build(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
         """The offload; and the pool of pads, where there is one.
@@ -63,9 +75,8 @@ class Builder:
         return LocalOffload(self._checkpoint, self._dtype), None
 
     def _open(self, worker: WorkerProcess) -> Offload:
-        biases = WeightsDigest()
-        biases_F = self._biases_F(biases)  # read once: what is used is what is hashed
-        digest = weights_digest(self._checkpoint, self._dtype, digest=biases)
+        biases_F = self._biases_F(self._norms)  # read once: what is used is what is hashed
+        digest = weights_digest(self._checkpoint, self._dtype, digest=self._norms)
         channel = self._connect(worker, digest, self._dtype.itemsize)
         return OpenOffload(channel, self._config, self._dtype, biases_F, self._options.timeout)
 

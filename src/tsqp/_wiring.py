@@ -14,6 +14,7 @@ from tsqp._options import check_options
 from tsqp._sessions import WorkerProcess
 from tsqp.errors import PromptError
 from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.digest import WeightsDigest
 from tsqp.model.weights import parse_dtype
 from tsqp.tee.crypto.pads import PadPool, PadStats
 from tsqp.tee.decoder import Decoder
@@ -284,9 +285,10 @@ class LLM:
                 self._workers.append(process)
             if self._workers:
                 self._tokenizer.preload()  # takes seconds, as a local worker does meanwhile
-            builder = Builder(options, model, checkpoint, self.dtype)
+            norms = WeightsDigest()  # read once: what is used is what is hashed
+            decoder = Decoder(checkpoint, self.dtype, norms)
+            builder = Builder(options, model, checkpoint, self.dtype, norms)
             self._offload, self._pads = builder.build(self._workers)
-            decoder = Decoder(checkpoint, self.dtype)
         finally:
             checkpoint.close()
         self._engine = Engine(

@@ -16,9 +16,10 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from tsqp.errors import CheckpointError, ModelError, UnsupportedModel
 from tsqp.model import demo
 from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.config import Llama3Scaling, from_hf
 from tsqp.model.files import BinaryFile
 from tsqp.model.gguf_reader import read_header
+from tsqp.model.hf_config import from_hf
+from tsqp.model.rope import Llama3Scaling, Rope
 
 
 def assert_equal_tensors(path: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -69,10 +70,18 @@ def test_encodings_are_undone_exactly(
     assert checkpoint.config.dtype == dtype
 
 
+def rope(path: Path) -> Rope:
+    """That of all layers."""
+    (found,) = {layer.rope for layer in open_checkpoint(str(path)).config.layers}
+    assert found is not None
+    return found
+
+
 def test_llama3_scaling_is_recovered_from_the_factors(write_gguf: WriteGGUF) -> None:
     model = make_model(rope_parameters=dict(LLAMA3_ROPE), head_dim=64)
     path = write_gguf(model, tensors={"rope_freqs.weight": rope_freqs(model.config)})
-    assert open_checkpoint(str(path)).config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    scaling = Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    assert rope(path) == Rope(LLAMA3_ROPE["rope_theta"], scaling)
 
 
 def test_rotary_factors_of_another_scaling_are_refused(model: Any, write_gguf: WriteGGUF) -> None:
@@ -84,13 +93,14 @@ def test_rotary_factors_of_another_scaling_are_refused(model: Any, write_gguf: W
 
 def test_rotary_factors_of_one_change_nothing(model: Any, write_gguf: WriteGGUF) -> None:
     path = write_gguf(model, tensors={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
-    assert open_checkpoint(str(path)).config.rope_scaling is None
+    assert rope(path).scaling is None
 
 
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("llama.rope.scaling.type", "yarn", "yarn"),
+        ("llama.rope.scaling.type", "longrope", "longrope"),
+        ("llama.rope.scaling.attn_factor", 2.0, "attn_factor"),
         ("llama.expert_count", 8, "expert_count"),
         ("llama.rope.scale_linear", 2.0, "scale_linear"),
     ],
@@ -103,8 +113,8 @@ def test_options_that_are_not_implemented_are_named(
 
 
 def test_another_architecture_is_named(model: Any, write_gguf: WriteGGUF) -> None:
-    with pytest.raises(UnsupportedModel, match=r"'qwen3'.*supports llama"):
-        open_checkpoint(str(write_gguf(model, architecture="qwen3")))
+    with pytest.raises(UnsupportedModel, match=r"'gpt2'.*supports llama"):
+        open_checkpoint(str(write_gguf(model, architecture="gpt2")))
 
 
 def test_a_tensor_without_a_place_is_refused(model: Any, write_gguf: WriteGGUF) -> None:
@@ -220,4 +230,4 @@ def test_the_demo_model_equals_what_transformers_dequantises(demo_file: Path) ->
     theirs = load_gguf_checkpoint(demo_file, return_tensors=True, model_to_load=model)
     assert len(theirs["tensors"]) == 272
     assert_equal_tensors(demo_file, theirs["tensors"])
-    assert open_checkpoint("demo").config.rope_theta == theirs["config"]["rope_theta"]
+    assert rope(demo_file).theta == theirs["config"]["rope_theta"]

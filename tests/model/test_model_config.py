@@ -9,7 +9,9 @@ from model_helpers import LLAMA3_ROPE
 from transformers import LlamaConfig
 
 from tsqp.errors import CheckpointError, ModelError, UnsupportedModel
-from tsqp.model.config import LAYER_GROUPS, Llama3Scaling, from_hf, parts, tensor_shapes
+from tsqp.model.config import LAYER_GROUPS, Layer, ModelConfig, parts, tensor_shapes
+from tsqp.model.hf_config import from_hf
+from tsqp.model.rope import Llama3Scaling, Rope
 
 LLAMA_32_1B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,10 +58,17 @@ LLAMA_1_7B: dict[str, Any] = {
 }
 
 
+def rope_of(config: ModelConfig) -> Rope:
+    """That of all layers."""
+    (rope,) = {layer.rope for layer in config.layers}
+    assert rope is not None
+    return rope
+
+
 def test_the_old_spelling_is_understood() -> None:
     config = from_hf(LLAMA_32_1B, None)
-    assert config.rope_theta == 500_000.0
-    assert config.rope_scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
+    rope = Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))
+    assert config.layers == (Layer(None, rope),) * 16
     assert config.dtype == "bfloat16"
     assert config.eos_token_ids == (128001, 128008, 128009)
     assert config.tie_word_embeddings
@@ -75,7 +84,7 @@ def test_both_spellings_mean_the_same() -> None:
 def test_what_transformers_writes_is_understood() -> None:
     theirs = LlamaConfig(rope_parameters=dict(LLAMA3_ROPE), dtype="float16", head_dim=96)
     ours = from_hf(theirs.to_dict(), None)
-    assert ours.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    assert rope_of(ours).scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
     assert ours.head_dim == 96
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.dtype == "float16"
@@ -84,7 +93,7 @@ def test_what_transformers_writes_is_understood() -> None:
 def test_llama_1_has_as_many_kv_heads_as_heads_and_splits_the_hidden_size() -> None:
     config = from_hf(LLAMA_1_7B, None)
     assert (config.num_kv_heads, config.head_dim) == (32, 128)
-    assert (config.rope_theta, config.rope_scaling) == (10_000.0, None)
+    assert rope_of(config) == Rope(10_000.0)
     assert config.eos_token_ids == (1,)
 
 
@@ -160,11 +169,15 @@ def test_heads_must_split_the_hidden_size_where_no_head_dim_is_given() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma3"}, "'gemma3'.*llama"),
+        (
+            {"model_type": "mamba"},
+            "'mamba'.*llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "Sequence.*LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "'gelu'.*silu"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'.*llama3"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'.*linear.*yarn, llama3"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"torch_dtype": "int8"}, "'int8'.*bfloat16"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
     ],

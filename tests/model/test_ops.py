@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tsqp.model import ops
-from tsqp.model.config import Llama3Scaling
+from tsqp.model.rope import Llama3Scaling, Rope, frequencies
 
 GENERATOR_SEED = 3
 
@@ -52,7 +52,7 @@ def test_rope_frequencies_equal_those_of_transformers(
     head_dim: int, theta: float, scaling: Llama3Scaling | None
 ) -> None:
     expected = rotary(head_dim, theta, scaling).inv_freq
-    assert torch.equal(ops.rope_frequencies(head_dim, theta, scaling), expected)
+    assert torch.equal(frequencies(Rope(theta, scaling), head_dim), expected)
 
 
 @pytest.mark.parametrize(("head_dim", "theta", "scaling"), ROPES)
@@ -63,16 +63,15 @@ def test_rope_rotates_like_transformers(
     x_TNK = randn(4, 3, head_dim)
     cos, sin = rotary(head_dim, theta, scaling)(x_TNK, positions[None])
     expected, _ = apply_rotary_pos_emb(x_TNK[None], x_TNK[None], cos, sin, unsqueeze_dim=2)
-    tables = ops.rope_tables(
-        positions, ops.rope_frequencies(head_dim, theta, scaling), torch.float32
-    )
+    frequency = frequencies(Rope(theta, scaling), head_dim)
+    tables = ops.rope_tables(positions, frequency, torch.float32)
     torch.testing.assert_close(ops.rope(x_TNK, *tables), expected[0], atol=1e-6, rtol=1e-6)
 
 
 def test_rope_leaves_its_input_alone() -> None:
     x_TNK = randn(2, 3, 8)
     before = x_TNK.clone()
-    frequency = ops.rope_frequencies(8, 1e4, None)
+    frequency = frequencies(Rope(1e4), 8)
     ops.rope(x_TNK, *ops.rope_tables(torch.tensor([1, 2]), frequency, torch.float32))
     assert torch.equal(x_TNK, before)
 
@@ -93,7 +92,14 @@ def test_silu_mul_gates_the_second_half_with_the_first() -> None:
     assert torch.equal(x, before)
 
 
-def plain_attention(q_THK: Tensor, k_JSK: Tensor, v_JSK: Tensor) -> Tensor:
+def plain_attention(
+    q_THK: Tensor,
+    k_JSK: Tensor,
+    v_JSK: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Row by row, in float64."""
     q, k, v = q_THK.double(), k_JSK.double(), v_JSK.double()
     (rows, heads, features), (kv_heads, length, _) = q.shape, k.shape
@@ -102,8 +108,11 @@ def plain_attention(q_THK: Tensor, k_JSK: Tensor, v_JSK: Tensor) -> Tensor:
         seen = length - rows + row + 1
         for head in range(heads):
             j = head // (heads // kv_heads)
-            weights = (k[j, :seen] @ q[row, head] / features**0.5).softmax(0)
-            y[row, head] = weights @ v[j, :seen]
+            first = max(0, seen - (window or seen))
+            scores = k[j, first:seen] @ q[row, head] * (scale or features**-0.5)
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
+            y[row, head] = scores.softmax(0) @ v[j, first:seen]
     return y.flatten(1)
 
 
@@ -134,3 +143,62 @@ def test_attention_over_several_blocks_is_causal() -> None:
     torch.testing.assert_close(
         torch.cat(blocks).double(), plain_attention(q, k, k), atol=1e-5, rtol=0
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    past=st.integers(0, 30),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    scale=st.sampled_from([None, 0.1, 1.0]),
+    window=st.sampled_from([None, 1, 2, 7, 40, 1000]),
+    softcap=st.sampled_from([None, 0.5, 20.0]),
+)
+def test_attention_has_the_scale_window_and_cap_that_it_is_given(
+    rows: int,
+    past: int,
+    kv_heads: int,
+    group: int,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    q = randn(rows, kv_heads * group, 8)
+    k, v = 2 * randn(2, kv_heads, past + rows, 8)
+    y = torch.cat(ops.attention(q, k, v, **options))
+    expected = plain_attention(q, k, v, **options)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [3, 100, ops.ATTENTION_BLOCK + 1])
+@pytest.mark.parametrize("softcap", [None, 1.0])
+def test_a_window_moves_over_several_blocks(window: int, softcap: float | None) -> None:
+    rows, past = 2 * ops.ATTENTION_BLOCK + 1, 5
+    q, k = randn(rows, 2, 4), randn(1, past + rows, 4)
+    y = torch.cat(ops.attention(q, k, k, window=window, softcap=softcap))
+    expected = plain_attention(q, k, k, window=window, softcap=softcap)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_one_token_reads_no_more_keys_than_its_window() -> None:
+    q, k, v = randn(1, 4, 8), randn(2, 40, 8), randn(2, 40, 8)
+    k[:, :33], v[:, :33] = torch.nan, torch.nan
+    [y] = ops.attention(q, k, v, window=7)
+    assert y.isfinite().all()
+
+
+def test_gelu_tanh_mul_gates_the_second_half_with_the_first() -> None:
+    x = 3 * randn(5, 14)
+    gate, up = x.double().chunk(2, -1)
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    expected = gate / 2 * (1 + inner.tanh()) * up
+    torch.testing.assert_close(ops.gelu_tanh_mul(x).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_norm_with_a_float32_weight_is_rounded_once() -> None:
+    x, weight = randn(7, 33).bfloat16(), 1 + randn(33) / 100
+    found = ops.rms_norm(x, weight, 1e-6)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, ops.rms_norm(x.float(), weight, 1e-6).bfloat16())

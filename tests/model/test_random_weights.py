@@ -1,16 +1,19 @@
 """Random weights are the same everywhere, and look like weights."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM
 
+from tsqp.bench.hf_model import hf_config
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import tensor_shapes
 from tsqp.model.digest import weights_digest
+from tsqp.model.hf_config import from_hf
 from tsqp.model.random_weights import GEOMETRIES
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -18,7 +21,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 def test_the_weights_of_a_name_never_change() -> None:
     found = weights_digest(open_checkpoint("random:tiny"), torch.float32)
-    assert found == "13fd6635f339851b991abca14e9910b1047803eea1c83dcab320d77ae27fa05c"
+    assert found == "77cdd997676d695ba89d5788a67e2854d660716d2827c929c7d9400cb2046543"
 
 
 def test_the_values_are_what_the_docstring_says() -> None:
@@ -76,6 +79,9 @@ def test_a_geometry_has_the_parameters_its_name_claims(name: str) -> None:
         "llama-3.2-1b": 1_235_814_400,
         "llama-3.2-3b": 3_212_749_824,
         "llama-3.1-8b": 8_030_261_248,
+        "qwen2.5-0.5b": 494_032_768,
+        "qwen3-0.6b": 596_049_920,
+        "gemma-3-270m": 268_098_176,
     }
     shapes = tensor_shapes(GEOMETRIES[name]).values()
     assert sum(int(np.prod(shape)) for shape in shapes) == claimed[name]
@@ -83,13 +89,17 @@ def test_a_geometry_has_the_parameters_its_name_claims(name: str) -> None:
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_geometry_is_one_that_transformers_accepts(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config(GEOMETRIES[name]))
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours = tensor_shapes(GEOMETRIES[name])
+    assert ours | {"lm_head.weight": theirs["lm_head.weight"]} == theirs
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_geometry_is_what_the_config_of_transformers_says(name: str) -> None:
     ours = GEOMETRIES[name]
-    theirs = LlamaConfig(
-        hidden_size=ours.hidden_size,
-        num_attention_heads=ours.num_heads,
-        num_key_value_heads=ours.num_kv_heads,
-    )
-    assert theirs.head_dim == ours.head_dim
+    assert from_hf(hf_config(ours).to_dict(), None) == replace(ours, dtype="float32")
 
 
 def test_an_unknown_geometry_is_named_with_the_choices() -> None:

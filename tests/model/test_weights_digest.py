@@ -9,9 +9,9 @@ from gguf import GGMLQuantizationType
 from model_helpers import WriteGGUF
 
 from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.config import LAYER_GROUPS
+from tsqp.model.config import LAYER_GROUPS, norm_shapes
 from tsqp.model.digest import WeightsDigest, weights_digest
-from tsqp.model.weights import read_embedding, read_linear
+from tsqp.model.weights import read_embedding, read_linear, read_norm
 
 TENSOR = torch.arange(12.0).view(3, 4)
 
@@ -92,6 +92,8 @@ def test_fused_loading_gives_the_same_digest(name: str, tied_model: Any, tmp_pat
     for layer in range(checkpoint.config.num_layers):
         for group in LAYER_GROUPS:
             read_linear(checkpoint, layer, group, torch.bfloat16, digest)
+    for name in norm_shapes(checkpoint.config):
+        read_norm(checkpoint, name, torch.bfloat16, digest)
     read_embedding(checkpoint, torch.bfloat16, digest)
     assert digest.hexdigest() == weights_digest(checkpoint, torch.bfloat16)
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tsqp.bench.hf_model import hf_config
 from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import ModelConfig, tensor_shapes
+from tsqp.model.config import tensor_shapes
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine import Engine
 from tsqp.tee.lanes import run_lanes
@@ -47,23 +48,8 @@ def write_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
 
 def reference_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
     """transformers' model of any checkpoint of ours."""
-    config = checkpoint.config
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_positions,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_word_embeddings,
-            attn_implementation="sdpa",
-        )
-    )
-    shapes = tensor_shapes(config)
+    model = LlamaForCausalLM(hf_config(checkpoint.config, attn_implementation="sdpa"))
+    shapes = tensor_shapes(checkpoint.config)
     model.load_state_dict({n: checkpoint.read(n, s) for n, s in shapes.items()}, strict=False)
     model.tie_weights()
     return model.to(dtype).eval()
@@ -93,29 +79,3 @@ def make_engine(
     offload = LocalOffload(checkpoint, dtype)
     decoder = Decoder(checkpoint, dtype)
     return Engine(decoder, offload, checkpoint.config, tokenizer, **options), offload
-
-
-def config_of(**changes: object) -> ModelConfig:
-    """A ModelConfig for parts that look at no weights."""
-    values: dict[str, object] = {
-        "model_type": "llama",
-        "vocab_size": 101,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_layers": 2,
-        "num_heads": 6,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "max_positions": 64,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
-        "rope_scaling": None,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-        "bos_token_id": None,
-        "eos_token_ids": (),
-        "dtype": "float32",
-    }
-    return ModelConfig(**(values | changes))  # type: ignore[arg-type]

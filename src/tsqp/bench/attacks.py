@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from tsqp.bench.chance import poisson_tail, projection_tail
 from tsqp.bench.finding import Finding
+from tsqp.model import ops
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.weights import check_memory, read_embedding, read_norm
+from tsqp.model.config import layer_norms
+from tsqp.model.weights import check_memory, norm_weight, read_embedding, read_norm
 
 BLOCK_ROWS = 256
 MAX_NOISE = 4096
@@ -38,9 +40,10 @@ class Vocabulary:
         config = checkpoint.config
         check_memory(16 * config.vocab_size * config.hidden_size, "The audit's embedding tables")
         table_VD = read_embedding(checkpoint, torch.float32)
-        name = "model.layers.0.input_layernorm.weight"
-        norm_D = read_norm(checkpoint, name, torch.float32)
-        return cls(F.rms_norm(table_VD, norm_D.shape, norm_D, config.rms_norm_eps))
+        name = layer_norms(config, 0)["attention"]
+        norm_D = norm_weight(config, read_norm(checkpoint, name, torch.float32))
+        rows_VD = table_VD.mul_(config.embedding_multiplier)
+        return cls(ops.rms_norm(rows_VD, norm_D, config.rms_norm_eps))
 
     def sorted(self) -> "Vocabulary":
         """The same tokens with the values of each row in order, which no permutation changes."""

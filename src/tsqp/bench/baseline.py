@@ -5,22 +5,26 @@ from typing import Any
 
 import torch
 
+from tsqp.bench.hf_model import hf_config
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import ModelConfig, tensor_shapes
+from tsqp.model.config import tensor_shapes
 
 
 class Transformers:
     """The model in transformers, with SDPA attention, on this machine's CPU."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = _hf_config(checkpoint.config)
+        config = hf_config(checkpoint.config)
         with torch.device("meta"):
-            self._model: Any = LlamaForCausalLM(config).to(dtype)
+            self._model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
         self._model.to_empty(device="cpu").eval()
         # Buffers are not in a checkpoint, and a model made on "meta" has none of its numbers.
         self._model.model.rotary_emb = type(self._model.model.rotary_emb)(config)
+        for module in self._model.modules():
+            if hasattr(module, "scalar_embed_scale"):
+                module.embed_scale.fill_(module.scalar_embed_scale)
         shapes = tensor_shapes(checkpoint.config)
         state = {name: checkpoint.read(name, shape).to(dtype) for name, shape in shapes.items()}
         loaded = self._model.load_state_dict(state, strict=False, assign=True)
@@ -39,33 +43,3 @@ class Transformers:
         for _ in range(tokens):
             token, past = self._out.logits[:, -1:].argmax(-1), self._out.past_key_values
             self._out = self._model(token, past_key_values=past, use_cache=True)
-
-
-def _hf_config(config: ModelConfig) -> Any:
-    from transformers import LlamaConfig
-
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if (scaling := config.rope_scaling) is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    return LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_positions,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=config.tie_word_embeddings,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        attn_implementation="sdpa",
-    )

@@ -21,7 +21,8 @@ from tsqp.bench.machine import describe_machine
 from tsqp.bench.modes import MODES, Sample, Setting
 from tsqp.bench.output import new_table
 from tsqp.errors import UsageError
-from tsqp.model.config import from_hf, tensor_shapes
+from tsqp.model.config import tensor_shapes
+from tsqp.model.hf_config import from_hf
 
 LAYERS, HEAD_DIM, VOCABULARY = 2, 64, 512
 COMPARED = ("tee", "pad")

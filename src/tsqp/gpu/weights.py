@@ -9,7 +9,7 @@ from torch import Tensor
 from tsqp.errors import OutOfMemory
 from tsqp.model import integer_cache
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import LAYER_GROUPS, ModelConfig
+from tsqp.model.config import LAYER_GROUPS, ModelConfig, norm_shapes
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.prepared import PreparedFile
 from tsqp.model.quantize import IntegerWeights, Progress, integer_bytes
@@ -20,6 +20,7 @@ from tsqp.model.weights import (
     linear_bytes,
     read_embedding,
     read_linear,
+    read_norm,
 )
 
 
@@ -30,7 +31,7 @@ class Weights:
     Attributes:
         linear_FD: weight by (layer, group); layer -1 is the output projection.
         embedding_VD: the embedding table, which a tied output projection shares.
-        digest: of everything here, as both sides compute it.
+        digest: of every tensor of the model, as both sides compute it.
     """
 
     config: ModelConfig
@@ -49,7 +50,7 @@ def load_weights(
 ) -> Weights:
     """Stream a checkpoint onto `device`, one group of layers at a time.
 
-    Biases go into the digest and are dropped: the TEE adds them.
+    Biases and norms go into the digest and are dropped: the TEE applies them.
 
     Args:
         progress: called with the layers done and their total.
@@ -75,6 +76,8 @@ def load_weights(
     else:
         head = read_linear(checkpoint, -1, "lm_head", dtype, digest)
         linear[-1, "lm_head"] = _place(head.weight_FD, device)
+    for name in norm_shapes(config):
+        read_norm(checkpoint, name, dtype, digest)
     return Weights(config, dtype, device, linear, embedding, digest.hexdigest())
 
 

@@ -34,6 +34,7 @@ class CachedAttention:
     """Appends keys and values to the cache of their sequences, and attends causally."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._config = config
         self._cache = KvCache(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
 
     @property
@@ -58,7 +59,14 @@ class CachedAttention:
             k_JSK, v_JSK = self._cache.append(
                 segment.sequence, layer, segment.start, k_TJK[rows], v_TJK[rows]
             )
-            blocks += ops.attention(q_THK[rows], k_JSK, v_JSK)
+            blocks += ops.attention(
+                q_THK[rows],
+                k_JSK,
+                v_JSK,
+                scale=self._config.attention_scale,
+                window=self._config.layers[layer].window,
+                softcap=self._config.attention_softcap,
+            )
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def alloc(self, sequence: int, capacity: int) -> None:

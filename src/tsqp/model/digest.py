@@ -1,6 +1,7 @@
 """A digest of what a worker may hold, the same for every file format of the same numbers.
 
-It covers linear weights, biases and the embedding, but no norms: those never leave the TEE.
+It covers every tensor of the model, norms as they are stored: a worker that runs whole layers
+holds them all.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import linear_shapes
+from tsqp.model.config import tensor_shapes
 from tsqp.model.files import bytes_of
 
 
@@ -50,7 +51,7 @@ def weights_digest(
     *,
     digest: WeightsDigest | None = None,
 ) -> str:
-    """The digest of all linear weights, biases and the embedding, converted to `dtype`.
+    """The digest of all tensors of a model, converted to `dtype`.
 
     Holds one tensor a thread at a time.
 
@@ -68,6 +69,6 @@ def weights_digest(
             digest.update(name, checkpoint.read(name, shape).to(dtype).contiguous())
 
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(add, linear_shapes(checkpoint.config).items()):
+        for _ in pool.map(add, tensor_shapes(checkpoint.config).items()):
             pass
     return digest.hexdigest()

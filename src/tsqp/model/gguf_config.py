@@ -3,20 +3,32 @@
 The metadata is spelled as a Hugging Face config and checked as one, so there is one set of rules.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.config import ModelConfig, from_hf
+from tsqp.model.config import ModelConfig
+from tsqp.model.families import FULL, SLIDING
 from tsqp.model.files import check_shape
 from tsqp.model.gguf_reader import GGUFHeader
-from tsqp.model.gguf_rope import llama3_scaling
+from tsqp.model.gguf_rope import with_scaling
+from tsqp.model.hf_config import from_hf
+from tsqp.model.json_fields import show
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 ROPE_FREQS = "rope_freqs.weight"
+
+# GGUF architecture: Hugging Face model type.
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+}
 
 # Hugging Face key: GGUF key without the architecture's prefix.
 _REQUIRED = {
@@ -31,78 +43,117 @@ _OPTIONAL = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "rope_theta": "rope.freq_base",
+    "rope_local_base_freq": "rope.freq_base_swa",
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
+# The largest of each, by their layers, scale attention by hidden_size / heads, and no file says so.
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+
 
 def read_config(header: GGUFHeader, rope_freqs: Tensor | None) -> ModelConfig:
-    """Check the metadata of a file of the "llama" architecture.
+    """Check the metadata of a file.
 
     Args:
         rope_freqs: the tensor "rope_freqs.weight", float32, if the file has one.
 
     Raises:
-        UnsupportedModel: another architecture, or an option that is not implemented.
+        UnsupportedModel: an architecture or an option that is not implemented.
         CheckpointError: a key is missing, has the wrong type, or lies out of bounds.
     """
-    metadata = header.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+    architecture = header.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"The GGUF file has the architecture {str(architecture)[:40]!a}, and TSQP supports"
-            " llama."
+            f"The GGUF file has the architecture {show(architecture)}, and TSQP supports"
+            f" {', '.join(ARCHITECTURES)}."
         )
     if EMBEDDING not in header.tensors:
         raise CheckpointError(f"The GGUF file lacks tensor {EMBEDDING}.")
+    start = f"{architecture}."
+    own = {
+        key.removeprefix(start): value
+        for key, value in header.metadata.items()
+        if key.startswith(start)
+    }
     for key in _REQUIRED.values():
-        if f"llama.{key}" not in metadata:
-            raise CheckpointError(f"The GGUF file has no llama.{key}.")
-    spelled = {hf: metadata.get(f"llama.{key}") for hf, key in (_REQUIRED | _OPTIONAL).items()}
-    embedding = header.tensors[EMBEDDING]
-    config = from_hf(
-        spelled
-        | {
-            "model_type": "llama",
-            "vocab_size": embedding.shape[0],
-            "tie_word_embeddings": HEAD not in header.tensors,
-            "attention_bias": _has_bias(header, ".attn_"),
-            "mlp_bias": _has_bias(header, ".ffn_"),
-            "rope_scaling": _rope_scaling(metadata),
-            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": [metadata.get(f"tokenizer.ggml.{key}") for key in _END_TOKENS],
-            "dtype": {"F16": "float16", "BF16": "bfloat16"}.get(embedding.encoding.name, "float32"),
-        },
-        None,
-    )
-    _check_options(metadata, config)
+        if key not in own:
+            raise CheckpointError(f"The GGUF file has no {start}{key}.")
+    config = from_hf(_spelled(architecture, own) | _of_file(header), None)
+    _check_options(start, own, config)
     if rope_freqs is None:
         return config
     check_shape("the GGUF file", ROPE_FREQS, tuple(rope_freqs.shape), (config.head_dim // 2,))
-    scaling = llama3_scaling(rope_freqs, config.rope_theta, config.head_dim)
-    return replace(config, rope_scaling=scaling)
+    return with_scaling(config, rope_freqs)
+
+
+def _spelled(architecture: str, own: dict[str, Any]) -> dict[str, Any]:
+    """The architecture's own metadata as Hugging Face spells it; what is absent has defaults."""
+    found = {hf: own.get(key) for hf, key in (_REQUIRED | _OPTIONAL).items()}
+    spelled = {key: value for key, value in found.items() if value is not None}
+    spelled |= {"model_type": ARCHITECTURES[architecture], "rope_scaling": _rope_scaling(own)}
+    if architecture == "phi3" and not spelled.get("sliding_window"):
+        spelled["sliding_window"] = None
+    pattern = own.get("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        spelled["layer_types"] = [SLIDING if slides else FULL for slides in pattern]
+    elif pattern is not None:
+        spelled["sliding_window_pattern"] = pattern
+    if spelled["num_hidden_layers"] == _GEMMA_27B.get(architecture):
+        heads = spelled["num_attention_heads"]
+        if isinstance(heads, int) and heads > 0:
+            spelled["query_pre_attn_scalar"] = spelled["hidden_size"] / heads
+    return spelled
+
+
+def _of_file(header: GGUFHeader) -> dict[str, Any]:
+    """What the tensors and the tokenizer say, as Hugging Face spells it."""
+    embedding = header.tensors[EMBEDDING]
+    tokenizer = {
+        key: header.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", *_END_TOKENS)
+    }
+    return {
+        "vocab_size": embedding.shape[0],
+        "tie_word_embeddings": HEAD not in header.tensors,
+        "attention_bias": _has_bias(header, ".attn_"),
+        "mlp_bias": _has_bias(header, ".ffn_"),
+        "bos_token_id": tokenizer.pop("bos_token_id"),
+        "eos_token_id": list(tokenizer.values()),
+        "dtype": {"F16": "float16", "BF16": "bfloat16"}.get(embedding.encoding.name, "float32"),
+    }
 
 
 def _has_bias(header: GGUFHeader, kind: str) -> bool:
     return any(kind in name and name.endswith(".bias") for name in header.tensors)
 
 
-def _rope_scaling(metadata: dict[str, Any]) -> dict[str, Any] | None:
-    kind = metadata.get("llama.rope.scaling.type")
-    return None if kind in (None, "none") else {"rope_type": kind}
+def _rope_scaling(own: dict[str, Any]) -> dict[str, Any] | None:
+    kind = own.get("rope.scaling.type")
+    if kind in (None, "none"):
+        return None
+    return {
+        "rope_type": kind,
+        "factor": own.get("rope.scaling.factor"),
+        "original_max_position_embeddings": own.get("rope.scaling.original_context_length"),
+    }
 
 
-def _check_options(metadata: dict[str, Any], config: ModelConfig) -> None:
+def _check_options(start: str, own: dict[str, Any], config: ModelConfig) -> None:
     """Refuse what would silently compute something else."""
     only: dict[str, object] = {
         "attention.value_length": config.head_dim,
         "rope.dimension_count": config.head_dim,
         "rope.scale_linear": 1,
+        "rope.scaling.attn_factor": 1,
+        "rope.scaling.yarn_log_multiplier": 0,
         "expert_count": 0,
     }
     for key, supported in only.items():
-        found = metadata.get(f"llama.{key}", supported)
+        found = own.get(key, supported)
         if found != supported:
             raise UnsupportedModel(
-                f"The GGUF file has llama.{key} {str(found)[:40]}, and TSQP supports"
+                f"The GGUF file has {start}{key} {str(found)[:40]}, and TSQP supports"
                 f" {supported} here."
             )

@@ -1,4 +1,4 @@
-"""GGUF files of the "llama" architecture, dequantised exactly to float32."""
+"""GGUF files, dequantised exactly to float32, and what their converter did undone."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.config import ModelConfig, tensor_shapes
+from tsqp.model.config import ModelConfig, norm_shapes, tensor_shapes
 from tsqp.model.files import BinaryFile, check_shape
-from tsqp.model.gguf_config import ROPE_FREQS, read_config
+from tsqp.model.gguf_config import ARCHITECTURES, ROPE_FREQS, read_config
 from tsqp.model.gguf_reader import GGUFHeader, StoredTensor, read_header
 
 
@@ -27,6 +27,7 @@ class GGUFCheckpoint:
                 header, None if rope_freqs is None else self._load(rope_freqs)
             )
             self._where = _by_hf_name(header, self.config)
+            self._norms = norm_shapes(self.config)
         except BaseException:
             self.close()
             raise
@@ -40,6 +41,10 @@ class GGUFCheckpoint:
             raise CheckpointError(f"{self.name} lacks tensor {name}.")
         check_shape(self.name, name, stored.shape, shape)
         values = self._load(stored)
+        if name in self._norms:
+            return values - self.config.norm_offset
+        if self.config.model_type != "llama":
+            return values
         if ".q_proj." in name:
             return _unpermute(values, self.config.num_heads)
         if ".k_proj." in name:
@@ -61,7 +66,10 @@ def _by_hf_name(header: GGUFHeader, config: ModelConfig) -> dict[str, StoredTens
 
     A tensor without a place in the model is refused: leaving it out would compute another model.
     """
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    model_types = {hf: architecture for architecture, hf in ARCHITECTURES.items()}
+    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture = architectures[model_types[config.model_type]]
+    names = gguf.get_tensor_name_map(architecture, config.num_layers)
     to_hf = {
         names.get_name(name, try_suffixes=(".weight", ".bias")): name
         for name in tensor_shapes(config)
@@ -70,8 +78,8 @@ def _by_hf_name(header: GGUFHeader, config: ModelConfig) -> dict[str, StoredTens
     for name in header.tensors:
         if name not in to_hf:
             raise UnsupportedModel(
-                f"The GGUF file holds tensor {name[:200]!a}, which the Llama architecture does not"
-                " have."
+                f"The GGUF file holds tensor {name[:200]!a}, which {config.model_type} models do"
+                " not have, as far as TSQP knows."
             )
     return {to_hf[name]: tensor for name, tensor in header.tensors.items()}
 

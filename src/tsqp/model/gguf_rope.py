@@ -1,16 +1,34 @@
 """The parameters of llama3 rotary scaling from the factors that GGUF files hold instead."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tsqp.errors import UnsupportedModel
-from tsqp.model.config import Llama3Scaling
+from tsqp.model.config import Layer, ModelConfig
+from tsqp.model.rope import Llama3Scaling
 
 # Only original_max_positions / low_freq_factor and / high_freq_factor enter the factors, so they
 # cannot be told apart; these are the values of every released Llama 3 model.
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR, ORIGINAL_MAX_POSITIONS = 1.0, 4.0, 8192
+
+
+def with_scaling(config: ModelConfig, factors: Tensor) -> ModelConfig:
+    """The config with the llama3 scaling that `factors`, [head_dim / 2], stand for.
+
+    Raises:
+        UnsupportedModel: no llama3 scaling gives these factors.
+    """
+
+    def scaled(layer: Layer) -> Layer:
+        if layer.rope is None:
+            return layer
+        scaling = llama3_scaling(factors, layer.rope.theta, config.head_dim)
+        return replace(layer, rope=replace(layer.rope, scaling=scaling))
+
+    return replace(config, layers=tuple(scaled(layer) for layer in config.layers))
 
 
 def llama3_scaling(factors: Tensor, rope_theta: float, head_dim: int) -> Llama3Scaling | None:

@@ -28,8 +28,12 @@ def number(config: Json, key: str, low: float, high: float, default: float | Non
     return float(value)
 
 
-def boolean(config: Json, key: str) -> bool:
-    value = _value(config, key, False)
+def optional_number(config: Json, key: str, low: float, high: float) -> float | None:
+    return None if config.get(key) is None else number(config, key, low, high)
+
+
+def boolean(config: Json, key: str, default: bool = False) -> bool:
+    value = _value(config, key, default)
     if not isinstance(value, bool):
         raise wrong_type(key, "true or false", value)
     return value

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tsqp.model.config import Llama3Scaling
-
 ATTENTION_BLOCK = 256  # query rows that attend at once; larger wastes work above the diagonal
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight, rounded once to x's dtype."""
-    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, rounded once to x's dtype.
+
+    A weight of another dtype than x is applied in its own.
+    """
+    return F.rms_norm(x_TD.to(weight_D.dtype), weight_D.shape, weight_D, eps).to(x_TD.dtype)
 
 
 def silu_mul(gate_up_TF: Tensor) -> Tensor:
@@ -26,32 +27,34 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
     return F.silu(gate_TI).mul_(up_TI)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> Tensor:
-    """Radians per position of each rotated pair, float32 [K/2].
+def gelu_tanh_mul(gate_up_TF: Tensor) -> Tensor:
+    """gelu(gate) · up, with the tanh approximation of gelu; the halves as in `silu_mul`."""
+    gate_TI, up_TI = gate_up_TF.chunk(2, dim=-1)
+    return F.gelu(gate_TI, approximate="tanh").mul_(up_TI)
 
-    With `scaling`, Llama 3.1's: long waves are slowed by `factor`, short ones kept, and those in
-    between interpolated. The order of operations is that of transformers, to the last bit.
-    """
-    exponents_h = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequency_h = 1.0 / theta**exponents_h
-    if scaling is None:
-        return frequency_h
-    original = scaling.original_max_positions
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    wavelength_h = 2 * math.pi / frequency_h
-    slowed_h = frequency_h / scaling.factor
-    smooth_h = (original / wavelength_h - low) / (high - low)
-    between_h = (1 - smooth_h) * frequency_h / scaling.factor + smooth_h * frequency_h
-    scaled_h = torch.where(wavelength_h < original / high, frequency_h, between_h)
-    return torch.where(wavelength_h > original / low, slowed_h, scaled_h)
+
+GATED = {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul}
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap), which lies between -cap and cap."""
+    return (x / cap).tanh_().mul_(cap)
 
 
 def rope_tables(
-    positions_T: Tensor, frequency_h: Tensor, dtype: torch.dtype
+    positions_T: Tensor,
+    frequency_h: Tensor,
+    dtype: torch.dtype,
+    attention_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """cos [T, 1, 1, h] and (-sin, sin) [T, 1, 2, h] of each position, for `rope`."""
+    """cos [T, 1, 1, h] and (-sin, sin) [T, 1, 2, h] of each position, for `rope`.
+
+    Args:
+        frequency_h: or [T, h], where tokens have frequencies of their own.
+    """
     angle_Th = positions_T[:, None].float() * frequency_h
-    cos_Th, sin_Th = angle_Th.cos().to(dtype), angle_Th.sin().to(dtype)
+    cos_Th = (angle_Th.cos() * attention_factor).to(dtype)
+    sin_Th = (angle_Th.sin() * attention_factor).to(dtype)
     return cos_Th[:, None, None], torch.stack((-sin_Th, sin_Th), dim=1)[:, None]
 
 
@@ -61,39 +64,91 @@ def rope(x_TNK: Tensor, cos_T11h: Tensor, sin_T12h: Tensor) -> Tensor:
     return torch.addcmul(x_TN2h * cos_T11h, x_TN2h.flip(-2), sin_T12h).flatten(-2)
 
 
-def attention(q_THK: Tensor, k_JSK: Tensor, v_JSK: Tensor) -> list[Tensor]:
+def attention(
+    q_THK: Tensor,
+    k_JSK: Tensor,
+    v_JSK: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> list[Tensor]:
     """Causal softmax attention of one sequence's last T tokens over all its S tokens.
 
     Query head h reads key/value head h // (H/J). The rows come in fixed blocks, counted from the
     first, so that their numbers depend on nothing but this sequence.
 
+    Args:
+        scale: of q·k; 1/√K if None.
+        window: how many tokens, itself included, each token attends to; None for all before it.
+        softcap: bound of the scores, see `soft_cap`.
+
     Returns:
         the rows of y_TD, D = H·K, as blocks to be concatenated.
     """
-    rows, length = q_THK.shape[0], k_JSK.shape[1]
+    past = k_JSK.shape[1] - q_THK.shape[0]
+    blocks = []
+    for first in range(0, q_THK.shape[0], ATTENTION_BLOCK):
+        end = min(first + ATTENTION_BLOCK, q_THK.shape[0])
+        oldest = 0 if window is None else max(0, past + first + 1 - window)
+        seen = slice(oldest, past + end)
+        blocks.append(
+            _attend(q_THK[first:end], k_JSK[:, seen], v_JSK[:, seen], scale, window, softcap)
+        )
+    return blocks
+
+
+def _attend(
+    q_BHK: Tensor,
+    k_JSK: Tensor,
+    v_JSK: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One block: its rows are the last of the S tokens, which none attends to before its window."""
+    rows, length = q_BHK.shape[0], k_JSK.shape[1]
+    mask_BS = None if rows == 1 else _mask(q_BHK, length, window)
+    if softcap is not None:
+        return _attend_capped(q_BHK, k_JSK, v_JSK, scale, mask_BS, softcap)
     if rows == 1:
         # The query heads of a group become the rows of their one key/value head: no mask, and
         # each key is read once.
-        q_1JGK = q_THK.view(1, k_JSK.shape[0], -1, q_THK.shape[2])
-        y_1JGK = F.scaled_dot_product_attention(q_1JGK, k_JSK[None], v_JSK[None])
-        return [y_1JGK.reshape(1, -1)]
-    past = length - rows
-    return [
-        _attend_block(q_THK[first:end], k_JSK[:, : past + end], v_JSK[:, : past + end])
-        for first in range(0, rows, ATTENTION_BLOCK)
-        for end in [min(first + ATTENTION_BLOCK, rows)]
-    ]
-
-
-def _attend_block(q_BHK: Tensor, k_JSK: Tensor, v_JSK: Tensor) -> Tensor:
-    rows, length = q_BHK.shape[0], k_JSK.shape[1]
-    # SDPA's own causal mask is aligned to the first key; this one to the last.
-    mask_BS = q_BHK.new_full((rows, length), -math.inf).triu_(length - rows + 1)
+        q_1JGK = q_BHK.view(1, k_JSK.shape[0], -1, q_BHK.shape[2])
+        y_1JGK = F.scaled_dot_product_attention(q_1JGK, k_JSK[None], v_JSK[None], scale=scale)
+        return y_1JGK.reshape(1, -1)
     y_1HBK = F.scaled_dot_product_attention(
         q_BHK.transpose(0, 1)[None],
         k_JSK[None],
         v_JSK[None],
         attn_mask=mask_BS,
+        scale=scale,
         enable_gqa=q_BHK.shape[1] != k_JSK.shape[0],
     )
     return y_1HBK[0].transpose(0, 1).reshape(rows, -1)
+
+
+def _mask(q_BHK: Tensor, length: int, window: int | None) -> Tensor:
+    """0 where a row attends, -inf elsewhere, [B, S]; SDPA's own is aligned to the first key."""
+    rows = q_BHK.shape[0]
+    hidden_BS = q_BHK.new_full((rows, length), -math.inf)
+    mask_BS = hidden_BS.triu(length - rows + 1)
+    return mask_BS if window is None else mask_BS + hidden_BS.tril_(length - rows - window)
+
+
+def _attend_capped(
+    q_BHK: Tensor,
+    k_JSK: Tensor,
+    v_JSK: Tensor,
+    scale: float | None,
+    mask_BS: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    (rows, heads, features), kv_heads = q_BHK.shape, k_JSK.shape[0]
+    scale = features**-0.5 if scale is None else scale
+    q_JGBK = q_BHK.view(rows, kv_heads, heads // kv_heads, features).permute(1, 2, 0, 3)
+    scores_JGBS = soft_cap(q_JGBK @ k_JSK[:, None].transpose(2, 3) * scale, softcap)
+    if mask_BS is not None:
+        scores_JGBS += mask_BS
+    weights_JGBS = scores_JGBS.softmax(-1, dtype=torch.float32).to(q_BHK.dtype)
+    return (weights_JGBS @ v_JSK[:, None]).permute(2, 0, 1, 3).reshape(rows, -1)

@@ -7,14 +7,16 @@ its own Philox stream, so both sides generate only what they need, in any order.
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.config import Llama3Scaling, ModelConfig, tensor_shapes
+from tsqp.model.config import Layer, ModelConfig, tensor_shapes
 from tsqp.model.files import check_shape
+from tsqp.model.rope import Llama3Scaling, Rope
 
 # Values are (u - 32767.5) · _STEP with u uniform in 0..65535: symmetric, standard deviation 0.02.
 _STEP = np.float32(0.02 * math.sqrt(12 / (2**32 - 1)))
@@ -35,27 +37,30 @@ def _geometry(
     tied: bool,
     dtype: str,
     scaling: Llama3Scaling | None = None,
+    model_type: str = "llama",
+    eps: float = 1e-5,
+    local: Layer | None = None,
+    **family: Any,
 ) -> ModelConfig:
+    """`local` are five layers of six; `family` are further fields of `ModelConfig`."""
+    everywhere = Layer(None, Rope(theta, scaling))
     return ModelConfig(
-        model_type="llama",
+        model_type=model_type,
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_layers=layers,
+        layers=tuple(local if local and (n + 1) % 6 else everywhere for n in range(layers)),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_positions=max_positions,
-        rms_norm_eps=1e-5,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rms_norm_eps=eps,
         tie_word_embeddings=tied,
-        attention_bias=False,
-        mlp_bias=False,
-        hidden_act="silu",
+        attention_scale=head_dim**-0.5,
         bos_token_id=None,
         eos_token_ids=(),
         dtype=dtype,
+        **family,
     )
 
 
@@ -86,6 +91,22 @@ GEOMETRIES = {
         vocab=128_256, hidden=4096, intermediate=14_336, layers=32, heads=32, kv_heads=8,
         head_dim=128, max_positions=131_072, theta=500_000.0, tied=False, dtype="bfloat16",
         scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
+    ),
+    "qwen2.5-0.5b": _geometry(
+        vocab=151_936, hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2,
+        head_dim=64, max_positions=32_768, theta=1_000_000.0, tied=True, dtype="bfloat16",
+        model_type="qwen2", eps=1e-6, biases=frozenset({"qkv"}),
+    ),
+    "qwen3-0.6b": _geometry(
+        vocab=151_936, hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8,
+        head_dim=128, max_positions=40_960, theta=1_000_000.0, tied=True, dtype="bfloat16",
+        model_type="qwen3", eps=1e-6, qk_norm=True,
+    ),
+    "gemma-3-270m": _geometry(
+        vocab=262_144, hidden=640, intermediate=2048, layers=18, heads=4, kv_heads=1,
+        head_dim=256, max_positions=32_768, theta=1_000_000.0, tied=True, dtype="bfloat16",
+        model_type="gemma3_text", eps=1e-6, local=Layer(512, Rope(10_000.0)), qk_norm=True,
+        post_norms=True, norm_offset=1.0, hidden_act="gelu_tanh", embedding_multiplier=640**0.5,
     ),
 }  # fmt: skip
 
@@ -126,14 +147,14 @@ class RandomCheckpoint:
         return f"random:{self.geometry}:{self.seed}"
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """float32: linear weights and the embedding near 0, norms near 1."""
+        """float32: weights and biases near 0, what norms multiply by near 1."""
         expected = tensor_shapes(self.config).get(name)
         if expected is None:
             raise CheckpointError(f"{self.name} has no tensor {name}.")
         check_shape(self.name, name, expected, shape)
         values = _uniform(f"{self.geometry}/{self.seed}/{name}", math.prod(shape))
-        if len(shape) == 1:
-            values += np.float32(1)
+        if name.endswith("norm.weight"):
+            values += np.float32(1 - self.config.norm_offset)
         return torch.from_numpy(values).view(shape)
 
     def close(self) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.config import from_hf
 from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json, read_json
+from tsqp.model.hf_config import from_hf, plain_name
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -128,13 +128,14 @@ class SafetensorsCheckpoint:
         self.config = from_hf(read_json(config_path), generation)
         self._files: dict[str, SafetensorsFile] = {}
         try:
-            self._where = self._locate(directory)
+            where = self._locate(directory)
+            self._where = {plain_name(name): (file, name) for name, file in where.items()}
         except BaseException:
             self.close()
             raise
 
     def _locate(self, directory: Path) -> dict[str, SafetensorsFile]:
-        """Which file holds each tensor."""
+        """Which file holds each tensor, by the name it has there."""
         single = directory / "model.safetensors"
         if single.is_file():
             file = self._open(single)
@@ -158,10 +159,10 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See `checkpoint.Checkpoint`."""
-        file = self._where.get(name)
-        if file is None:
+        if name not in self._where:
             raise CheckpointError(f"{self.name} lacks tensor {name}.")
-        return file.read(name, shape)
+        file, stored_name = self._where[name]
+        return file.read(stored_name, shape)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsqp.errors import ModelError, OutOfMemory
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import LAYER_GROUPS, ModelConfig, Part, parts
+from tsqp.model.config import LAYER_GROUPS, ModelConfig, Part, norm_shapes, parts
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.memory import available_bytes
 
@@ -108,13 +108,18 @@ def read_embedding(
     return table
 
 
-def read_norm(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    """A norm's scale, [hidden_size].
+def read_norm(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, digest: WeightsDigest | None = None
+) -> Tensor:
+    """A norm's weight as it is stored, added to `digest`; `name` is one of `norm_shapes`."""
+    weight = torch.empty(norm_shapes(checkpoint.config)[name], dtype=dtype)
+    _read_into(weight, checkpoint, name, digest)
+    return weight
 
-    `name` is the whole tensor name: "model.norm.weight", or "model.layers.0." followed by
-    "input_layernorm.weight" or "post_attention_layernorm.weight".
-    """
-    return checkpoint.read(name, (checkpoint.config.hidden_size,)).to(dtype)
+
+def norm_weight(config: ModelConfig, stored: Tensor) -> Tensor:
+    """What `ops.rms_norm` multiplies with; float32 where the family adds to what is stored."""
+    return stored if config.norm_offset == 0 else stored.float() + config.norm_offset
 
 
 def _read_into(
