@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from tsqp import LLM
+from tsqp.bench.baseline import Transformers
 from tsqp.bench.hf_model import hf_config
 from tsqp.errors import CheckpointError, ModelError, TokenizerError, UnsupportedModel
 from tsqp.model.checkpoint import open_checkpoint
@@ -396,3 +397,15 @@ def test_a_mutated_config_raises_nothing_but_model_errors(
         assert len(str(error)) < 400
     else:
         assert config.num_layers == len(config.layers) > 0
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "granite"])
+def test_the_baseline_of_benchmarks_runs_the_same_model(name: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path, name)
+    checkpoint = open_checkpoint(str(tmp_path))
+    baseline = Transformers(checkpoint, torch.float32)
+    ids = random_ids(40)
+    baseline.prefill(ids)
+    expected = reference_logits(model, ids)[-1]
+    torch.testing.assert_close(baseline._out.logits[0, -1], expected, atol=1e-4, rtol=0)
+    checkpoint.close()
