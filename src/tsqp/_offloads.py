@@ -6,6 +6,7 @@ import torch
 
 from tsqp._options import Options
 from tsqp._sessions import WorkerProcess
+from tsqp.gpu.worker import ATTENTION_ABILITY
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, Key, linear_groups
 from tsqp.model.digest import WeightsDigest, weights_digest
@@ -27,6 +28,7 @@ from tsqp.tee.offload.fixed_point import FixedPointLinear
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import MaskedGroup, PrivateOffload
 from tsqp.tee.offload.open import OpenOffload
+from tsqp.tee.offload.open_attention import MAX_SCORES, OpenAttentionOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.channel import Channel
@@ -77,8 +79,11 @@ class Builder:
     def _open(self, worker: WorkerProcess) -> Offload:
         biases_F = self._biases_F(self._norms)  # read once: what is used is what is hashed
         digest = weights_digest(self._checkpoint, self._dtype, digest=self._norms)
-        channel = self._connect(worker, digest, self._dtype.itemsize)
-        return OpenOffload(channel, self._config, self._dtype, biases_F, self._options.timeout)
+        options, config, dtype = self._options, self._config, self._dtype
+        abilities = (ATTENTION_ABILITY,) if options.gpu_attention else ()
+        channel = self._connect(worker, digest, dtype.itemsize, abilities)
+        offload = OpenAttentionOffload if options.gpu_attention else OpenOffload
+        return offload(channel, config, dtype, biases_F, options.timeout)
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
         options, field = self._options, self._options.field
@@ -130,16 +135,22 @@ class Builder:
         check_memory(wanted, "The stock of pads")
         return wanted
 
-    def _connect(self, worker: WorkerProcess, digest: str, itemsize: int) -> Channel:
+    def _connect(
+        self, worker: WorkerProcess, digest: str, itemsize: int, abilities: Sequence[str] = ()
+    ) -> Channel:
         reason = self._options.no_shm_reason
         shm_bytes = 0 if reason else self._segment_bytes(itemsize)
-        return worker.connect(self._checkpoint, digest, shm_bytes, reason)
+        return worker.connect(self._checkpoint, digest, shm_bytes, reason, abilities)
 
     def _segment_bytes(self, itemsize: int) -> int:
         """Shared memory for the calls of one step."""
         rows = self._options.prefill_chunk
         widths = {key: sum(group_shape(self._config, *key)) for key in linear_groups(self._config)}
         head = widths.pop((-1, "lm_head"))
-        widest = itemsize * max(rows * max(widths.values()), min(rows, HEAD_ROWS) * head)
+        numbers = [rows * max(widths.values()), min(rows, HEAD_ROWS) * head]
+        if self._options.gpu_attention:
+            scores = self._config.num_heads * rows * self._config.max_positions
+            numbers.append(min(MAX_SCORES, scores))
+        widest = itemsize * max(numbers)
         # Room for an answer in use and for the next call, twice over for a second lane.
         return min(max(4 * widest, MIN_SHM), MAX_SHM)

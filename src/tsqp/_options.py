@@ -9,6 +9,8 @@ from tsqp.algebra.params import FIELDS, Field
 from tsqp.errors import UsageError
 
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
+ATTENTION_SIDES = ("tee", "gpu")
+FUSIONS = ("none", "layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,8 @@ class Options:
 
     Attributes:
         links: to the workers; none for `tee`.
+        gpu_attention: the worker of `open` keeps keys and values, and computes Q·Kᵀ and P·V.
+        fuse_layers: the worker of `open` runs whole layers.
         field: of the private modes and of fixed point.
         fixed_point: compute in `tee` what the private modes compute.
         pad_memory: bytes for pads, or None for a share of what is free.
@@ -30,6 +34,8 @@ class Options:
 
     privacy: str
     links: tuple[Link, ...]
+    gpu_attention: bool
+    fuse_layers: bool
     field: Field
     fixed_point: bool
     pad_memory: int | None
@@ -60,7 +66,8 @@ def check_options(
     privacy: str,
     worker: str | Sequence[str] | None,
     worker_key: str | Sequence[str] | None,
-    attention: str,
+    attention: str | None,
+    fuse: str,
     field: str,
     fixed_point: bool,
     pad_memory: int | None,
@@ -75,8 +82,7 @@ def check_options(
     """The options, or UsageError with the one that is wrong."""
     if privacy not in PRIVACY_MODES:
         raise UsageError(f"There is no privacy mode {privacy!r}; choose {_or(PRIVACY_MODES)}.")
-    if attention != "tee":
-        raise UsageError(f"There is no attention mode {attention!r}; choose tee.")
+    _check_split(privacy, attention, fuse)
     if field not in FIELDS:
         raise UsageError(f"There is no field {field!r}; choose {_or(tuple(FIELDS))}.")
     if fixed_point and privacy != "tee":
@@ -101,6 +107,8 @@ def check_options(
             insecure=insecure,
             insecure_same_host=insecure_same_host,
         ),
+        gpu_attention=attention == "gpu",
+        fuse_layers=fuse == "layer",
         field=FIELDS[field],
         fixed_point=fixed_point,
         pad_memory=pad_memory,
@@ -111,6 +119,31 @@ def check_options(
         insecure_same_host=insecure_same_host,
         lanes=lanes,
     )
+
+
+def _check_split(privacy: str, attention: str | None, fuse: str) -> None:
+    if attention is not None and attention not in ATTENTION_SIDES:
+        raise UsageError(
+            f"There is no attention mode {attention!r}; choose {_or(ATTENTION_SIDES)}."
+        )
+    if fuse not in FUSIONS:
+        raise UsageError(f"There is no fusion {fuse!r}; choose {_or(FUSIONS)}.")
+    if fuse == "layer" and attention == "tee":
+        raise UsageError(
+            "--fuse layer runs attention on the worker too, and --attention tee keeps it here; "
+            "leave one of them out."
+        )
+    wanted = "--fuse layer" if fuse == "layer" else "--attention gpu"
+    if privacy == "open" or (fuse == "none" and attention != "gpu"):
+        return
+    if privacy == "tee":
+        raise UsageError(f"{wanted} needs a worker, and --privacy tee has none; leave it out.")
+    why = (
+        "whole layers need plain activations, which this mode hides from the worker"
+        if fuse == "layer"
+        else "a product of two secrets cannot be masked by pads, which are made for known weights"
+    )
+    raise UsageError(f"{wanted} goes with --privacy open alone, not with {privacy}: {why}.")
 
 
 def _several(given: str | Sequence[str] | None) -> Sequence[str]:

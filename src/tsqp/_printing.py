@@ -25,7 +25,22 @@ from tsqp.tee.sampling import Completion
 from tsqp.tee.stats import KINDS
 
 # What the wire calls the kinds of operations that a worker may do.
-OPERATIONS = {"embedding": ("embed",), "linear": ("linear", "product", "seed_product")}
+OPERATIONS = {
+    "embedding": ("embed",),
+    "linear": ("linear", "product", "seed_product"),
+    "attention": ("attention_scores", "weighted_values"),
+}
+PLACED = {
+    "embedding": "embedding",
+    "linear": "linear layers",
+    "qk_product": "Q·Kᵀ",
+    "softmax": "softmax",
+    "pv_product": "P·V",
+    "rms_norm": "RMSNorm",
+    "rotary": "rotary embedding",
+    "activation": "SiLU or GeLU",
+    "sampling": "sampling",
+}
 
 _stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -71,6 +86,7 @@ def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
         "transport": llm.transport,
         "transport_reason": llm.transport_reason,
         "timings": llm.stats.timings(),
+        "placement": asdict(llm.placement),
         "operations": llm.stats.as_dict()["operations"],
         "pads": None if llm.pads is None else asdict(llm.pads),
         "rpc": {
@@ -117,6 +133,8 @@ def print_statistics(llm: LLM) -> None:
         table.add_column(name, justify="left" if name in ("operation", "side") else "right")
     for kind in KINDS:
         timer = stats.time(kind)
+        if not timer.calls:
+            continue
         done = [name for name in OPERATIONS.get(kind, ()) if name in rpc.calls]
         side = "worker" if done else "TEE"
         table.add_row(kind, side, f"{timer.calls:,}", f"{timer.seconds:.3f}")
@@ -125,6 +143,7 @@ def print_statistics(llm: LLM) -> None:
             table.add_row("  of it computing", side, "", f"{computing:.3f}")
     table.add_row("waiting for the worker", "", "", f"{stats.wait_s:.3f}")
     _stderr.print(table)
+    _stderr.print(_placement_table(llm))
     if (pads := llm.pads) is not None:
         say(
             f"pads: {pads.ahead_rows:,} rows made ahead, {pads.inline_rows:,} in line "
@@ -166,6 +185,18 @@ def prompt_progress(wanted: bool = True) -> Iterator[Callable[[int, int], None] 
         yield show
     finally:
         bar.stop()
+
+
+def _placement_table(llm: LLM) -> Table:
+    """The operations of each side."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("side")
+    table.add_column("runs")
+    sides = asdict(llm.placement)
+    for side in dict.fromkeys(sides.values()):
+        names = [PLACED[operation] for operation, each in sides.items() if each == side]
+        table.add_row(side, ", ".join(names))
+    return table
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections.abc import Sequence
 
 import torch
 
@@ -54,7 +55,12 @@ class WorkerProcess:
             check_reachable(endpoint, link.key)
 
     def connect(
-        self, checkpoint: Checkpoint, digest: str, shm_bytes: int, no_shm_reason: str
+        self,
+        checkpoint: Checkpoint,
+        digest: str,
+        shm_bytes: int,
+        no_shm_reason: str,
+        abilities: Sequence[str] = (),
     ) -> Channel:
         """Shake hands.
 
@@ -62,6 +68,7 @@ class WorkerProcess:
             digest: of the weights that this side computed from its own copy.
             shm_bytes: shared memory wanted, 0 for none.
             no_shm_reason: why none, where it is 0.
+            abilities: that the session needs beside those of every session.
 
         Raises:
             WorkerError: the worker is gone, or holds something else.
@@ -71,7 +78,7 @@ class WorkerProcess:
             nonce=secrets.token_bytes(32),
             weights_digest=digest,
             dtype=WEIGHTS_DTYPES[self._dtype],
-            abilities=PRIVATE_ABILITIES if private else OPEN_ABILITIES,
+            abilities=(*(PRIVATE_ABILITIES if private else OPEN_ABILITIES), *abilities),
             shm_bytes=shm_bytes,
         )
         endpoint = self._link.endpoint

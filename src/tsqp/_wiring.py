@@ -15,11 +15,13 @@ from tsqp._sessions import WorkerProcess
 from tsqp.errors import PromptError
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.digest import WeightsDigest
+from tsqp.model.layers import Layers
 from tsqp.model.weights import parse_dtype
 from tsqp.tee.crypto.pads import PadPool, PadStats
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
 from tsqp.tee.offload.base import Offload
+from tsqp.tee.placement import Placement
 from tsqp.tee.sampling import Completion, SamplingParams
 from tsqp.tee.scoring import Scores
 from tsqp.tee.stats import Stats
@@ -42,7 +44,8 @@ class LLM:
         privacy: str = "pad",
         worker: str | Sequence[str] | None = None,
         worker_key: str | Sequence[str] | None = None,
-        attention: str = "tee",
+        attention: str | None = None,
+        fuse: str = "none",
         field: str = "wide",
         fixed_point: bool = False,
         pad_memory: int | None = None,
@@ -70,7 +73,9 @@ class LLM:
                 child process.
             worker_key: the public key of each worker, or the file that holds it, in the same
                 order, for encrypted links to workers that were started with --keyfile.
-            attention: where the attention products of "open" run; "tee".
+            attention: where the products of attention of "open" run: "tee", which is the default,
+                or "gpu", where the worker keeps keys and values, and the softmax stays here.
+            fuse: "layer" lets the worker of "open" run whole layers, one call each; or "none".
             field: "wide" or "compact", the residues of the private modes.
             fixed_point: with "tee", compute exactly what the private modes compute.
             pad_memory: bytes for pads made ahead; None takes up to 2 GiB, 0 makes none ahead.
@@ -95,6 +100,7 @@ class LLM:
             worker=worker,
             worker_key=worker_key,
             attention=attention,
+            fuse=fuse,
             field=field,
             fixed_point=fixed_point,
             pad_memory=pad_memory,
@@ -225,6 +231,12 @@ class LLM:
         return self._engine.stats
 
     @property
+    def placement(self) -> Placement:
+        """Which side runs which operation."""
+        assert self._offload is not None
+        return self._offload.placement
+
+    @property
     def transport(self) -> str:
         """How calls and tensors reach the workers (docs/troubleshooting.md); "none" without any.
 
@@ -286,9 +298,16 @@ class LLM:
             if self._workers:
                 self._tokenizer.preload()  # takes seconds, as a local worker does meanwhile
             norms = WeightsDigest()  # read once: what is used is what is hashed
-            decoder = Decoder(checkpoint, self.dtype, norms)
+            layers = Layers(checkpoint, self.dtype, norms)
             builder = Builder(options, model, checkpoint, self.dtype, norms)
             self._offload, self._pads = builder.build(self._workers)
+            decoder = Decoder(
+                checkpoint,
+                self.dtype,
+                layers,
+                self._offload.placement,
+                self._offload.most_scores,
+            )
         finally:
             checkpoint.close()
         self._engine = Engine(

@@ -111,8 +111,12 @@ class RemoteError(WorkerError):
     Attributes:
         remote_traceback: the worker's own traceback, as text. It comes from outside, so it is
             shown to people and never interpreted.
+        out_of_memory: what failed would not have fitted in the worker's memory.
     """
 
-    def __init__(self, message: str, remote_traceback: str = "") -> None:
+    def __init__(
+        self, message: str, remote_traceback: str = "", *, out_of_memory: bool = False
+    ) -> None:
         super().__init__(message)
         self.remote_traceback = remote_traceback
+        self.out_of_memory = out_of_memory

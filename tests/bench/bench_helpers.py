@@ -31,7 +31,7 @@ def write(folder: Path, rows: Rows, field: Field | None, session: int = 1) -> Pa
     recorder = Recorder(folder)
     for (layer, group), rows_ND in rows.items():
         operation = Linear(layer, group) if field is None else Product(layer, group, field.name)
-        recorder.note(session, operation, rows_ND)
+        recorder.note(session, operation, [rows_ND])
     return folder
 
 

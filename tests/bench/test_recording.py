@@ -18,13 +18,22 @@ from bench_helpers import (
     noise,
     write,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tsqp.bench.audit import Auditor
 from tsqp.bench.recording import Recording, add, open_recording
 from tsqp.errors import PromptError, RecordingError, UsageError
 from tsqp.gpu.record import INDEX, Recorder
-from tsqp.wire.messages import Embed, Linear
+from tsqp.wire.messages import (
+    Allocate,
+    AttentionScores,
+    Embed,
+    Free,
+    Linear,
+    Span,
+    Weighted,
+    WeightedValues,
+)
 
 SESSION = "session-1"
 
@@ -71,16 +80,37 @@ def test_residues_are_centred(tmp_path: Path) -> None:
 
 def test_an_embedding_call_is_written_and_not_read(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "a")
-    recorder.note(1, Embed(), torch.tensor([4, 5]))
-    recorder.note(1, Linear(*FIRST), torch.ones(2, 64))
+    recorder.note(1, Embed(), [torch.tensor([4, 5])])
+    recorder.note(1, Linear(*FIRST), [torch.ones(2, 64)])
     assert (tmp_path / "a" / SESSION / "000001.safetensors").is_file()
+    assert [call.key for call in read(tmp_path / "a").calls] == [FIRST]
+
+
+def test_calls_about_kept_keys_and_values_are_written_whole_and_not_read(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "a")
+    q, k, v = torch.rand(5, 4, 16), torch.rand(5, 2, 16), torch.rand(5, 2, 16)
+    recorder.note(1, Allocate(7, 100), [])
+    recorder.note(1, AttentionScores(0, (Span(7, 0, 2), Span(8, 3, 3))), [q, k, v])
+    recorder.note(1, WeightedValues(0, (Weighted(7, 2, 2),)), [torch.ones(16)])
+    recorder.note(1, Linear(*FIRST), [torch.ones(2, 64)])
+    recorder.note(1, Free(7), [])
+    session = tmp_path / "a" / SESSION
+    lines = [json.loads(line) for line in (session / INDEX).read_text().splitlines()]
+    assert [line["operation"] for line in lines] == [
+        "allocate", "attention_scores", "weighted_values", "linear", "free"
+    ]  # fmt: skip
+    assert [line["sequences"] for line in lines] == [
+        [[7, 100]], [[7, 0, 2], [8, 3, 3]], [[7, 2, 2]], [], [[7]]
+    ]  # fmt: skip
+    found = load_file(session / lines[1]["tensor"])
+    assert all(torch.equal(found[name], x) for name, x in {"q": q, "k": k, "v": v}.items())
     assert [call.key for call in read(tmp_path / "a").calls] == [FIRST]
 
 
 def test_each_session_has_its_folder(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "a")
     for session in (1, 2, 1):
-        recorder.note(session, Linear(*FIRST), torch.full((1, 64), float(session)))
+        recorder.note(session, Linear(*FIRST), [torch.full((1, 64), float(session))])
     error = r"holds 2 sessions; name one, as .*/session-1"
     with pytest.raises(RecordingError, match=error):
         read(tmp_path / "a")

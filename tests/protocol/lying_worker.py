@@ -26,6 +26,7 @@ from tsqp.algebra.params import FIELDS, Field
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import open_checkpoint
+from tsqp.wire.channel import kind_of
 from tsqp.wire.codec import HEADER, encode
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.mailbox import MAILBOX_BYTES, Mailbox
@@ -34,7 +35,6 @@ from tsqp.wire.messages import (
     Call,
     FromTEE,
     Hello,
-    Linear,
     Message,
     Operation,
     Product,
@@ -61,7 +61,8 @@ class Order:
 
     Attributes:
         crime: a name in one of the tables below.
-        layer, group: the only group that is lied about.
+        layer, group: the only group that is lied about; "attention_scores" and "weighted_values"
+            count as groups.
         after: calls of the session that are answered honestly first.
         bit: which one of the answer "one bit flipped" means, modulo their number.
     """
@@ -185,6 +186,7 @@ class Liar:
         self.answers: dict[Key, Tensor] = {}
         self.segment: int | None = None
         self._worker = other if order.crime == "hides other weights" else honest
+        self._session = self._worker.open()
         self._heard = {} if previous is None else previous.answers
         self._calls = 0
 
@@ -194,8 +196,11 @@ class Liar:
             return msgspec.structs.replace(welcome, weights_digest=hello.weights_digest)
         return welcome
 
+    def open(self) -> "Liar":
+        return self
+
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
-        self._worker.check(operation, inputs, outputs)
+        self._session.check(operation, inputs, outputs)
 
     def run(
         self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
@@ -203,15 +208,13 @@ class Liar:
         order = self.order
         self._calls += 1
         self.outputs = outputs
-        is_meant = isinstance(operation, Product | SeedProduct | Linear) and (
-            (operation.layer, operation.group) == (order.layer, order.group)
-        )
-        self.is_lying = is_meant and self._calls > order.after
+        place = getattr(operation, "layer", None), getattr(operation, "group", kind_of(operation))
+        self.is_lying = place == (order.layer, order.group) and self._calls > order.after
         if self.is_lying and order.crime == "fails":
             raise RuntimeError("this worker has better things to do")
         if self.is_lying and order.crime == "writes nothing":
             return
-        self._worker.run(operation, inputs, outputs)
+        self._session.run(operation, inputs, outputs)
         if self.is_lying and order.crime == "not a number":
             outputs[0].view(-1)[-1] = torch.nan
         if isinstance(operation, Product):
@@ -255,6 +258,9 @@ class Liar:
     def after_posting(self) -> None:
         if self.is_lying and self.order.crime == "changes its answer afterwards":
             threading.Thread(target=meddle, args=(self.outputs[0], self.order.bit)).start()
+
+    def close(self) -> None:
+        self._session.close()
 
     def forget(self) -> None:
         """Let go of the session's memory."""

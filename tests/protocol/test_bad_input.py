@@ -118,7 +118,27 @@ def test_an_unknown_dtype_is_refused(commands: Commands, ids: Path) -> None:
             "--privacy open needs one --worker, not 2",
         ),
         (["--worker", "local"], 2, "--privacy tee takes no --worker"),
-        (["--attention", "moon"], 2, "no attention mode 'moon'; choose tee"),
+        (["--attention", "moon"], 2, "no attention mode 'moon'; choose tee or gpu"),
+        (["--fuse", "all"], 2, "no fusion 'all'; choose none or layer"),
+        (["--attention", "gpu"], 2, "--attention gpu needs a worker, and --privacy tee has none"),
+        (["--fuse", "layer"], 2, "--fuse layer needs a worker, and --privacy tee has none"),
+        (
+            ["--privacy", "pad", "--attention", "gpu"],
+            2,
+            "--attention gpu goes with --privacy open alone, not with pad: a product of two "
+            "secrets cannot be masked by pads",
+        ),
+        (
+            ["--privacy", "shares", "--fuse", "layer"],
+            2,
+            "--fuse layer goes with --privacy open alone, not with shares: whole layers need plain "
+            "activations",
+        ),
+        (
+            ["--privacy", "open", "--fuse", "layer", "--attention", "tee"],
+            2,
+            "--fuse layer runs attention on the worker too, and --attention tee keeps it here",
+        ),
         (["--chat"], 2, "--chat goes with --prompt"),
         (["--prompt", "hello"], 2, "either --prompt or --prompt-ids"),
         (["--privacy", "open", "--worker", "nowhere"], 1, "'nowhere' is not an endpoint"),

@@ -375,6 +375,35 @@ def test_in_open_mode_what_is_no_number_gives_no_token(
     assert sampled == []
 
 
+@pytest.mark.parametrize("group", ["attention_scores", "weighted_values"])
+@pytest.mark.parametrize(
+    ("crime", "verdict", "words"),
+    [
+        ("not a number", WorkerError, "lm_head output of this step is not finite"),
+        ("fails", RemoteError, "this worker has better things to do"),
+        ("sends no tensor", ProtocolError, "0 tensors where 1 are due"),
+        ("sends half of the rows", ProtocolError, "bytes where"),
+        ("never answers", WorkerLost, "stopped answering"),
+    ],
+)
+def test_with_attention_on_the_worker_a_broken_answer_gives_no_token(
+    crime: str,
+    verdict: type[WorkerError],
+    words: str,
+    group: str,
+    worker: LyingWorker,
+    sampled: list[int],
+) -> None:
+    options = {"privacy": "open", "attention": "gpu", "pad_memory": None, "shm": False}
+    with (
+        private(worker, Order(crime, 1, group), timeout=IMPATIENCE_S, **options) as llm,
+        pytest.raises(WorkerError, match=words) as caught,
+    ):
+        complete(llm)
+    assert caught.type is verdict
+    assert sampled == []
+
+
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("key", [(0, "qkv"), (1, "down"), (-1, "lm_head")])
 def test_a_wrong_product_of_a_pad_is_noticed(

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from wire_helpers import Echo
 
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.wire import messages
@@ -20,11 +21,14 @@ from tsqp.wire.codec import (
 )
 from tsqp.wire.mailbox import MAX_FRAME
 from tsqp.wire.messages import (
+    Allocate,
     Attach,
+    AttentionScores,
     Bye,
     Call,
     Embed,
     Failure,
+    Free,
     Hello,
     Linear,
     Message,
@@ -33,7 +37,11 @@ from tsqp.wire.messages import (
     Result,
     SeedProduct,
     SegmentRef,
+    Span,
     TensorRef,
+    Truncate,
+    Weighted,
+    WeightedValues,
     Welcome,
 )
 from tsqp.wire.server import Session
@@ -64,11 +72,23 @@ segments = st.builds(
 )
 layers, fields = st.integers(-1, messages.MAX_LAYERS - 1), st.sampled_from(["wide", "compact"])
 rows = st.integers(1, messages.MAX_DIMENSION)
+sequences, tokens = st.integers(0, 2**53 - 1), st.integers(0, messages.MAX_DIMENSION)
+span = st.builds(Span, sequences, tokens, rows)
+spans = st.lists(span, min_size=1, max_size=8).map(tuple) | span.map(
+    lambda one: (one,) * messages.MAX_SPANS
+)
+one_weighted = st.builds(Weighted, sequences, rows, rows)
+weighted = st.lists(one_weighted, min_size=1, max_size=8).map(tuple)
 operations = st.one_of(
     st.builds(Linear, layers, names),
     st.just(Embed()),
     st.builds(Product, layers, names, fields),
     st.builds(SeedProduct, layers, names, fields, rows, nonces),
+    st.builds(Allocate, sequences, rows),
+    st.builds(Truncate, sequences, tokens),
+    st.builds(Free, sequences),
+    st.builds(AttentionScores, st.integers(0, messages.MAX_LAYERS - 1), spans),
+    st.builds(WeightedValues, st.integers(0, messages.MAX_LAYERS - 1), weighted),
 )
 from_tee = st.one_of(
     st.builds(Hello, nonces, digests, weights_dtypes, abilities, st.integers(0, 2**40), evidence),
@@ -90,7 +110,9 @@ from_worker = st.one_of(
         evidence,
     ),
     st.builds(Result, st.integers(0, 2**62)),
-    st.builds(Failure, st.sampled_from(["refused", "protocol", "error"]), sentences, tracebacks),
+    st.builds(
+        Failure, st.sampled_from(["refused", "protocol", "memory", "error"]), sentences, tracebacks
+    ),
     st.just(Probe()),
 )
 WORKER = worker_decoder()
@@ -127,7 +149,9 @@ def test_every_message_of_the_worker_comes_back_as_it_was(message: Message, tick
 def test_the_strategies_cover_every_message() -> None:
     covered = {Hello, Attach, Call, Bye, Welcome, Result, Failure, Probe}
     assert set((messages.FromTEE | messages.FromWorker).__args__) == covered
-    assert set(messages.Operation.__args__) == {Linear, Embed, Product, SeedProduct}
+    stateless = {Linear, Embed, Product, SeedProduct}
+    kept = {Allocate, Truncate, Free, AttentionScores, WeightedValues}
+    assert set(messages.Operation.__args__) == stateless | kept
 
 
 def test_the_largest_messages_fit() -> None:
@@ -135,7 +159,9 @@ def test_the_largest_messages_fit() -> None:
     operation = SeedProduct(4095, "z" * 64, "compact", messages.MAX_DIMENSION, bytes(32))
     call = Call(operation, (reference,) * 8, (reference,) * 8)
     failure = Failure("protocol", "\U0001f512" * 2000, "\U0001f512" * 16_000)
-    for message in (call, failure):
+    span = Span(2**53 - 1, messages.MAX_DIMENSION, messages.MAX_DIMENSION)
+    scores = AttentionScores(4095, (span,) * messages.MAX_SPANS)
+    for message in (call, Call(scores, (reference,) * 8, (reference,) * 8), failure):
         assert len(encode(message, 2**64 - 1)) <= MAX_MESSAGE
 
 
@@ -230,7 +256,7 @@ def test_an_oversized_message_is_refused_whatever_its_header_says(
 def test_only_a_ticket_above_all_before_it_on_its_way_is_taken(
     calls: list[tuple[int, bool]],
 ) -> None:
-    session = Session(1)
+    session = Session(1, Echo())
     highest = {True: 0, False: 0}
     for ticket, posted in calls:
         if ticket > highest[posted]:

@@ -1,16 +1,20 @@
 """Several clients of one worker, that come and go."""
 
 import signal
+import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 import zmq
+from torch import Tensor
 from wire_helpers import (
     SEGMENT,
     SHARED,
+    Echo,
     HelperProcess,
     WorkerThread,
     begin,
@@ -28,7 +32,7 @@ import tsqp.wire.zmq
 from tsqp.errors import HandshakeError
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
-from tsqp.wire.messages import Bye, Failure, Welcome
+from tsqp.wire.messages import Bye, Failure, Hello, Operation, Welcome
 from tsqp.wire.server import MAX_SESSIONS, Server
 from tsqp.wire.zmq import ServerSocket
 
@@ -73,6 +77,83 @@ def test_a_killed_client_is_freed(tmp_path: Path, shm_folder: Path) -> None:
         survivor.close()
         assert worker.says("0 left")
         assert eventually(lambda: worker.segments == [])
+
+
+class Books:
+    """A service that notes when what it opened for a client is closed."""
+
+    def __init__(self) -> None:
+        self.open_now: list[int] = []
+        self.opened = 0
+
+    def welcome(self, hello: Hello) -> Welcome:
+        return Echo().welcome(hello)
+
+    def open(self) -> "Page":
+        self.opened += 1
+        self.open_now.append(self.opened)
+        return Page(self, self.opened)
+
+
+class Page(Echo):
+    """Answers every call with the number of the client."""
+
+    def __init__(self, books: Books, number: int) -> None:
+        super().__init__()
+        self._books, self._number = books, number
+
+    def run(
+        self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        outputs[0].fill_(self._number)
+
+    def close(self) -> None:
+        self._books.open_now.remove(self._number)  # raises when it is closed twice
+
+
+def test_each_client_has_a_session_of_its_own_until_it_leaves(
+    tmp_path: Path, shm_folder: Path
+) -> None:
+    books = Books()
+    with WorkerThread(f"ipc://{tmp_path}/socket", books, shm_folder=shm_folder) as worker:
+        one, two = (
+            RemoteChannel(worker.endpoint, hello(shm_bytes=size), shm_folder=shm_folder)
+            for size in (SEGMENT, 0)
+        )
+        for _ in range(2):
+            for number, channel in enumerate((one, two), 1):
+                assert finish(channel, begin(channel, torch.zeros(2)))[0].tolist() == [number] * 2
+        assert books.open_now == [1, 2]
+        one.close()
+        assert eventually(lambda: books.open_now == [2])
+        with client_process(tmp_path / "client", worker.endpoint, shm_folder) as client:
+            assert eventually(lambda: books.open_now == [2, 3])
+            client.send_signal(signal.SIGKILL)
+            assert eventually(lambda: books.open_now == [2])
+        with RawClient(worker.endpoint) as rude:
+            assert isinstance(rude.shake_hands(shm_bytes=0), Welcome)
+            assert books.open_now == [2, 4]
+            rude.send(b"\xff" * 100)
+            assert isinstance(rude.receive(), Failure)
+            assert books.open_now == [2]
+        three = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
+    assert books.open_now == []  # the worker stopped
+    two.close()
+    three.close()
+
+
+def test_a_client_that_cannot_map_the_segment_keeps_its_session(tmp_path: Path) -> None:
+    books = Books()
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="wire-test-") as folder,
+        WorkerThread(f"ipc://{tmp_path}/socket", books, shm_folder=Path(folder)) as worker,
+    ):
+        channel = RemoteChannel(worker.endpoint, hello(), shm_folder=tmp_path)
+        assert channel.transport == "inline"
+        assert finish(channel, begin(channel, torch.zeros(2)))[0].tolist() == [1, 1]
+        assert books.open_now == [1]
+        channel.close()
+        assert eventually(lambda: books.open_now == [])
 
 
 def test_a_stopped_client_is_freed(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import ProtocolError
-from tsqp.wire.channel import Channel
+from tsqp.wire.channel import Channel, Service
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.mailbox import CAN_POLL
@@ -65,6 +65,12 @@ class Echo:
 
     def welcome(self, hello: Hello) -> Welcome:
         return welcome(hello.nonce, **self._changes)
+
+    def open(self) -> Self:
+        return self
+
+    def close(self) -> None:
+        pass
 
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         if list(inputs) != list(outputs) or not inputs:
@@ -124,7 +130,7 @@ def eventually(condition: Callable[[], bool], timeout: float = TIMEOUT) -> bool:
 class WorkerThread:
     """A worker in this process, whose books a test can read."""
 
-    def __init__(self, endpoint: str, service: Echo | None = None, **options: Any) -> None:
+    def __init__(self, endpoint: str, service: Service | None = None, **options: Any) -> None:
         self.log: list[str] = []
         self.server = Server(parse_endpoint(endpoint), log=self.log.append, **options)
         self._service = service or Echo()

@@ -165,6 +165,7 @@ MODES: dict[str, Callable[[Setting], Runner]] = {
     "transformers": TransformersRunner,
     "tee": partial(LlmRunner, privacy="tee"),
     "open": partial(LlmRunner, privacy="open", worker="local"),
+    "open-gpu-attention": partial(LlmRunner, privacy="open", worker="local", attention="gpu"),
     "pad": partial(LlmRunner, privacy="pad", worker="local", stocked=True),
     "pad-inline": partial(LlmRunner, privacy="pad", worker="local"),
     "shares": partial(

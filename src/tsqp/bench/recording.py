@@ -99,7 +99,7 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
         RecordingError: no recording, several, a damaged line, or one of another model.
     """
     session = session_folder(folder)
-    calls = [call for call in _read_index(session / INDEX) if call.layer is not None]
+    calls = [call for call in _read_index(session / INDEX) if call.group is not None]
     if not calls:
         raise RecordingError(f"{session} holds no call of a linear layer; record an answer.")
     fields = {call.field for call in calls}
@@ -120,7 +120,7 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
     def read(number: int) -> Tensor:
         shape = (recorded[number].rows, known[recorded[number].key])
         stored = "" if field_name is None else "I32"
-        return _read_tensor(session / calls[number].tensor, shape, stored, model)
+        return _read_tensor(session / (calls[number].tensor or ""), shape, stored, model)
 
     field = None if field_name is None else FIELDS[field_name]
     return Recording(str(folder), field, recorded, read)

@@ -88,7 +88,17 @@ JsonOutput = Annotated[
     ),
 ]
 Attention = Annotated[
-    str, typer.Option(envvar="TSQP_ATTENTION", help="Where Q·Kᵀ and P·V run in open: tee.")
+    str | None,
+    typer.Option(
+        envvar="TSQP_ATTENTION",
+        help="Where Q·Kᵀ and P·V run in open: tee (the default) or gpu, the softmax in the TEE.",
+    ),
+]
+Fuse = Annotated[
+    str,
+    typer.Option(
+        envvar="TSQP_FUSE", help="layer: the worker of open runs whole layers, one call each."
+    ),
 ]
 
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]

@@ -13,6 +13,7 @@ from tsqp.cli.flags import (
     Field,
     FixedPoint,
     FrequencyPenalty,
+    Fuse,
     Insecure,
     InsecureSameHost,
     JsonOutput,
@@ -86,7 +87,8 @@ def generate(
     prompt_logprobs: Annotated[
         int | None, typer.Option(help="The same for the tokens of the prompt.", metavar="N")
     ] = None,
-    attention: Attention = "tee",
+    attention: Attention = None,
+    fuse: Fuse = "none",
     field: Field = "wide",
     fixed_point: FixedPoint = False,
     pad_memory: PadMemory = None,

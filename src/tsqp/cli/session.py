@@ -19,6 +19,7 @@ _PASSED_ON = (
     "worker",
     "worker_key",
     "attention",
+    "fuse",
     "field",
     "fixed_point",
     "dtype",

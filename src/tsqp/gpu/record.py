@@ -1,15 +1,16 @@
 """`tsqp worker --record DIR`: everything a worker receives, written down for audits.
 
     DIR/session-1/calls.jsonl           one line a call, a `RecordedCall`
-    DIR/session-1/000001.safetensors    its tensor, as the worker saw it
+    DIR/session-1/000001.safetensors    its tensors, as the worker saw them
 
 A session is what one TEE side asked from its handshake to its end. A line is written after its
-tensor, and a tensor under its name only once it is whole: of a worker that was killed, every call
+tensors, and a file under its name only once it is whole: of a worker that was killed, every call
 that has a line can be read.
 """
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +23,25 @@ from tsqp.algebra.params import FieldName
 from tsqp.errors import RecordingError, UsageError
 from tsqp.gpu.worker import Worker
 from tsqp.wire.channel import kind_of
-from tsqp.wire.messages import MAX_LAYERS, Embed, Linear, Name, Operation, Product, SeedProduct
+from tsqp.wire.messages import (
+    MAX_LAYERS,
+    Allocate,
+    AttentionScores,
+    Embed,
+    Free,
+    Linear,
+    Name,
+    Operation,
+    Product,
+    SeedProduct,
+    Truncate,
+    WeightedValues,
+)
 from tsqp.wire.server import OnCall
 
 INDEX = "calls.jsonl"
-TENSOR = "input"  # its name in a safetensors file
+TENSOR = "input"  # the name of a call's one tensor in a safetensors file
+TENSORS = {AttentionScores: ("q", "k", "v"), WeightedValues: ("weights",)}
 
 
 class RecordedCall(Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,9 +49,12 @@ class RecordedCall(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         call, session: numbers, from 1.
-        layer, group: null for the embedding; -1 and "lm_head" for the output projection.
+        layer, group: null for the embedding; -1 and "lm_head" for the output projection; the group
+            is null for a call about kept keys and values, and so is the layer where it has none.
         field: null where the tensor holds activations or token ids instead of int32 residues.
-        tensor: a safetensors file beside the index.
+        rows: of the first tensor.
+        tensor: a safetensors file beside the index; null for a call without any.
+        sequences: what such a call names of sequences, number for number as the message has it.
     """
 
     call: Annotated[int, Meta(ge=1)]
@@ -45,8 +63,9 @@ class RecordedCall(Struct, frozen=True, forbid_unknown_fields=True):
     layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)] | None
     group: Name | None
     field: FieldName | None
-    rows: Annotated[int, Meta(ge=1, le=2**20)]
-    tensor: Annotated[str, Meta(pattern=r"^[0-9]{1,12}\.safetensors\Z")]
+    rows: Annotated[int, Meta(ge=0, le=2**31)]
+    tensor: Annotated[str, Meta(pattern=r"^[0-9]{1,12}\.safetensors\Z")] | None
+    sequences: tuple[tuple[int, ...], ...] = ()
 
 
 class Recorder:
@@ -76,7 +95,7 @@ class Recorder:
             session, operation, worker.received(operation, inputs)
         )
 
-    def note(self, session: int, operation: Operation, received: Tensor) -> None:
+    def note(self, session: int, operation: Operation, received: Sequence[Tensor]) -> None:
         """Write down one call.
 
         Raises:
@@ -91,13 +110,17 @@ class Recorder:
             layer=layer,
             group=group,
             field=field,
-            rows=len(received),
-            tensor=f"{number:06}.safetensors",
+            rows=len(received[0]) if received else 0,
+            tensor=f"{number:06}.safetensors" if received else None,
+            sequences=_sequences(operation),
         )
         folder = self._folder / f"session-{session}"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            _write(folder / call.tensor, save({TENSOR: received}))
+            if call.tensor is not None:
+                names = TENSORS.get(type(operation), (TENSOR,))
+                named = dict(zip(names, received, strict=True))
+                _write(folder / call.tensor, save(named))
             with (folder / INDEX).open("ab") as index:
                 index.write(msgspec.json.encode(call) + b"\n")
         except OSError as exc:
@@ -110,12 +133,27 @@ class Recorder:
 
 def _place(operation: Operation) -> tuple[int | None, str | None, FieldName | None]:
     match operation:
-        case Embed():
+        case Embed() | Allocate() | Truncate() | Free():
             return None, None, None
+        case AttentionScores(layer) | WeightedValues(layer):
+            return layer, None, None
         case Linear(layer, group):
             return layer, group, None
         case Product(layer, group, field) | SeedProduct(layer, group, field):
             return layer, group, field
+
+
+def _sequences(operation: Operation) -> tuple[tuple[int, ...], ...]:
+    match operation:
+        case Allocate(sequence, number) | Truncate(sequence, number):
+            return ((sequence, number),)
+        case Free(sequence):
+            return ((sequence,),)
+        case AttentionScores(_, spans):
+            return tuple((span.sequence, span.start, span.length) for span in spans)
+        case WeightedValues(_, weighted):
+            return tuple((each.sequence, each.rows, each.length) for each in weighted)
+    return ()
 
 
 def _write(path: Path, content: bytes) -> None:

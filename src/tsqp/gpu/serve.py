@@ -119,7 +119,8 @@ def _prepare_to_load(
         integers = weights = None
         required = 0 if serve == "open" else integer_bytes(config)
         required += 0 if serve == "private" else weights_bytes(config, loaded_dtype)
-        check_room(required, device, checkpoint.name)  # for both, before either is loaded
+        # For both, before either is loaded.
+        check_room(required, f"The weights of {checkpoint.name}", device)
         if serve != "open":
             integers = load_integers(model, checkpoint, device, progress)
         if serve != "private":

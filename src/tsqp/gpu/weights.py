@@ -61,7 +61,7 @@ def load_weights(
     """
     config = checkpoint.config
     tied = config.tie_word_embeddings
-    check_room(weights_bytes(config, dtype), device, checkpoint.name)
+    check_room(weights_bytes(config, dtype), f"The weights of {checkpoint.name}", device)
     digest = WeightsDigest()
     table = read_embedding(checkpoint, dtype, digest)
     embedding = _place(table, device) if tied else table.to(device)  # only a product wants columns
@@ -87,15 +87,15 @@ def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return linear_bytes(config, dtype) + table
 
 
-def check_room(required: int, device: torch.device, name: str) -> None:
-    """Raise OutOfMemory unless so many bytes are free on `device`."""
+def check_room(required: int, what: str, device: torch.device) -> None:
+    """Raise OutOfMemory unless so many bytes are free on `device`; `what` begins its message."""
     if device.type == "cpu":
-        check_memory(required, f"The weights of {name}")
+        check_memory(required, what)
         return
     available, _ = torch.cuda.mem_get_info(device)
     if required > available:
         raise OutOfMemory(
-            f"The weights of {name} would take {required} bytes, and {available} bytes are free "
+            f"{what} would take {required} bytes, and {available} bytes are free "
             f"on {device}: free some, or choose a smaller dtype or model."
         )
 
@@ -130,7 +130,7 @@ def load_integers(
         CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
         OutOfMemory: the weights would not fit.
     """
-    check_room(integer_bytes(checkpoint.config), device, checkpoint.name)
+    check_room(integer_bytes(checkpoint.config), f"The weights of {checkpoint.name}", device)
     linear: dict[tuple[int, str], Tensor] = {}
 
     def place(key: tuple[int, str], weights: IntegerWeights) -> None:
@@ -151,7 +151,7 @@ def read_prepared(
     """
     file = PreparedFile(path)
     try:
-        check_room(file.nbytes, device, str(path))
+        check_room(file.nbytes, f"The weights of {path}", device)
         linear = {key: weights.weight_FD.to(device) for key, weights in file.groups(progress)}
         return IntegerModel(device, linear, file.digest)
     finally:

@@ -9,20 +9,34 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu import kernels
+from tsqp.gpu.session import KvSession, KvStore
 from tsqp.gpu.weights import IntegerModel, Weights
 from tsqp.wire.channel import kind_of
-from tsqp.wire.messages import Embed, Hello, Linear, Operation, Product, SeedProduct, Welcome
+from tsqp.wire.messages import (
+    Embed,
+    Hello,
+    Linear,
+    Operation,
+    Product,
+    SeedProduct,
+    Stateless,
+    Welcome,
+)
 from tsqp.wire.seeds import expand
 from tsqp.wire.tensors import WEIGHTS_DTYPES, Spec
 
 OPEN_ABILITIES = ("embedding", "linear")
+ATTENTION_ABILITY = "attention"  # keeps keys and values, and computes with them
+SPLIT_ABILITIES = (ATTENTION_ABILITY,)  # that a session of `open` may ask for besides
 PRIVATE_ABILITIES = ("product", "seed_product")
 MAX_ROWS = 2**20
 MAX_SHARE_BYTES = 2**30  # that one seed may stand for
 
 
 class Worker:
-    """A `tsqp.wire.channel.Service` over one model's weights. It keeps nothing between calls.
+    """A `tsqp.wire.channel.Service` over one model's weights.
+
+    What it does itself needs no memory of earlier calls; what does is in `WorkerSession`.
 
     Args:
         weights: for `open`, or None.
@@ -33,6 +47,7 @@ class Worker:
         assert weights is not None or integers is not None
         self._weights = weights
         self._integers = integers
+        self._store = None if weights is None else KvStore(weights)
         if integers is not None:
             kernels.prepare()
 
@@ -65,9 +80,14 @@ class Worker:
                 "--serve open or all."
             )
         dtype, device = WEIGHTS_DTYPES[self._weights.dtype], self._weights.device.type
-        return Welcome(hello.nonce, self._weights.digest, dtype, OPEN_ABILITIES, device, None)
+        abilities = (*OPEN_ABILITIES, *SPLIT_ABILITIES)
+        return Welcome(hello.nonce, self._weights.digest, dtype, abilities, device, None)
 
-    def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
+    def open(self) -> "WorkerSession":
+        """What does one client's calls."""
+        return WorkerSession(self, None if self._store is None else KvSession(self._store))
+
+    def check(self, operation: Stateless, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         """Raise ProtocolError unless the tensors have the shapes that `operation` wants."""
         if isinstance(operation, SeedProduct):
             rows = operation.rows
@@ -82,15 +102,15 @@ class Worker:
                 f"{_list([wanted_output])}, not {_list(inputs)} and {_list(outputs)}."
             )
 
-    def received(self, operation: Operation, inputs: Sequence[Tensor]) -> Tensor:
+    def received(self, operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What a call brought, in private memory: activations, token ids, or int32 residues."""
         if isinstance(operation, Product | SeedProduct):
-            return self._residues(operation, inputs)
-        return inputs[0].clone()
+            return [self._residues(operation, inputs)]
+        return [tensor.clone() for tensor in inputs]
 
     @torch.inference_mode()
     def run(
-        self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+        self, operation: Stateless, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> None:
         """Compute `operation`, which has passed `check`, into `outputs`.
 
@@ -119,7 +139,7 @@ class Worker:
             residue_bytes.unpack(inputs[0].numpy(), field, c_TD.numpy())
         return c_TD
 
-    def _specs(self, operation: Operation, rows: int) -> tuple[list[Spec], Spec]:
+    def _specs(self, operation: Stateless, rows: int) -> tuple[list[Spec], Spec]:
         """The inputs and the output that `operation` wants."""
         match operation:
             case Linear(layer, group):
@@ -161,6 +181,42 @@ class Worker:
         if token_ids_T.min() < 0 or token_ids_T.max() >= len(table_VD):
             raise ProtocolError("A token id lies outside the vocabulary.")
         kernels.embed(token_ids_T, table_VD, out_TD)
+
+
+class WorkerSession:
+    """One client's calls: keys and values are its own, weights are everybody's.
+
+    Args:
+        kv: None on a worker of the private modes.
+    """
+
+    def __init__(self, worker: Worker, kv: KvSession | None) -> None:
+        self._worker = worker
+        self._kv = kv
+
+    def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
+        """Raise ProtocolError unless the client may ask for this, with these tensors."""
+        if isinstance(operation, Stateless):
+            self._worker.check(operation, inputs, outputs)
+        elif self._kv is None:
+            raise ProtocolError("This worker serves private modes only.")
+        else:
+            self._kv.check(operation, inputs, outputs)
+
+    @torch.inference_mode()
+    def run(
+        self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        """Compute `operation`, which has passed `check`, into `outputs`."""
+        if isinstance(operation, Stateless):
+            self._worker.run(operation, inputs, outputs)
+        elif self._kv is not None:
+            self._kv.run(operation, inputs, outputs)
+
+    def close(self) -> None:
+        """Free what this client kept."""
+        if self._kv is not None:
+            self._kv.close()
 
 
 def _list(specs: Sequence[Spec]) -> str:

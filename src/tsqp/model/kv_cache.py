@@ -1,15 +1,18 @@
-"""Keys and values of the running sequences, in trusted memory.
+"""Keys and values of the running sequences, on the side that attends.
 
 Shape suffixes: L layers; J key/value heads; C capacity in tokens; S tokens held; T new tokens;
 K features of one head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tsqp.model.weights import check_memory
+
+CPU = torch.device("cpu")
 
 
 @dataclass(slots=True)
@@ -24,11 +27,24 @@ class KvCache:
 
     Memory is reserved for the whole capacity and taken from the system page by page, as tokens
     arrive.
+
+    Args:
+        check: called with the bytes wanted and what for; raises OutOfMemory.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+        check: Callable[[int, str], None] = check_memory,
+    ) -> None:
         self._shape = (layers, 2, kv_heads, head_dim)
         self._dtype = dtype
+        self._device = device
+        self._check = check
         self._entries: dict[int, _Entry] = {}
 
     @property
@@ -55,8 +71,10 @@ class KvCache:
         assert sequence not in self._entries, "this sequence has its memory already"
         layers, two, heads, features = self._shape
         needed = layers * two * heads * capacity * features * self._dtype.itemsize
-        check_memory(needed + self._promised_bytes, "The KV cache of the running sequences")
-        kv_L2JCK = torch.empty(layers, two, heads, capacity, features, dtype=self._dtype)
+        promised = self._promised_bytes if self._device.type == "cpu" else 0
+        self._check(needed + promised, "The KV cache of the running sequences")
+        shape = (layers, two, heads, capacity, features)
+        kv_L2JCK = torch.empty(shape, dtype=self._dtype, device=self._device)
         views = [(kv_2JCK[0], kv_2JCK[1]) for kv_2JCK in kv_L2JCK]
         self._entries[sequence] = _Entry(kv_L2JCK, views, [0] * layers)
 
@@ -77,6 +95,20 @@ class KvCache:
         v_JCK[:, start:end] = v_TJK.transpose(0, 1)
         entry.lengths[layer] = end
         return k_JCK[:, :end], v_JCK[:, :end]
+
+    def values(self, sequence: int, layer: int, length: int) -> Tensor:
+        """v_JSK of the first `length` tokens that the layer holds, a view."""
+        entry = self._entries[sequence]
+        assert length <= entry.lengths[layer], "there are not so many tokens"
+        return entry.layers[layer][1][:, :length]
+
+    def capacity(self, sequence: int) -> int:
+        """The tokens for which a sequence has room."""
+        return self._entries[sequence].kv_L2JCK.shape[3]
+
+    def length(self, sequence: int, layer: int) -> int:
+        """The tokens that a layer holds."""
+        return self._entries[sequence].lengths[layer]
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all but the first `length` tokens."""

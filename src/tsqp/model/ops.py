@@ -128,6 +128,32 @@ def _attend(
     return y_1HBK[0].transpose(0, 1).reshape(rows, -1)
 
 
+def attention_weights(
+    scores_HTS: Tensor,
+    positions_T: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The softmax of `attention`, of scores that are neither scaled nor masked.
+
+    Computed in float32, rounded once to the scores' dtype, in fresh memory.
+
+    Args:
+        scores_HTS: one sequence's queries with its keys from the first on.
+        positions_T: int64, the position of each query in its sequence.
+    """
+    keys_S = torch.arange(scores_HTS.shape[2])
+    hidden_TS = keys_S > positions_T[:, None]
+    if window is not None:
+        hidden_TS |= keys_S <= positions_T[:, None] - window
+    scaled_HTS = scores_HTS.float() * scale
+    if softcap is not None:
+        scaled_HTS = soft_cap(scaled_HTS, softcap)
+    return scaled_HTS.masked_fill_(hidden_TS, -math.inf).softmax(-1).to(scores_HTS.dtype)
+
+
 def _mask(q_BHK: Tensor, length: int, window: int | None) -> Tensor:
     """0 where a row attends, -inf elsewhere, [B, S]; SDPA's own is aligned to the first key."""
     rows = q_BHK.shape[0]

@@ -19,14 +19,11 @@ from tsqp.errors import WorkerError
 from tsqp.model import ops
 from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import FINAL_NORM, layer_norms
-from tsqp.model.digest import WeightsDigest
-from tsqp.model.rotary import Rotary
-from tsqp.model.weights import norm_weight, read_norm
+from tsqp.model.layers import Layers
 from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Request
+from tsqp.tee.placement import IN_TEE, Placement
+from tsqp.tee.split_attention import split_attention
 from tsqp.tee.stats import Stats
-
-Tables = tuple[Tensor, Tensor]  # cosines and sines
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,7 @@ class Batch:
         token_ids_T: int64.
         positions_T: int64, the position of each token in its own sequence.
         segments: which sequence the tokens belong to, in order.
-        logits_rows_R: int64, the rows of T whose logits are wanted; may be empty.
+        logits_rows_R: int64, the rows of T whose logits are wanted, ascending; may be empty.
     """
 
     token_ids_T: Tensor
@@ -47,26 +44,26 @@ class Batch:
 
 
 class Decoder:
-    """Holds the norms and the rotary frequencies; every large weight belongs to the offload."""
+    """The model without its large weights, which belong to the offload.
+
+    Args:
+        layers: the same model's, if they have been read already.
+        placement, most_scores: what the offload states.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, digest: WeightsDigest | None = None
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        layers: Layers | None = None,
+        placement: Placement = IN_TEE,
+        most_scores: int = 0,
     ) -> None:
-        """Read the norms, and add them to `digest`."""
         config = self._config = checkpoint.config
-
-        def read(name: str) -> Tensor:
-            return norm_weight(config, read_norm(checkpoint, name, dtype, digest))
-
-        self._norms = [
-            {use: read(name) for use, name in layer_norms(config, layer).items()}
-            for layer in range(config.num_layers)
-        ]
-        self._final_norm_D = read(FINAL_NORM)
-        ropes = {layer.rope for layer in config.layers if layer.rope is not None}
-        self._rotary = {rope: Rotary(rope, config.head_dim) for rope in ropes}
+        self._layers = Layers(checkpoint, dtype) if layers is None else layers
+        self._placement = placement
+        self._most_scores = most_scores
         self._embedding_scale = torch.tensor(config.embedding_multiplier, dtype=dtype)
-        self._gated = ops.GATED[config.hidden_act]
 
     def forward(self, batch: Batch, stats: Stats) -> Generator[Request, Tensor, Tensor]:
         """One pass over a batch.
@@ -77,41 +74,39 @@ class Decoder:
         Raises:
             WorkerError: a logit is not finite.
         """
-        config, time, rows_R = self._config, stats.time, batch.logits_rows_R
-        eps = config.rms_norm_eps
+        config, layers, time = self._config, self._layers, stats.time
+        rows_R = batch.logits_rows_R
 
         x_TD = (yield Embedding(batch.token_ids_T)) * self._embedding_scale
         with time("rope"):
-            tables = {
-                rope: rotary.tables(batch.positions_T, batch.segments, x_TD.dtype)
-                for rope, rotary in self._rotary.items()
-            }
+            tables = layers.tables(batch.positions_T, batch.segments)
 
-        for layer, norms in enumerate(self._norms):
+        for layer in range(config.num_layers):
             with time("norm"):
-                h_TD = ops.rms_norm(x_TD, norms["attention"], eps)
+                h_TD = layers.norm(layer, "attention", x_TD)
             qkv_TF = yield Linear(layer, "qkv", h_TD)
             with time("rope"):
-                rope = config.layers[layer].rope
-                q_THK, k_TJK, v_TJK = self._heads(qkv_TF, norms, tables[rope] if rope else None)
-            y_TD = yield Attention(layer, q_THK, k_TJK, v_TJK, batch.segments)
-            if layer == config.num_layers - 1:  # only wanted rows matter from here on
+                q_THK, k_TJK, v_TJK = layers.heads(layer, qkv_TF, tables)
+            attention = Attention(layer, q_THK, k_TJK, v_TJK, batch.segments)
+            if layer < config.num_layers - 1:
+                o_TD = yield from self._attend(attention, None, stats)
+            else:  # only wanted rows matter from here on
+                o_TD = yield from self._attend(attention, rows_R, stats)
                 if rows_R.numel() == 0:
                     return torch.empty(0, config.vocab_size)
-                x_TD, y_TD = x_TD[rows_R], y_TD[rows_R]
-            o_TD = yield Linear(layer, "o", y_TD)
+                x_TD = x_TD[rows_R]
             with time("norm"):
-                self._add(x_TD, o_TD, norms.get("attention_out"))
-                h_TD = ops.rms_norm(x_TD, norms["mlp"], eps)
+                layers.add(layer, "attention", x_TD, o_TD)
+                h_TD = layers.norm(layer, "mlp", x_TD)
             gate_up_TF = yield Linear(layer, "gate_up", h_TD)
             with time("activation"):
-                h_TI = self._gated(gate_up_TF)
+                h_TI = layers.gated(gate_up_TF)
             down_TD = yield Linear(layer, "down", h_TI)
             with time("norm"):
-                self._add(x_TD, down_TD, norms.get("mlp_out"))
+                layers.add(layer, "mlp", x_TD, down_TD)
 
         with time("norm"):
-            h_RD = ops.rms_norm(x_TD, self._final_norm_D, eps)
+            h_RD = layers.final_norm(x_TD)
         logits_RV = (yield Linear(LM_HEAD, "lm_head", h_RD)).to(torch.float32, copy=True)
         if not logits_RV.isfinite().all():
             raise WorkerError(
@@ -123,25 +118,17 @@ class Decoder:
         cap = config.logits_softcap
         return logits_RV if cap is None else ops.soft_cap(logits_RV, cap)
 
-    def _heads(
-        self, qkv_TF: Tensor, norms: dict[str, Tensor], tables: Tables | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values by head; the first two normed and rotated, where they are."""
-        heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
-        qkv_TNK = qkv_TF.view(-1, heads + 2 * kv_heads, self._config.head_dim)
-        qk_TNK, v_TJK = qkv_TNK.tensor_split([heads + kv_heads], dim=1)
-        if self._config.qk_norm:
-            eps = self._config.rms_norm_eps
-            q_THK, k_TJK = qk_TNK.tensor_split([heads], dim=1)
-            both = ops.rms_norm(q_THK, norms["q"], eps), ops.rms_norm(k_TJK, norms["k"], eps)
-            qk_TNK = torch.cat(both, dim=1)
-        if tables is not None:
-            qk_TNK = ops.rope(qk_TNK, *tables)
-        q_THK, k_TJK = qk_TNK.tensor_split([heads], dim=1)
-        return q_THK, k_TJK, v_TJK
-
-    def _add(self, x_TD: Tensor, branch_TD: Tensor, norm_D: Tensor | None) -> None:
-        """Add what attention or MLP gave to the residual stream, in place."""
-        if norm_D is not None:
-            branch_TD = ops.rms_norm(branch_TD, norm_D, self._config.rms_norm_eps)
-        x_TD.add_(branch_TD, alpha=self._config.residual_multiplier)
+    def _attend(
+        self, attention: Attention, wanted_R: Tensor | None, stats: Stats
+    ) -> Generator[Request, Tensor, Tensor]:
+        """Attention and its output projection, of all rows or of those that are wanted."""
+        if self._placement.splits_attention:
+            return (
+                yield from split_attention(
+                    attention, self._config, wanted_R, self._most_scores, stats
+                )
+            )
+        y_TD = yield attention
+        if wanted_R is not None:
+            y_TD = y_TD[wanted_R]
+        return (yield Linear(attention.layer, "o", y_TD)) if len(y_TD) else y_TD

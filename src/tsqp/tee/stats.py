@@ -6,6 +6,7 @@ KINDS = (
     "embedding",
     "linear",
     "attention",
+    "softmax",
     "norm",
     "rope",
     "activation",
@@ -35,7 +36,7 @@ class Stats:
     """Seconds and calls by kind, and the timings of whole steps, since the last `reset`.
 
     "embedding", "linear" and "attention" are what the offload answers, waiting included; the
-    other kinds are computed here.
+    other kinds are computed here, "softmax" where it is apart from the products of attention.
 
     Attributes:
         prefill_s: wall time of steps that contain prompt tokens.
@@ -87,7 +88,7 @@ class Stats:
         }
 
     def as_dict(self) -> dict[str, object]:
-        """Everything, ready for JSON."""
+        """Everything, ready for JSON; of the kinds, those that ran."""
         return {
             **self.timings(),
             "prefill_tokens": self.prefill_tokens,
@@ -96,5 +97,6 @@ class Stats:
             "operations": {
                 kind: {"seconds": timer.seconds, "calls": timer.calls}
                 for kind, timer in self._timers.items()
+                if timer.calls
             },
         }

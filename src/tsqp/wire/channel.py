@@ -19,7 +19,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from tsqp.errors import RemoteError, TSQPError, WorkerLost
+from tsqp.errors import OutOfMemory, RemoteError, TSQPError, WorkerLost
 from tsqp.wire.handshake import check_agreement
 from tsqp.wire.messages import Hello, Operation, Welcome
 from tsqp.wire.tensors import Spec
@@ -132,6 +132,14 @@ class Service(Protocol):
         """What this worker serves. Agreement and segments are the carrier's business."""
         ...
 
+    def open(self) -> "ServiceSession":
+        """What does the calls of one client, which nobody else's calls reach."""
+        ...
+
+
+class ServiceSession(Protocol):
+    """The calls of one client, and what the worker keeps for it between them."""
+
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         """Raise ProtocolError unless these are the shapes that `operation` wants."""
         ...
@@ -140,6 +148,10 @@ class Service(Protocol):
         self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> None:
         """Compute; the outputs are written in place."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything that was kept; called once."""
         ...
 
 
@@ -181,7 +193,7 @@ class InprocChannel:
         self.counters = Counters()
         self.welcome = service.welcome(hello)
         check_agreement(hello, self.welcome)
-        self._service = service
+        self._session = service.open()
         self._calls: dict[int, InprocSlot] = {}
         self._tickets = 0
         self._closed = False
@@ -190,7 +202,7 @@ class InprocChannel:
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> InprocSlot:
         self._check_open()
-        self._service.check(operation, inputs, outputs)
+        self._session.check(operation, inputs, outputs)
         return InprocSlot(
             operation,
             [torch.empty(spec.shape, dtype=spec.dtype) for spec in inputs],
@@ -202,10 +214,14 @@ class InprocChannel:
         kind = kind_of(slot.operation)
         start = time.perf_counter()
         try:
-            self._service.run(slot.operation, slot.inputs, slot.outputs)
+            self._session.run(slot.operation, slot.inputs, slot.outputs)
         except Exception as exc:
             message = str(exc) if isinstance(exc, TSQPError) else repr(exc)
-            slot.error = RemoteError(f"The worker failed: {message}", traceback.format_exc())
+            slot.error = RemoteError(
+                f"The worker failed: {message}",
+                traceback.format_exc(),
+                out_of_memory=isinstance(exc, OutOfMemory),
+            )
         self.counters.count_call(kind)
         self.counters.count_compute(kind, time.perf_counter() - start)
         self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
@@ -228,6 +244,8 @@ class InprocChannel:
         self._calls.pop(ticket, None)
 
     def close(self) -> None:
+        if not self._closed:
+            self._session.close()
         self._closed = True
         self._calls.clear()
 

@@ -286,7 +286,8 @@ class RemoteChannel:
 
     def _remote_error(self, failure: Failure) -> RemoteError:
         text = f"The worker at {self.endpoint} failed: {printable(failure.message)}"
-        return RemoteError(text, printable(failure.traceback, keep="\n"))
+        trace = printable(failure.traceback, keep="\n")
+        return RemoteError(text, trace, out_of_memory=failure.kind == "memory")
 
     def _receive_inline(self, tensors: list[Tensor]) -> None:
         buffers = [raw(tensor) for tensor in tensors]

@@ -17,12 +17,15 @@ PROTOCOL_VERSION = 1
 MAX_LAYERS = 4096
 MAX_DIMENSION = 2**31 - 1
 MAX_TENSORS = 8
+MAX_SPANS = 1024
 MAX_SENTENCE = 2000
 MAX_TRACEBACK = 16_000
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 WeightsDtype = Literal["float32", "float16", "bfloat16", "int8"]  # of the weights of a session
 Dimension = Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
+Layer = Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]
+SequenceNumber = Annotated[int, Meta(ge=0, lt=2**53)]
 Offset = Annotated[int, Meta(ge=-1, le=2**48)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Name = Annotated[str, Meta(pattern=r"^[0-9a-z_:-]{1,64}\Z")]
@@ -120,7 +123,69 @@ class SeedProduct(Message, frozen=True, tag="seed_product"):
     seed: Seed
 
 
-Operation = Linear | Embed | Product | SeedProduct
+class Allocate(Message, frozen=True, tag="allocate"):
+    """Make room for the keys and values of `capacity` tokens under a new number.
+
+    Sequences belong to the session that allocates them: another session's numbers mean others.
+    """
+
+    sequence: SequenceNumber
+    capacity: Dimension
+
+
+class Truncate(Message, frozen=True, tag="truncate"):
+    """Forget all but the first `length` tokens of a sequence."""
+
+    sequence: SequenceNumber
+    length: Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
+
+
+class Free(Message, frozen=True, tag="free"):
+    """Forget a sequence."""
+
+    sequence: SequenceNumber
+
+
+class Span(Message, frozen=True):
+    """Tokens [start, start + length) of a sequence, of which the worker holds the first `start`."""
+
+    sequence: SequenceNumber
+    start: Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
+    length: Dimension
+
+
+class AttentionScores(Message, frozen=True, tag="attention_scores"):
+    """Keep k and v of the spans' tokens, then multiply q with all keys of their sequences.
+
+    Inputs are q [T, heads, features], k and v [T, kv heads, features], rotated, the tokens of all
+    spans in order. The answer is flat: for each span [heads, length, start + length], not scaled
+    and not masked.
+    """
+
+    layer: Layer
+    spans: Annotated[tuple[Span, ...], Meta(min_length=1, max_length=MAX_SPANS)]
+
+
+class Weighted(Message, frozen=True):
+    """Rows of weights over the first `length` tokens that the worker holds of a sequence."""
+
+    sequence: SequenceNumber
+    rows: Dimension
+    length: Dimension
+
+
+class WeightedValues(Message, frozen=True, tag="weighted_values"):
+    """Multiply weights with the values kept in a layer, then with the layer's "o".
+
+    The input is flat: [heads, rows, length] each. The answer has a row for each of their rows.
+    """
+
+    layer: Layer
+    weighted: Annotated[tuple[Weighted, ...], Meta(min_length=1, max_length=MAX_SPANS)]
+
+
+Stateless = Linear | Embed | Product | SeedProduct
+Operation = Stateless | Allocate | Truncate | Free | AttentionScores | WeightedValues
 
 
 class Call(Message, frozen=True, tag="call"):
@@ -140,7 +205,7 @@ class Result(Message, frozen=True, tag="result"):
 class Failure(Message, frozen=True, tag="failure"):
     """Worker → TEE: the call, or the handshake, failed."""
 
-    kind: Literal["refused", "protocol", "error"]
+    kind: Literal["refused", "protocol", "memory", "error"]
     message: Sentence
     traceback: Traceback = ""
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from tsqp.errors import (
     HandshakeError,
+    OutOfMemory,
     ProtocolError,
     RecordingError,
     TSQPError,
     WorkerUnavailable,
 )
-from tsqp.wire.channel import Service
+from tsqp.wire.channel import Service, ServiceSession
 from tsqp.wire.codec import encode, printable, worker_decoder
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.handshake import check_agreement
@@ -59,7 +61,8 @@ OnCall = Callable[[int, Operation, Sequence[Tensor]], None]
 class Session:
     """What one client holds."""
 
-    number: int = 0  # counted from 1
+    number: int  # counted from 1
+    service: ServiceSession
     segment: Segment | None = None
     mailbox: Mailbox | None = None
     last_sent: int = 0  # ticket of the last call through the socket
@@ -72,7 +75,7 @@ class Session:
             if message.poll and self.mailbox is None:
                 self.mailbox = Mailbox(self.segment.memory(MAILBOX_BYTES), "worker")
         if not message.mapped:
-            self.close()
+            self._drop_segment()
 
     def note(self, ticket: int, posted: bool) -> None:
         """Refuse a ticket that does not come after the one before it on its way."""
@@ -84,6 +87,10 @@ class Session:
             self.last_sent = ticket
 
     def close(self) -> None:
+        self.service.close()
+        self._drop_segment()
+
+    def _drop_segment(self) -> None:
         self.mailbox = None
         if self.segment is not None:
             self.segment.close()
@@ -204,7 +211,8 @@ class Server:
         except Exception as exc:
             text = str(exc) if isinstance(exc, TSQPError) else f"{type(exc).__name__}: {exc}"
             trace = printable(traceback.format_exc()[-MAX_TRACEBACK:], keep="\n")
-            self._send(identity, Failure("error", _sentence(text), trace), ticket)
+            kind: Literal["memory", "error"] = "memory" if isinstance(exc, OutOfMemory) else "error"
+            self._send(identity, Failure(kind, _sentence(text), trace), ticket)
 
     def _dispatch(self, identity: bytes, ticket: int, message: FromTEE, posted: bool) -> None:
         if isinstance(message, Hello):
@@ -231,7 +239,7 @@ class Server:
         welcome = self._service.welcome(hello)
         check_agreement(hello, welcome)
         self._opened += 1
-        session = Session(self._opened)
+        session = Session(self._opened, self._service.open())
         reason = ""
         size = min(hello.shm_bytes, self._max_shm_bytes)
         if size:
@@ -255,14 +263,14 @@ class Server:
         if posted and any(ref.offset == INLINE for ref in (*call.inputs, *call.outputs)):
             raise ProtocolError("A client posted a call whose tensors are not in shared memory.")
         specs = [spec_of(ref) for ref in (*call.inputs, *call.outputs)]
-        self._service.check(call.operation, specs[: len(call.inputs)], specs[len(call.inputs) :])
+        session.service.check(call.operation, specs[: len(call.inputs)], specs[len(call.inputs) :])
         inputs = [self._place(session, ref) for ref in call.inputs]
         self._socket.receive_exactly(_inline(inputs, call.inputs), "A client")
         outputs = [self._place(session, ref) for ref in call.outputs]
         if self._on_call is not None:
             self._on_call(session.number, call.operation, inputs)
         start = time.perf_counter_ns()
-        self._service.run(call.operation, inputs, outputs)
+        session.service.run(call.operation, inputs, outputs)
         result = Result(time.perf_counter_ns() - start)
         if not posted or session.mailbox is None:
             self._send(identity, result, ticket, _inline(outputs, call.outputs))

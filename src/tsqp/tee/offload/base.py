@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tsqp.model.attention import CachedAttention, Segment
+from tsqp.tee.placement import Placement
 
 LM_HEAD = -1  # the "layer" of the output projection
 
@@ -47,7 +48,36 @@ class Attention:
     segments: Sequence[Segment]
 
 
-Request = Embedding | Linear | Attention
+@dataclass(frozen=True, slots=True)
+class AttentionScores:
+    """Append k and v to the cache of each segment's sequence, then multiply q with all its keys.
+
+    Answer: flat; for each segment [H, length, start + length], not scaled and not masked.
+    """
+
+    layer: int
+    q_THK: Tensor
+    k_TJK: Tensor
+    v_TJK: Tensor
+    segments: Sequence[Segment]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedValues:
+    """Multiply weights with the values of their sequences, then with the layer's "o".
+
+    Answer: o_TD, a row for each of the weights' rows.
+
+    Attributes:
+        weights: sequences, and weights [H, T, S] over the first S tokens that the layer holds of
+            each.
+    """
+
+    layer: int
+    weights: Sequence[tuple[int, Tensor]]
+
+
+Request = Embedding | Linear | Attention | AttentionScores | WeightedValues
 
 
 class Pending(Protocol):
@@ -102,7 +132,19 @@ def attend_here(attention: CachedAttention, request: Attention) -> Ready:
 
 
 class Offload(Protocol):
-    """Answers the decoder's requests, and owns the KV cache of its sequences."""
+    """Answers the decoder's requests, and owns the KV cache of its sequences.
+
+    Attributes:
+        placement: which side runs what, and with it which requests there are.
+        most_scores: attention scores that one answer should hold, where `placement` splits
+            attention.
+    """
+
+    @property
+    def placement(self) -> Placement: ...
+
+    @property
+    def most_scores(self) -> int: ...
 
     def start(self, request: Request) -> Pending:
         """Begin `request`. Its tensors must not change until it is answered."""

@@ -15,10 +15,13 @@ from tsqp.model.config import Key
 from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.offload.base import Linear, Ready
 from tsqp.tee.offload.masked import MaskedGroup
+from tsqp.tee.placement import IN_TEE
 
 
 class FixedPointLinear:
     """[P2] and [P3] around an exact product, with no pad and nobody to hide it from."""
+
+    placement = IN_TEE
 
     def __init__(
         self, groups: Mapping[Key, MaskedGroup], dtype: torch.dtype, rows: RowPool

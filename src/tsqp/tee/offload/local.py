@@ -8,10 +8,14 @@ from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS
 from tsqp.model.weights import LinearWeights, lay_out, read_embedding, read_linear
 from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Ready, Request, attend_here
+from tsqp.tee.placement import IN_TEE
 
 
 class LocalOffload:
     """Answers every request at once, in floating point."""
+
+    placement = IN_TEE
+    most_scores = 0
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         config = checkpoint.config

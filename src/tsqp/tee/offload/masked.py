@@ -27,6 +27,7 @@ from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request, attend_here
+from tsqp.tee.placement import Placement
 
 Block = TypeVar("Block")  # what a mode remembers of rows that are out
 
@@ -183,6 +184,9 @@ class Groups:
 class _LinearPart(Protocol):
     """Where the linear layers of a private mode run."""
 
+    @property
+    def placement(self) -> Placement: ...
+
     def start(self, request: Linear) -> Pending: ...
 
     def close(self) -> None: ...
@@ -191,12 +195,15 @@ class _LinearPart(Protocol):
 class PrivateOffload:
     """Embedding, attention and the KV cache in the TEE; linear layers elsewhere, masked."""
 
+    most_scores = 0
+
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, embedding_VD: Tensor, linear: _LinearPart
     ) -> None:
         self._attention = CachedAttention(config, dtype)
         self._embedding_VD = embedding_VD
         self._linear = linear
+        self.placement = linear.placement
 
     def start(self, request: Request) -> Pending:
         if isinstance(request, Linear):

@@ -1,7 +1,8 @@
 """`--privacy open`: linear layers and the embedding run on a worker that reads everything.
 
 For a GPU that is trusted, and the yardstick for the private modes. Attention and the KV cache stay
-in the TEE (`--attention tee`). Biases are added here, as [P3] wants it in every mode.
+in the TEE (`--attention tee`); `open_attention.py` has them on the worker. Biases are added here,
+as [P3] wants it in every mode.
 
 Shape suffixes: T tokens; D input and F output features of a linear layer.
 """
@@ -11,13 +12,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tsqp.model.attention import CachedAttention
-from tsqp.model.config import ModelConfig, linear_groups, parts
-from tsqp.tee.offload.base import Attention, Embedding, Pending, Request, attend_here
+from tsqp.model.config import Key, ModelConfig, linear_groups, parts
+from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Request, attend_here
+from tsqp.tee.placement import OPEN
 from tsqp.wire import messages
 from tsqp.wire.channel import Channel, Reply
 from tsqp.wire.messages import Operation
@@ -33,12 +36,23 @@ class Shard:
     stop: int
 
 
-class OpenOffload:
-    """Sends plain token ids and activations to one worker.
+class Kv(Protocol):
+    """Keys and values of sequences, on whichever side; see `Offload`."""
+
+    def alloc(self, sequence: int, capacity: int) -> None: ...
+
+    def truncate(self, sequence: int, length: int) -> None: ...
+
+    def free(self, sequence: int) -> None: ...
+
+
+class OpenLinear:
+    """Sends plain token ids and activations to one worker; attention is left to subclasses.
 
     Args:
         biases_F: bias by (layer, group), of the groups that have one.
         timeout: seconds that the worker may take for one call.
+        kv: where keys and values are kept.
     """
 
     def __init__(
@@ -46,10 +60,11 @@ class OpenOffload:
         channel: Channel,
         config: ModelConfig,
         dtype: torch.dtype,
-        biases_F: Mapping[tuple[int, str], Tensor],
+        biases_F: Mapping[Key, Tensor],
         timeout: float,
+        kv: Kv,
     ) -> None:
-        self.attention = CachedAttention(config, dtype)
+        self._kv = kv
         self._channel = channel
         self._dtype = dtype
         # Which worker computes which features of a group: as yet, one computes all.
@@ -57,27 +72,27 @@ class OpenOffload:
             key: (Shard(channel, 0, sum(part.out_features for part in parts(config, *key))),)
             for key in linear_groups(config)
         }
+        self._hidden_size = config.hidden_size
         self._embedding = (Shard(channel, 0, config.hidden_size),)
         self._biases_F = biases_F
         self._timeout = timeout
 
     def start(self, request: Request) -> Pending:
-        if isinstance(request, Attention):
-            return attend_here(self.attention, request)
         if isinstance(request, Embedding):
             return self._call(messages.Embed(), request.token_ids_T, self._embedding, None)
+        assert isinstance(request, Linear)
         key = (request.layer, request.group)
         operation = messages.Linear(*key)
         return self._call(operation, request.x_TD, self._groups[key], self._biases_F.get(key))
 
     def alloc(self, sequence: int, capacity: int) -> None:
-        self.attention.alloc(sequence, capacity)
+        self._kv.alloc(sequence, capacity)
 
     def truncate(self, sequence: int, length: int) -> None:
-        self.attention.truncate(sequence, length)
+        self._kv.truncate(sequence, length)
 
     def free(self, sequence: int) -> None:
-        self.attention.free(sequence)
+        self._kv.free(sequence)
 
     def close(self) -> None:
         self._channel.close()
@@ -88,18 +103,52 @@ class OpenOffload:
         rows = len(x)
         block = min(_rows_per_call(x, shard, self._dtype) for shard in shards)
         if len(shards) == 1 and rows <= block:
-            return self.submit(operation, x, shards[0], bias_F)
+            return self.submit_to(shards[0], operation, x, bias_F)
         return _SplitAnswer(self, operation, x, shards, bias_F, block)
 
-    def submit(
-        self, operation: Operation, x: Tensor, shard: Shard, bias_F: Tensor | None
+    def submit_to(
+        self, shard: Shard, operation: Operation, x: Tensor, bias_F: Tensor | None
     ) -> "RemoteAnswer":
-        inputs = [Spec(tuple(x.shape), x.dtype)]
-        outputs = [Spec((len(x), shard.stop - shard.start), self._dtype)]
-        slot = shard.channel.reserve(operation, inputs, outputs)
-        slot.inputs[0].copy_(x)
-        ticket = shard.channel.submit(slot)
-        return RemoteAnswer(shard.channel, ticket, bias_F, self._timeout)
+        output = Spec((len(x), shard.stop - shard.start), self._dtype)
+        return self.submit(operation, (x,), output, bias_F, shard.channel)
+
+    def submit(
+        self,
+        operation: Operation,
+        inputs: Sequence[Tensor],
+        output: Spec,
+        bias_F: Tensor | None = None,
+        channel: Channel | None = None,
+    ) -> "RemoteAnswer":
+        channel = channel or self._channel
+        specs = [Spec(tuple(x.shape), x.dtype) for x in inputs]
+        slot = channel.reserve(operation, specs, [output])
+        for place, x in zip(slot.inputs, inputs, strict=True):
+            place.copy_(x)
+        return RemoteAnswer(channel, channel.submit(slot), bias_F, self._timeout)
+
+
+class OpenOffload(OpenLinear):
+    """Attention and the KV cache here, everything else as above."""
+
+    placement = OPEN
+    most_scores = 0
+
+    def __init__(
+        self,
+        channel: Channel,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        biases_F: Mapping[Key, Tensor],
+        timeout: float,
+    ) -> None:
+        self._attention = CachedAttention(config, dtype)
+        super().__init__(channel, config, dtype, biases_F, timeout, self._attention)
+
+    def start(self, request: Request) -> Pending:
+        if isinstance(request, Attention):
+            return attend_here(self._attention, request)
+        return super().start(request)
 
 
 class RemoteAnswer:
@@ -144,7 +193,7 @@ class _SplitAnswer:
 
     def __init__(
         self,
-        offload: OpenOffload,
+        offload: OpenLinear,
         operation: Operation,
         x: Tensor,
         shards: Sequence[Shard],
@@ -186,7 +235,7 @@ class _SplitAnswer:
         try:
             for shard in self._shards:
                 bias_F = None if self._bias_F is None else self._bias_F[shard.start : shard.stop]
-                self._out.append(self._offload.submit(self._operation, x, shard, bias_F))
+                self._out.append(self._offload.submit_to(shard, self._operation, x, bias_F))
         except BaseException:
             self.cancel()
             raise

@@ -18,6 +18,7 @@ from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
+from tsqp.tee.placement import MASKED
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product
 from tsqp.wire.tensors import Spec
@@ -39,6 +40,8 @@ class PadLinear:
         timeout: seconds that the worker may take for one call.
         failures: counts failed checks of the whole process.
     """
+
+    placement = MASKED
 
     def __init__(
         self,

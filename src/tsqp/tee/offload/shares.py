@@ -22,6 +22,7 @@ from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.rng import fresh_seed
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
+from tsqp.tee.placement import MASKED
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product, SeedProduct
 from tsqp.wire.seeds import expand
@@ -45,6 +46,8 @@ class SharesLinear:
         timeout: seconds that the workers may take for one call.
         failures: counts failed checks of the whole process.
     """
+
+    placement = MASKED
 
     def __init__(
         self,

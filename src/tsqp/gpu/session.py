@@ -1,0 +1,182 @@
+"""What a worker keeps for one client between calls: keys and values, in `open` only.
+
+Shape suffixes: T tokens of all spans, flat; H query heads; J key/value heads; K features of one
+head; S tokens kept of a sequence; N scores of all spans, flat; F output features.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from tsqp.errors import ProtocolError
+from tsqp.gpu import kernels
+from tsqp.gpu.weights import Weights, check_room
+from tsqp.model.kv_cache import KvCache
+from tsqp.wire.messages import (
+    Allocate,
+    AttentionScores,
+    Free,
+    Operation,
+    Span,
+    Truncate,
+    Weighted,
+    WeightedValues,
+)
+from tsqp.wire.tensors import Spec
+
+MAX_SEQUENCES = 1024  # of one client at a time
+
+
+class KvStore:
+    """Keys and values of all clients: one budget of memory, and keys that no client chooses."""
+
+    def __init__(self, weights: Weights) -> None:
+        config, device = weights.config, weights.device
+        room = partial(check_room, device=device)
+        self.weights = weights
+        self.cache = KvCache(
+            config.num_layers, config.num_kv_heads, config.head_dim, weights.dtype, device, room
+        )
+        self.keys = count()
+
+
+class KvSession:
+    """The sequences of one client. It reaches no others: it finds keys by its own book alone."""
+
+    def __init__(self, store: KvStore) -> None:
+        self._store = store
+        self._cache = store.cache
+        self._config = store.weights.config
+        self._keys: dict[int, int] = {}
+
+    def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
+        """Raise ProtocolError unless this client may ask for this now, with these tensors."""
+        wanted_inputs, wanted_outputs = self._specs(operation)
+        if list(inputs) != wanted_inputs or list(outputs) != wanted_outputs:
+            raise ProtocolError("A call about kept keys and values has tensors of other shapes.")
+
+    def run(
+        self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        """Do what has passed `check`.
+
+        Raises:
+            OutOfMemory: there is no room for another sequence.
+        """
+        match operation:
+            case Allocate(sequence, capacity):
+                key = next(self._store.keys)
+                self._cache.alloc(key, capacity)
+                self._keys[sequence] = key
+            case Truncate(sequence, length):
+                self._cache.truncate(self._keys[sequence], length)
+            case Free(sequence):
+                self._cache.free(self._keys.pop(sequence))
+            case AttentionScores(layer, spans):
+                self._scores(layer, spans, inputs, outputs[0])
+            case WeightedValues(layer, weighted):
+                self._weighted_values(layer, weighted, inputs[0], outputs[0])
+
+    def close(self) -> None:
+        """Free all sequences."""
+        for key in self._keys.values():
+            self._cache.free(key)
+        self._keys.clear()
+
+    def _specs(self, operation: Operation) -> tuple[list[Spec], list[Spec]]:
+        """The tensors that `operation` takes and gives, once it is found to be allowed."""
+        c, dtype = self._config, self._store.weights.dtype
+        match operation:
+            case Allocate(sequence, capacity):
+                self._check_new(sequence, capacity)
+            case Truncate(sequence, length):
+                key = self._key(sequence)
+                held = min(self._cache.length(key, layer) for layer in range(c.num_layers))
+                if length > held:
+                    raise ProtocolError("A sequence cannot be cut to more tokens than it has.")
+            case Free(sequence):
+                self._key(sequence)
+            case AttentionScores(layer, spans):
+                tokens = self._check_spans(layer, spans)
+                kv = Spec((tokens, c.num_kv_heads, c.head_dim), dtype)
+                scores = c.num_heads * sum(s.length * (s.start + s.length) for s in spans)
+                queries = Spec((tokens, c.num_heads, c.head_dim), dtype)
+                return [queries, kv, kv], [Spec((scores,), dtype)]
+            case WeightedValues(layer, weighted):
+                self._check_layer(layer)
+                for each in weighted:
+                    if each.length > self._cache.length(self._key(each.sequence), layer):
+                        raise ProtocolError("There are weights for more tokens than a layer has.")
+                rows = sum(each.rows for each in weighted)
+                weights = c.num_heads * sum(each.rows * each.length for each in weighted)
+                return [Spec((weights,), dtype)], [Spec((rows, c.hidden_size), dtype)]
+        return [], []
+
+    def _check_new(self, sequence: int, capacity: int) -> None:
+        if sequence in self._keys:
+            raise ProtocolError("A client allocated the same sequence twice.")
+        if len(self._keys) >= MAX_SEQUENCES:
+            raise ProtocolError(f"A client may keep {MAX_SEQUENCES} sequences at a time.")
+        if capacity > self._config.max_positions:
+            raise ProtocolError(
+                f"A client wants room for {capacity} tokens in one sequence, where this model "
+                f"has a context of {self._config.max_positions}."
+            )
+
+    def _check_spans(self, layer: int, spans: Sequence[Span]) -> int:
+        """The number of their tokens. A sequence may come again, where the span before ended."""
+        self._check_layer(layer)
+        held: dict[int, int] = {}
+        for span in spans:
+            key = self._key(span.sequence)
+            if span.start != held.get(key, self._cache.length(key, layer)):
+                raise ProtocolError("The tokens of a sequence must follow those that are kept.")
+            held[key] = span.start + span.length
+            if held[key] > self._cache.capacity(key):
+                raise ProtocolError("A sequence has more tokens than it was given room for.")
+        return sum(span.length for span in spans)
+
+    def _check_layer(self, layer: int) -> None:
+        if layer >= self._config.num_layers:
+            raise ProtocolError(f"There is no layer {layer}.")
+
+    def _key(self, sequence: int) -> int:
+        key = self._keys.get(sequence)
+        if key is None:
+            raise ProtocolError("A client named a sequence that it has not allocated.")
+        return key
+
+    def _scores(
+        self, layer: int, spans: Sequence[Span], inputs: Sequence[Tensor], out_N: Tensor
+    ) -> None:
+        lengths = [span.length for span in spans]
+        shapes = [(self._config.num_heads, s.length, s.start + s.length) for s in spans]
+        parts = (*(x.split_with_sizes(lengths) for x in inputs), _parts(out_N, shapes))
+        for span, q_THK, k_TJK, v_TJK, out_HTS in zip(spans, *parts, strict=True):
+            key = self._keys[span.sequence]
+            k_JSK, _ = self._cache.append(key, layer, span.start, k_TJK, v_TJK)
+            kernels.attention_scores(q_THK, k_JSK, out_HTS)
+
+    def _weighted_values(
+        self, layer: int, weighted: Sequence[Weighted], weights_N: Tensor, out_TF: Tensor
+    ) -> None:
+        shapes = [(self._config.num_heads, each.rows, each.length) for each in weighted]
+        values = [
+            kernels.weighted_values(
+                weights_HTS, self._cache.values(self._keys[each.sequence], layer, each.length)
+            )
+            for each, weights_HTS in zip(weighted, _parts(weights_N, shapes), strict=True)
+        ]
+        kernels.linear(torch.cat(values), self._store.weights.linear_FD[layer, "o"], out_TF)
+
+
+def _parts(flat_N: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Iterator[Tensor]:
+    """Views of one shape after the other."""
+    first = 0
+    for heads, rows, columns in shapes:
+        size = heads * rows * columns
+        yield flat_N[first : first + size].view(heads, rows, columns)
+        first += size

@@ -1,0 +1,74 @@
+"""`--privacy open --attention gpu`: the worker keeps the KV and computes Q·Kᵀ and P·V too.
+
+Only the keys and values of new tokens cross; P·V and the output projection are one call. The
+softmax between them stays in the TEE.
+
+Shape suffixes: T tokens; H query heads; S tokens of a sequence; N numbers of all sequences, flat.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tsqp.model.config import Key, ModelConfig
+from tsqp.tee.offload.base import AttentionScores, Pending, Request, WeightedValues
+from tsqp.tee.offload.open import OpenLinear
+from tsqp.tee.offload.remote_kv import RemoteKv
+from tsqp.tee.placement import OPEN_ATTENTION
+from tsqp.wire import messages
+from tsqp.wire.channel import Channel
+from tsqp.wire.messages import Span, Weighted
+from tsqp.wire.tensors import Spec
+
+MAX_SCORES = 2**23  # in one call: 32 MiB in float32
+
+
+class OpenAttentionOffload(OpenLinear):
+    """Sends plain token ids, activations, queries, keys, values and attention weights."""
+
+    placement = OPEN_ATTENTION
+
+    def __init__(
+        self,
+        channel: Channel,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        biases_F: Mapping[Key, Tensor],
+        timeout: float,
+    ) -> None:
+        kv = RemoteKv(channel, timeout)
+        super().__init__(channel, config, dtype, biases_F, timeout, kv)
+        self._num_heads = config.num_heads
+        # A quarter of a call is for queries, keys and values, or for what becomes of them.
+        self.most_scores = min(MAX_SCORES, channel.max_call_bytes * 3 // 4 // dtype.itemsize)
+
+    def start(self, request: Request) -> Pending:
+        match request:
+            case AttentionScores():
+                return self._attention_scores(request)
+            case WeightedValues():
+                return self._weighted_values(request)
+        return super().start(request)
+
+    def _attention_scores(self, request: AttentionScores) -> Pending:
+        spans = tuple(Span(s.sequence, s.start, s.length) for s in request.segments)
+        scores = self._num_heads * sum(s.length * (s.start + s.length) for s in spans)
+        return self.submit(
+            messages.AttentionScores(request.layer, spans),
+            (request.q_THK, request.k_TJK, request.v_TJK),
+            Spec((scores,), self._dtype),
+        )
+
+    def _weighted_values(self, request: WeightedValues) -> Pending:
+        weighted = tuple(
+            Weighted(sequence, *weights_HTS.shape[1:]) for sequence, weights_HTS in request.weights
+        )
+        weights_N = torch.cat([weights_HTS.flatten() for _, weights_HTS in request.weights])
+        rows = sum(each.rows for each in weighted)
+        return self.submit(
+            messages.WeightedValues(request.layer, weighted),
+            (weights_N,),
+            Spec((rows, self._hidden_size), self._dtype),
+            self._biases_F.get((request.layer, "o")),
+        )

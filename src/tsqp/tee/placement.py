@@ -1,0 +1,54 @@
+"""Which side runs which operation. An offload states it, and the decoder goes by it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Side = Literal["TEE", "worker", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The side of each kind of operation.
+
+    Attributes:
+        linear: what the worker gets may be masked.
+        rms_norm: "both" where the worker runs whole layers: the norm after the last is the TEE's.
+    """
+
+    embedding: Side = "TEE"
+    linear: Side = "TEE"
+    qk_product: Side = "TEE"
+    softmax: Side = "TEE"
+    pv_product: Side = "TEE"
+    rms_norm: Side = "TEE"
+    rotary: Side = "TEE"
+    activation: Side = "TEE"
+    sampling: Side = "TEE"
+
+    @property
+    def splits_attention(self) -> bool:
+        """Whether the softmax and the products around it are on two sides."""
+        return self.softmax != self.qk_product
+
+    @property
+    def fuses_layers(self) -> bool:
+        """Whether the worker runs whole layers."""
+        return self.activation == "worker"
+
+
+IN_TEE = Placement()
+MASKED = Placement(linear="worker")
+OPEN = Placement(embedding="worker", linear="worker")
+OPEN_ATTENTION = Placement(
+    embedding="worker", linear="worker", qk_product="worker", pv_product="worker"
+)
+OPEN_LAYERS = Placement(
+    embedding="worker",
+    linear="worker",
+    qk_product="worker",
+    softmax="worker",
+    pv_product="worker",
+    rms_norm="both",
+    rotary="worker",
+    activation="worker",
+)

@@ -1,0 +1,103 @@
+"""`open --attention gpu` over real worker processes."""
+
+from pathlib import Path
+
+import pytest
+from protocol_helpers import SHARED, Commands
+
+from tsqp import LLM, SamplingParams
+from tsqp.errors import HandshakeError
+from tsqp.gpu import worker as gpu_worker
+
+PROMPTS = [list(range(1, 90)), [7], list(range(300, 250, -1))]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+SPLITS = {"attention": {"attention": "gpu"}}
+
+
+def answers(**options: object) -> list[tuple[int, ...]]:
+    with LLM("random:tiny", prefill_chunk=64, **options) as llm:  # type: ignore[arg-type]
+        return [answer.token_ids for answer in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple[int, ...]]:
+    found = answers(privacy="tee")
+    assert len({token for answer in found for token in answer}) > 10
+    return found
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("shm", [True, False], ids=[SHARED, "inline"])
+def test_a_worker_process_gives_the_tokens_of_tee(
+    split: str, shm: bool, tiny_worker: str, expected: list[tuple[int, ...]]
+) -> None:
+    options = {"privacy": "open", "worker": tiny_worker, "shm": shm, **SPLITS[split]}
+    assert answers(**options) == expected
+    assert answers(**options, lanes=2) == expected
+
+
+PLACES = {
+    "embedding": "worker",
+    "linear": "worker",
+    "qk_product": "worker",
+    "softmax": "TEE",
+    "pv_product": "worker",
+    "rms_norm": "TEE",
+    "rotary": "TEE",
+    "activation": "TEE",
+    "sampling": "TEE",
+}
+TIMERS = {
+    "softmax": "softmax",
+    "rms_norm": "norm",
+    "rotary": "rope",
+    "activation": "activation",
+    "sampling": "sampling",
+}
+
+
+def test_with_attention_on_the_gpu_each_side_runs_what_it_did_in_the_prototype(
+    commands: Commands, tiny_worker: str, ids: Path
+) -> None:
+    result = commands.run(
+        "generate", "random:tiny", "--privacy", "open", "--worker", tiny_worker,
+        "--attention", "gpu", "--prompt-ids", ids, "--max-tokens", 3, "--ignore-eos", "--json",
+    )  # fmt: skip
+    assert result.status == 0, result.stderr
+    found = result.json
+    assert found["placement"] == PLACES
+    # What was placed in the TEE was timed there, and what was not the worker was asked for.
+    ran = found["operations"]
+    assert {timer for name, timer in TIMERS.items() if PLACES[name] == "TEE"} <= set(ran)
+    assert set(ran) - set(TIMERS.values()) == {"embedding", "linear", "attention"}
+    layers, forwards = 2, 3
+    assert found["rpc"]["calls_by_kind"] == {
+        "allocate": 1,
+        "embed": forwards,
+        "linear": forwards * (3 * layers + 1),
+        "attention_scores": forwards * layers,
+        "weighted_values": forwards * layers,
+        "free": 1,
+    }
+    [worker] = [line for line in result.stderr.splitlines() if line.startswith("worker  ")]
+    assert worker.split(maxsplit=1)[1] == "embedding, linear layers, Q·Kᵀ, P·V"
+
+
+@pytest.mark.parametrize("privacy", ["tee", "pad", "open"])
+def test_the_placement_of_other_modes_is_what_the_worker_is_asked_for(privacy: str) -> None:
+    worker = None if privacy == "tee" else "inproc"
+    with LLM("random:tiny", privacy=privacy, worker=worker) as llm:
+        llm.generate([[1, 2, 3]], GREEDY)
+        placement, asked, ran = llm.placement, set(llm.rpc.calls), llm.stats.as_dict()
+    assert (placement.embedding == "worker") == ("embed" in asked)
+    assert (placement.linear == "worker") == bool(asked & {"linear", "product"})
+    assert asked <= {"embed", "linear", "product"}
+    assert isinstance(ran["operations"], dict)
+    assert {"attention", "norm", "rope", "activation", "sampling"} <= set(ran["operations"])
+    assert {placement.qk_product, placement.softmax, placement.rms_norm} == {"TEE"}
+
+
+def test_a_worker_that_cannot_attend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_worker, "SPLIT_ABILITIES", ())
+    with pytest.raises(HandshakeError, match="the worker cannot do attention; install the same"):
+        LLM("random:tiny", privacy="open", worker="inproc", attention="gpu")
