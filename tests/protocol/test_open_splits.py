@@ -80,7 +80,7 @@ def test_with_attention_on_the_gpu_each_side_runs_what_it_did_in_the_prototype(
         "free": 1,
     }
     [worker] = [line for line in result.stderr.splitlines() if line.startswith("worker  ")]
-    assert worker.split(maxsplit=1)[1] == "embedding, linear layers, Q·Kᵀ, P·V"
+    assert worker.split(maxsplit=1)[1].strip() == "embedding, linear layers, Q·Kᵀ, P·V"
 
 
 @pytest.mark.parametrize("privacy", ["tee", "pad", "open"])
