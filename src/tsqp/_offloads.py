@@ -6,7 +6,7 @@ import torch
 
 from tsqp._options import Options
 from tsqp._sessions import WorkerProcess
-from tsqp.gpu.worker import ATTENTION_ABILITY
+from tsqp.gpu.worker import ATTENTION_ABILITY, LAYER_ABILITY
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, Key, linear_groups
 from tsqp.model.digest import WeightsDigest, weights_digest
@@ -29,6 +29,7 @@ from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import MaskedGroup, PrivateOffload
 from tsqp.tee.offload.open import OpenOffload
 from tsqp.tee.offload.open_attention import MAX_SCORES, OpenAttentionOffload
+from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.channel import Channel
@@ -80,10 +81,14 @@ class Builder:
         biases_F = self._biases_F(self._norms)  # read once: what is used is what is hashed
         digest = weights_digest(self._checkpoint, self._dtype, digest=self._norms)
         options, config, dtype = self._options, self._config, self._dtype
-        abilities = (ATTENTION_ABILITY,) if options.gpu_attention else ()
+        kind: type[OpenOffload | OpenAttentionOffload | OpenLayersOffload] = OpenOffload
+        abilities = []
+        if options.fuse_layers:
+            kind, abilities = OpenLayersOffload, [LAYER_ABILITY]
+        elif options.gpu_attention:
+            kind, abilities = OpenAttentionOffload, [ATTENTION_ABILITY]
         channel = self._connect(worker, digest, dtype.itemsize, abilities)
-        offload = OpenAttentionOffload if options.gpu_attention else OpenOffload
-        return offload(channel, config, dtype, biases_F, options.timeout)
+        return kind(channel, config, dtype, biases_F, options.timeout)
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
         options, field = self._options, self._options.field

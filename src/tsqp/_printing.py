@@ -29,6 +29,7 @@ OPERATIONS = {
     "embedding": ("embed",),
     "linear": ("linear", "product", "seed_product"),
     "attention": ("attention_scores", "weighted_values"),
+    "layer": ("layer",),
 }
 PLACED = {
     "embedding": "embedding",

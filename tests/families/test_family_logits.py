@@ -62,14 +62,23 @@ def test_tee_gives_the_logits_of_transformers(
     checkpoint.close()
 
 
+SPLITS = {
+    "attention tee": {"attention": "tee"},
+    "attention gpu": {"attention": "gpu"},
+    "fuse layer": {"fuse": "layer"},
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_open_gives_the_logits_of_transformers(
-    name: str, written: dict[str, tuple[Path, Any]]
+    name: str, split: str, written: dict[str, tuple[Path, Any]]
 ) -> None:
     folder, model = written[name]
     ids = random_ids(TOKENS)
     expected = reference_logits(model, ids)
-    with LLM(str(folder), privacy="open", worker="inproc", dtype="float32") as llm:
+    options = {"privacy": "open", "worker": "inproc", "dtype": "float32", **SPLITS[split]}
+    with LLM(str(folder), **options) as llm:
         assert llm._offload is not None
         for chunks in CHUNKS.values():
             close(logits_in_chunks(llm._engine._decoder, llm._offload, ids, chunks), expected)

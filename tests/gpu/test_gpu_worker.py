@@ -141,7 +141,7 @@ def test_a_worker_says_what_it_serves(worker: Worker, checkpoint: Checkpoint) ->
     assert welcome.nonce == b"n" * 32
     assert welcome.weights_digest == weights_digest(checkpoint, torch.float32)
     assert (welcome.dtype, welcome.device, welcome.segment) == ("float32", "cpu", None)
-    assert set(welcome.abilities) == {"linear", "embedding", "attention"}
+    assert set(welcome.abilities) == {"linear", "embedding", "attention", "layer"}
 
 
 def test_weights_in_bfloat16_are_rounded_once(checkpoint: Checkpoint) -> None:

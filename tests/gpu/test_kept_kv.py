@@ -15,6 +15,7 @@ from tsqp.wire.messages import (
     Allocate,
     AttentionScores,
     Free,
+    Layer,
     Linear,
     Operation,
     Span,
@@ -214,6 +215,31 @@ def test_weights_that_do_not_fit_what_is_kept_are_refused(case: str, kept: Worke
     kept.check(WeightedValues(0, (Weighted(0, 2, 5),)), [spec(HEADS * 10)], [spec(2, HIDDEN)])
 
 
+X = spec(2, HIDDEN)
+LAYERS_REFUSED: dict[str, tuple[Layer, list[Spec], list[Spec], str]] = {
+    "an unknown sequence": (Layer(0, (Span(1, 0, 2),)), [X], [X], "allocated"),
+    "a gap": (Layer(0, (Span(0, 6, 2),)), [X], [X], "must follow"),
+    "too many tokens": (
+        Layer(0, (Span(0, 5, 4),)),
+        [spec(4, HIDDEN)],
+        [spec(4, HIDDEN)],
+        "given room",
+    ),
+    "no such layer": (Layer(LAYERS, (Span(0, 0, 2),)), [X], [X], "no layer 2"),
+    "more rows": (Layer(0, (Span(0, 5, 2),)), [spec(3, HIDDEN)], [X], "other shapes"),
+    "fewer features": (Layer(0, (Span(0, 5, 2),)), [X], [spec(2, HIDDEN - 1)], "other shapes"),
+    "no answer": (Layer(0, (Span(0, 5, 2),)), [X], [], "other shapes"),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS_REFUSED)
+def test_a_layer_that_does_not_fit_what_is_kept_is_refused(case: str, kept: WorkerSession) -> None:
+    operation, inputs, outputs, words = LAYERS_REFUSED[case]
+    with pytest.raises(ProtocolError, match=words):
+        kept.check(operation, inputs, outputs)
+    kept.check(Layer(0, (Span(0, 5, 2),)), [X], [X])
+
+
 @pytest.mark.parametrize(
     ("operation", "words"),
     [
@@ -250,7 +276,12 @@ def test_a_client_may_keep_so_many_sequences_and_no_more(session: WorkerSession)
 
 def test_no_client_reaches_the_sequences_of_another(worker: Worker, kept: WorkerSession) -> None:
     other = worker.open()
-    for operation in (Truncate(0, 0), Free(0), AttentionScores(0, (Span(0, 5, 2),))):
+    for operation in (
+        Truncate(0, 0),
+        Free(0),
+        AttentionScores(0, (Span(0, 5, 2),)),
+        Layer(0, (Span(0, 5, 2),)),
+    ):
         with pytest.raises(ProtocolError, match="has not allocated"):
             other.check(operation, [], [])
     ask(other, Allocate(0, 8))

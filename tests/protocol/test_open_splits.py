@@ -1,5 +1,6 @@
 """`open --attention gpu` over real worker processes."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tsqp.gpu import worker as gpu_worker
 
 PROMPTS = [list(range(1, 90)), [7], list(range(300, 250, -1))]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-SPLITS = {"attention": {"attention": "gpu"}}
+SPLITS = {"attention": {"attention": "gpu"}, "layer": {"fuse": "layer"}}
 
 
 def answers(**options: object) -> list[tuple[int, ...]]:
@@ -97,7 +98,32 @@ def test_the_placement_of_other_modes_is_what_the_worker_is_asked_for(privacy: s
     assert {placement.qk_product, placement.softmax, placement.rms_norm} == {"TEE"}
 
 
-def test_a_worker_that_cannot_attend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_whole_layers_on_the_worker_the_trusted_side_norms_once_and_samples() -> None:
+    with LLM("random:tiny", privacy="open", worker="inproc", fuse="layer") as llm:
+        llm.generate([[1, 2, 3]], GREEDY)
+        placement, ran, calls = (
+            asdict(llm.placement),
+            llm.stats.as_dict()["operations"],
+            llm.rpc.calls,
+        )
+    assert placement == dict.fromkeys(PLACES, "worker") | {"rms_norm": "both", "sampling": "TEE"}
+    assert isinstance(ran, dict)
+    assert set(ran) == {"embedding", "layer", "linear", "norm", "sampling"}
+    forwards, layers = 12, 2
+    assert [ran[kind]["calls"] for kind in ("norm", "layer")] == [forwards, forwards * layers]
+    assert calls == {
+        "allocate": 1,
+        "embed": forwards,
+        "layer": forwards * layers,
+        "linear": forwards,  # the output projection
+        "free": 1,
+    }
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_worker_that_lacks_the_ability_is_refused(
+    split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu_worker, "SPLIT_ABILITIES", ())
-    with pytest.raises(HandshakeError, match="the worker cannot do attention; install the same"):
-        LLM("random:tiny", privacy="open", worker="inproc", attention="gpu")
+    with pytest.raises(HandshakeError, match=f"the worker cannot do {split}; install the same"):
+        LLM("random:tiny", privacy="open", worker="inproc", **SPLITS[split])

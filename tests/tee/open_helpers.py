@@ -15,12 +15,13 @@ from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.lanes import run_lanes
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.open_attention import OpenAttentionOffload
+from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.stats import Stats
 from tsqp.wire.channel import InprocChannel
 from tsqp.wire.messages import Hello
 from tsqp.wire.tensors import WEIGHTS_DTYPES
 
-OFFLOADS = {"attention": OpenAttentionOffload}
+OFFLOADS = {"attention": OpenAttentionOffload, "layer": OpenLayersOffload}
 
 
 class Side:

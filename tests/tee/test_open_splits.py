@@ -1,4 +1,4 @@
-"""`open --attention gpu`: the forward pass is that of transformers."""
+"""`open --attention gpu` and `open --fuse layer`: the forward pass is that of transformers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,16 +175,16 @@ def rms(x: Tensor) -> float:
 def test_an_engine_gives_the_tokens_of_tee(
     split: str, worker: Worker, checkpoint: Checkpoint
 ) -> None:
-    prompts = [some_ids(60), [7], some_ids(100, 2)]
+    prompts = [some_ids(60), [7], some_ids(300, 2)]
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     local = LocalOffload(checkpoint, torch.float32)
     config = checkpoint.config
-    tee = Engine(Decoder(checkpoint, torch.float32), local, config, prefill_chunk=40)
+    tee = Engine(Decoder(checkpoint, torch.float32), local, config, prefill_chunk=280)
     expected = [answer.token_ids for answer in tee.generate(prompts, greedy)]
     assert len({token for answer in expected for token in answer}) > 10
     for lanes in (1, 2):
         side = Side(worker, checkpoint, split)
-        engine = Engine(side.decoder, side.offload, config, prefill_chunk=40, lanes=lanes)
+        engine = Engine(side.decoder, side.offload, config, prefill_chunk=280, lanes=lanes)
         assert [answer.token_ids for answer in engine.generate(prompts, greedy)] == expected
         assert kept_bytes(worker) == 0
 
@@ -225,6 +225,20 @@ def test_only_the_keys_and_values_of_new_tokens_cross(
         "attention_scores": layers,
         "weighted_values": layers,
     }
+
+
+def test_a_fused_layer_is_one_call_of_a_row_a_token(worker: Worker, checkpoint: Checkpoint) -> None:
+    side = Side(worker, checkpoint, "layer")
+    side.offload.alloc(0, 60)
+    side.logits([(0, 0, some_ids(50))], [])
+    counters = side.channel.counters
+    before = counters.sent_bytes, counters.received_bytes
+    side.logits([(0, 50, some_ids(10))], [9])
+    layers, hidden, vocabulary = 3, 48, 101
+    assert counters.sent_bytes - before[0] == 8 * 10 + 4 * hidden * (10 * layers + 1)
+    received = 4 * (10 * hidden * (1 + layers) + vocabulary)
+    assert counters.received_bytes - before[1] == received
+    assert counters.calls == {"allocate": 1, "embed": 2, "layer": 2 * layers, "linear": 1}
 
 
 def test_two_sides_of_one_worker_use_the_same_numbers_for_their_own_sequences(
@@ -292,12 +306,15 @@ class Spoiled:
         self._session.close()
 
 
-@pytest.mark.parametrize("kind", ["attention_scores", "weighted_values"])
+@pytest.mark.parametrize(
+    ("split", "kind"),
+    [("attention", "attention_scores"), ("attention", "weighted_values"), ("layer", "layer")],
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_answers_that_are_not_finite_end_in_an_error_and_in_no_token(
-    kind: str, value: float, worker: Worker, checkpoint: Checkpoint
+    split: str, kind: str, value: float, worker: Worker, checkpoint: Checkpoint
 ) -> None:
-    side = Side(worker, checkpoint, "attention")
+    side = Side(worker, checkpoint, split)
     side.channel._session = Spoiled(side, kind, value)  # type: ignore[assignment]
     side.offload.alloc(0, 9)
     with pytest.raises(WorkerError, match="lm_head output of this step is not finite"):

@@ -30,6 +30,7 @@ from tsqp.wire.messages import (
     Failure,
     Free,
     Hello,
+    Layer,
     Linear,
     Message,
     Probe,
@@ -88,6 +89,7 @@ operations = st.one_of(
     st.builds(Truncate, sequences, tokens),
     st.builds(Free, sequences),
     st.builds(AttentionScores, st.integers(0, messages.MAX_LAYERS - 1), spans),
+    st.builds(Layer, st.integers(0, messages.MAX_LAYERS - 1), spans),
     st.builds(WeightedValues, st.integers(0, messages.MAX_LAYERS - 1), weighted),
 )
 from_tee = st.one_of(
@@ -150,7 +152,7 @@ def test_the_strategies_cover_every_message() -> None:
     covered = {Hello, Attach, Call, Bye, Welcome, Result, Failure, Probe}
     assert set((messages.FromTEE | messages.FromWorker).__args__) == covered
     stateless = {Linear, Embed, Product, SeedProduct}
-    kept = {Allocate, Truncate, Free, AttentionScores, WeightedValues}
+    kept = {Allocate, Truncate, Free, AttentionScores, WeightedValues, Layer}
     assert set(messages.Operation.__args__) == stateless | kept
 
 

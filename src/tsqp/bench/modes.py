@@ -166,6 +166,7 @@ MODES: dict[str, Callable[[Setting], Runner]] = {
     "tee": partial(LlmRunner, privacy="tee"),
     "open": partial(LlmRunner, privacy="open", worker="local"),
     "open-gpu-attention": partial(LlmRunner, privacy="open", worker="local", attention="gpu"),
+    "open-fused": partial(LlmRunner, privacy="open", worker="local", fuse="layer"),
     "pad": partial(LlmRunner, privacy="pad", worker="local", stocked=True),
     "pad-inline": partial(LlmRunner, privacy="pad", worker="local"),
     "shares": partial(

@@ -29,6 +29,7 @@ from tsqp.wire.messages import (
     AttentionScores,
     Embed,
     Free,
+    Layer,
     Linear,
     Name,
     Operation,
@@ -135,7 +136,7 @@ def _place(operation: Operation) -> tuple[int | None, str | None, FieldName | No
     match operation:
         case Embed() | Allocate() | Truncate() | Free():
             return None, None, None
-        case AttentionScores(layer) | WeightedValues(layer):
+        case AttentionScores(layer) | WeightedValues(layer) | Layer(layer):
             return layer, None, None
         case Linear(layer, group):
             return layer, group, None
@@ -149,7 +150,7 @@ def _sequences(operation: Operation) -> tuple[tuple[int, ...], ...]:
             return ((sequence, number),)
         case Free(sequence):
             return ((sequence,),)
-        case AttentionScores(_, spans):
+        case AttentionScores(_, spans) | Layer(_, spans):
             return tuple((span.sequence, span.start, span.length) for span in spans)
         case WeightedValues(_, weighted):
             return tuple((each.sequence, each.rows, each.length) for each in weighted)

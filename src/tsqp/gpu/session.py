@@ -13,12 +13,16 @@ from torch import Tensor
 
 from tsqp.errors import ProtocolError
 from tsqp.gpu import kernels
+from tsqp.gpu.layer import FusedLayers
 from tsqp.gpu.weights import Weights, check_room
+from tsqp.model.attention import Segment
 from tsqp.model.kv_cache import KvCache
+from tsqp.model.layers import Tables
 from tsqp.wire.messages import (
     Allocate,
     AttentionScores,
     Free,
+    Layer,
     Operation,
     Span,
     Truncate,
@@ -40,6 +44,7 @@ class KvStore:
         self.cache = KvCache(
             config.num_layers, config.num_kv_heads, config.head_dim, weights.dtype, device, room
         )
+        self.layers = FusedLayers(weights, self.cache)
         self.keys = count()
 
 
@@ -51,6 +56,7 @@ class KvSession:
         self._cache = store.cache
         self._config = store.weights.config
         self._keys: dict[int, int] = {}
+        self._tables: tuple[Sequence[Span], Tables] | None = None  # of the layer before
 
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         """Raise ProtocolError unless this client may ask for this now, with these tensors."""
@@ -79,6 +85,8 @@ class KvSession:
                 self._scores(layer, spans, inputs, outputs[0])
             case WeightedValues(layer, weighted):
                 self._weighted_values(layer, weighted, inputs[0], outputs[0])
+            case Layer(layer, spans):
+                self._layer(layer, spans, inputs[0], outputs[0])
 
     def close(self) -> None:
         """Free all sequences."""
@@ -105,6 +113,9 @@ class KvSession:
                 scores = c.num_heads * sum(s.length * (s.start + s.length) for s in spans)
                 queries = Spec((tokens, c.num_heads, c.head_dim), dtype)
                 return [queries, kv, kv], [Spec((scores,), dtype)]
+            case Layer(layer, spans):
+                hidden = Spec((self._check_spans(layer, spans), c.hidden_size), dtype)
+                return [hidden], [hidden]
             case WeightedValues(layer, weighted):
                 self._check_layer(layer)
                 for each in weighted:
@@ -171,6 +182,13 @@ class KvSession:
             for each, weights_HTS in zip(weighted, _parts(weights_N, shapes), strict=True)
         ]
         kernels.linear(torch.cat(values), self._store.weights.linear_FD[layer, "o"], out_TF)
+
+    def _layer(self, layer: int, spans: Sequence[Span], x_TD: Tensor, out_TD: Tensor) -> None:
+        layers = self._store.layers
+        segments = [Segment(self._keys[s.sequence], s.start, s.length) for s in spans]
+        if self._tables is None or self._tables[0] != spans:
+            self._tables = spans, layers.tables(segments)
+        out_TD.copy_(layers.run(layer, x_TD, segments, self._tables[1]))
 
 
 def _parts(flat_N: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Iterator[Tensor]:

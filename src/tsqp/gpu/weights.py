@@ -9,8 +9,9 @@ from torch import Tensor
 from tsqp.errors import OutOfMemory
 from tsqp.model import integer_cache
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import LAYER_GROUPS, ModelConfig, norm_shapes
+from tsqp.model.config import LAYER_GROUPS, ModelConfig
 from tsqp.model.digest import WeightsDigest
+from tsqp.model.layers import Layers
 from tsqp.model.prepared import PreparedFile
 from tsqp.model.quantize import IntegerWeights, Progress, integer_bytes
 from tsqp.model.weights import (
@@ -20,7 +21,6 @@ from tsqp.model.weights import (
     linear_bytes,
     read_embedding,
     read_linear,
-    read_norm,
 )
 
 
@@ -30,6 +30,9 @@ class Weights:
 
     Attributes:
         linear_FD: weight by (layer, group); layer -1 is the output projection.
+        biases_F: bias by (layer, group), of the groups that have one; they are for whole layers,
+            elsewhere the TEE adds them.
+        layers: norms and rotation, for whole layers.
         embedding_VD: the embedding table, which a tied output projection shares.
         digest: of every tensor of the model, as both sides compute it.
     """
@@ -38,6 +41,8 @@ class Weights:
     dtype: torch.dtype
     device: torch.device
     linear_FD: dict[tuple[int, str], Tensor]
+    biases_F: dict[tuple[int, str], Tensor]
+    layers: Layers
     embedding_VD: Tensor
     digest: str
 
@@ -49,8 +54,6 @@ def load_weights(
     progress: Progress = lambda done, total: None,
 ) -> Weights:
     """Stream a checkpoint onto `device`, one group of layers at a time.
-
-    Biases and norms go into the digest and are dropped: the TEE applies them.
 
     Args:
         progress: called with the layers done and their total.
@@ -66,19 +69,21 @@ def load_weights(
     table = read_embedding(checkpoint, dtype, digest)
     embedding = _place(table, device) if tied else table.to(device)  # only a product wants columns
     linear: dict[tuple[int, str], Tensor] = {}
+    biases: dict[tuple[int, str], Tensor] = {}
     for layer in range(config.num_layers):
         for group in LAYER_GROUPS:
             weights = read_linear(checkpoint, layer, group, dtype, digest)
             linear[layer, group] = _place(weights.weight_FD, device)
+            if weights.bias_F is not None:
+                biases[layer, group] = weights.bias_F.to(device)
         progress(layer + 1, config.num_layers)
     if tied:
         linear[-1, "lm_head"] = embedding
     else:
         head = read_linear(checkpoint, -1, "lm_head", dtype, digest)
         linear[-1, "lm_head"] = _place(head.weight_FD, device)
-    for name in norm_shapes(config):
-        read_norm(checkpoint, name, dtype, digest)
-    return Weights(config, dtype, device, linear, embedding, digest.hexdigest())
+    layers = Layers(checkpoint, dtype, digest, device)
+    return Weights(config, dtype, device, linear, biases, layers, embedding, digest.hexdigest())
 
 
 def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

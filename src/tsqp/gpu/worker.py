@@ -27,7 +27,8 @@ from tsqp.wire.tensors import WEIGHTS_DTYPES, Spec
 
 OPEN_ABILITIES = ("embedding", "linear")
 ATTENTION_ABILITY = "attention"  # keeps keys and values, and computes with them
-SPLIT_ABILITIES = (ATTENTION_ABILITY,)  # that a session of `open` may ask for besides
+LAYER_ABILITY = "layer"  # runs whole layers
+SPLIT_ABILITIES = (ATTENTION_ABILITY, LAYER_ABILITY)  # that a session of `open` may ask for besides
 PRIVATE_ABILITIES = ("product", "seed_product")
 MAX_ROWS = 2**20
 MAX_SHARE_BYTES = 2**30  # that one seed may stand for

@@ -31,11 +31,18 @@ class Segment:
 
 
 class CachedAttention:
-    """Appends keys and values to the cache of their sequences, and attends causally."""
+    """Appends keys and values to the cache of their sequences, and attends causally.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    Args:
+        cache: one that exists already; a new one, unless given.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, cache: KvCache | None = None
+    ) -> None:
         self._config = config
-        self._cache = KvCache(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+        shape = config.num_layers, config.num_kv_heads, config.head_dim
+        self._cache = KvCache(*shape, dtype) if cache is None else cache
 
     @property
     def reserved_bytes(self) -> int:

@@ -20,7 +20,7 @@ from tsqp.model import ops
 from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.layers import Layers
-from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Request
+from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Layer, Linear, Request
 from tsqp.tee.placement import IN_TEE, Placement
 from tsqp.tee.split_attention import split_attention
 from tsqp.tee.stats import Stats
@@ -74,10 +74,33 @@ class Decoder:
         Raises:
             WorkerError: a logit is not finite.
         """
+        config, time = self._config, stats.time
+        run = self._fused_layers if self._placement.fuses_layers else self._run_layers
+
+        x_TD = (yield Embedding(batch.token_ids_T)) * self._embedding_scale
+        x_RD = yield from run(x_TD, batch, stats)
+        if len(x_RD) == 0:
+            return torch.empty(0, config.vocab_size)
+        with time("norm"):
+            h_RD = self._layers.final_norm(x_RD)
+        logits_RV = (yield Linear(LM_HEAD, "lm_head", h_RD)).to(torch.float32, copy=True)
+        if not logits_RV.isfinite().all():
+            raise WorkerError(
+                "The lm_head output of this step is not finite, so no token can be chosen: check"
+                " the worker, or try a dtype with a wider range."
+            )
+        if config.logits_scaling != 1:
+            logits_RV /= config.logits_scaling
+        cap = config.logits_softcap
+        return logits_RV if cap is None else ops.soft_cap(logits_RV, cap)
+
+    def _run_layers(
+        self, x_TD: Tensor, batch: Batch, stats: Stats
+    ) -> Generator[Request, Tensor, Tensor]:
+        """x_RD after the last layer."""
         config, layers, time = self._config, self._layers, stats.time
         rows_R = batch.logits_rows_R
 
-        x_TD = (yield Embedding(batch.token_ids_T)) * self._embedding_scale
         with time("rope"):
             tables = layers.tables(batch.positions_T, batch.segments)
 
@@ -92,9 +115,9 @@ class Decoder:
                 o_TD = yield from self._attend(attention, None, stats)
             else:  # only wanted rows matter from here on
                 o_TD = yield from self._attend(attention, rows_R, stats)
-                if rows_R.numel() == 0:
-                    return torch.empty(0, config.vocab_size)
                 x_TD = x_TD[rows_R]
+                if len(x_TD) == 0:
+                    return x_TD
             with time("norm"):
                 layers.add(layer, "attention", x_TD, o_TD)
                 h_TD = layers.norm(layer, "mlp", x_TD)
@@ -104,19 +127,15 @@ class Decoder:
             down_TD = yield Linear(layer, "down", h_TI)
             with time("norm"):
                 layers.add(layer, "mlp", x_TD, down_TD)
+        return x_TD
 
-        with time("norm"):
-            h_RD = layers.final_norm(x_TD)
-        logits_RV = (yield Linear(LM_HEAD, "lm_head", h_RD)).to(torch.float32, copy=True)
-        if not logits_RV.isfinite().all():
-            raise WorkerError(
-                "The lm_head output of this step is not finite, so no token can be chosen: check"
-                " the worker, or try a dtype with a wider range."
-            )
-        if config.logits_scaling != 1:
-            logits_RV /= config.logits_scaling
-        cap = config.logits_softcap
-        return logits_RV if cap is None else ops.soft_cap(logits_RV, cap)
+    def _fused_layers(
+        self, x_TD: Tensor, batch: Batch, stats: Stats
+    ) -> Generator[Request, Tensor, Tensor]:
+        """The same, of layers that run elsewhere."""
+        for layer in range(self._config.num_layers):
+            x_TD = yield Layer(layer, x_TD, batch.segments)
+        return x_TD[batch.logits_rows_R]
 
     def _attend(
         self, attention: Attention, wanted_R: Tensor | None, stats: Stats

@@ -262,7 +262,9 @@ class Engine:
         return chunks
 
     def _run(self, chunks: list[Chunk]) -> list[Output]:
-        parts = share_out(chunks, self._lanes)
+        # A worker that keeps the KV must get a prompt in order, which two lanes do not promise.
+        may_cut = self._offload.placement.keeps_kv
+        parts = share_out(chunks, self._lanes, may_cut=may_cut)
         lanes = [self._decoder.forward(flat_batch(part), self.stats) for part in parts]
         outputs = []
         for part, logits_RV in zip(parts, run_lanes(self._offload, lanes, self.stats), strict=True):

@@ -6,7 +6,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from tsqp.tee.offload.base import Embedding, Linear, Offload, Pending, Ready, Request
+from tsqp.tee.offload.base import Embedding, Layer, Linear, Offload, Pending, Ready, Request
 from tsqp.tee.stats import Stats, Timer
 
 Lane = Generator[Request, Tensor, Tensor]
@@ -65,4 +65,6 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
 def _kind(request: Request) -> str:
     if isinstance(request, Embedding):
         return "embedding"
+    if isinstance(request, Layer):
+        return "layer"
     return "linear" if isinstance(request, Linear) else "attention"

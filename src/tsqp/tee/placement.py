@@ -26,6 +26,11 @@ class Placement:
     sampling: Side = "TEE"
 
     @property
+    def keeps_kv(self) -> bool:
+        """Whether keys and values are kept in the TEE."""
+        return self.qk_product == "TEE"
+
+    @property
     def splits_attention(self) -> bool:
         """Whether the softmax and the products around it are on two sides."""
         return self.softmax != self.qk_product

@@ -143,11 +143,15 @@ class Chunk:
         return range(self.length - self.ends_known_tokens, self.length)
 
 
-def share_out(chunks: list[Chunk], lanes: int) -> list[list[Chunk]]:
-    """What each lane does in a step; the later part of a long prompt goes to a later lane."""
+def share_out(chunks: list[Chunk], lanes: int, *, may_cut: bool = True) -> list[list[Chunk]]:
+    """What each lane does in a step; the later part of a long prompt goes to a later lane.
+
+    Args:
+        may_cut: whether two lanes may share a prompt.
+    """
     works: list[list[Chunk]] = [[] for _ in range(lanes)]
     for chunk in chunks:
-        parts = chunk.split(lanes)
+        parts = chunk.split(lanes if may_cut else 1)
         if len(parts) == 1:
             min(works, key=lambda work: sum(each.length for each in work)).append(chunk)
         else:

@@ -4,6 +4,7 @@ from time import perf_counter
 
 KINDS = (
     "embedding",
+    "layer",
     "linear",
     "attention",
     "softmax",
@@ -35,8 +36,9 @@ class Timer:
 class Stats:
     """Seconds and calls by kind, and the timings of whole steps, since the last `reset`.
 
-    "embedding", "linear" and "attention" are what the offload answers, waiting included; the
-    other kinds are computed here, "softmax" where it is apart from the products of attention.
+    "embedding", "layer" (a whole one), "linear" and "attention" are what the offload answers,
+    waiting included; the other kinds are computed here, "softmax" where it is apart from the
+    products of attention.
 
     Attributes:
         prefill_s: wall time of steps that contain prompt tokens.

@@ -24,7 +24,7 @@ MAX_TRACEBACK = 16_000
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 WeightsDtype = Literal["float32", "float16", "bfloat16", "int8"]  # of the weights of a session
 Dimension = Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
-Layer = Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]
+LayerNumber = Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]
 SequenceNumber = Annotated[int, Meta(ge=0, lt=2**53)]
 Offset = Annotated[int, Meta(ge=-1, le=2**48)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -154,6 +154,9 @@ class Span(Message, frozen=True):
     length: Dimension
 
 
+Spans = Annotated[tuple[Span, ...], Meta(min_length=1, max_length=MAX_SPANS)]
+
+
 class AttentionScores(Message, frozen=True, tag="attention_scores"):
     """Keep k and v of the spans' tokens, then multiply q with all keys of their sequences.
 
@@ -162,8 +165,8 @@ class AttentionScores(Message, frozen=True, tag="attention_scores"):
     and not masked.
     """
 
-    layer: Layer
-    spans: Annotated[tuple[Span, ...], Meta(min_length=1, max_length=MAX_SPANS)]
+    layer: LayerNumber
+    spans: Spans
 
 
 class Weighted(Message, frozen=True):
@@ -180,12 +183,22 @@ class WeightedValues(Message, frozen=True, tag="weighted_values"):
     The input is flat: [heads, rows, length] each. The answer has a row for each of their rows.
     """
 
-    layer: Layer
+    layer: LayerNumber
     weighted: Annotated[tuple[Weighted, ...], Meta(min_length=1, max_length=MAX_SPANS)]
 
 
+class Layer(Message, frozen=True, tag="layer"):
+    """Run a whole layer on x [T, features], the tokens of all spans in order; the answer is alike.
+
+    The worker keeps their keys and values.
+    """
+
+    layer: LayerNumber
+    spans: Spans
+
+
 Stateless = Linear | Embed | Product | SeedProduct
-Operation = Stateless | Allocate | Truncate | Free | AttentionScores | WeightedValues
+Operation = Stateless | Allocate | Truncate | Free | AttentionScores | WeightedValues | Layer
 
 
 class Call(Message, frozen=True, tag="call"):

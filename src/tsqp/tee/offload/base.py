@@ -77,7 +77,19 @@ class WeightedValues:
     weights: Sequence[tuple[int, Tensor]]
 
 
-Request = Embedding | Linear | Attention | AttentionScores | WeightedValues
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A whole layer; keys and values are appended to the cache of each segment's sequence.
+
+    Answer: x_TD after it.
+    """
+
+    layer: int
+    x_TD: Tensor
+    segments: Sequence[Segment]
+
+
+Request = Embedding | Linear | Attention | AttentionScores | WeightedValues | Layer
 
 
 class Pending(Protocol):

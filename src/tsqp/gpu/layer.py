@@ -1,0 +1,45 @@
+"""`open --fuse layer`: a whole layer on the worker; `tee/decoder.py` has the same, in pieces.
+
+Shape suffixes: T tokens of all sequences, flat; D hidden and F output features of a linear layer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tsqp.gpu.weights import Weights
+from tsqp.model.attention import CachedAttention, Segment
+from tsqp.model.kv_cache import KvCache
+from tsqp.model.layers import Tables
+
+
+class FusedLayers:
+    """Runs layers of one model, on keys and values of whichever sequences the caller names."""
+
+    def __init__(self, weights: Weights, cache: KvCache) -> None:
+        self._weights = weights
+        self._attention = CachedAttention(weights.config, weights.dtype, cache)
+
+    def tables(self, segments: Sequence[Segment]) -> Tables:
+        """The rotation of these tokens, which is the same for all layers."""
+        positions = [torch.arange(s.start, s.start + s.length) for s in segments]
+        return self._weights.layers.tables(torch.cat(positions), segments)
+
+    def run(self, layer: int, x_TD: Tensor, segments: Sequence[Segment], tables: Tables) -> Tensor:
+        """x_TD after a layer, in fresh memory on the device of the weights."""
+        layers = self._weights.layers
+        x_TD = x_TD.to(self._weights.device, copy=True)
+        h_TD = layers.norm(layer, "attention", x_TD)
+        qkv = layers.heads(layer, self._linear(layer, "qkv", h_TD), tables)
+        y_TD = self._attention.attend(layer, *qkv, segments)
+        layers.add(layer, "attention", x_TD, self._linear(layer, "o", y_TD))
+        h_TD = layers.norm(layer, "mlp", x_TD)
+        h_TI = layers.gated(self._linear(layer, "gate_up", h_TD))
+        layers.add(layer, "mlp", x_TD, self._linear(layer, "down", h_TI))
+        return x_TD
+
+    def _linear(self, layer: int, group: str, x_TD: Tensor) -> Tensor:
+        weights, key = self._weights, (layer, group)
+        return F.linear(x_TD, weights.linear_FD[key], weights.biases_F.get(key))
