@@ -13,9 +13,13 @@ from tsqp.model.digest import weights_digest
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
 from tsqp.tee.offload.open import OpenOffload
+from tsqp.tee.offload.open_attention import OpenAttentionOffload
+from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.sampling import SamplingParams
 from tsqp.wire.channel import InprocChannel, InprocSlot, Reply
 from tsqp.wire.messages import Hello
+
+Split = OpenOffload | OpenAttentionOffload | OpenLayersOffload
 
 PROMPTS = [list(range(1, 60)), [7], list(range(300, 200, -1))]
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
@@ -54,24 +58,30 @@ def checkpoint() -> Checkpoint:
 
 
 def tokens(
-    checkpoint: Checkpoint, kind: type[InprocChannel], max_call_bytes: int, lanes: int
+    checkpoint: Checkpoint,
+    split: type[Split],
+    kind: type[InprocChannel],
+    max_call_bytes: int,
+    lanes: int,
 ) -> list[tuple[int, ...]]:
     config, dtype = checkpoint.config, torch.float32
-    abilities = ("embedding", "linear")
+    abilities = ("embedding", "linear", "attention", "layer")
     digest = weights_digest(checkpoint, dtype)
     worker = Worker(load_weights(checkpoint, dtype, torch.device("cpu")))
     channel = kind(worker, Hello(bytes(32), digest, "float32", abilities, 0))
     channel.max_call_bytes = max_call_bytes
-    offload = OpenOffload(channel, config, dtype, {}, 1.0)
-    engine = Engine(Decoder(checkpoint, dtype), offload, config, prefill_chunk=20, lanes=lanes)
+    offload = split(channel, config, dtype, {}, 1.0)
+    decoder = Decoder(checkpoint, dtype, None, offload.placement, offload.most_scores)
+    engine = Engine(decoder, offload, config, prefill_chunk=20, lanes=lanes)
     return [completion.token_ids for completion in engine.generate(PROMPTS, GREEDY)]
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("max_call_bytes", [2**30, 4096])
+@pytest.mark.parametrize("split", [OpenOffload, OpenAttentionOffload, OpenLayersOffload])
 def test_answers_are_not_read_after_their_release(
-    checkpoint: Checkpoint, max_call_bytes: int, lanes: int
+    checkpoint: Checkpoint, split: type[Split], max_call_bytes: int, lanes: int
 ) -> None:
-    expected = tokens(checkpoint, InprocChannel, max_call_bytes, lanes)
+    expected = tokens(checkpoint, split, InprocChannel, max_call_bytes, lanes)
     assert len({token for answer in expected for token in answer}) > 10
-    assert tokens(checkpoint, PoisonedChannel, max_call_bytes, lanes) == expected
+    assert tokens(checkpoint, split, PoisonedChannel, max_call_bytes, lanes) == expected

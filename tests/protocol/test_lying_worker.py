@@ -375,7 +375,15 @@ def test_in_open_mode_what_is_no_number_gives_no_token(
     assert sampled == []
 
 
-@pytest.mark.parametrize("group", ["attention_scores", "weighted_values"])
+@pytest.mark.parametrize(
+    ("options", "group"),
+    [
+        ({"attention": "gpu"}, "attention_scores"),
+        ({"attention": "gpu"}, "weighted_values"),
+        ({"fuse": "layer"}, "layer"),
+    ],
+    ids=["scores", "values", "layer"],
+)
 @pytest.mark.parametrize(
     ("crime", "verdict", "words"),
     [
@@ -386,17 +394,20 @@ def test_in_open_mode_what_is_no_number_gives_no_token(
         ("never answers", WorkerLost, "stopped answering"),
     ],
 )
-def test_with_attention_on_the_worker_a_broken_answer_gives_no_token(
+def test_with_more_on_the_worker_a_broken_answer_gives_no_token(
     crime: str,
     verdict: type[WorkerError],
     words: str,
+    options: dict[str, Any],
     group: str,
     worker: LyingWorker,
     sampled: list[int],
 ) -> None:
-    options = {"privacy": "open", "attention": "gpu", "pad_memory": None, "shm": False}
+    options = {"privacy": "open", "pad_memory": None, "shm": False, **options}
+    if crime == "never answers":
+        options["timeout"] = IMPATIENCE_S
     with (
-        private(worker, Order(crime, 1, group), timeout=IMPATIENCE_S, **options) as llm,
+        private(worker, Order(crime, 1, group), **options) as llm,
         pytest.raises(WorkerError, match=words) as caught,
     ):
         complete(llm)

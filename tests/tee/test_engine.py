@@ -332,7 +332,7 @@ def test_the_times_of_an_answer_add_up(tiny: Tiny) -> None:
     stats = engine.stats
     assert stats.prefill_tokens == sum(map(len, PROMPTS))
     assert stats.decode_tokens == 11 * len(PROMPTS)
-    assert {kind for kind in KINDS if stats.time(kind).calls} == set(KINDS) - {"softmax"}
+    assert {kind for kind in KINDS if stats.time(kind).calls} == set(KINDS) - {"softmax", "layer"}
     operations = sum(stats.time(kind).seconds for kind in KINDS)
     total = stats.prefill_s + stats.decode_s
     assert 0.2 * total < operations <= total

@@ -48,13 +48,17 @@ def split_attention(
     is_wanted_T = torch.ones(len(whole.q_THK), dtype=torch.bool)
     if wanted_R is not None:
         is_wanted_T.zero_()[wanted_R] = True
+    several = list(blocks(whole.segments, heads, most_scores))
+    q_THK, k_TJK, v_TJK = whole.q_THK, whole.k_TJK, whole.v_TJK
+    if len(several) > 1:  # then they outlive the answer of which they may be views
+        q_THK, k_TJK, v_TJK = q_THK.clone(), k_TJK.clone(), v_TJK.clone()
     outputs = []
     first = 0
-    for segments in blocks(whole.segments, heads, most_scores):
+    for segments in several:
         rows = slice(first, first + sum(segment.length for segment in segments))
         first = rows.stop
         scores_N = yield AttentionScores(
-            whole.layer, whole.q_THK[rows], whole.k_TJK[rows], whole.v_TJK[rows], segments
+            whole.layer, q_THK[rows], k_TJK[rows], v_TJK[rows], segments
         )
         with stats.time("softmax"):
             weights = _weights(segments, scores_N, heads, is_wanted_T[rows], softmax)

@@ -101,11 +101,8 @@ def test_the_placement_of_other_modes_is_what_the_worker_is_asked_for(privacy: s
 def test_with_whole_layers_on_the_worker_the_trusted_side_norms_once_and_samples() -> None:
     with LLM("random:tiny", privacy="open", worker="inproc", fuse="layer") as llm:
         llm.generate([[1, 2, 3]], GREEDY)
-        placement, ran, calls = (
-            asdict(llm.placement),
-            llm.stats.as_dict()["operations"],
-            llm.rpc.calls,
-        )
+        placement, calls = asdict(llm.placement), llm.rpc.calls
+        ran = llm.stats.as_dict()["operations"]
     assert placement == dict.fromkeys(PLACES, "worker") | {"rms_norm": "both", "sampling": "TEE"}
     assert isinstance(ran, dict)
     assert set(ran) == {"embedding", "layer", "linear", "norm", "sampling"}
