@@ -20,6 +20,7 @@ from tsqp.bench.audit import Auditor, Report
 from tsqp.bench.noise import Uniformity
 from tsqp.bench.recording import open_recording
 from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.safetensors_file import SafetensorsFile
 
 TEXT = (
     "The old harbour master walked slowly along the quay every morning before sunrise, counting "
@@ -219,6 +220,26 @@ def test_the_prompt_in_pieces_is_audited_whole(main: Main, tiny: Recorded, ids: 
     folder = tiny.ask(TINY_PROMPT, "open", prefill_chunk=7)
     result = main(*auditing(folder, ids, "--json"))
     assert result.json["recovered_ids"] == TINY_PROMPT
+
+
+def test_with_attention_on_the_worker_the_prompt_is_read_as_well(
+    main: Main, tiny: Recorded, ids: Path
+) -> None:
+    folder = tiny.ask(TINY_PROMPT, "open", attention="gpu", prefill_chunk=30)
+    result = main(*auditing(folder, ids, "--json"))
+    assert result.json["recovered_ids"] == TINY_PROMPT
+
+
+def test_whole_layers_are_recorded_and_not_audited(main: Main, tiny: Recorded, ids: Path) -> None:
+    folder = tiny.ask(TINY_PROMPT, "open", fuse="layer")
+    lines = [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+    layers = [line for line in lines if line["operation"] == "layer"]
+    assert [line["rows"] for line in layers] == [40, 40, 1, 1, 1, 1, 1, 1]
+    assert layers[1]["sequences"] == [[0, 0, 40]]
+    assert SafetensorsFile(folder / layers[1]["tensor"]).shape("input") == (40, 64)
+    result = main(*auditing(folder, ids))
+    assert (result.status, result.stdout) == (1, "")
+    assert "holds whole layers, of which a worker reads everything" in result.error
 
 
 def test_what_is_wrong_is_one_sentence(

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tsqp.bench import kernels
 
-MODES = ["transformers", "tee", "open", "pad", "pad-inline", "shares"]
+MODES = ["transformers", "tee", "open", "open-gpu-attention", "open-fused", "pad"]
+MODES += ["pad-inline", "shares"]
 FIGURE = {"median", "least", "most"}
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
 

@@ -99,7 +99,13 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
         RecordingError: no recording, several, a damaged line, or one of another model.
     """
     session = session_folder(folder)
-    calls = [call for call in _read_index(session / INDEX) if call.group is not None]
+    everything = _read_index(session / INDEX)
+    if any(call.operation == "layer" for call in everything):
+        raise RecordingError(
+            f"{session} holds whole layers, of which a worker reads everything and which no attack "
+            "looks at; record without --fuse layer."
+        )
+    calls = [call for call in everything if call.group is not None]
     if not calls:
         raise RecordingError(f"{session} holds no call of a linear layer; record an answer.")
     fields = {call.field for call in calls}
