@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsqp.errors import ProtocolError
+from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.session import MAX_SEQUENCES
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker, WorkerSession
@@ -272,6 +272,18 @@ def test_a_client_may_keep_so_many_sequences_and_no_more(session: WorkerSession)
         session.check(Allocate(MAX_SEQUENCES, 1), [], [])
     ask(session, Free(3))
     ask(session, Allocate(MAX_SEQUENCES, 1))
+
+
+def test_a_layer_of_more_tokens_than_there_is_memory_for_is_refused(
+    session: WorkerSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqp.gpu.session.MANY_TOKENS", 5)
+    ask(session, Allocate(0, 20))
+    ask(session, Layer(0, (Span(0, 0, 5),)), random(1, 5, HIDDEN), answer=[5, HIDDEN])
+    monkeypatch.setattr("tsqp.model.weights.available_bytes", lambda: 10_000)
+    with pytest.raises(OutOfMemory, match="A layer of this call would take"):
+        ask(session, Layer(0, (Span(0, 5, 5),)), random(2, 5, HIDDEN), answer=[5, HIDDEN])
+    ask(session, Layer(0, (Span(0, 5, 2),)), random(2, 2, HIDDEN), answer=[2, HIDDEN])
 
 
 def test_no_client_reaches_the_sequences_of_another(worker: Worker, kept: WorkerSession) -> None:

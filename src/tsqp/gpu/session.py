@@ -31,7 +31,8 @@ from tsqp.wire.messages import (
 )
 from tsqp.wire.tensors import Spec
 
-MAX_SEQUENCES = 1024  # of one client at a time
+MAX_SEQUENCES = 256  # of one client at a time
+MANY_TOKENS = 4096  # in one layer's call, of which the memory is looked at first
 
 
 class KvStore:
@@ -46,6 +47,13 @@ class KvStore:
         )
         self.layers = FusedLayers(weights, self.cache)
         self.keys = count()
+
+    def check_room_for(self, tokens: int) -> None:
+        """Raise OutOfMemory unless a layer's activations of so many tokens would fit."""
+        c, itemsize = self.weights.config, self.weights.dtype.itemsize
+        heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        features = 4 * c.hidden_size + heads + 4 * c.intermediate_size
+        check_room(tokens * features * itemsize, "A layer of this call", self.weights.device)
 
 
 class KvSession:
@@ -185,6 +193,8 @@ class KvSession:
 
     def _layer(self, layer: int, spans: Sequence[Span], x_TD: Tensor, out_TD: Tensor) -> None:
         layers = self._store.layers
+        if len(x_TD) >= MANY_TOKENS:
+            self._store.check_room_for(len(x_TD))
         segments = [Segment(self._keys[s.sequence], s.start, s.length) for s in spans]
         if self._tables is None or self._tables[0] != spans:
             self._tables = spans, layers.tables(segments)
