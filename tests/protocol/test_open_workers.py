@@ -11,6 +11,7 @@ from tsqp.errors import HandshakeError
 from tsqp.gpu import worker as gpu_worker
 
 PROMPTS = [list(range(1, 90)), [7], list(range(300, 250, -1))]
+PROMPTS += [[n, 2 * n] for n in range(20, 50)]  # whose spans do not fit in a posted message
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SPLITS = {"attention": {"attention": "gpu"}, "layer": {"fuse": "layer"}}
 
