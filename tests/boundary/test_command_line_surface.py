@@ -6,15 +6,16 @@ COMMANDS = {
     "": "--config",
     "generate": """
         --attention --chat --debug --dtype --field --fixed-point --frequency-penalty --fuse
-        --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs --max-tokens --min-p
-        --min-tokens --n --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy --prompt
-        --prompt-ids --prompt-logprobs --prompts --repetition-penalty --seed --stop --stop-token-id
-        --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
+        --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs --max-tokens
+        --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy
+        --prompt --prompt-ids --prompt-logprobs --prompts --repetition-penalty --seed --stop
+        --stop-token-id --temperature --threads --timeout --top-k --top-p --worker --worker-key
+        MODEL
     """,
     "chat": """
-        --attention --debug --dtype --field --fixed-point --frequency-penalty --fuse
-        --insecure --insecure-same-host --logit-bias --max-tokens --min-p --no-shm --pad-memory
-        --prefill-chunk --presence-penalty --privacy --repetition-penalty --seed --stop --stop-token-id --system
+        --attention --debug --dtype --field --fixed-point --frequency-penalty --fuse --insecure
+        --insecure-same-host --logit-bias --max-tokens --min-p --no-shm --pad-memory --prefill-chunk
+        --presence-penalty --privacy --repetition-penalty --seed --stop --stop-token-id --system
         --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "worker": """

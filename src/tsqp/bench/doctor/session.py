@@ -184,6 +184,7 @@ class _Mode:
             worker=self._target.worker,
             worker_key=self._target.worker_key,
             attention="tee",
+            fuse="none",
             field="wide",
             fixed_point=False,
             pad_memory=0,
