@@ -189,6 +189,25 @@ def test_an_engine_gives_the_tokens_of_tee(
         assert kept_bytes(worker) == 0
 
 
+@SPLITS
+def test_a_conversation_goes_on_with_what_the_worker_kept(
+    split: str, worker: Worker, checkpoint: Checkpoint
+) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    side = Side(worker, checkpoint, split)
+    engine = Engine(side.decoder, side.offload, checkpoint.config)
+    local = LocalOffload(checkpoint, torch.float32)
+    tee = Engine(Decoder(checkpoint, torch.float32), local, checkpoint.config)
+    ids = some_ids(50)
+    for turn in range(3):
+        [answer] = engine.generate([ids], greedy, keeps_kv=True)
+        assert answer.token_ids == tee.generate([ids], greedy)[0].token_ids
+        ids = [*ids, *answer.token_ids[:5], *some_ids(10, turn)]
+    assert side.channel.counters.calls["allocate"] < 3
+    assert side.channel.counters.calls["truncate"] > 0
+    assert engine.stats.prefill_tokens == 50 + 2 * 10  # of each turn, what is new
+
+
 def kept_bytes(worker: Worker) -> int:
     assert worker._store is not None
     return worker._store.cache.reserved_bytes

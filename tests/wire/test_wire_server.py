@@ -135,7 +135,7 @@ def test_each_client_has_a_session_of_its_own_until_it_leaves(
             assert books.open_now == [2, 4]
             rude.send(b"\xff" * 100)
             assert isinstance(rude.receive(), Failure)
-            assert books.open_now == [2]
+            assert eventually(lambda: books.open_now == [2])
         three = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
     assert books.open_now == []  # the worker stopped
     two.close()

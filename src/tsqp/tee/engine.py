@@ -263,7 +263,7 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> list[Output]:
         # A worker that keeps the KV must get a prompt in order, which two lanes do not promise.
-        may_cut = self._offload.placement.keeps_kv
+        may_cut = self._offload.placement.kv_in_tee
         parts = share_out(chunks, self._lanes, may_cut=may_cut)
         lanes = [self._decoder.forward(flat_batch(part), self.stats) for part in parts]
         outputs = []

@@ -26,7 +26,7 @@ class Placement:
     sampling: Side = "TEE"
 
     @property
-    def keeps_kv(self) -> bool:
+    def kv_in_tee(self) -> bool:
         """Whether keys and values are kept in the TEE."""
         return self.qk_product == "TEE"
 
