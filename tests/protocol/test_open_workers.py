@@ -1,14 +1,20 @@
-"""`open --attention gpu` over real worker processes."""
+"""`open --attention gpu` and `open --fuse layer` over real worker processes."""
 
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from protocol_helpers import SHARED, Commands
+import torch
+from protocol_helpers import DEADLINE_S, SHARED, Commands, eventually
 
 from tsqp import LLM, SamplingParams
 from tsqp.errors import HandshakeError
 from tsqp.gpu import worker as gpu_worker
+from tsqp.gpu.weights import load_weights
+from tsqp.model.checkpoint import open_checkpoint
+from tsqp.wire.endpoint import parse_endpoint
+from tsqp.wire.server import Server
 
 PROMPTS = [list(range(1, 90)), [7], list(range(300, 250, -1))]
 PROMPTS += [[n, 2 * n] for n in range(20, 50)]  # whose spans do not fit in a posted message
@@ -125,3 +131,32 @@ def test_a_worker_that_lacks_the_ability_is_refused(
     monkeypatch.setattr(gpu_worker, "SPLIT_ABILITIES", ())
     with pytest.raises(HandshakeError, match=f"the worker cannot do {split}; install the same"):
         LLM("random:tiny", privacy="open", worker="inproc", **SPLITS[split])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_client_that_is_killed_gives_its_memory_back(
+    split: str, speaking: Path, commands: Commands
+) -> None:
+    checkpoint = open_checkpoint(str(speaking))
+    worker = gpu_worker.Worker(load_weights(checkpoint, torch.float32, torch.device("cpu")))
+    assert worker._store is not None
+    cache, stop = worker._store.cache, threading.Event()
+    server = Server(parse_endpoint(commands.ipc()))
+    thread = threading.Thread(target=server.serve, args=(worker, stop.is_set))
+    thread.start()
+    try:
+        options = [f"--{name}={value}" for name, value in SPLITS[split].items()]
+        client = commands.start(
+            "generate", speaking, "--privacy", "open", "--worker", commands.ipc(), *options,
+            "--dtype", "float32", "--prompt", "Once", "--max-tokens", 90_000, "--ignore-eos",
+        )  # fmt: skip
+        client.answers()
+        assert cache.reserved_bytes > 0
+        client.stop()
+        assert eventually(lambda: cache.reserved_bytes == 0)
+    finally:
+        stop.set()
+        thread.join(DEADLINE_S)
+        server.close()
+        checkpoint.close()
+    assert not thread.is_alive()

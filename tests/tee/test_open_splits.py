@@ -21,23 +21,15 @@ from tsqp.wire.channel import kind_of
 from tsqp.wire.messages import Operation
 
 TINY_CALL = 20_000  # bytes: some rows of one head at a time
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-OPTIONS: dict[str, dict[str, object]] = {
+OPTIONS: dict[str, dict[str, object]] = {  # tests/families has the others
     "grouped queries, tied": {},
-    "untied": {"tie_word_embeddings": False},
-    "attention and mlp bias": {"attention_bias": True, "mlp_bias": True},
-    "wide heads": {"head_dim": 20},
-    "one kv head": {"num_key_value_heads": 1},
+    "untied, biases everywhere": {
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "one kv head, wide": {"num_key_value_heads": 1, "head_dim": 20},
     "as many kv heads": {"num_key_value_heads": 6},
-    "llama3 rope": {"rope_parameters": LLAMA3},
-    "large eps": {"rms_norm_eps": 0.1},
 }
 SPLITS = pytest.mark.parametrize("split", OFFLOADS)
 
