@@ -28,6 +28,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16)
 class PoisonedReply:
     """FAKE: an answer that turns into NaN when it is released."""
 
+    times = None
+
     def __init__(self, reply: InprocSlot) -> None:
         self._reply = reply
         self.outputs: list[Tensor] = reply.outputs

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import OutOfMemory, RemoteError, TSQPError, WorkerLost
+from tsqp.wire.call_times import AWAY, MASK, WAIT, CallTimes, OnTimes, lap
 from tsqp.wire.handshake import check_agreement
 from tsqp.wire.messages import Hello, Operation, Welcome
 from tsqp.wire.tensors import Spec
@@ -59,12 +60,19 @@ class Counters:
 class Slot(Protocol):
     """A call being prepared: write the inputs, then submit."""
 
+    times: CallTimes | None  # where a log wants them
+
     @property
     def inputs(self) -> Sequence[Tensor]: ...
 
 
 class Reply(Protocol):
-    """An answer. Its outputs may be shared memory: valid inside the `with` block only."""
+    """An answer. Its outputs may be shared memory: valid inside the `with` block only.
+
+    The block is for reading the answer, and ends the call's times, unless `times.end()` did.
+    """
+
+    times: CallTimes | None
 
     @property
     def outputs(self) -> Sequence[Tensor]: ...
@@ -86,6 +94,8 @@ class Channel(Protocol):
     transport: str  # "inproc", "poll" and "shm" (shared memory), or "inline"
     reason: str  # why this transport
     counters: Counters
+    welcome: Welcome
+    on_times: OnTimes | None  # takes the times of each call that is answered; None measures none
 
     @property
     def max_call_bytes(self) -> int:
@@ -167,6 +177,7 @@ class InprocSlot:
     operation: Operation
     inputs: list[Tensor]
     outputs: list[Tensor]
+    times: CallTimes | None = None
     error: RemoteError | None = None
 
     def __enter__(self) -> "InprocSlot":
@@ -178,7 +189,8 @@ class InprocSlot:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        pass
+        if self.times is not None:
+            self.times.end()
 
 
 class InprocChannel:
@@ -191,6 +203,7 @@ class InprocChannel:
 
     def __init__(self, service: Service, hello: Hello) -> None:
         self.counters = Counters()
+        self.on_times: OnTimes | None = None
         self.welcome = service.welcome(hello)
         check_agreement(hello, self.welcome)
         self._session = service.open()
@@ -207,12 +220,14 @@ class InprocChannel:
             operation,
             [torch.empty(spec.shape, dtype=spec.dtype) for spec in inputs],
             [torch.empty(spec.shape, dtype=spec.dtype) for spec in outputs],
+            CallTimes(self.on_times, operation, inputs, outputs) if self.on_times else None,
         )
 
     def submit(self, slot: Slot) -> int:
         assert isinstance(slot, InprocSlot)
-        kind = kind_of(slot.operation)
-        start = time.perf_counter()
+        kind, times = kind_of(slot.operation), slot.times
+        lap(times, MASK)
+        start = time.perf_counter_ns()
         try:
             self._session.run(slot.operation, slot.inputs, slot.outputs)
         except Exception as exc:
@@ -222,8 +237,12 @@ class InprocChannel:
                 traceback.format_exc(),
                 out_of_memory=isinstance(exc, OutOfMemory),
             )
+        compute_ns = time.perf_counter_ns() - start
+        if times is not None:  # this side does the worker's work, as if it waited for it
+            times.lap(WAIT)
+            times.compute_ns = compute_ns
         self.counters.count_call(kind)
-        self.counters.count_compute(kind, time.perf_counter() - start)
+        self.counters.count_compute(kind, compute_ns / 1e9)
         self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
         self.counters.received_bytes += sum(tensor.nbytes for tensor in slot.outputs)
         self._tickets += 1
@@ -238,6 +257,7 @@ class InprocChannel:
         slot = self._calls.pop(ticket)
         if slot.error is not None:
             raise slot.error
+        lap(slot.times, AWAY)
         return slot
 
     def cancel(self, ticket: int) -> None:

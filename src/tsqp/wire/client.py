@@ -22,6 +22,17 @@ from tsqp.errors import (
     WorkerLost,
     WorkerUnavailable,
 )
+from tsqp.wire.call_times import (
+    AWAY,
+    MASK,
+    RECEIVE,
+    SEND,
+    SERIALISE,
+    WAIT,
+    CallTimes,
+    OnTimes,
+    lap,
+)
 from tsqp.wire.channel import Counters, Slot, kind_of
 from tsqp.wire.codec import encode, printable, tee_decoder
 from tsqp.wire.endpoint import Endpoint
@@ -33,7 +44,6 @@ from tsqp.wire.messages import (
     Bye,
     Call,
     Failure,
-    FromWorker,
     Hello,
     Message,
     Operation,
@@ -60,12 +70,14 @@ class _Call:
         inputs: list[Tensor],
         outputs: list[Tensor],
         refs: tuple[TensorRef, ...],
+        times: CallTimes | None,
     ) -> None:
         self.operation = operation
         self.place = place  # in the arena, or None for inline
         self.inputs = inputs
         self.outputs = outputs
         self.refs = refs
+        self.times = times
         self.answered = False
         self.error: RemoteError | None = None
         self._channel = channel
@@ -80,6 +92,8 @@ class _Call:
         trace: TracebackType | None,
     ) -> None:
         self._channel.release(self)
+        if self.times is not None:
+            self.times.end()
 
 
 def check_reachable(
@@ -122,6 +136,7 @@ class RemoteChannel:
         """
         self.endpoint = str(endpoint)
         self.counters = Counters()
+        self.on_times: OnTimes | None = None
         self.transport = "inline"
         self.reason = no_shm_reason
         self._decoder = tee_decoder(self.endpoint)
@@ -148,6 +163,7 @@ class RemoteChannel:
     def reserve(
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> _Call:
+        times = CallTimes(self.on_times, operation, inputs, outputs) if self.on_times else None
         specs = [*inputs, *outputs]
         place = self._arena.take(sum(map(_room, specs))) if self._arena else None
         tensors, refs = [], []
@@ -160,24 +176,27 @@ class RemoteChannel:
                 tensors.append(self._segment.tensor(offset, spec.shape, spec.dtype))
                 offset += _room(spec)
         split = len(inputs)
-        return _Call(self, operation, place, tensors[:split], tensors[split:], tuple(refs))
+        return _Call(self, operation, place, tensors[:split], tensors[split:], tuple(refs), times)
 
     def submit(self, slot: Slot) -> int:
         assert isinstance(slot, _Call)
-        split = len(slot.inputs)
-        call = Call(slot.operation, slot.refs[:split], slot.refs[split:])
+        split, times = len(slot.inputs), slot.times
+        lap(times, MASK)
         self._last_ticket += 1
         ticket = self._last_ticket
+        frame = encode(Call(slot.operation, slot.refs[:split], slot.refs[split:]), ticket)
         inline = [] if slot.place is not None else [raw(tensor) for tensor in slot.inputs]
+        lap(times, SERIALISE)
         try:
-            if not (slot.place is not None and self._post(call, ticket)):
-                self._send(call, ticket, inline)
+            if not (slot.place is not None and self._post(frame)):
+                self._send_frames([frame, *inline])
         except BaseException:  # a message that was sent in part cannot be taken back
             self.close()
             raise
         self._calls[ticket] = slot
         self.counters.count_call(kind_of(slot.operation))
         self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
+        lap(times, SEND)
         return ticket
 
     def discard(self, slot: Slot) -> None:
@@ -187,9 +206,10 @@ class RemoteChannel:
     def wait(self, ticket: int, deadline: float) -> _Call:
         self._check_open()
         call = self._calls[ticket]
+        lap(call.times, AWAY)
         try:
             while not call.answered:
-                self._receive(deadline)
+                self._receive(deadline, call.times)
         except WorkerError:
             self.close()
             raise
@@ -217,7 +237,7 @@ class RemoteChannel:
         if not self._socket.closed:
             try:
                 with suppress(WorkerError):
-                    self._send(Bye(), 0, [])
+                    self._send(Bye())
             finally:
                 self._socket.close()
         if self._segment is not None:
@@ -226,41 +246,49 @@ class RemoteChannel:
         self._calls.clear()
         self._cancelled.clear()
 
-    def _send(self, message: Message, ticket: int, inline: list[memoryview]) -> None:
+    def _send(self, message: Message) -> None:
+        self._send_frames([encode(message)])
+
+    def _send_frames(self, frames: list[bytes | memoryview]) -> None:
         self._check_open()
-        frames: list[bytes | memoryview] = [encode(message, ticket), *inline]
         self.counters.socket_bytes += sum(map(len, frames))
         self._socket.send(frames)
 
-    def _post(self, call: Call, ticket: int) -> bool:
+    def _post(self, frame: bytes) -> bool:
         """Send a call through the mailbox; False where it has no room."""
         if self._mailbox is None or len(self._calls) + len(self._cancelled) >= SLOTS:
             return False
         self._check_open()
-        frame = encode(call, ticket)
         if len(frame) > MAX_FRAME:
             return False
         if self._mailbox.post(frame):
-            self._send(Probe(), 0, [])
+            self._send(Probe())
         return True
 
     def _check_open(self) -> None:
         if self._socket.closed:
             raise WorkerLost(f"The session with the worker at {self.endpoint} has ended.")
 
-    def _next(self, deadline: float) -> tuple[int, FromWorker]:
+    def _next(self, deadline: float) -> bytes | memoryview:
+        """The first frame of the next message, valid until the next call."""
         self._check_open()
         mailbox = self._mailbox
         while mailbox is None or (mail := mailbox.take()) is None:
             frame = self._socket.receive(deadline, mailbox or NO_DOORBELL)
             if frame is not None:
                 self.counters.socket_bytes += len(frame)
-                return self._decoder.decode(frame)
-        return self._decoder.decode(mail)
+                return frame
+        return mail
 
-    def _receive(self, deadline: float) -> None:
-        """Take one message from the socket and note whose answer it is."""
-        ticket, message = self._next(deadline)
+    def _receive(self, deadline: float, waiting: CallTimes | None) -> None:
+        """Take one message from the socket and note whose answer it is.
+
+        Args:
+            waiting: times of the call that is waited for.
+        """
+        frame = self._next(deadline)
+        lap(waiting, WAIT)
+        ticket, message = self._decoder.decode(frame)
         if isinstance(message, Probe):
             self._receive_inline([])
             if time.monotonic() >= deadline:
@@ -274,13 +302,20 @@ class RemoteChannel:
                 f"The worker at {self.endpoint} answered a call that is not open; "
                 "restart the worker, and do not trust it."
             )
+        if call.times is not waiting:
+            lap(call.times, AWAY)
         if isinstance(message, Failure):
             call.error = self._remote_error(message)
         else:
+            if call.times is not None:
+                call.times.queue_ns, call.times.compute_ns = message.queue_ns, message.compute_ns
             self.counters.count_compute(kind_of(call.operation), message.compute_ns / 1e9)
             self.counters.received_bytes += sum(tensor.nbytes for tensor in call.outputs)
         self._receive_inline(call.outputs if call.place is None and call.error is None else [])
         call.answered = True
+        lap(call.times, RECEIVE)
+        if call.times is not waiting:
+            lap(waiting, AWAY)  # that was the other call's
         if self._cancelled.pop(ticket, None) is not None:
             self.release(call)
 
@@ -295,9 +330,9 @@ class RemoteChannel:
         self.counters.socket_bytes += sum(buffer.nbytes for buffer in buffers)
 
     def _shake_hands(self, hello: Hello, deadline: float) -> Welcome:
-        self._send(hello, 0, [])
+        self._send(hello)
         try:
-            _, message = self._next(deadline)
+            _, message = self._decoder.decode(self._next(deadline))
         except WorkerLost as exc:
             raise WorkerUnavailable(
                 f"The worker at {self.endpoint} accepts connections but does not answer; "
@@ -336,7 +371,7 @@ class RemoteChannel:
             if CAN_POLL:
                 self._mailbox = Mailbox(segment.memory(MAILBOX_BYTES), "tee")
                 self.transport = "poll"
-        self._send(Attach(self._segment is not None, self._mailbox is not None), 0, [])
+        self._send(Attach(self._segment is not None, self._mailbox is not None))
 
 
 def _room(spec: Spec) -> int:

@@ -33,6 +33,7 @@ Sentence = Annotated[str, Meta(max_length=MAX_SENTENCE)]
 Traceback = Annotated[str, Meta(max_length=MAX_TRACEBACK)]
 Evidence = Annotated[bytes, Meta(max_length=65_536)]
 Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Nanoseconds = Annotated[int, Meta(ge=0, le=2**62)]
 Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 INLINE = -1  # the offset of a tensor that travels as a frame of its own
@@ -210,9 +211,14 @@ class Call(Message, frozen=True, tag="call"):
 
 
 class Result(Message, frozen=True, tag="result"):
-    """Worker → TEE: the outputs are where the call wanted them."""
+    """Worker → TEE: the outputs are where the call wanted them.
 
-    compute_ns: Annotated[int, Meta(ge=0, le=2**62)]
+    The times are the worker's own word, which nothing may rest on: `compute_ns` for the operation,
+    `queue_ns` before it, in which the call may have lain there while the worker served others.
+    """
+
+    compute_ns: Nanoseconds
+    queue_ns: Nanoseconds = 0
 
 
 class Failure(Message, frozen=True, tag="failure"):

@@ -173,7 +173,11 @@ class RemoteAnswer:
             raise
         self.waited_s = time.perf_counter() - began
         y_TF = self._reply.outputs[0]
-        return y_TF if self._bias_F is None else y_TF + self._bias_F
+        if self._bias_F is not None:
+            y_TF = y_TF + self._bias_F
+        if self._reply.times is not None:
+            self._reply.times.end()  # what goes on inside the block is not about this call
+        return y_TF
 
     def __exit__(
         self,

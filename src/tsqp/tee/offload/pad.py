@@ -19,6 +19,7 @@ from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
 from tsqp.tee.placement import MASKED
+from tsqp.wire.call_times import PADS, lap
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product
 from tsqp.wire.tensors import Spec
@@ -77,13 +78,14 @@ class PadLinear:
         """[P4], [P5]: take fresh pads, mask, and submit."""
         self._failures.check()
         rows, each = len(x_TD), group.field.residue_bytes
-        pads = self._pool.take((group.layer, group.name), rows)
         slot = self._channel.reserve(
             Product(group.layer, group.name, group.field.name),
             [Spec((rows, each * group.width), torch.uint8)],
             [Spec((rows, each * group.features), torch.uint8)],
         )
         try:
+            pads = self._pool.take((group.layer, group.name), rows)
+            lap(slot.times, PADS)
             masked = group.mask(x_TD, pads.r_ND, slot.inputs[0], self._rows)
         except BaseException:
             self._channel.discard(slot)

@@ -88,8 +88,7 @@ class SharesLinear:
         try:
             for channel, seed in zip(self._seeded, seeds, strict=True):
                 tickets.append(_send_seed(channel, group, len(x_TD), seed))
-            rest_TD = _minus_sum(seeds, (len(x_TD), group.width), group.field)
-            ticket, masked = self._send_rest(group, x_TD, rest_TD)
+            ticket, masked = self._send_rest(group, x_TD, seeds)
         except BaseException:
             self._cancel(tickets)
             raise
@@ -123,12 +122,15 @@ class SharesLinear:
     def cancel(self, block: _Block) -> None:
         self._cancel(block.tickets)
 
-    def _send_rest(self, group: MaskedGroup, x_TD: Tensor, rest_TD: Int32) -> tuple[int, Masked]:
+    def _send_rest(
+        self, group: MaskedGroup, x_TD: Tensor, seeds: Sequence[bytes]
+    ) -> tuple[int, Masked]:
         width = group.field.residue_bytes * group.width
         operation = Product(group.layer, group.name, group.field.name)
         inputs = [Spec((len(x_TD), width), torch.uint8)]
         slot = self._last.reserve(operation, inputs, [_answer(group, len(x_TD))])
         try:
+            rest_TD = _minus_sum(seeds, (len(x_TD), group.width), group.field)
             masked = group.mask(x_TD, rest_TD, slot.inputs[0], self._rows)
         except BaseException:
             self._last.discard(slot)

@@ -1,0 +1,111 @@
+"""Where the time of a call went: laps that follow one another, and the worker's word."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from wire_helpers import HelperProcess, begin, finish, hello
+
+from tsqp.wire.call_times import AWAY, LAPS, MASK, RECEIVE, SEND, UNMASK, WAIT, CallTimes
+from tsqp.wire.client import RemoteChannel
+from tsqp.wire.messages import SeedProduct
+from tsqp.wire.tensors import Spec
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
+SENT = torch.ones(3, 5)
+MS = 1_000_000
+OVER = pytest.mark.parametrize("shm_bytes", [2**20, 0], ids=["shared", "inline"])
+
+
+def timed_channel(
+    worker: HelperProcess, folder: Path, shm_bytes: int
+) -> tuple[RemoteChannel, list[CallTimes]]:
+    """A channel, and the times of its calls in the order in which they ended."""
+    channel = RemoteChannel(worker.endpoint, hello(shm_bytes=shm_bytes), shm_folder=folder)
+    ended: list[CallTimes] = []
+    channel.on_times = ended.append
+    return channel, ended
+
+
+@OVER
+def test_the_laps_of_a_call_fill_the_time_it_took(
+    shm_bytes: int, worker: HelperProcess, shared_folder: Path
+) -> None:
+    channel, ended = timed_channel(worker, shared_folder, shm_bytes)
+    began = time.perf_counter_ns()
+    finish(channel, begin(channel, SENT, group="sleep", layer=30))
+    took = time.perf_counter_ns() - began
+    channel.close()
+    [times] = ended
+    assert 30 * MS < times.compute_ns <= times.laps_ns[WAIT] + times.laps_ns[AWAY]
+    assert 0 <= times.began_ns - began < took
+    assert sum(times.laps_ns) <= took
+    for lap in (MASK, SEND, WAIT, RECEIVE, UNMASK):
+        assert times.laps_ns[lap] > 0, LAPS[lap]
+    assert (times.kind, times.layer, times.group, times.rows) == ("linear", 30, "sleep", 3)
+    assert times.sent_bytes == times.received_bytes == 60
+
+
+@OVER
+def test_waiting_is_counted_once_where_another_answer_comes_first(
+    shm_bytes: int, worker: HelperProcess, shared_folder: Path
+) -> None:
+    channel, ended = timed_channel(worker, shared_folder, shm_bytes)
+    began = time.perf_counter_ns()
+    first = begin(channel, SENT, group="sleep", layer=30)
+    second = begin(channel, SENT, group="sleep", layer=30)
+    finish(channel, second)
+    finish(channel, first)
+    took = time.perf_counter_ns() - began
+    channel.close()
+    late, early = ended
+    assert late.laps_ns[WAIT] > 50 * MS
+    assert early.laps_ns[WAIT] == 0
+    assert early.laps_ns[AWAY] > 50 * MS
+    assert early.compute_ns > 30 * MS
+    assert sum(sum(each.laps_ns) - each.laps_ns[AWAY] for each in ended) <= took
+
+
+@OVER
+def test_a_worker_says_how_long_it_was_at_work_for_others(
+    shm_bytes: int, worker: HelperProcess, shared_folder: Path
+) -> None:
+    other, _ = timed_channel(worker, shared_folder, shm_bytes)
+    channel, ended = timed_channel(worker, shared_folder, shm_bytes)
+    finish(channel, begin(channel, SENT))
+    ticket = begin(other, SENT, group="sleep", layer=300)
+    threading.Event().wait(0.05)  # the worker has begun
+    finish(channel, begin(channel, SENT))
+    finish(other, ticket)
+    alone, behind = ended
+    channel.close()
+    other.close()
+    assert alone.queue_ns < 100 * MS
+    assert behind.queue_ns > 150 * MS
+    assert behind.compute_ns < 100 * MS
+
+
+def test_a_secret_seed_is_not_kept_for_a_log() -> None:
+    seed = bytes(range(32))
+    times = CallTimes(
+        lambda times: None,
+        SeedProduct(1, "qkv", "wide", 7, seed),
+        [],
+        [Spec((7, 40), torch.uint8)],
+    )
+    kept = {name: getattr(times, name) for name in CallTimes.__slots__}
+    assert (times.kind, times.rows, times.received_bytes) == ("seed_product", 7, 280)
+    assert not [name for name, value in kept.items() if isinstance(value, bytes | SeedProduct)]
+
+
+def test_a_call_ends_once() -> None:
+    ended: list[CallTimes] = []
+    times = CallTimes(ended.append, SeedProduct(1, "qkv", "wide", 7, bytes(32)), [], [])
+    times.end()
+    laps = list(times.laps_ns)
+    times.end()
+    assert ended == [times]
+    assert times.laps_ns == laps
