@@ -22,15 +22,8 @@ from tsqp._wiring import LLM
 from tsqp.model import demo
 from tsqp.model.prepared import prepare
 from tsqp.tee.sampling import Completion
-from tsqp.tee.stats import KINDS
+from tsqp.tee.stats import KINDS, OPERATIONS
 
-# What the wire calls the kinds of operations that a worker may do.
-OPERATIONS = {
-    "embedding": ("embed",),
-    "linear": ("linear", "product", "seed_product"),
-    "attention": ("attention_scores", "weighted_values"),
-    "layer": ("layer",),
-}
 PLACED = {
     "embedding": "embedding",
     "linear": "linear layers",

@@ -1,14 +1,18 @@
 """The only place that joins the zones: builds a TEE side, a worker side, or both."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from time import process_time
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from tsqp import __version__
+from tsqp._machine import describe_machine
 from tsqp._offloads import Builder
 from tsqp._options import check_options
 from tsqp._sessions import WorkerProcess
@@ -17,6 +21,8 @@ from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.layers import Layers
 from tsqp.model.weights import parse_dtype
+from tsqp.tee.call_lines import FORMAT, Geometry, Header
+from tsqp.tee.call_log import CallLog
 from tsqp.tee.crypto.pads import PadPool, PadStats
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
@@ -58,6 +64,7 @@ class LLM:
         insecure_same_host: bool = False,
         lanes: int = 1,
         tokenizer: Tokenizer | None = None,
+        rpc_log: str | Path | None = None,
     ) -> None:
         """Load what this side needs and open a session with each worker.
 
@@ -89,9 +96,10 @@ class LLM:
                 kind of link, where they could add up what they receive.
             lanes: parts of a batch that take turns, so that both sides work at once.
             tokenizer: the model's, where it has been read already.
+            rpc_log: a new file for where the time of every call went, see docs/instruments.md.
 
         Raises:
-            UsageError: options that are unknown or contradict each other.
+            UsageError: options that are unknown or contradict each other, or a log that exists.
             ModelError: the checkpoint cannot be used.
             WorkerError: there is no worker, or it serves something else.
         """
@@ -119,8 +127,11 @@ class LLM:
         self._offload: Offload | None = None
         self._pads: PadPool | None = None
         self._tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
+        self._call_log = None if rpc_log is None else CallLog(Path(rpc_log))
         try:
             self._load(model, dtype)
+            if self._call_log is not None:
+                self._begin_log(self._call_log, model)
         except BaseException:
             self.close()
             raise
@@ -267,6 +278,8 @@ class LLM:
     def close(self) -> None:
         """End all sessions, and stop local workers; safe to call twice."""
         with ExitStack() as stack:
+            if self._call_log is not None:
+                stack.callback(self._call_log.close)
             for worker in self._workers:
                 stack.callback(worker.close)
             if self._offload is not None:
@@ -318,7 +331,38 @@ class LLM:
             prefill_chunk=options.prefill_chunk,
             lanes=options.lanes,
             cpu_clock=process_time if self._pads is None else self._pads.other_cpu_s,
+            call_log=self._call_log,
         )
+
+    def _begin_log(self, call_log: CallLog, model: str) -> None:
+        config, options, channels = self.config, self._options, self._channels
+        name = model if model == "demo" or model.startswith("random:") else ""
+        if not name and channels:
+            name = f"weights {channels[0].welcome.weights_digest[:12]}"
+        call_log.begin(
+            Header(
+                format=FORMAT,
+                tsqp=__version__,
+                privacy=self.privacy,
+                field=options.field.name if options.masked else "",
+                dtype=str(self.dtype).removeprefix("torch."),
+                model=name,
+                geometry=Geometry(
+                    config.num_layers,
+                    config.hidden_size,
+                    config.intermediate_size,
+                    config.vocab_size,
+                ),
+                transport=self.transport,
+                threads=torch.get_num_threads(),
+                lanes=options.lanes,
+                prefill_chunk=options.prefill_chunk,
+                start=time.time(),
+                machine=describe_machine(__version__),
+            )
+        )
+        for number, channel in enumerate(channels):
+            channel.on_times = call_log.taker(number, channel.transport)
 
     @property
     def _channels(self) -> list[Channel]:

@@ -8,15 +8,15 @@ COMMANDS = {
         --attention --chat --debug --dtype --field --fixed-point --frequency-penalty --fuse
         --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs --max-tokens
         --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy
-        --prompt --prompt-ids --prompt-logprobs --prompts --repetition-penalty --seed --stop
-        --stop-token-id --temperature --threads --timeout --top-k --top-p --worker --worker-key
-        MODEL
+        --prompt --prompt-ids --prompt-logprobs --prompts --repetition-penalty --rpc-log --seed
+        --stop --stop-token-id --temperature --threads --timeout --top-k --top-p --worker
+        --worker-key MODEL
     """,
     "chat": """
         --attention --debug --dtype --field --fixed-point --frequency-penalty --fuse --insecure
         --insecure-same-host --logit-bias --max-tokens --min-p --no-shm --pad-memory --prefill-chunk
-        --presence-penalty --privacy --repetition-penalty --seed --stop --stop-token-id --system
-        --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
+        --presence-penalty --privacy --repetition-penalty --rpc-log --seed --stop --stop-token-id
+        --system --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --no-shm --record --serve

@@ -38,6 +38,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "insecure_same_host",
         "lanes",
         "tokenizer",
+        "rpc_log",
     ]
     public = {name for name in dir(tsqp.LLM) if not name.startswith("_")}
     assert public == {

@@ -27,6 +27,7 @@ from tsqp.cli.flags import (
     PresencePenalty,
     Privacy,
     RepetitionPenalty,
+    RpcLog,
     Seed,
     Stop,
     StopTokenId,
@@ -73,6 +74,7 @@ def chat(
     no_shm: NoShm = False,
     insecure: Insecure = False,
     insecure_same_host: InsecureSameHost = False,
+    rpc_log: RpcLog = None,
     debug: Debug = False,
 ) -> None:
     """Talk with a model: a line is a message, and /help lists the commands."""

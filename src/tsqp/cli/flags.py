@@ -87,6 +87,10 @@ JsonOutput = Annotated[
         "--json", envvar="TSQP_JSON", help="One JSON object as the last line of standard output."
     ),
 ]
+RpcLog = Annotated[
+    Path | None,
+    typer.Option(help="A new file for where the time of every call went; see `tsqp report`."),
+]
 Attention = Annotated[
     str | None,
     typer.Option(

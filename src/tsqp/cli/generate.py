@@ -27,6 +27,7 @@ from tsqp.cli.flags import (
     PresencePenalty,
     Privacy,
     RepetitionPenalty,
+    RpcLog,
     Seed,
     Stop,
     StopTokenId,
@@ -99,6 +100,7 @@ def generate(
     no_shm: NoShm = False,
     insecure: Insecure = False,
     insecure_same_host: InsecureSameHost = False,
+    rpc_log: RpcLog = None,
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:

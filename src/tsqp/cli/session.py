@@ -28,6 +28,7 @@ _PASSED_ON = (
     "timeout",
     "insecure",
     "insecure_same_host",
+    "rpc_log",
 )
 
 

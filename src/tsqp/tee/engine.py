@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tsqp.errors import OutOfMemory, PromptError, TSQPError
 from tsqp.model.config import ModelConfig
+from tsqp.tee.call_log import CallLog
 from tsqp.tee.checks import check_params, check_prompt
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.kept_prefix import KeptPrefix
@@ -38,6 +39,7 @@ class Engine:
         lanes: parts into which a step's tokens are split, so that this side works on one while
             the worker works on another.
         cpu_clock: seconds of processor time that count as work of the steps.
+        call_log: told of each step.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Engine:
         max_sequences: int = 64,
         lanes: int = 1,
         cpu_clock: abc.Callable[[], float] = process_time,
+        call_log: CallLog | None = None,
     ) -> None:
         assert min(prefill_chunk, max_sequences, lanes) >= 1
         self.stats = Stats() if stats is None else stats
@@ -64,6 +67,7 @@ class Engine:
         self._lanes = lanes
         self._cpu_clock = cpu_clock
         self._kept = KeptPrefix(offload, config.max_positions)
+        self._call_log = call_log
         self._ids = count()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -120,6 +124,8 @@ class Engine:
             self._admit()
             chunks = self._schedule()
             prompt_tokens = sum(c.length for c in chunks if c.sequence.in_prompt)
+            if self._call_log is not None:
+                self._call_log.begin_step("prefill" if prompt_tokens else "decode", self.stats)
             with torch.inference_mode():
                 outputs = self._run(chunks)
         except BaseException:
@@ -134,6 +140,9 @@ class Engine:
             self.stats.decode_tokens += len(chunks)
             self.stats.decode_s += seconds
             self.stats.decode_cpu_s += cpu_seconds
+        if self._call_log is not None:
+            tokens = prompt_tokens or len(chunks)
+            self._call_log.end_step(self.stats, seconds, cpu_seconds, tokens)
         return outputs
 
     def generate(

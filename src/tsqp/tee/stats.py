@@ -13,6 +13,13 @@ KINDS = (
     "activation",
     "sampling",
 )
+# What the wire calls the kinds of operations that a worker may do.
+OPERATIONS = {
+    "embedding": ("embed",),
+    "linear": ("linear", "product", "seed_product"),
+    "attention": ("attention_scores", "weighted_values"),
+    "layer": ("layer",),
+}
 
 
 class Timer:

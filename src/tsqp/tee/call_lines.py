@@ -1,0 +1,143 @@
+"""The lines of a call log: a header, one line a call, a summary. JSON, one object a line.
+
+They hold numbers of rows and bytes, times, and names from fixed lists: no tensor, no token id, no
+text of a prompt or an answer, no address. Fields are bounded, because a log that is read may be
+anything.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from tsqp.wire.messages import MAX_LAYERS, Name
+
+FORMAT = 1
+
+Phase = Literal["prefill", "decode", "other"]
+Stage = Literal[
+    "pads", "mask", "serialise", "send", "wait", "queue", "compute", "receive", "unmask"
+]
+Micros = Annotated[float, Meta(ge=0, le=1e14)]
+Seconds = Annotated[float, Meta(ge=0, le=1e8)]
+UnixTime = Annotated[float, Meta(ge=0, le=1e11)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Text = Annotated[str, Meta(max_length=200)]
+Word = Annotated[str, Meta(pattern=r"^[0-9A-Za-z_.:+, -]{0,100}\Z")]
+
+
+class Line(Struct, frozen=True, forbid_unknown_fields=True, tag_field="line"):
+    """Base of all lines."""
+
+
+class Geometry(Struct, frozen=True, forbid_unknown_fields=True):
+    """The shape of the model."""
+
+    layers: Count
+    hidden: Count
+    intermediate: Count
+    vocabulary: Count
+
+
+class Header(Line, frozen=True, tag="header"):
+    """What ran.
+
+    Attributes:
+        format: of the log, FORMAT.
+        model: "demo", "random:NAME", or the beginning of the weights' digest; no path.
+        transport: of each worker, those that differ.
+        machine: as benchmarks describe it.
+        threads: of torch on this side.
+        start: when the log began, in unix seconds.
+    """
+
+    format: Count
+    tsqp: Word
+    privacy: Word
+    field: Word
+    dtype: Word
+    model: Word
+    geometry: Geometry
+    transport: Word
+    threads: Count
+    lanes: Count
+    prefill_chunk: Count
+    start: UnixTime
+    machine: Annotated[dict[Word, Text], Meta(max_length=16)]
+
+
+class CallLine(Line, frozen=True, tag="call"):
+    """One call that was answered.
+
+    Laps follow one another on the trusted side, whose thread they fill between two calls:
+    pads, mask, serialise, send, away, wait, receive, unmask. No two laps of any calls overlap.
+
+    Attributes:
+        time: when it began, in unix seconds.
+        step, phase: of the engine, to which it belongs.
+        method: of the operation; layer and group null where it has none.
+        endpoint: number of the worker, from 0.
+        pads_us: taking pads, and making those that do not lie ready.
+        mask_us: reserving room, quantising and masking; in `open`, the copy.
+        away_us: other work of this side before it asks for the answer.
+        wait_us: for the answer. `compute_us` and `queue_us` are the worker's own word for what it
+            did meanwhile, cut so that they fit in; the rest is the link.
+        overlap_us: more computing by its own word, while this side was away; cut likewise.
+        receive_us: taking the answer from the socket.
+        unmask_us: unmasking and checking; in `open`, adding the bias.
+    """
+
+    time: UnixTime
+    step: Count
+    phase: Phase
+    method: Name
+    layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)] | None
+    group: Name | None
+    endpoint: Annotated[int, Meta(ge=0, lt=1024)]
+    transport: Literal["poll", "shm", "inline", "inproc"]
+    rows: Count
+    sent_bytes: Count
+    received_bytes: Count
+    pads_us: Micros
+    mask_us: Micros
+    serialise_us: Micros
+    send_us: Micros
+    away_us: Micros
+    wait_us: Micros
+    queue_us: Micros
+    compute_us: Micros
+    overlap_us: Micros
+    receive_us: Micros
+    unmask_us: Micros
+
+
+class PhaseSummary(Struct, frozen=True, forbid_unknown_fields=True):
+    """All steps of a phase.
+
+    Attributes:
+        wall_s: of the steps; cpu_s: processor time of this side in them.
+        tokens: computed.
+        kinds_s: by kind of operation, as `generate --json` has them: what workers answer is there
+            with everything from the request to the answer.
+        stages_s: sums over the calls; "queue" and "compute" lie in "wait".
+    """
+
+    steps: Count
+    tokens: Count
+    wall_s: Seconds
+    cpu_s: Seconds
+    calls: Count
+    kinds_s: Annotated[dict[Name, Seconds], Meta(max_length=16)]
+    stages_s: dict[Stage, Seconds]
+
+
+class Summary(Line, frozen=True, tag="summary"):
+    """The whole run.
+
+    Attributes:
+        dropped: lines that could not be written.
+    """
+
+    prefill: PhaseSummary
+    decode: PhaseSummary
+    calls: Count
+    dropped: Count
