@@ -11,6 +11,7 @@
     │   └── PromptTooLong          a prompt that leaves no room in the model's context
     ├── OutOfMemory                would not fit; names the bytes needed and the bytes there are
     ├── RecordingError             what a worker received cannot be written down, or not be read
+    ├── ReportError                a file is no call log and no result of a benchmark
     └── WorkerError                something between here and the worker
         ├── WorkerUnavailable      nobody serves that endpoint, or it cannot be served
         ├── HandshakeError         both sides are up, but disagree on model, dtype, version or key
@@ -79,6 +80,10 @@ class OutOfMemory(TSQPError):
 
 class RecordingError(TSQPError):
     """A recording of what a worker received cannot be written, or is none."""
+
+
+class ReportError(TSQPError):
+    """A file that is no call log and no result of a benchmark, or a damaged one."""
 
 
 class WorkerError(TSQPError):

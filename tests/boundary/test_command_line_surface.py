@@ -35,6 +35,7 @@ COMMANDS = {
     "bench-transport": "--calls --debug --out",
     "bench-scaling": "--debug --out --plot --prompt-tokens --rounds --threads --widths",
     "bench-accuracy": "--chunk --debug --max-tokens --out --text --threads MODEL",
+    "report": "--against --debug --html --json FILES",
 }
 
 

@@ -215,7 +215,10 @@ def test_an_error_that_nobody_foresaw_is_one_line_without_what_it_holds(
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["generate"], ["chat"], ["worker"], ["demo"], ["audit"], ["bench"], ["bench-kernels"]],
+    [
+        *([], ["generate"], ["chat"], ["worker"], ["demo"], ["audit"], ["bench"]),
+        *(["bench-kernels"], ["report"]),
+    ],
 )
 def test_help_names_the_command_and_its_options(command: list[str], main: Main) -> None:
     result = main(*command, "--help")

@@ -17,7 +17,9 @@ from tsqp._settings import read_settings
 from tsqp.errors import RemoteError, TSQPError, UsageError
 
 # As a newcomer meets them; a command that is not here comes last.
-ORDER = ("demo", "generate", "chat", "worker", "prepare", "keygen", "doctor", "audit", "bench")
+ORDER = (
+    "demo", "generate", "chat", "worker", "prepare", "keygen", "doctor", "audit", "bench", "report",
+)  # fmt: skip
 
 
 class _Commands(TyperGroup):

@@ -1,0 +1,355 @@
+"""`--rpc-log`: whole, of real workers; nothing of what was said, and honest about time."""
+
+import json
+import resource
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from protocol_helpers import SHARED, Main
+from slow_workers import MODEL, busy_neighbour, slow_link, slow_worker
+from torch import manual_seed
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tsqp import LLM, SamplingParams
+from tsqp.bench.report import LogFile, read_file
+from tsqp.bench.report_methods import LogReport
+from tsqp.bench.report_shares import call_parts_us, shares
+from tsqp.errors import RemoteError, UsageError
+from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
+from tsqp.tee.call_lines import CallLine, Phase, Stage
+from tsqp.tee.stats import KINDS
+from tsqp.wire.channel import InprocChannel
+from tsqp.wire.messages import Hello
+
+TIMES = {f"{stage}_us" for stage in get_args(Stage)} | {"away_us", "overlap_us"}
+COUNTS = {"step", "layer", "endpoint", "rows", "sent_bytes", "received_bytes"}
+WORDS = {
+    "line": {"call"},
+    "phase": set(get_args(Phase)),
+    "method": {"embed", "linear", "product", "seed_product"},
+    "group": {"qkv", "o", "gate_up", "down", "lm_head"},
+    "transport": {"poll", "shm", "inline", "inproc"},
+}
+
+
+def greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+
+def read(path: Path) -> LogFile:
+    """A log that is whole."""
+    log = read_file(path)
+    assert isinstance(log, LogFile)
+    assert log.notes == []
+    assert log.summary is not None
+    return log
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, wide enough that a call takes longer than what Python does around it."""
+    folder = tmp_path_factory.mktemp("small")
+    manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=1152,
+        intermediate_size=3072,
+        num_hidden_layers=3,
+        num_attention_heads=18,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.timeout(110)
+@pytest.mark.parametrize("privacy", ["open", "pad"])
+def test_what_is_measured_adds_up_to_the_wall_time(
+    privacy: str, small: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "log"
+    options = {"privacy": privacy, "dtype": "float32", "timeout": 60, "pad_memory": 2**25}
+    with LLM(str(small), worker="local", rpc_log=path, **options) as llm:
+        llm.fill_pads()
+        began = time.perf_counter()
+        llm.generate([list(range(1, 201))], greedy(24))
+        wall_s = time.perf_counter() - began
+    log = read(path)
+    phases = shares(log)
+    assert [phase.phase for phase in phases] == ["prefill", "decode"]
+    total_s = 0.0
+    for phase in phases:
+        calls = [call for call in log.calls if call.phase == phase.phase]
+        calls_s = sum(sum(call_parts_us(call)) for call in calls) / 1e6
+        kinds_s = phase.seconds(*KINDS)  # those that were no calls
+        # Nobody measured what is left, so it must be little; a lap counted twice would be too much.
+        left_s = phase.wall_s - calls_s - kinds_s
+        assert 0 <= left_s == pytest.approx(phase.seconds("joining rows", "other"), abs=1e-3)
+        assert phase.seconds("joining rows") < 0.05 * phase.wall_s
+        assert phase.seconds("worker compute") > 0
+        total_s += sum(phase.parts_s.values())
+    assert total_s == pytest.approx(wall_s, rel=0.05)
+
+
+def test_laps_of_calls_do_not_overlap(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with LLM(str(small), worker="local", dtype="float32", timeout=60, rpc_log=path) as llm:
+        llm.generate([list(range(1, 401))], greedy(2))  # four blocks of rows a call
+    log = read(path)
+    spans = sorted(
+        (call.time * 1e6, call.time * 1e6 + sum(call_parts_us(call)) + call.away_us, call)
+        for call in log.calls
+    )
+    first, last = spans[0][0], max(end for _, end, _ in spans)
+    assert sum(sum(call_parts_us(call)) for _, _, call in spans) < last - first
+    assert any(call.away_us > call.wait_us for call in log.calls)
+
+
+@pytest.mark.parametrize("privacy", ["open", "pad", "shares"])
+def test_two_prompts_of_a_length_leave_the_same_log_but_for_times(
+    privacy: str, tmp_path: Path
+) -> None:
+    kept = []
+    for number in range(2):
+        path = tmp_path / f"{number}"
+        worker = ["inproc"] * (2 if privacy == "shares" else 1)
+        prompt = [secrets.randbelow(500) for _ in range(150)]
+        with LLM(
+            MODEL, privacy=privacy, worker=worker, rpc_log=path, insecure_same_host=True
+        ) as llm:
+            [answer] = llm.generate([prompt], greedy(5))
+        assert len(answer.token_ids) == 5
+        calls = lines_of(path)[1:-1]
+        assert len(calls) > 5 * 9
+        for call in calls:
+            assert set(call) == TIMES | COUNTS | set(WORDS) | {"time"}
+            assert all(call[name] in words for name, words in WORDS.items() if call[name])
+            assert all(isinstance(call[name], float) for name in TIMES)
+        kept.append(
+            [{n: v for n, v in call.items() if n not in TIMES | {"time"}} for call in calls]
+        )
+    assert kept[0] == kept[1]
+
+
+def test_the_header_and_the_summary_have_no_place_for_content(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with LLM(MODEL, worker="inproc", rpc_log=path) as llm:
+        llm.generate([list(range(400, 440))], greedy(3))
+    header, *calls, summary = lines_of(path)
+    assert set(header) == {
+        "line", "format", "tsqp", "privacy", "field", "dtype", "model", "geometry", "transport",
+        "threads", "lanes", "prefill_chunk", "start", "machine",
+    }  # fmt: skip
+    assert header["model"] == MODEL
+    assert set(header["machine"]) == {"cpu", "simd", "python", "torch", "tsqp", "commit", "date"}
+    assert set(summary) == {"line", "prefill", "decode", "calls", "dropped"}
+    assert (summary["calls"], summary["dropped"]) == (len(calls), 0)
+    assert (summary["prefill"]["tokens"], summary["decode"]["tokens"]) == (40, 2)
+    for phase in ("prefill", "decode"):
+        for stage, seconds in summary[phase]["stages_s"].items():
+            lines = [call[f"{stage}_us"] for call in calls if call["phase"] == phase]
+            assert sum(lines) / 1e6 == pytest.approx(seconds, abs=1e-7 * len(lines))
+
+
+def test_a_log_holds_no_text_of_the_prompt_and_no_path(
+    main: Main, speaking: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "log"
+    result = main(
+        "generate", speaking, "--worker", "inproc", "--prompt", "the unspeakable secret",
+        "--max-tokens", 8, "--rpc-log", path, "--json",
+    )  # fmt: skip
+    assert result.status == 0, result.stderr
+    text = path.read_text()
+    assert "unspeakable" not in text
+    assert result.json["outputs"][0]["text"] not in text
+    assert str(tmp_path) not in text
+    assert speaking.name not in text
+    assert json.loads(text.splitlines()[0])["model"].startswith("weights ")
+
+
+def test_a_log_is_for_this_user_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with LLM(MODEL, privacy="tee", rpc_log=path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_file_that_exists_is_kept(main: Main, ids: Path, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("precious")
+    command = ["generate", MODEL, "--privacy", "tee", "--prompt-ids", ids, "--rpc-log", path]
+    result = main(*command)
+    assert result.status == 2
+    assert result.error == f"{path} exists; name a new file for --rpc-log."
+    assert path.read_text() == "precious"
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_log(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with pytest.raises(UsageError, match="No such file"):
+        LLM(MODEL, privacy="tee", rpc_log=tmp_path / "missing" / "log")
+    with pytest.raises(Exception, match="nowhere"):
+        LLM("random:nowhere", privacy="tee", rpc_log=path)
+    assert not path.exists()
+
+
+def test_without_a_log_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = []
+    reserve = InprocChannel.reserve
+
+    def noted(channel: InprocChannel, *call: Any) -> Any:
+        slots.append(reserve(channel, *call))
+        return slots[-1]
+
+    monkeypatch.setattr(InprocChannel, "reserve", noted)
+    with LLM(MODEL, worker="inproc") as llm:
+        llm.generate([[1, 2, 3]], greedy(2))
+    assert slots
+    assert all(slot.times is None for slot in slots)
+
+
+def test_a_run_that_fails_keeps_what_was_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    run = Worker.run
+
+    def failing(worker: Worker, *call: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise ValueError("out of order")
+        run(worker, *call)
+
+    monkeypatch.setattr(Worker, "run", failing)
+    path = tmp_path / "log"
+    with pytest.raises(RemoteError), LLM(MODEL, worker="inproc", rpc_log=path) as llm:
+        llm.generate([[1, 2, 3]], greedy(10))
+    log = read(path)
+    assert len(log.calls) == 29
+    assert {call.phase for call in log.calls} == {"prefill", "decode"}
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+
+
+def test_a_full_disk_stops_the_log_and_not_the_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "log"
+    with LLM(MODEL, worker="inproc", rpc_log=path) as llm:
+        with full_disk(20_000):
+            [answer] = llm.generate([[1, 2, 3]], greedy(20))
+        assert len(answer.token_ids) == 20
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len([w for w in warnings if "the call log stops here" in w]) == 1
+    log = read_file(path)
+    assert isinstance(log, LogFile)
+    assert log.summary is not None
+    assert log.summary.calls == 20 * 9
+    assert 0 < len(log.calls) == 20 * 9 - log.summary.dropped
+    assert f"lacks {log.summary.dropped:,} lines" in log.notes[0]
+
+
+def bottlenecks(path: Path) -> dict[str, str]:
+    return {found.phase: found.name for found in LogReport.of(read(path)).bottlenecks}
+
+
+def test_a_worker_that_computes_slowly_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with (
+        slow_worker(f"ipc://{tmp_path}/sock", lambda rows: 0.01) as endpoint,
+        LLM(MODEL, worker=endpoint, timeout=60, rpc_log=path) as llm,
+    ):
+        llm.generate([[1, 2, 3]], greedy(4))
+        assert llm.transport == SHARED
+    assert bottlenecks(path) == {"prefill": "worker compute", "decode": "worker compute"}
+
+
+def test_a_slow_link_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with (
+        slow_worker("tcp://127.0.0.1:0", lambda rows: 0.0) as endpoint,
+        slow_link(endpoint, 0.01) as link,
+        LLM(MODEL, worker=link, shm=False, timeout=60, rpc_log=path) as llm,
+    ):
+        llm.generate([[1, 2, 3]], greedy(4))
+        assert llm.transport == "inline"
+    assert bottlenecks(path) == {"prefill": "link", "decode": "link"}
+
+
+@pytest.mark.parametrize("shm", [True, False], ids=[SHARED, "inline"])
+def test_a_worker_that_serves_others_meanwhile_is_named(shm: bool, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with (
+        slow_worker(f"ipc://{tmp_path}/sock", lambda rows: 0.001 * rows) as endpoint,
+        LLM(MODEL, worker=endpoint, shm=shm, timeout=60, rpc_log=path) as llm,
+    ):
+        digest = llm._workers[0].channel.welcome.weights_digest  # type: ignore[union-attr]
+        shm_bytes = 2**20 if shm else 0
+        hello = Hello(secrets.token_bytes(32), digest, "int8", PRIVATE_ABILITIES, shm_bytes)
+        with busy_neighbour(endpoint, hello, rows=30):
+            llm.generate([[1, 2]], greedy(4))
+    assert bottlenecks(path) == {"prefill": "worker queue", "decode": "worker queue"}
+
+
+def test_a_session_alone_at_a_worker_waits_in_no_queue(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with (
+        slow_worker(f"ipc://{tmp_path}/sock", lambda rows: 0.005) as endpoint,
+        LLM(MODEL, worker=endpoint, timeout=60, rpc_log=path) as llm,
+    ):
+        llm.generate([list(range(1, 301))], greedy(4))  # several blocks are out at once
+    calls = read(path).calls
+    assert sum(c.queue_us for c in calls) < 0.1 * sum(c.compute_us for c in calls)
+
+
+def test_a_worker_cannot_claim_more_than_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = InprocChannel.wait
+
+    def boasting(channel: InprocChannel, *ticket: Any) -> Any:
+        reply = wait(channel, *ticket)
+        assert reply.times is not None
+        reply.times.compute_ns = reply.times.queue_ns = 2**62
+        return reply
+
+    monkeypatch.setattr(InprocChannel, "wait", boasting)
+    path = tmp_path / "log"
+    with LLM(MODEL, worker="inproc", rpc_log=path) as llm:
+        llm.generate([[1, 2, 3]], greedy(3))
+    calls: list[CallLine] = list(read(path).calls)
+    assert calls
+    for call in calls:
+        assert call.compute_us + call.queue_us <= call.wait_us + 0.1
+        assert call.overlap_us <= call.away_us
+
+
+def test_a_log_of_tee_alone_has_no_calls(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with LLM(MODEL, privacy="tee", rpc_log=path) as llm:
+        llm.generate([[1, 2, 3]], greedy(3))
+    log = read(path)
+    assert log.calls == []
+    assert bottlenecks(path) == {"prefill": "TEE own work", "decode": "TEE own work"}
