@@ -1,0 +1,141 @@
+"""What `scripts/gpu-check` runs: the tests of devices and a fixed set of benchmarks, into one file.
+
+Each step is a process of its own with a time limit, so a step that hangs or fails costs the others
+nothing. The whole ends within BUDGET_S.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from tsqp.bench.machine import describe_machine
+
+BUDGET_S = 460.0
+TESTS = Path(__file__).parents[3] / "tests" / "gpu"
+MODES = "transformers,tee,open,pad,shares"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command, as arguments for Python, and how long it may take.
+
+    Attributes:
+        is_json: its last line of output is its result.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    is_json: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a step ended.
+
+    Attributes:
+        state: "done", "failed", "timed out", or "skipped" for want of time.
+        result: the JSON that it printed, or the last lines of what it said.
+    """
+
+    name: str
+    state: str
+    seconds: float
+    result: object
+
+
+def steps(device: str) -> list[Step]:
+    """All of them, those that tell most first."""
+    tsqp = ("-m", "tsqp")
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", str(TESTS))
+    bench = (*tsqp, "bench", "--device", device)
+    small = ("--prompt-tokens", "1024", "--new-tokens", "17", "--rounds", "3")
+    large = ("--prompt-tokens", "1024", "--new-tokens", "9", "--rounds", "2")
+    if device == "cpu":  # a rehearsal
+        small = ("--prompt-tokens", "64", "--new-tokens", "3", "--rounds", "1")
+    found = [
+        Step("tests", tests, 150, is_json=False),
+        Step("doctor", (*tsqp, "doctor", "--json"), 60),
+        Step(
+            "smollm2-135m float32",
+            (*bench, "random:smollm2-135m", "--dtype", "float32", "--modes", MODES, *small),
+            150,
+        ),
+    ]
+    if device != "cpu":
+        modes = "tee,open,pad"
+        arguments = ("random:llama-3.2-1b", "--dtype", "bfloat16", "--modes", modes, *large)
+        found.append(Step("llama-3.2-1b bfloat16", (*bench, *arguments), 240))
+    return [*found, Step("transport", (*tsqp, "bench", "transport", "--calls", "500"), 60)]
+
+
+def run_step(step: Step, left_s: float) -> Outcome:
+    """Run one step to its end, or to its limit."""
+    limit_s = min(step.limit_s, left_s)
+    if limit_s < 5:
+        return Outcome(step.name, "skipped", 0.0, "no time was left")
+    began = perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", *step.command], capture_output=True, text=True, timeout=limit_s
+        )
+    except subprocess.TimeoutExpired as exc:
+        said = exc.stderr or b""
+        words = said.decode(errors="replace") if isinstance(said, bytes) else said
+        return Outcome(step.name, "timed out", limit_s, words[-2000:])
+    seconds = perf_counter() - began
+    output = done.stdout.strip()
+    if step.is_json and output:
+        try:
+            result: object = json.loads(output.splitlines()[-1])
+        except json.JSONDecodeError:
+            result = output[-2000:]
+    else:
+        result = (output + done.stderr)[-2000:]
+    if done.returncode != 0 and step.is_json:
+        result = {"result": result, "said": done.stderr[-2000:]}
+    return Outcome(step.name, "failed" if done.returncode else "done", seconds, result)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all steps; exit status 1 if one did not end well."""
+    parser = argparse.ArgumentParser(prog="scripts/gpu-check", description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, required=True, help="a new JSON file")
+    options = parser.parse_args(arguments)
+    if options.out.exists():
+        parser.error(f"{options.out} exists; name a new file, or remove it")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here; rehearse with --device cpu")
+    began = perf_counter()
+    outcomes = []
+    for step in steps(options.device):
+        print(f"{step.name} …", file=sys.stderr, flush=True)
+        outcome = run_step(step, BUDGET_S - (perf_counter() - began))
+        outcomes.append(outcome)
+        print(f"{step.name}: {outcome.state}, {outcome.seconds:.0f} s", file=sys.stderr, flush=True)
+        _write(options.out, options.device, outcomes)  # what is there stays, whatever comes
+    if any(outcome.state != "done" for outcome in outcomes):
+        sys.exit(1)
+
+
+def _write(out: Path, device: str, outcomes: Sequence[Outcome]) -> None:
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    result = {
+        "command": f"scripts/gpu-check --device {device}",
+        "gpu": gpu,
+        "machine": describe_machine(),
+        "steps": [asdict(outcome) for outcome in outcomes],
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
