@@ -25,6 +25,7 @@ class Options:
         fixed_point: compute in `tee` what the private modes compute.
         pad_memory: bytes for pads, or None for a share of what is free.
         threads: for computing, or None for torch's choice.
+        device: of a local worker.
         prefill_chunk: most prompt tokens in one step.
         timeout: seconds that a worker may take for one call.
         shm: share memory with workers on this machine.
@@ -40,6 +41,7 @@ class Options:
     fixed_point: bool
     pad_memory: int | None
     threads: int | None
+    device: str
     prefill_chunk: int
     timeout: float
     shm: bool
@@ -72,6 +74,7 @@ def check_options(
     fixed_point: bool,
     pad_memory: int | None,
     threads: int | None,
+    device: str,
     prefill_chunk: int,
     timeout: float,
     shm: bool,
@@ -113,6 +116,7 @@ def check_options(
         fixed_point=fixed_point,
         pad_memory=pad_memory,
         threads=threads,
+        device=device,
         prefill_chunk=prefill_chunk,
         timeout=timeout,
         shm=shm,

@@ -27,12 +27,19 @@ class WorkerProcess:
     while a local worker loads its own.
     """
 
-    def __init__(self, link: Link, model: str, dtype: torch.dtype, threads: int | None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        model: str,
+        dtype: torch.dtype,
+        threads: int | None = None,
+        device: str = "auto",
+    ) -> None:
         """Start a local worker, or find out whether another one is there.
 
         Args:
             dtype: of the weights that the session needs; int8 for the private modes.
-            threads: for a local worker.
+            threads, device: for a local worker.
 
         Raises:
             WorkerUnavailable: nobody serves the endpoint.
@@ -50,6 +57,7 @@ class WorkerProcess:
             if dtype != torch.int8:
                 arguments = [model, "--serve", "open", "--dtype", WEIGHTS_DTYPES[dtype]]
             arguments += [] if threads is None else ["--threads", str(threads)]
+            arguments += ["--device", device]
             self._local = LocalWorker(arguments)
         elif endpoint.scheme != "inproc":
             check_reachable(endpoint, link.key)

@@ -57,6 +57,7 @@ class LLM:
         pad_memory: int | None = None,
         dtype: str = "auto",
         threads: int | None = None,
+        device: str = "auto",
         prefill_chunk: int = 512,
         timeout: float = 8.0,
         shm: bool = True,
@@ -88,6 +89,8 @@ class LLM:
             pad_memory: bytes for pads made ahead; None takes up to 2 GiB, 0 makes none ahead.
             dtype: "float32", "float16", "bfloat16", or "auto", the checkpoint's own.
             threads: for computing, on this side and on a local worker; None leaves torch's choice.
+            device: where a local worker computes: "cpu", "cuda", "cuda:NUMBER", or "auto", CUDA if
+                there is any.
             prefill_chunk: most prompt tokens in one step.
             timeout: seconds that the worker may take for one call.
             shm: share memory with a worker on the same machine.
@@ -113,6 +116,7 @@ class LLM:
             fixed_point=fixed_point,
             pad_memory=pad_memory,
             threads=threads,
+            device=device,
             prefill_chunk=prefill_chunk,
             timeout=timeout,
             shm=shm,
@@ -306,7 +310,7 @@ class LLM:
             self.dtype = parse_dtype(dtype, self.config)
             weights_dtype = torch.int8 if options.masked else self.dtype
             for link in options.links:
-                process = WorkerProcess(link, model, weights_dtype, options.threads)
+                process = WorkerProcess(link, model, weights_dtype, options.threads, options.device)
                 self._workers.append(process)
             if self._workers:
                 self._tokenizer.preload()  # takes seconds, as a local worker does meanwhile

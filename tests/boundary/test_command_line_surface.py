@@ -5,18 +5,19 @@ from command_line_helpers import surface
 COMMANDS = {
     "": "--config",
     "generate": """
-        --attention --chat --debug --dtype --field --fixed-point --frequency-penalty --fuse
-        --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs --max-tokens
-        --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy
-        --prompt --prompt-ids --prompt-logprobs --prompts --repetition-penalty --rpc-log --seed
-        --stop --stop-token-id --temperature --threads --timeout --top-k --top-p --worker
+        --attention --chat --debug --device --dtype --field --fixed-point --frequency-penalty
+        --fuse --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs --max-
+        tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk --presence-penalty
+        --privacy --prompt --prompt-ids --prompt-logprobs --prompts --repetition-penalty --rpc-log
+        --seed --stop --stop-token-id --temperature --threads --timeout --top-k --top-p --worker
         --worker-key MODEL
     """,
     "chat": """
-        --attention --debug --dtype --field --fixed-point --frequency-penalty --fuse --insecure
-        --insecure-same-host --logit-bias --max-tokens --min-p --no-shm --pad-memory --prefill-chunk
-        --presence-penalty --privacy --repetition-penalty --rpc-log --seed --stop --stop-token-id
-        --system --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
+        --attention --debug --device --dtype --field --fixed-point --frequency-penalty --fuse
+        --insecure --insecure-same-host --logit-bias --max-tokens --min-p --no-shm --pad-memory
+        --prefill-chunk --presence-penalty --privacy --repetition-penalty --rpc-log --seed --stop
+        --stop-token-id --system --temperature --threads --timeout --top-k --top-p --worker
+        --worker-key MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --no-shm --record --serve
@@ -28,8 +29,8 @@ COMMANDS = {
     "demo": "--debug --fetch --prompt",
     "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
     "bench": """
-        --debug --dtype --field --modes --new-tokens --out --prompt-tokens --rounds --starts
-        --sustained --threads MODEL
+        --batch --debug --device --dtype --field --modes --new-tokens --out --prompt-tokens
+        --rounds --starts --sustained --threads MODEL
     """,
     "bench-kernels": "--debug --out",
     "bench-transport": "--calls --debug --out",

@@ -31,6 +31,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "pad_memory",
         "dtype",
         "threads",
+        "device",
         "prefill_chunk",
         "timeout",
         "shm",

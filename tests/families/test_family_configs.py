@@ -405,7 +405,7 @@ def test_the_baseline_of_benchmarks_runs_the_same_model(name: str, tmp_path: Pat
     checkpoint = open_checkpoint(str(tmp_path))
     baseline = Transformers(checkpoint, torch.float32)
     ids = random_ids(40)
-    baseline.prefill(ids)
+    baseline.prefill([ids])
     expected = reference_logits(model, ids)[-1]
     torch.testing.assert_close(baseline._out.logits[0, -1], expected, atol=1e-4, rtol=0)
     checkpoint.close()

@@ -41,7 +41,7 @@ def test_every_mode_is_compared_unless_some_are_named(main: Main, tmp_path: Path
     out = tmp_path / "result.json"
     result = main(
         "bench", "random:tiny", "--rounds", 2, "--prompt-tokens", 20, "--new-tokens", 5,
-        "--sustained", 70, "--out", out,
+        "--sustained", 70, "--out", out, "--device", "cpu",
     )  # fmt: skip
     assert result.status == 0, result.stderr
     found = result.json
@@ -62,7 +62,7 @@ def test_every_mode_is_compared_unless_some_are_named(main: Main, tmp_path: Path
 def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
     result = main(
         "bench", "random:tiny", "--modes", "pad-inline, pad", "--rounds", 1,
-        "--prompt-tokens", 20, "--new-tokens", 5, "--sustained", 70,
+        "--prompt-tokens", 20, "--new-tokens", 5, "--sustained", 70, "--device", "cpu",
     )  # fmt: skip
     found = result.json
     assert list(found["prefill_s"]) == ["pad-inline", "pad"]
@@ -170,7 +170,7 @@ def refused(result: Result, sentence: str, status: int = 1) -> None:
 
 def test_an_unknown_mode_is_refused(main: Main) -> None:
     result = main("bench", "random:tiny", "--modes", "tee,secret")
-    refused(result, "no mode 'secret' to compare; choose transformers, tee", 2)
+    refused(result, "no mode 'secret' to compare; choose transformers, transformers-worker, tee", 2)
 
 
 def test_no_mode_at_all_is_refused(main: Main) -> None:

@@ -9,11 +9,15 @@ from tsqp.bench.hf_model import hf_config
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import tensor_shapes
 
+CPU = torch.device("cpu")
+
 
 class Transformers:
-    """The model in transformers, with SDPA attention, on this machine's CPU."""
+    """The model in transformers, with SDPA attention."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         config = hf_config(checkpoint.config)
@@ -30,12 +34,16 @@ class Transformers:
         loaded = self._model.load_state_dict(state, strict=False, assign=True)
         assert not loaded.unexpected_keys and set(loaded.missing_keys) <= {"lm_head.weight"}
         self._model.tie_weights()
+        self._model.to(device)
+        self._device = device
         self._out: Any = None
 
     @torch.inference_mode()
-    def prefill(self, prompt_ids: Sequence[int]) -> None:
-        """Compute a prompt."""
-        self._out = self._model(torch.tensor([prompt_ids]), use_cache=True, logits_to_keep=1)
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute prompts of equal length."""
+        ids = torch.tensor(prompts, device=self._device)
+        self._out = self._model(ids, use_cache=True, logits_to_keep=1)
+        self._finish()
 
     @torch.inference_mode()
     def decode(self, tokens: int) -> None:
@@ -43,3 +51,9 @@ class Transformers:
         for _ in range(tokens):
             token, past = self._out.logits[:, -1:].argmax(-1), self._out.past_key_values
             self._out = self._model(token, past_key_values=past, use_cache=True)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Wait for a device that computes on its own."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

@@ -1,5 +1,6 @@
 """What this machine could do at best, measured in the same run as what it did."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,23 @@ class Ceilings:
     copy_bytes_per_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceCeilings:
+    """The best rates seen on a GPU.
+
+    Attributes:
+        name: of the device.
+        matmul_flops, int8_ops, read_bytes_per_s: as in `Ceilings`.
+        copy_bytes_per_s: between this machine's memory and the device's, the slower way.
+    """
+
+    name: str
+    matmul_flops: float
+    int8_ops: float
+    read_bytes_per_s: float
+    copy_bytes_per_s: float
+
+
 def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     """Measure with the threads that torch is set to."""
     a, b = torch.ones(SIZE, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
@@ -37,6 +55,32 @@ def measure_ceilings(dtype: torch.dtype) -> Ceilings:
     stream_s = least_seconds(lambda: torch.nn.functional.linear(row, weight))
     return Ceilings(
         2 * SIZE**3 / product_s, int8_ops(), weight.nbytes / stream_s, copy_bytes_per_s()
+    )
+
+
+def measure_device_ceilings(device: torch.device, dtype: torch.dtype) -> DeviceCeilings:
+    """The same of a CUDA device."""
+
+    def rate(amount: float, run: Callable[[], object]) -> float:
+        def whole() -> None:
+            run()
+            torch.cuda.synchronize(device)
+
+        whole()
+        return amount / least_seconds(whole)
+
+    size = 4 * SIZE
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    bytes_a, bytes_b = (torch.ones(size, size, dtype=torch.int8, device=device) for _ in range(2))
+    there = torch.ones(STREAM_BYTES // 2, dtype=torch.uint8, device=device)
+    here = torch.ones(STREAM_BYTES // 2, dtype=torch.uint8).pin_memory()
+    copies = (lambda: there.copy_(here), lambda: here.copy_(there))
+    return DeviceCeilings(
+        name=torch.cuda.get_device_name(device),
+        matmul_flops=rate(2 * size**3, lambda: a @ b),
+        int8_ops=rate(2 * size**3, lambda: torch._int_mm(bytes_a, bytes_b.t())),
+        read_bytes_per_s=rate(there.nbytes, there.view(torch.float32).sum),
+        copy_bytes_per_s=min(rate(here.nbytes, copy) for copy in copies),
     )
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 
 from tsqp.algebra.params import FIELDS, FieldName
-from tsqp.bench.ceilings import Ceilings, measure_ceilings
+from tsqp.bench.ceilings import (
+    Ceilings,
+    DeviceCeilings,
+    measure_ceilings,
+    measure_device_ceilings,
+)
 from tsqp.bench.figures import Figure, ratios
 from tsqp.bench.floors import Floor, floor
 from tsqp.bench.machine import describe_machine
@@ -30,6 +35,7 @@ class Result:
     Attributes:
         figures: each quantity of `Sample` by mode.
         stock_rows: pads of each group that lay ready before a run, by mode that has a stock.
+        device_ceilings: None where workers compute on the CPU.
     """
 
     setting: Setting
@@ -41,6 +47,7 @@ class Result:
     sustained: dict[str, Sustained]
     starts: list[Start]
     ceilings: Ceilings
+    device_ceilings: DeviceCeilings | None
     floors: dict[str, Floor]
     machine: dict[str, str]
 
@@ -91,6 +98,9 @@ def compare(
             mode: sustain(runner, sustained) for mode, runner in with_stock.items() if sustained
         }
     ceilings = measure_ceilings(dtype)
+    device = None
+    if setting.device != "cpu":
+        device = measure_device_ceilings(torch.device(setting.device), dtype)
     return Result(
         setting=setting,
         rounds=rounds,
@@ -101,9 +111,15 @@ def compare(
         sustained=going_on,
         starts=list(measure_starts(modes, setting)) if starts else [],
         ceilings=ceilings,
-        floors={mode: floor(mode, config, setting, ceilings) for mode in modes},
+        device_ceilings=device,
+        floors={mode: floor(mode, config, setting, ceilings, device) for mode in modes},
         machine=describe_machine(),
     )
+
+
+def default_modes(device: str) -> list[str]:
+    """All modes; on a CPU, transformers on the workers' device would be the same once more."""
+    return [mode for mode in MODES if device != "cpu" or mode != "transformers-worker"]
 
 
 def parse_modes(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 RATIOS = (
     ("tee", "transformers"),
+    ("transformers-worker", "tee"),
     ("open", "tee"),
     ("open", "transformers"),
     ("pad", "tee"),
@@ -16,6 +17,7 @@ RATIOS = (
     ("pad", "transformers"),
     ("pad-inline", "tee"),
     ("shares", "tee"),
+    ("pad", "transformers-worker"),
 )
 
 

@@ -1,7 +1,7 @@
 """The least time that any program could take for a mode's work, at this machine's best rates.
 
-Each floor counts the one resource that binds that kind of work: operations for a prompt, weights
-read for a token; and for the private modes the copying of residues.
+Each floor counts the one resource that binds that kind of work: operations for a prompt, operations
+or weights read for a token; and for the private modes the copying of residues.
 """
 
 from dataclasses import dataclass
@@ -9,50 +9,80 @@ from dataclasses import dataclass
 import torch
 
 from tsqp.algebra.params import FIELDS
-from tsqp.bench.ceilings import Ceilings
+from tsqp.bench.ceilings import Ceilings, DeviceCeilings
 from tsqp.bench.modes import Setting
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.model.quantize import group_shape, integer_bytes
 from tsqp.model.weights import linear_bytes, parse_dtype
 
-PRODUCTS = {"pad": 1, "pad-inline": 2, "shares": 2}  # with each weight, whoever computes them
+# Products with each weight in the private modes, by who computes them.
+WORKER_PRODUCTS = {"pad": 1, "pad-inline": 1, "shares": 2}
+TEE_PRODUCTS = {"pad-inline": 1}
+TEE_MODES = ("transformers", "tee")
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Seconds at least: for the whole prompt, and for each new token."""
+    """Seconds at least: for all prompts of a batch, and for each new token."""
 
     prefill_s: float
     decode_s: float
 
+    def __add__(self, other: "Floor") -> "Floor":
+        return Floor(self.prefill_s + other.prefill_s, self.decode_s + other.decode_s)
 
-def floor(mode: str, config: ModelConfig, setting: Setting, ceilings: Ceilings) -> Floor:
-    """What a mode could take at best."""
-    weights, head = _weights(config)
-    # The output projection is applied to the last position of a prompt alone.
-    products = 2 * (setting.prompt_tokens * (weights - head) + head)
-    if mode not in PRODUCTS:
+    def __mul__(self, times: int) -> "Floor":
+        return Floor(times * self.prefill_s, times * self.decode_s)
+
+
+def floor(
+    mode: str,
+    config: ModelConfig,
+    setting: Setting,
+    ceilings: Ceilings,
+    device: DeviceCeilings | None,
+) -> Floor:
+    """What a mode could take at best.
+
+    Args:
+        device: the best rates of the workers' GPU, if they have one.
+    """
+    where = ceilings if device is None or mode in TEE_MODES else device
+    if mode not in WORKER_PRODUCTS:
         dtype: torch.dtype = parse_dtype(setting.dtype, config)
-        weights_s = linear_bytes(config, dtype) / ceilings.read_bytes_per_s
-        return Floor(products / ceilings.matmul_flops, weights_s)
-    field, times = FIELDS[setting.field], PRODUCTS[mode]
-    residues, head_residues = _residues(config)
-    copy_s = field.residue_bytes / ceilings.copy_bytes_per_s
-    prompt_residues = setting.prompt_tokens * (residues - head_residues) + head_residues
-    return Floor(
-        times * field.digits * products / ceilings.int8_ops + copy_s * prompt_residues,
-        times * integer_bytes(config) / ceilings.read_bytes_per_s + copy_s * residues,
+        read_s = linear_bytes(config, dtype) / where.read_bytes_per_s
+        return _products(config, setting, read_s, where.matmul_flops)
+    digits = FIELDS[setting.field].digits
+
+    def residue_products(rates: Ceilings | DeviceCeilings) -> Floor:
+        read_s = integer_bytes(config) / rates.read_bytes_per_s
+        return _products(config, setting, read_s, rates.int8_ops / digits)
+
+    return (
+        residue_products(where) * WORKER_PRODUCTS[mode]
+        + residue_products(ceilings) * TEE_PRODUCTS.get(mode, 0)
+        + _crossing(config, setting, where.copy_bytes_per_s)
     )
 
 
-def _weights(config: ModelConfig) -> tuple[int, int]:
-    """Linear weights, of all groups and of the output projection."""
+def _products(config: ModelConfig, setting: Setting, read_s: float, ops_per_s: float) -> Floor:
+    """All linear layers once.
+
+    Args:
+        read_s: to read all weights.
+    """
     shapes = {key: group_shape(config, *key) for key in linear_groups(config)}
     sizes = {key: features * width for key, (features, width) in shapes.items()}
-    return sum(sizes.values()), sizes[-1, "lm_head"]
+    weights, head = sum(sizes.values()), sizes[-1, "lm_head"]
+    # The output projection is applied to the last position of a prompt alone.
+    products = 2 * setting.batch * (setting.prompt_tokens * (weights - head) + head)
+    return Floor(products / ops_per_s, max(read_s / setting.batch, 2 * weights / ops_per_s))
 
 
-def _residues(config: ModelConfig) -> tuple[int, int]:
-    """Residues that cross for one token, both ways: of all groups and of the output projection."""
+def _crossing(config: ModelConfig, setting: Setting, copy_bytes_per_s: float) -> Floor:
+    """The residues of all linear layers, both ways."""
     sizes = {key: sum(group_shape(config, *key)) for key in linear_groups(config)}
-    return sum(sizes.values()), sizes[-1, "lm_head"]
+    residues, head = sum(sizes.values()), sizes[-1, "lm_head"]
+    copy_s = FIELDS[setting.field].residue_bytes / copy_bytes_per_s
+    of_prompts = setting.batch * (setting.prompt_tokens * (residues - head) + head)
+    return Floor(copy_s * of_prompts, copy_s * residues)

@@ -11,6 +11,7 @@ import torch
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import FieldName
 from tsqp.bench.baseline import Transformers
+from tsqp.gpu.serve import parse_device
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.model.memory import available_bytes
@@ -31,6 +32,8 @@ class Setting:
         prompt_tokens: length of the prompt, of random tokens, in one chunk.
         new_tokens: generated tokens, of which the first belongs to the prefill.
         threads: for each of transformers, the TEE side and a worker.
+        device: of the workers, as `tsqp worker` takes it.
+        batch: such prompts at once.
     """
 
     model: str
@@ -39,11 +42,13 @@ class Setting:
     prompt_tokens: int
     new_tokens: int
     threads: int
+    device: str = "auto"
+    batch: int = 1
 
     @property
     def forwards(self) -> int:
         """Tokens that are computed in one run: all but the last."""
-        return self.prompt_tokens + self.new_tokens - 1
+        return self.batch * (self.prompt_tokens + self.new_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Sample:
     """What one run took.
 
     Attributes:
-        prefill_s: seconds for the prompt.
+        prefill_s: seconds for all prompts of a batch.
         decode_s_per_token: seconds for each token after the first.
         prefill_cpu_s_per_token: processor time of the trusted side, for each token of the prompt;
             pads that are made in line count, pads made ahead do not.
@@ -59,7 +64,7 @@ class Sample:
         pads_cpu_s_per_token: processor time of making the pads that this run used, for each token,
             in line or ahead.
         worker_s: in which workers computed, by their own word.
-        calls_per_forward: of the prompt as one, and of each new token.
+        calls_per_forward: of the prompts as one, and of each new token of all.
         tensor_bytes: both ways.
         socket_bytes: of it and beside it, what went through the socket.
     """
@@ -96,12 +101,14 @@ class LlmRunner:
 
     def __init__(self, setting: Setting, *, stocked: bool = False, **options: Any) -> None:
         self.stock_rows, pad_memory = _stock(setting) if stocked else (0, 0)
+        self._batch = setting.batch
         self.llm = LLM(
             setting.model,
             dtype=setting.dtype,
             field=setting.field,
             threads=setting.threads,
-            prefill_chunk=setting.prompt_tokens,
+            device=setting.device,
+            prefill_chunk=setting.batch * setting.prompt_tokens,
             pad_memory=pad_memory,
             timeout=TIMEOUT_S,
             **options,
@@ -113,18 +120,20 @@ class LlmRunner:
         llm.fill_pads()
         llm.stats.reset()
         before = _count(llm)
-        llm.generate([prompt_ids], SamplingParams(0, max_tokens=new_tokens, ignore_eos=True))
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        llm.generate([prompt_ids] * self._batch, params)
         crossed = {name: value - before[name] for name, value in _count(llm).items()}
         began = process_time()
         llm.fill_pads()
         pads_cpu_s = crossed["pads_cpu_s"] + process_time() - began
         stats = llm.stats
+        prompt, new = self._batch * len(prompt_ids), self._batch * (new_tokens - 1)
         return Sample(
             prefill_s=stats.prefill_s,
-            decode_s_per_token=stats.decode_s / (new_tokens - 1),
-            prefill_cpu_s_per_token=stats.prefill_cpu_s / len(prompt_ids),
-            decode_cpu_s_per_token=stats.decode_cpu_s / (new_tokens - 1),
-            pads_cpu_s_per_token=pads_cpu_s / (len(prompt_ids) + new_tokens - 1),
+            decode_s_per_token=stats.decode_s / new,
+            prefill_cpu_s_per_token=stats.prefill_cpu_s / prompt,
+            decode_cpu_s_per_token=stats.decode_cpu_s / new,
+            pads_cpu_s_per_token=pads_cpu_s / (prompt + new),
             worker_s=crossed["worker_s"],
             calls_per_forward=crossed["calls"] / new_tokens,
             tensor_bytes=crossed["tensor_bytes"],
@@ -136,25 +145,30 @@ class LlmRunner:
 
 
 class TransformersRunner:
-    """The outside reference."""
+    """The outside reference, on the TEE's processor or on the workers' device."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, *, on_worker: bool = False) -> None:
         torch.set_num_threads(setting.threads)
+        device = parse_device(setting.device if on_worker else "cpu")
+        self._batch = setting.batch
         checkpoint = open_checkpoint(setting.model)
         try:
-            self._model = Transformers(checkpoint, parse_dtype(setting.dtype, checkpoint.config))
+            dtype = parse_dtype(setting.dtype, checkpoint.config)
+            self._model = Transformers(checkpoint, dtype, device)
         finally:
             checkpoint.close()
 
     def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample:
         """One greedy answer."""
-        prefill_s, prefill_cpu_s = _time(partial(self._model.prefill, prompt_ids))
+        prompts = [prompt_ids] * self._batch
+        prefill_s, prefill_cpu_s = _time(partial(self._model.prefill, prompts))
         decode_s, decode_cpu_s = _time(partial(self._model.decode, new_tokens - 1))
+        new = self._batch * (new_tokens - 1)
         return Sample(
             prefill_s=prefill_s,
-            decode_s_per_token=decode_s / (new_tokens - 1),
-            prefill_cpu_s_per_token=prefill_cpu_s / len(prompt_ids),
-            decode_cpu_s_per_token=decode_cpu_s / (new_tokens - 1),
+            decode_s_per_token=decode_s / new,
+            prefill_cpu_s_per_token=prefill_cpu_s / (self._batch * len(prompt_ids)),
+            decode_cpu_s_per_token=decode_cpu_s / new,
         )
 
     def close(self) -> None:
@@ -163,6 +177,7 @@ class TransformersRunner:
 
 MODES: dict[str, Callable[[Setting], Runner]] = {
     "transformers": TransformersRunner,
+    "transformers-worker": partial(TransformersRunner, on_worker=True),
     "tee": partial(LlmRunner, privacy="tee"),
     "open": partial(LlmRunner, privacy="open", worker="local"),
     "open-gpu-attention": partial(LlmRunner, privacy="open", worker="local", attention="gpu"),

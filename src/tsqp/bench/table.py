@@ -32,6 +32,12 @@ def notes(result: Result) -> Iterator[str]:
         f"{c.int8_ops / 1e9:.0f} Gop/s of int8, {c.read_bytes_per_s / 1e9:.1f} GB/s read, "
         f"{c.copy_bytes_per_s / 1e9:.1f} GB/s copied; at best is what they allow."
     )
+    if (d := result.device_ceilings) is not None:
+        yield (
+            f"Best rates of {d.name}: {d.matmul_flops / 1e12:.0f} TFLOP/s, "
+            f"{d.int8_ops / 1e12:.0f} Top/s of int8, {d.read_bytes_per_s / 1e9:.0f} GB/s read, "
+            f"{d.copy_bytes_per_s / 1e9:.1f} GB/s to it or from it."
+        )
     for mode, rows in result.stock_rows.items():
         yield f"{mode}: pads for {rows} tokens lie ready before each run."
         if rows < result.setting.forwards:
@@ -40,9 +46,11 @@ def notes(result: Result) -> Iterator[str]:
 
 def _times(result: Result) -> Table:
     s = result.setting
+    several = f"{s.batch} × " if s.batch > 1 else ""
     table = new_table(
-        f"{s.model}, {s.dtype}, {s.field}, {s.threads} threads a side",
-        "", f"prefill {s.prompt_tokens} tokens, s", "at best", "decode, ms a token", "at best",
+        f"{s.model}, {s.dtype}, {s.field}, {s.threads} threads a side, workers: {s.device}",
+        "", f"prefill {several}{s.prompt_tokens} tokens, s", "at best",
+        "decode, ms a token", "at best",
     )  # fmt: skip
     prefill, decode = result.figures["prefill_s"], result.figures["decode_s_per_token"]
     for mode, floor in result.floors.items():

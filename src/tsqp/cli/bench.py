@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import BenchThreads, Debug, Dtype, Field, Model, Out
+from tsqp.cli.flags import BenchThreads, Debug, Device, Dtype, Field, Model, Out
 
 
 @app.command()
@@ -28,6 +28,8 @@ def bench(
     starts: Annotated[
         bool, typer.Option("--starts", help="Time the start of each mode, and its memory.")
     ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Such prompts at once.")] = 1,
+    device: Device = "auto",
     threads: BenchThreads = None,
     out: Out = None,
     debug: Debug = False,
@@ -36,9 +38,10 @@ def bench(
     from tsqp.bench import output
 
     output.check_out(out)
-    from tsqp.bench.compare import compare, parse_field, parse_modes
-    from tsqp.bench.modes import MODES, Setting
+    from tsqp.bench.compare import compare, default_modes, parse_field, parse_modes
+    from tsqp.bench.modes import Setting
     from tsqp.bench.table import notes, tables
+    from tsqp.gpu.serve import parse_device
 
     setting = Setting(
         model=model,
@@ -47,8 +50,10 @@ def bench(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads or os.cpu_count() or 1,
+        device=parse_device(device).type,
+        batch=batch,
     )
-    chosen = list(MODES) if modes is None else parse_modes(modes)
+    chosen = default_modes(setting.device) if modes is None else parse_modes(modes)
     result = compare(setting, chosen, rounds=rounds, sustained=sustained, starts=starts)
     output.print_result(result.as_json(), tables(result), notes(result), out)
 

@@ -10,6 +10,7 @@ from tsqp.cli.app import app
 from tsqp.cli.flags import (
     Attention,
     Debug,
+    Device,
     Dtype,
     Field,
     FixedPoint,
@@ -69,6 +70,7 @@ def chat(
     pad_memory: PadMemory = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    device: Device = "auto",
     prefill_chunk: PrefillChunk = 512,
     timeout: Timeout = 8.0,
     no_shm: NoShm = False,

@@ -58,6 +58,13 @@ Dtype = Annotated[
         help="float32, float16, bfloat16, or auto: the checkpoint's own.",
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        envvar=["TSQP_DEVICE", "LLAMA_GPU_DEVICE"],
+        help="Where a worker computes: cpu, cuda, cuda:NUMBER, or auto: CUDA if there is any.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, envvar="TSQP_THREADS", help="Threads for computing.")
 ]

@@ -9,6 +9,7 @@ from tsqp.cli.app import app
 from tsqp.cli.flags import (
     Attention,
     Debug,
+    Device,
     Dtype,
     Field,
     FixedPoint,
@@ -95,6 +96,7 @@ def generate(
     pad_memory: PadMemory = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    device: Device = "auto",
     prefill_chunk: PrefillChunk = 512,
     timeout: Timeout = 8.0,
     no_shm: NoShm = False,

@@ -24,6 +24,7 @@ _PASSED_ON = (
     "fixed_point",
     "dtype",
     "threads",
+    "device",
     "prefill_chunk",
     "timeout",
     "insecure",

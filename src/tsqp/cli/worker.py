@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import Debug, Dtype, Insecure, Model, NoShm, Threads
+from tsqp.cli.flags import Debug, Device, Dtype, Insecure, Model, NoShm, Threads
 
 
 @app.command()
@@ -19,10 +19,7 @@ def worker(
             envvar=["TSQP_LISTEN", "LLAMA_IPC_PATH"], help="ipc:///PATH or tcp://HOST:PORT."
         ),
     ],
-    device: Annotated[
-        str,
-        typer.Option(envvar=["TSQP_DEVICE", "LLAMA_GPU_DEVICE"], help="cpu, cuda or cuda:NUMBER."),
-    ] = "cpu",
+    device: Device = "auto",
     serve: Annotated[
         str, typer.Option(help="What to hold weights for: private modes, open, or all.")
     ] = "all",

@@ -39,7 +39,7 @@ def serve(
     model: str,
     listen: str,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     serve: str = "all",
     dtype: str = "auto",
     threads: int | None = None,
@@ -55,7 +55,7 @@ def serve(
         model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", "demo", or a file
             that `tsqp prepare` wrote, which serves private modes only.
         listen: ipc:///PATH or tcp://HOST:PORT.
-        device: "cpu", "cuda" or "cuda:NUMBER".
+        device: "cpu", "cuda", "cuda:NUMBER", or "auto": CUDA where torch sees a device.
         serve: "private" holds integer weights, "open" floating-point ones, "all" both.
         dtype: of the floating-point weights.
         max_shm_bytes: most shared memory for one session; 0 keeps tensors on the socket.
@@ -73,7 +73,7 @@ def serve(
     endpoint = parse_endpoint(listen)
     _check_listening(endpoint, insecure or keyfile is not None)
     secret_key = None if keyfile is None else read_secret_key(keyfile)
-    where = _parse_device(device)
+    where = parse_device(device)
     recorder = None if record is None else Recorder(record)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -141,12 +141,19 @@ def _check_listening(endpoint: Endpoint, anywhere: bool) -> None:
         )
 
 
-def _parse_device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
+    """The device of `tsqp worker --device`.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     kind, _, number = name.partition(":")
     if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
-        raise UsageError(f"There is no device {name!r}; choose cpu, cuda or cuda:NUMBER.")
+        raise UsageError(f"There is no device {name!r}; choose auto, cpu, cuda or cuda:NUMBER.")
     if not torch.cuda.is_available():
         raise UsageError(
             "torch sees no CUDA device here; use --device cpu, or install its CUDA build."

@@ -189,6 +189,7 @@ class _Mode:
             fixed_point=False,
             pad_memory=0,
             threads=self._target.threads,
+            device="auto",
             prefill_chunk=MANY_ROWS,
             timeout=TIMEOUT_S,
             shm=True,
