@@ -6,11 +6,11 @@ COMMANDS = {
     "": "--config",
     "generate": """
         --attention --chat --debug --device --dtype --field --fixed-point --frequency-penalty
-        --fuse --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs --max-
-        tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk --presence-penalty
-        --privacy --prompt --prompt-ids --prompt-logprobs --prompts --repetition-penalty --rpc-log
-        --seed --stop --stop-token-id --temperature --threads --timeout --top-k --top-p --worker
-        --worker-key MODEL
+        --fuse --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs
+        --max-tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk
+        --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs --prompts
+        --repetition-penalty --rpc-log --seed --stop --stop-token-id --temperature --threads
+        --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "chat": """
         --attention --debug --device --dtype --field --fixed-point --frequency-penalty --fuse
