@@ -10,13 +10,14 @@ from tsqp.gpu.worker import ATTENTION_ABILITY, LAYER_ABILITY
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, Key, linear_groups
 from tsqp.model.digest import WeightsDigest, weights_digest
+from tsqp.model.footprint import trusted_bytes
 from tsqp.model.integer_cache import load_integers
 from tsqp.model.memory import available_bytes
+from tsqp.model.progress import Progress, part_of, silent
 from tsqp.model.quantize import IntegerWeights, group_shape, integer_bytes
 from tsqp.model.weights import (
     check_memory,
     embedding_bytes,
-    linear_bytes,
     read_bias,
     read_embedding,
 )
@@ -45,22 +46,23 @@ class Builder:
 
     Args:
         norms: holds the model's norms, if they were read already.
+        progress: called while weights are read, with the bytes done and their total.
     """
 
     def __init__(
         self,
         options: Options,
-        model: str,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         norms: WeightsDigest | None = None,
+        progress: Progress = silent,
     ) -> None:
         self._options = options
-        self._model = model
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._dtype = dtype
         self._norms = WeightsDigest() if norms is None else norms
+        self._progress = progress
 
     def build(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
         """The offload; and the pool of pads, where there is one.
@@ -70,16 +72,22 @@ class Builder:
         """
         if workers:
             process_limit.check()
-        if self._options.masked:
+        options = self._options
+        kept = trusted_bytes(
+            self._config, self._dtype, options.privacy, fixed_point=options.fixed_point
+        )
+        check_memory(kept, f"The weights of {self._checkpoint.name}")
+        if options.masked:
             return self._masked(workers)
-        if self._options.privacy == "open":
+        if options.privacy == "open":
             return self._open(workers[0]), None
-        self._check_memory(linear_bytes(self._config, self._dtype))
-        return LocalOffload(self._checkpoint, self._dtype), None
+        return LocalOffload(self._checkpoint, self._dtype, self._progress), None
 
     def _open(self, worker: WorkerProcess) -> Offload:
         biases_F = self._biases_F(self._norms)  # read once: what is used is what is hashed
-        digest = weights_digest(self._checkpoint, self._dtype, digest=self._norms)
+        digest = weights_digest(
+            self._checkpoint, self._dtype, digest=self._norms, progress=self._progress
+        )
         options, config, dtype = self._options, self._config, self._dtype
         kind: type[OpenOffload | OpenAttentionOffload | OpenLayersOffload] = OpenOffload
         abilities = []
@@ -92,15 +100,17 @@ class Builder:
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
         options, field = self._options, self._options.field
-        self._check_memory(integer_bytes(self._config))
+        total = integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
+        progress = part_of(self._progress, 0, total)
         integers: dict[Key, IntegerWeights] = {}
-        digest = load_integers(self._model, self._checkpoint, integers.__setitem__)
+        digest = load_integers(self._checkpoint, integers.__setitem__, progress)
         biases_F = self._biases_F()
         groups = {
             key: MaskedGroup(key, weights, biases_F.get(key), field)
             for key, weights in integers.items()
         }
         embedding_VD = read_embedding(self._checkpoint, self._dtype)
+        self._progress(total, total)
         prepare(field, shares=options.privacy == "shares")
         rows = RowPool(options.threads or torch.get_num_threads())
         if options.privacy == "tee":
@@ -127,11 +137,6 @@ class Builder:
             for group in LAYER_GROUPS
         }
         return {key: bias_F for key, bias_F in found.items() if bias_F is not None}
-
-    def _check_memory(self, weights: int) -> None:
-        own_table = self._options.masked or not self._config.tie_word_embeddings
-        required = weights + (embedding_bytes(self._config, self._dtype) if own_table else 0)
-        check_memory(required, f"The weights of {self._checkpoint.name}")
 
     def _pad_memory(self) -> int:
         wanted = self._options.pad_memory

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -13,14 +13,16 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    TaskProgressColumn,
     TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
 from tsqp._wiring import LLM
 from tsqp.model import demo
-from tsqp.model.prepared import prepare
+from tsqp.model.prepared import PreparedFile, prepare
+from tsqp.model.progress import describe
 from tsqp.tee.sampling import Completion
 from tsqp.tee.stats import KINDS, OPERATIONS
 
@@ -193,6 +195,50 @@ def _placement_table(llm: LLM) -> Table:
     return table
 
 
+class Loading:
+    """Shows how weights are loaded: a bar in a terminal, which is gone when all are there.
+
+    Called with the bytes done and their total.
+    """
+
+    def __init__(self, what: str) -> None:
+        bytes_done, left = DownloadColumn(binary_units=True), TimeRemainingColumn()
+        columns = (TextColumn(what), BarColumn(), bytes_done, TransferSpeedColumn(), left)
+        self._bar = Progress(*columns, console=_stderr, transient=True, auto_refresh=False)
+        self._task = self._bar.add_task("", total=None)
+        self._began = perf_counter()
+        self._done, self._seconds = 0, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        self._done, self._seconds = done, perf_counter() - self._began
+        if not _stderr.is_interactive:
+            return
+        if done >= total:
+            self.stop()
+            return
+        self._bar.update(self._task, completed=done, total=total)
+        self._bar.start()
+        self._bar.refresh()
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+    def say_rate(self, layers: int) -> None:
+        """One line instead, where there is no terminal."""
+        if not _stderr.is_interactive:
+            say(describe(layers, self._done, self._seconds))
+
+
+@contextmanager
+def loading_progress(what: str = "Loading") -> Iterator[Loading]:
+    """What shows how loading goes on, for a block that loads."""
+    loading = Loading(what)
+    try:
+        yield loading
+    finally:
+        loading.stop()
+
+
 def say(text: str) -> None:
     """A line for people."""
     _stderr.print(text)
@@ -212,11 +258,9 @@ def fetch_demo_model() -> None:
 
 def prepare_model(model: str, out: Path) -> None:
     """Write a prepared file with a progress bar, and say how to use it."""
-    columns = (TextColumn("Preparing"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, console=_stderr, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        digest = prepare(
-            model, out, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with loading_progress("Preparing") as preparing:
+        digest = prepare(model, out, preparing)
+    with closing(PreparedFile(out)) as file:
+        preparing.say_rate(file.layers)
     say(f"{out}: {out.stat().st_size:,} bytes, weights {digest[:12]}…")
     say(f"Serve it with: tsqp worker {out} --listen ENDPOINT")

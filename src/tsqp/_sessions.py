@@ -47,7 +47,6 @@ class WorkerProcess:
         """
         endpoint = link.endpoint
         self._link = link
-        self._model = model
         self._dtype = dtype
         self._local: LocalWorker | None = None
         self.channel: Channel | None = None
@@ -115,5 +114,5 @@ class WorkerProcess:
     def _inproc_worker(self, checkpoint: Checkpoint) -> Worker:
         cpu = torch.device("cpu")
         if self._dtype == torch.int8:
-            return Worker(None, load_integers(self._model, checkpoint, cpu))
+            return Worker(None, load_integers(checkpoint, cpu))
         return Worker(load_weights(checkpoint, self._dtype, cpu))

@@ -20,6 +20,7 @@ from tsqp.errors import PromptError
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.layers import Layers
+from tsqp.model.progress import Progress, silent
 from tsqp.model.weights import parse_dtype
 from tsqp.tee.call_lines import FORMAT, Geometry, Header
 from tsqp.tee.call_log import CallLog
@@ -66,6 +67,7 @@ class LLM:
         lanes: int = 1,
         tokenizer: Tokenizer | None = None,
         rpc_log: str | Path | None = None,
+        on_load: Callable[[int, int], None] | None = None,
     ) -> None:
         """Load what this side needs and open a session with each worker.
 
@@ -100,6 +102,8 @@ class LLM:
             lanes: parts of a batch that take turns, so that both sides work at once.
             tokenizer: the model's, where it has been read already.
             rpc_log: a new file for where the time of every call went, see docs/instruments.md.
+            on_load: called while this side reads weights: how many bytes of them it has, and how
+                many it will have.
 
         Raises:
             UsageError: options that are unknown or contradict each other, or a log that exists.
@@ -133,7 +137,7 @@ class LLM:
         self._tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
         self._call_log = None if rpc_log is None else CallLog(Path(rpc_log))
         try:
-            self._load(model, dtype)
+            self._load(model, dtype, on_load or silent)
             if self._call_log is not None:
                 self._begin_log(self._call_log, model)
         except BaseException:
@@ -300,7 +304,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _load(self, model: str, dtype: str) -> None:
+    def _load(self, model: str, dtype: str, progress: Progress) -> None:
         options = self._options
         if options.privacy == "open":
             log.warning("privacy open: the worker reads every prompt and every answer")
@@ -316,7 +320,7 @@ class LLM:
                 self._tokenizer.preload()  # takes seconds, as a local worker does meanwhile
             norms = WeightsDigest()  # read once: what is used is what is hashed
             layers = Layers(checkpoint, self.dtype, norms)
-            builder = Builder(options, model, checkpoint, self.dtype, norms)
+            builder = Builder(options, checkpoint, self.dtype, norms, progress)
             self._offload, self._pads = builder.build(self._workers)
             decoder = Decoder(
                 checkpoint,

@@ -109,7 +109,7 @@ def test_a_worker_compiles_nothing_once_it_is_loaded(
 ) -> None:
     watch = Watch(monkeypatch)
     checkpoint = open_checkpoint("random:tiny")
-    worker = Worker(None, load_integers("random:tiny", checkpoint, torch.device("cpu")))
+    worker = Worker(None, load_integers(checkpoint, torch.device("cpu")))
     ready = watch.loaded()
     out_TB = torch.empty(2, 64 * field.residue_bytes, dtype=torch.uint8)
     worker.run(SeedProduct(0, "o", field.name, 2, bytes(32)), [], [out_TB])

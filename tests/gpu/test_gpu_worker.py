@@ -151,10 +151,15 @@ def test_weights_in_bfloat16_are_rounded_once(checkpoint: Checkpoint) -> None:
     assert weights.digest == weights_digest(checkpoint, torch.bfloat16)
 
 
-def test_loading_reports_each_layer(checkpoint: Checkpoint) -> None:
+def test_loading_reports_the_bytes_that_it_has(checkpoint: Checkpoint) -> None:
     reports: list[tuple[int, int]] = []
-    load_weights(checkpoint, torch.float32, CPU, lambda done, total: reports.append((done, total)))
-    assert reports == [(1, LAYERS), (2, LAYERS)]
+    load_weights(checkpoint, torch.float32, CPU, lambda *report: reports.append(report))
+    layer = 4 * (QKV * HIDDEN + HEADS * HEAD * HIDDEN + 3 * INNER * HIDDEN)
+    table = 4 * VOCABULARY * HIDDEN
+    total = LAYERS * layer + 2 * table
+    assert reports[0] == (table, total)
+    assert reports[4] == (table + layer, total)
+    assert reports[-1] == (total, total)
 
 
 def test_a_device_that_is_too_small_is_refused_with_both_figures(

@@ -383,9 +383,7 @@ def meddle(bytes_TB: Tensor, bit: int) -> None:
 def load(model: str) -> Worker:
     checkpoint = open_checkpoint(model)
     cpu = torch.device("cpu")
-    return Worker(
-        load_weights(checkpoint, torch.float32, cpu), load_integers(model, checkpoint, cpu)
-    )
+    return Worker(load_weights(checkpoint, torch.float32, cpu), load_integers(checkpoint, cpu))
 
 
 def main(endpoint: str, orders: str) -> None:

@@ -512,7 +512,7 @@ class Checked:
 def integer_weights() -> dict[Key, IntegerWeights]:
     checkpoint = open_checkpoint(MODEL)
     weights: dict[Key, IntegerWeights] = {}
-    load_integers(MODEL, checkpoint, weights.__setitem__)
+    load_integers(checkpoint, weights.__setitem__)
     checkpoint.close()
     return weights
 

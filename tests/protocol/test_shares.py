@@ -68,7 +68,7 @@ class Workers:
 
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(MODEL)
-        service = Worker(None, load_integers(MODEL, checkpoint, torch.device("cpu")))
+        service = Worker(None, load_integers(checkpoint, torch.device("cpu")))
         checkpoint.close()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -338,7 +338,7 @@ def test_statistics_are_those_of_all_workers(workers: Workers) -> None:
 def worker_of_integers() -> Worker:
     checkpoint = open_checkpoint(MODEL)
     try:
-        return Worker(None, load_integers(MODEL, checkpoint, torch.device("cpu")))
+        return Worker(None, load_integers(checkpoint, torch.device("cpu")))
     finally:
         checkpoint.close()
 

@@ -14,7 +14,7 @@ from tsqp.algebra.params import Field
 MIN_LEVELS = 2**6  # of a typical row's activations; below, the answer would be mostly rounding
 TINY = 2.0**-100  # a row of smaller weights counts as zeros
 ROUNDING_MARGIN = 2.0**-30  # for the float64 arithmetic of the scale
-BLOCK_ELEMENTS = 2**24  # worked on at once, to bound the memory of temporaries
+BLOCK_ELEMENTS = 2**20  # worked on at once, to bound the memory of temporaries
 
 
 def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     features, width = weight_FD.shape
     integers_FD = torch.empty(features, width, dtype=torch.int8)
     scale_F = torch.empty(features, dtype=torch.float32)
-    for rows in _row_blocks(features, width):
+    for rows in row_blocks(features, width):
         block = weight_FD[rows]
         largest = block.abs().amax(dim=1)
         tiny = largest < TINY
@@ -55,7 +55,7 @@ class Bounds:
     def of(cls, integers_FD: Tensor) -> "Bounds":
         features, width = integers_FD.shape
         l1 = l2_squared = 0
-        for rows in _row_blocks(features, width):
+        for rows in row_blocks(features, width):
             block = integers_FD[rows].to(torch.int32)
             l1 = max(l1, int(block.abs().sum(dim=1, dtype=torch.int64).max()))
             l2_squared = max(l2_squared, int(block.square().sum(dim=1, dtype=torch.int64).max()))
@@ -85,6 +85,7 @@ class Bounds:
         return 2 * deviation * math.sqrt(2 * math.log(max(self.width, 2))) + 1
 
 
-def _row_blocks(features: int, width: int) -> list[slice]:
-    step = max(1, BLOCK_ELEMENTS // width)
-    return [slice(first, first + step) for first in range(0, features, step)]
+def row_blocks(rows: int, width: int) -> list[slice]:
+    """All rows of a matrix, in pieces of at most BLOCK_ELEMENTS, or one row."""
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]

@@ -34,8 +34,9 @@ _PASSED_ON = (
 
 
 def open_llm(context: typer.Context, tokenizer: "Tokenizer | None" = None) -> "LLM":
-    """The model and its workers, as the command's options describe them."""
+    """The model and its workers, as the command's options describe them; shows its loading."""
     from tsqp import LLM
+    from tsqp._printing import loading_progress
 
     given = context.params
     arguments = {name: given[name] for name in _PASSED_ON}
@@ -44,12 +45,16 @@ def open_llm(context: typer.Context, tokenizer: "Tokenizer | None" = None) -> "L
         if given["privacy"] == "tee" and not is_from_command_line(context, name):
             arguments[name] = None
     pad_memory = given["pad_memory"]
-    return LLM(
-        **arguments,
-        pad_memory=None if pad_memory is None else _bytes(pad_memory),
-        shm=not given["no_shm"],
-        tokenizer=tokenizer,
-    )
+    with loading_progress() as loading:
+        llm = LLM(
+            **arguments,
+            pad_memory=None if pad_memory is None else _bytes(pad_memory),
+            shm=not given["no_shm"],
+            tokenizer=tokenizer,
+            on_load=loading,
+        )
+    loading.say_rate(llm.config.num_layers)
+    return llm
 
 
 def read_sampling(context: typer.Context) -> "SamplingParams":

@@ -41,23 +41,25 @@ def worker(
     debug: Debug = False,
 ) -> None:
     """Serve a model's linear layers to TEE processes. Runs on the machine with the GPU."""
+    from tsqp._printing import loading_progress
     from tsqp.gpu.serve import serve as serve_model
 
-    serve_model(
-        model,
-        listen,
-        device=device,
-        serve=serve,
-        dtype=dtype,
-        threads=threads,
-        max_shm_bytes=0 if no_shm else 2**30,
-        keyfile=None
-        if supervised
-        else keyfile,  # a local worker inherits settings meant for others
-        insecure=insecure,
-        record=record,
-        supervised=supervised,
-    )
+    with loading_progress() as loading:
+        serve_model(
+            model,
+            listen,
+            device=device,
+            serve=serve,
+            dtype=dtype,
+            threads=threads,
+            max_shm_bytes=0 if no_shm else 2**30,
+            # A local worker inherits settings meant for others.
+            keyfile=None if supervised else keyfile,
+            insecure=insecure,
+            record=record,
+            supervised=supervised,
+            progress=loading,
+        )
 
 
 @app.command()

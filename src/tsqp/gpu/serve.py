@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from types import FrameType
 
 import torch
@@ -17,12 +18,13 @@ from tsqp.gpu.weights import (
     load_integers,
     load_weights,
     read_prepared,
-    weights_bytes,
 )
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.footprint import worker_bytes
 from tsqp.model.prepared import SUFFIX
-from tsqp.model.quantize import Progress, integer_bytes
+from tsqp.model.progress import Progress, describe, part_of, silent
+from tsqp.model.quantize import integer_bytes
 from tsqp.model.weights import parse_dtype
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.keys import read_secret_key
@@ -48,6 +50,7 @@ def serve(
     insecure: bool = False,
     record: Path | None = None,
     supervised: bool = False,
+    progress: Progress = silent,
 ) -> None:
     """Load a model's linear weights and serve them until SIGINT or SIGTERM.
 
@@ -63,6 +66,7 @@ def serve(
         insecure: listen on an address that other machines can reach, without encryption.
         record: a new or empty folder for everything that arrives; see `tsqp.gpu.record`.
         supervised: say "ready ADDRESS" on standard output, and stop at the end of standard input.
+        progress: called while weights are loaded, with the bytes done and their total.
 
     Raises:
         UsageError: a listening address that is not allowed, no such device, or no key in the file.
@@ -81,7 +85,8 @@ def serve(
     _stop_on_signals(stop)
     if supervised:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
-    load = _prepare_to_load(model, serve, dtype, where, lambda *_: _heed(stop))
+    loading = _Loading(stop, progress)
+    load = _prepare_to_load(model, serve, dtype, where, loading)
     # Listening comes before loading, which may be long: an address in use shows at once.
     server = Server(endpoint, secret_key=secret_key, max_shm_bytes=max_shm_bytes, log=log.info)
     try:
@@ -89,6 +94,7 @@ def serve(
             log.info("encrypted links alone; public key: %s", public_key_of(secret_key))
         log.info("loading %s …", model)
         worker = load()
+        log.info("%s", loading.describe(worker.layers))
         log.info("serving %s on %s at %s: %s", model, where, server.address, worker)
         if supervised:
             print(READY, server.address, flush=True)
@@ -117,14 +123,15 @@ def _prepare_to_load(
 
     def load() -> Worker:
         integers = weights = None
-        required = 0 if serve == "open" else integer_bytes(config)
-        required += 0 if serve == "private" else weights_bytes(config, loaded_dtype)
+        required = worker_bytes(config, loaded_dtype, serve)
         # For both, before either is loaded.
         check_room(required, f"The weights of {checkpoint.name}", device)
+        before = 0 if serve == "open" else integer_bytes(config)
         if serve != "open":
-            integers = load_integers(model, checkpoint, device, progress)
+            integers = load_integers(checkpoint, device, part_of(progress, 0, required))
         if serve != "private":
-            weights = load_weights(checkpoint, loaded_dtype, device, progress)
+            then = part_of(progress, before, required)
+            weights = load_weights(checkpoint, loaded_dtype, device, then)
         checkpoint.close()
         return Worker(weights, integers)
 
@@ -169,9 +176,23 @@ class _Stopped(Exception):
     """A signal that came while loading, and that ends the loading."""
 
 
-def _heed(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise _Stopped
+class _Loading:
+    """Passes progress on, remembers it, and ends the loading when the worker is to stop."""
+
+    def __init__(self, stop: threading.Event, progress: Progress) -> None:
+        self._stop = stop
+        self._progress = progress
+        self._began = perf_counter()
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        self._done = done
+        self._progress(done, total)
+
+    def describe(self, layers: int) -> str:
+        return describe(layers, self._done, perf_counter() - self._began)
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:

@@ -11,17 +11,12 @@ from tsqp.model import integer_cache
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, ModelConfig
 from tsqp.model.digest import WeightsDigest
+from tsqp.model.footprint import float_bytes
 from tsqp.model.layers import Layers
 from tsqp.model.prepared import PreparedFile
-from tsqp.model.quantize import IntegerWeights, Progress, integer_bytes
-from tsqp.model.weights import (
-    check_memory,
-    embedding_bytes,
-    lay_out,
-    linear_bytes,
-    read_embedding,
-    read_linear,
-)
+from tsqp.model.progress import Counter, Progress, silent
+from tsqp.model.quantize import IntegerWeights, integer_bytes
+from tsqp.model.weights import check_memory, read_embedding, read_linear
 
 
 @dataclass(frozen=True)
@@ -51,12 +46,12 @@ def load_weights(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Weights:
-    """Stream a checkpoint onto `device`, one group of layers at a time.
+    """Stream a checkpoint onto `device`, a block of rows at a time.
 
     Args:
-        progress: called with the layers done and their total.
+        progress: called with the bytes done and their total.
 
     Raises:
         CheckpointError: a tensor is missing, cut short or of another shape.
@@ -64,32 +59,29 @@ def load_weights(
     """
     config = checkpoint.config
     tied = config.tie_word_embeddings
-    check_room(weights_bytes(config, dtype), f"The weights of {checkpoint.name}", device)
+    required = float_bytes(config, dtype)
+    check_room(required, f"The weights of {checkpoint.name}", device)
+    done = Counter(required, progress)
     digest = WeightsDigest()
-    table = read_embedding(checkpoint, dtype, digest)
-    embedding = _place(table, device) if tied else table.to(device)  # only a product wants columns
+    embedding = read_embedding(checkpoint, dtype, digest, device, multiplies=tied)
+    done.add(embedding.nbytes)
     linear: dict[tuple[int, str], Tensor] = {}
     biases: dict[tuple[int, str], Tensor] = {}
     for layer in range(config.num_layers):
         for group in LAYER_GROUPS:
-            weights = read_linear(checkpoint, layer, group, dtype, digest)
-            linear[layer, group] = _place(weights.weight_FD, device)
+            weights = read_linear(checkpoint, layer, group, dtype, digest, device)
+            linear[layer, group] = weights.weight_FD
             if weights.bias_F is not None:
                 biases[layer, group] = weights.bias_F.to(device)
-        progress(layer + 1, config.num_layers)
+            done.add(weights.nbytes)
     if tied:
         linear[-1, "lm_head"] = embedding
     else:
-        head = read_linear(checkpoint, -1, "lm_head", dtype, digest)
-        linear[-1, "lm_head"] = _place(head.weight_FD, device)
+        head = read_linear(checkpoint, -1, "lm_head", dtype, digest, device)
+        linear[-1, "lm_head"] = head.weight_FD
+        done.add(head.nbytes)
     layers = Layers(checkpoint, dtype, digest, device)
     return Weights(config, dtype, device, linear, biases, layers, embedding, digest.hexdigest())
-
-
-def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of what `load_weights` keeps."""
-    table = 0 if config.tie_word_embeddings else embedding_bytes(config, dtype)
-    return linear_bytes(config, dtype) + table
 
 
 def check_room(required: int, what: str, device: torch.device) -> None:
@@ -103,10 +95,6 @@ def check_room(required: int, what: str, device: torch.device) -> None:
             f"{what} would take {required} bytes, and {available} bytes are free "
             f"on {device}: free some, or choose a smaller dtype or model."
         )
-
-
-def _place(weight: Tensor, device: torch.device) -> Tensor:
-    return lay_out(weight) if device.type == "cpu" else weight.to(device)
 
 
 @dataclass(frozen=True)
@@ -124,10 +112,9 @@ class IntegerModel:
 
 
 def load_integers(
-    model: str,
     checkpoint: Checkpoint,
     device: torch.device,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> IntegerModel:
     """Make or read the integer weights of a checkpoint, a group at a time; scales are dropped.
 
@@ -141,13 +128,11 @@ def load_integers(
     def place(key: tuple[int, str], weights: IntegerWeights) -> None:
         linear[key] = weights.weight_FD.to(device)
 
-    digest = integer_cache.load_integers(model, checkpoint, place, progress)
+    digest = integer_cache.load_integers(checkpoint, place, progress)
     return IntegerModel(device, linear, digest)
 
 
-def read_prepared(
-    path: Path, device: torch.device, progress: Progress = lambda done, total: None
-) -> IntegerModel:
+def read_prepared(path: Path, device: torch.device, progress: Progress = silent) -> IntegerModel:
     """Read what `tsqp prepare` wrote.
 
     Raises:

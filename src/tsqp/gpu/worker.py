@@ -52,6 +52,12 @@ class Worker:
         if integers is not None:
             kernels.prepare()
 
+    @property
+    def layers(self) -> int:
+        """How many layers' weights it holds."""
+        held = [each for each in (self._weights, self._integers) if each is not None]
+        return len({layer for layer, _ in held[0].linear_FD if layer >= 0})
+
     def __str__(self) -> str:
         served = []
         if self._integers is not None:

@@ -1,5 +1,6 @@
 """Where weights come from: one interface over four kinds of source."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from tsqp.errors import CheckpointError
 from tsqp.model import demo
 from tsqp.model.config import ModelConfig
+from tsqp.model.files import BinaryFile
 from tsqp.model.gguf_file import GGUFCheckpoint
 from tsqp.model.random_weights import RandomCheckpoint
 from tsqp.model.safetensors_file import SafetensorsCheckpoint
@@ -24,11 +26,20 @@ class Checkpoint(Protocol):
         """What people call this model; for logs and messages."""
         ...
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    @property
+    def sources(self) -> Mapping[str, BinaryFile]:
+        """The open file that holds each tensor; empty where weights do not come from files."""
+        ...
+
+    def read(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         """One tensor in private memory, floating point.
 
         Safetensors keep the dtype they are stored in; GGUF and random weights are float32.
         May be called from several threads.
+
+        Args:
+            shape: of the whole tensor.
+            rows: the part of the first dimension that is wanted, START:STOP; None for all.
 
         Raises:
             CheckpointError: there is no such tensor, it is cut short, or has another shape.

@@ -6,21 +6,42 @@ holds them all.
 
 import hashlib
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from tsqp.model.blocks import read_blocks
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import tensor_shapes
 from tsqp.model.files import bytes_of
+from tsqp.model.progress import Counter, Progress, silent
+
+
+class TensorHash:
+    """SHA-256 of one tensor, whose rows may come block by block.
+
+    It covers the Hugging Face name, shape, dtype and little-endian bytes.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.name = name
+        head = json.dumps([name, list(shape), str(dtype).removeprefix("torch.")])
+        self._hash = hashlib.sha256(head.encode() + b"\n")
+
+    def update(self, rows: Tensor) -> None:
+        """Add the next rows, contiguous and on the CPU."""
+        self._hash.update(bytes_of(rows))
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
 
 
 class WeightsDigest:
     """SHA-256 over the tensors' own SHA-256s in the order of their names.
 
-    A tensor's own hash covers its Hugging Face name, shape, dtype and little-endian bytes, so
-    the order of the updates and the fusing of layers do not matter.
+    So the order of the updates and the fusing of layers do not matter.
     """
 
     def __init__(self) -> None:
@@ -30,11 +51,13 @@ class WeightsDigest:
         """Add one tensor, contiguous and on the CPU; a name that was seen counts once."""
         if name in self:  # a tied output projection is the embedding
             return
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        head = json.dumps([name, list(tensor.shape), dtype])
-        found = hashlib.sha256(head.encode() + b"\n")
-        found.update(bytes_of(tensor))
-        self._hashes[name] = found.digest()
+        found = TensorHash(name, tuple(tensor.shape), tensor.dtype)
+        found.update(tensor)
+        self.add(found)
+
+    def add(self, found: TensorHash) -> None:
+        """Add one tensor that has been hashed as a whole; a name that was seen counts once."""
+        self._hashes.setdefault(found.name, found.digest())
 
     def __contains__(self, name: str) -> bool:
         return name in self._hashes
@@ -50,25 +73,33 @@ def weights_digest(
     threads: int = 2,
     *,
     digest: WeightsDigest | None = None,
+    progress: Progress = silent,
 ) -> str:
     """The digest of all tensors of a model, converted to `dtype`.
 
-    Holds one tensor a thread at a time.
+    Holds one block of rows a thread at a time.
 
     Args:
         digest: holds tensors that were read already, which are not read again.
+        progress: called with the bytes done and their total.
 
     Raises:
         CheckpointError: a tensor is missing, cut short or of another shape.
     """
     digest = WeightsDigest() if digest is None else digest
 
-    def add(item: tuple[str, tuple[int, ...]]) -> None:
+    def add(item: tuple[str, tuple[int, ...]]) -> int:
         name, shape = item
         if name not in digest:
-            digest.update(name, checkpoint.read(name, shape).to(dtype).contiguous())
+            found = TensorHash(name, shape, dtype)
+            for _, rows in read_blocks(checkpoint, name, shape):
+                found.update(rows.to(dtype).contiguous())
+            digest.add(found)
+        return math.prod(shape) * dtype.itemsize
 
+    shapes = tensor_shapes(checkpoint.config)
+    done = Counter(sum(map(math.prod, shapes.values())) * dtype.itemsize, progress)
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(add, tensor_shapes(checkpoint.config).items()):
-            pass
+        for nbytes in pool.map(add, shapes.items()):
+            done.add(nbytes)
     return digest.hexdigest()

@@ -56,7 +56,12 @@ class BinaryFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as exc:
             raise CheckpointError(f"Cannot open {path}: {exc.strerror}.") from exc
-        self.size = os.fstat(self._descriptor).st_size
+        self.size = self.stat().st_size
+
+    def stat(self) -> os.stat_result:
+        """Of the file that is open, whatever its name leads to by now."""
+        assert self._descriptor is not None, "closed"
+        return os.fstat(self._descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` (bytes, writable) from `offset` on; safe from several threads.

@@ -24,7 +24,7 @@ class GGUFCheckpoint:
             header = read_header(self._file)
             rope_freqs = header.tensors.get(ROPE_FREQS)
             self.config = read_config(
-                header, None if rope_freqs is None else self._load(rope_freqs)
+                header, None if rope_freqs is None else self._load(rope_freqs, slice(None))
             )
             self._where = _by_hf_name(header, self.config)
             self._norms = norm_shapes(self.config)
@@ -32,30 +32,41 @@ class GGUFCheckpoint:
             self.close()
             raise
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    @property
+    def sources(self) -> dict[str, BinaryFile]:
+        """See `checkpoint.Checkpoint`."""
+        return dict.fromkeys(self._where, self._file)
+
+    def read(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         stored = self._where.get(name)
         if stored is None:
             if name.endswith(".bias") and tensor_shapes(self.config).get(name) == shape:
                 # No flag says which layers have a bias: one that is left out is zero.
-                return torch.zeros(shape)
+                return torch.zeros(shape)[rows or slice(None)]
             raise CheckpointError(f"{self.name} lacks tensor {name}.")
         check_shape(self.name, name, stored.shape, shape)
-        values = self._load(stored)
-        if name in self._norms:
-            return values - self.config.norm_offset
-        if self.config.model_type != "llama":
-            return values
-        if ".q_proj." in name:
-            return _unpermute(values, self.config.num_heads)
-        if ".k_proj." in name:
-            return _unpermute(values, self.config.num_kv_heads)
-        return values
+        rows = slice(0, shape[0]) if rows is None else rows
+        if self.config.model_type == "llama" and (".q_proj." in name or ".k_proj." in name):
+            return self._load_heads(stored, rows)
+        values = self._load(stored, rows)
+        return values - self.config.norm_offset if name in self._norms else values
 
-    def _load(self, stored: StoredTensor) -> Tensor:
-        raw = np.empty(stored.size, dtype=np.uint8)
-        self._file.read_into(stored.offset, raw.data)
-        rows = gguf.quant_shape_to_byte_shape(stored.shape, stored.encoding)
-        return torch.from_numpy(gguf.dequantize(raw.reshape(rows), stored.encoding))
+    def _load_heads(self, stored: StoredTensor, rows: slice) -> Tensor:
+        """Rows in Hugging Face's order, which differs from the file's within each head."""
+        size = self.config.head_dim
+        first, last = rows.start // size, -(-rows.stop // size)
+        values = _unpermute(self._load(stored, slice(first * size, last * size)), last - first)
+        return values[rows.start - first * size : rows.stop - first * size]
+
+    def _load(self, stored: StoredTensor, rows: slice) -> Tensor:
+        if len(stored.shape) == 1:  # short, and perhaps of blocks of several elements
+            return self._dequantize(stored, 0, 1).view(-1)[rows]
+        return self._dequantize(stored, rows.start, rows.stop - rows.start)
+
+    def _dequantize(self, stored: StoredTensor, first: int, count: int) -> Tensor:
+        raw = np.empty((count, stored.row_bytes), dtype=np.uint8)
+        self._file.read_into(stored.offset + first * stored.row_bytes, raw.data.cast("B"))
+        return torch.from_numpy(gguf.dequantize(raw, stored.encoding))
 
     def close(self) -> None:
         self._file.close()

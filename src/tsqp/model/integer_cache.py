@@ -8,19 +8,19 @@ enclaves, and the number of the device is left out because it changes whenever a
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from tsqp.errors import CheckpointError
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import Key, linear_groups
-from tsqp.model.demo import cache_folder, locate
+from tsqp.model.demo import cache_folder
 from tsqp.model.digest import WeightsDigest
+from tsqp.model.files import BinaryFile
 from tsqp.model.prepared import FORMAT, SUFFIX, Groups, PreparedFile, WriteError, write_prepared
+from tsqp.model.progress import Progress, silent
 from tsqp.model.quantize import (
     IntegerWeights,
-    Progress,
     add_to_digest,
     group_shape,
     quantize_all,
@@ -33,10 +33,9 @@ PAGE_BYTES = 4096
 
 
 def load_integers(
-    model: str,
     checkpoint: Checkpoint,
     place: Callable[[Key, IntegerWeights], None],
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> str:
     """Give every group of a model to `place`, from the cache where it is there; fills the cache.
 
@@ -49,7 +48,7 @@ def load_integers(
     Raises:
         CheckpointError: the checkpoint cannot be used. A cache that cannot is passed over.
     """
-    path = _cached_file(model)
+    path = _cached_file(checkpoint)
     if path is not None and path.exists():
         try:
             return _place_all(path, checkpoint, place, progress)
@@ -93,26 +92,30 @@ def _place_all(
         file.close()
 
 
-def _cached_file(model: str) -> Path | None:
-    """Where the integers of a model's files are kept; a changed checkpoint has another place."""
-    if model.startswith("random:"):
+def _cached_file(checkpoint: Checkpoint) -> Path | None:
+    """Where the integers of a checkpoint are kept; a changed one has another place.
+
+    What counts is the files that are open, not what their names lead to by now.
+    """
+    sources = checkpoint.sources
+    if not sources:
         return None  # made anew each time, and never written to disk
-    path = locate() if model == "demo" else Path(model).expanduser()
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]
     try:
-        states = sorted((str(file.resolve()), *_state(file)) for file in files)
-    except OSError as exc:
+        states = {str(file.path.resolve()): _state(file) for file in set(sources.values())}
+        folder = cache_folder()
+    except (OSError, CheckpointError) as exc:
         log.warning("using no cache: %s", exc)
         return None
-    key = hashlib.sha256(json.dumps([FORMAT, states]).encode()).hexdigest()[:32]
-    return cache_folder() / "prepared" / f"{key}{SUFFIX}"
+    places = {name: file.path.name for name, file in sources.items()}
+    told = json.dumps([FORMAT, repr(checkpoint.config), places, states], sort_keys=True)
+    key = hashlib.sha256(told.encode()).hexdigest()[:32]
+    return folder / "prepared" / f"{key}{SUFFIX}"
 
 
-def _state(path: Path) -> tuple[int, int, int, int, str]:
+def _state(file: BinaryFile) -> tuple[int, int, int, int, str]:
     """What tells the contents of a file from others, without reading all of them."""
-    with path.open("rb") as file:
-        stat = os.fstat(file.fileno())
-        pages = hashlib.sha256()
-        for place in range(0, stat.st_size, max(PAGE_BYTES, stat.st_size // PAGES)):
-            pages.update(os.pread(file.fileno(), PAGE_BYTES, place))
-    return stat.st_ino, stat.st_ctime_ns, stat.st_mtime_ns, stat.st_size, pages.hexdigest()
+    stat = file.stat()
+    pages = hashlib.sha256()
+    for place in range(0, file.size, max(PAGE_BYTES, file.size // PAGES)):
+        pages.update(file.read(place, min(PAGE_BYTES, file.size - place)))
+    return stat.st_ino, stat.st_ctime_ns, stat.st_mtime_ns, file.size, pages.hexdigest()

@@ -1,16 +1,14 @@
 """Integer weights on disk: what `tsqp prepare` writes, and what the cache holds.
 
 A prepared file is a safetensors file of int8 weights and float32 scales, named by layer and group,
-with the digest of all of them in its header. It is written beside its place and then renamed, and
+with the digest of all of them in its header. It appears under its name when it is whole, and
 nothing that was read from it is used before the digest has been computed again. The digest is no
 signature: whoever can write the TEE's disk can change the model, here as in the checkpoint itself.
 """
 
 import errno
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +18,10 @@ from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.model.config import Key, linear_groups
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.files import bytes_of
+from tsqp.model.new_file import new_file
+from tsqp.model.progress import Counter, Progress, silent
 from tsqp.model.quantize import (
     IntegerWeights,
-    Progress,
     add_to_digest,
     group_shape,
     quantize_all,
@@ -68,19 +67,28 @@ class PreparedFile:
         return {key: self._file.shape(tensor_names(*key)[0]) for key in keys}
 
     @property
+    def layers(self) -> int:
+        """How many layers it holds."""
+        return len({layer for layer, _ in self.shapes() if layer >= 0})
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return self._file.nbytes
 
-    def groups(self, progress: Progress = lambda done, total: None) -> Groups:
+    def groups(self, progress: Progress = silent) -> Groups:
         """All groups; nothing may be used before the iterator has ended.
+
+        Args:
+            progress: called after each group with the bytes done and their total.
 
         Raises:
             CheckpointError: cut short, malformed, or its digest is not that of its contents.
         """
         digest = WeightsDigest()
         shapes = self.shapes()
-        for number, (key, shape) in enumerate(shapes.items(), 1):
+        done = Counter(self.nbytes, progress)
+        for key, shape in shapes.items():
             weight_name, scale_name = tensor_names(*key)
             if len(shape) != 2 or shape[1] > MAX_WIDTH:
                 raise self._changed()
@@ -91,7 +99,7 @@ class PreparedFile:
             weights = IntegerWeights(weight_FD, scale_F)
             add_to_digest(digest, *key, weights)
             yield key, weights
-            progress(number, len(shapes))
+            done.add(weights.nbytes)
         if digest.hexdigest() != self.digest:
             raise self._changed()
 
@@ -106,12 +114,12 @@ class PreparedFile:
         )
 
 
-def prepare(model: str, path: Path, progress: Progress = lambda done, total: None) -> str:
+def prepare(model: str, path: Path, progress: Progress = silent) -> str:
     """Write the prepared file of a model ahead of time, and return its digest.
 
     Args:
         path: a new file whose name ends in SUFFIX.
-        progress: called with the groups done and their total.
+        progress: called with the bytes done and their total.
 
     Raises:
         UsageError: the path is taken, or has another ending.
@@ -143,25 +151,18 @@ def write_prepared(
         WriteError: the file cannot be written. What is left of `groups` can still be taken.
         CheckpointError: what `groups` raises.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     header, places = _layout(checkpoint)
     try:
-        try:
-            with temporary.open("xb") as file:
-                file.truncate(len(header) + max(end for _, end in places.values()))
-                for key, weights in groups:
-                    add_to_digest(digest, *key, weights)
-                    tensors = (weights.weight_FD, weights.scale_F)
-                    for name, tensor in zip(tensor_names(*key), tensors, strict=True):
-                        file.seek(len(header) + places[name][0])
-                        file.write(bytes_of(tensor))
-                file.seek(0)
-                file.write(header.replace(_NO_DIGEST.encode(), digest.hexdigest().encode()))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with new_file(path, SUFFIX) as file:
+            file.truncate(len(header) + max(end for _, end in places.values()))
+            for key, weights in groups:
+                add_to_digest(digest, *key, weights)
+                tensors = (weights.weight_FD, weights.scale_F)
+                for name, tensor in zip(tensor_names(*key), tensors, strict=True):
+                    file.seek(len(header) + places[name][0])
+                    file.write(bytes_of(tensor))
+            file.seek(0)
+            file.write(header.replace(_NO_DIGEST.encode(), digest.hexdigest().encode()))
     except OSError as exc:
         hint = "free some space" if exc.errno == errno.ENOSPC else "choose another place"
         raise WriteError(f"Cannot write {path}: {exc.strerror}; {hint}.") from exc

@@ -1,9 +1,9 @@
 """The integer weights of the private modes, the same on both sides [P1].
 
-Shape suffixes: F output and D input features of a group.
+Shape suffixes: F output and D input features of a group; N rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 from tsqp.algebra.fixed_point import quantize_rows
 from tsqp.algebra.params import MAX_WIDTH
 from tsqp.errors import CheckpointError, UnsupportedModel
+from tsqp.model.blocks import read_blocks
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import Key, ModelConfig, linear_groups, parts
 from tsqp.model.digest import WeightsDigest
-
-Progress = Callable[[int, int], None]
+from tsqp.model.progress import Counter, Progress, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,10 @@ class IntegerWeights:
 
     weight_FD: Tensor
     scale_F: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight_FD.nbytes + self.scale_F.nbytes
 
 
 def group_shape(config: ModelConfig, layer: int, group: str) -> tuple[int, int]:
@@ -45,7 +49,7 @@ def integer_bytes(config: ModelConfig) -> int:
 
 
 def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWeights:
-    """Read one group and convert it, one part at a time.
+    """Read one group and convert it, a block of rows at a time.
 
     Raises:
         CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
@@ -61,13 +65,14 @@ def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWei
     scale_F = torch.empty(features, dtype=torch.float32)
     start = 0
     for part in parts(checkpoint.config, layer, group):
-        rows = slice(start, start + part.out_features)
         name = f"{part.name}.weight"
-        floats_FD = checkpoint.read(name, (part.out_features, width)).float()
-        if not floats_FD.sum().isfinite() and not floats_FD.isfinite().all():
-            raise CheckpointError(f"Tensor {name} of {checkpoint.name} holds NaN or infinity.")
-        weight_FD[rows], scale_F[rows] = quantize_rows(floats_FD)
-        start = rows.stop
+        for rows, block in read_blocks(checkpoint, name, (part.out_features, width)):
+            floats_ND = block.float()
+            if not floats_ND.sum().isfinite() and not floats_ND.isfinite().all():
+                raise CheckpointError(f"Tensor {name} of {checkpoint.name} holds NaN or infinity.")
+            place = slice(start + rows.start, start + rows.stop)
+            weight_FD[place], scale_F[place] = quantize_rows(floats_ND)
+        start += part.out_features
     return IntegerWeights(weight_FD, scale_F)
 
 
@@ -85,14 +90,15 @@ def add_to_digest(digest: WeightsDigest, layer: int, group: str, weights: Intege
 
 
 def quantize_all(
-    checkpoint: Checkpoint, progress: Progress = lambda done, total: None
+    checkpoint: Checkpoint, progress: Progress = silent
 ) -> Iterator[tuple[Key, IntegerWeights]]:
     """All groups of a model, one at a time, the output projection last.
 
     Args:
-        progress: called with the groups done and their total.
+        progress: called after each group with the bytes done and their total.
     """
-    keys = linear_groups(checkpoint.config)
-    for number, key in enumerate(keys, 1):
-        yield key, quantize_group(checkpoint, *key)
-        progress(number, len(keys))
+    done = Counter(integer_bytes(checkpoint.config), progress)
+    for key in linear_groups(checkpoint.config):
+        weights = quantize_group(checkpoint, *key)
+        yield key, weights
+        done.add(weights.nbytes)

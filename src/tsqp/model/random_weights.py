@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.config import Layer, ModelConfig, tensor_shapes
-from tsqp.model.files import check_shape
+from tsqp.model.files import BinaryFile, check_shape
 from tsqp.model.rope import Llama3Scaling, Rope
 
 # Values are (u - 32767.5) · _STEP with u uniform in 0..65535: symmetric, standard deviation 0.02.
 _STEP = np.float32(0.02 * math.sqrt(12 / (2**32 - 1)))
+_STEP_VALUES = 16  # that one step of Philox's counter gives: 4 words of 4
 _CHUNK_WORDS = 2**16  # 64-bit words at a time, so that the intermediate values stay in cache
 
 
@@ -146,33 +147,43 @@ class RandomCheckpoint:
     def name(self) -> str:
         return f"random:{self.geometry}:{self.seed}"
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    @property
+    def sources(self) -> dict[str, BinaryFile]:
+        """See `checkpoint.Checkpoint`."""
+        return {}
+
+    def read(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         """float32: weights and biases near 0, what norms multiply by near 1."""
         expected = tensor_shapes(self.config).get(name)
         if expected is None:
             raise CheckpointError(f"{self.name} has no tensor {name}.")
         check_shape(self.name, name, expected, shape)
-        values = _uniform(f"{self.geometry}/{self.seed}/{name}", math.prod(shape))
+        first, last = (0, shape[0]) if rows is None else (rows.start, rows.stop)
+        width = math.prod(shape[1:])
+        key = f"{self.geometry}/{self.seed}/{name}"
+        values = _uniform(key, first * width, (last - first) * width)
         if name.endswith("norm.weight"):
             values += np.float32(1 - self.config.norm_offset)
-        return torch.from_numpy(values).view(shape)
+        return torch.from_numpy(values).view(last - first, *shape[1:])
 
     def close(self) -> None:
         pass
 
 
-def _uniform(key: str, count: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """`count` float32 values, symmetric around 0, a pure function of `key`.
+def _uniform(key: str, first: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """`count` float32 values from number `first` on of those that `key` stands for, around 0.
 
     Every step is an integer operation, exact, or one correctly rounded IEEE product, and Philox
     is specified to the bit; so all machines agree.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
     philox = np.random.Philox(key=seed)
-    values = np.empty(count, dtype=np.float32)
-    for start in range(0, count, 4 * _CHUNK_WORDS):
+    philox.advance(first // _STEP_VALUES)
+    skipped = first % _STEP_VALUES
+    values = np.empty(skipped + count, dtype=np.float32)
+    for start in range(0, len(values), 4 * _CHUNK_WORDS):
         chunk = values[start : start + 4 * _CHUNK_WORDS]
         words = philox.random_raw(-(-len(chunk) // 4)).astype("<u8", copy=False)
         np.subtract(words.view("<u2")[: len(chunk)], np.float32(32767.5), out=chunk)
         chunk *= _STEP
-    return values
+    return values[skipped:]

@@ -36,11 +36,11 @@ class SafetensorsFile:
     """One safetensors file: an 8-byte length, a JSON header, then the tensors' bytes."""
 
     def __init__(self, path: Path) -> None:
-        self._file = BinaryFile(path)
+        self.file = BinaryFile(path)
         try:
-            self._start, self._entries, self.metadata = _read_header(self._file)
+            self._start, self._entries, self.metadata = _read_header(self.file)
         except CheckpointError:
-            self._file.close()
+            self.file.close()
             raise
 
     def names(self) -> list[str]:
@@ -52,15 +52,17 @@ class SafetensorsFile:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return self._file.size - self._start
+        return self.file.size - self._start
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name).shape)
 
-    def read(self, name: str, shape: tuple[int, ...], stored: str = "") -> Tensor:
-        """One tensor, of one of the dtypes of checkpoints, or of exactly the dtype `stored`."""
+    def read(
+        self, name: str, shape: tuple[int, ...], rows: slice | None = None, stored: str = ""
+    ) -> Tensor:
+        """One tensor, or rows of it, of a checkpoint's dtypes, or of exactly the dtype `stored`."""
         entry = self._entry(name)
-        where = str(self._file.path)
+        where = str(self.file.path)
         check_shape(where, name, tuple(entry.shape), shape)
         if stored and entry.dtype != stored:
             raise CheckpointError(f"Tensor {name} of {where} is not {stored}: fetch it again.")
@@ -72,18 +74,21 @@ class SafetensorsFile:
             )
         begin, end = entry.data_offsets
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise _corrupt(self._file)
+            raise _corrupt(self.file)
+        if rows is not None:
+            begin += rows.start * math.prod(shape[1:]) * dtype.itemsize
+            shape = (rows.stop - rows.start, *shape[1:])
         tensor = torch.empty(shape, dtype=dtype)
-        self._file.read_into(self._start + begin, bytes_of(tensor))
+        self.file.read_into(self._start + begin, bytes_of(tensor))
         return tensor
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
     def _entry(self, name: str) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
-            raise CheckpointError(f"{self._file.path} lacks tensor {name}.")
+            raise CheckpointError(f"{self.file.path} lacks tensor {name}.")
         return entry
 
 
@@ -126,7 +131,7 @@ class SafetensorsCheckpoint:
         generation_path = directory / "generation_config.json"
         generation = read_json(generation_path) if generation_path.is_file() else None
         self.config = from_hf(read_json(config_path), generation)
-        self._files: dict[str, SafetensorsFile] = {}
+        self.files: dict[str, SafetensorsFile] = {}
         try:
             where = self._locate(directory)
             self._where = {plain_name(name): (file, name) for name, file in where.items()}
@@ -151,21 +156,26 @@ class SafetensorsCheckpoint:
         return where
 
     def _open(self, path: Path) -> SafetensorsFile:
-        if path.name not in self._files:
+        if path.name not in self.files:
             if not path.is_file():
                 raise CheckpointError(f"The checkpoint lacks its file {path}: fetch it again.")
-            self._files[path.name] = SafetensorsFile(path)
-        return self._files[path.name]
+            self.files[path.name] = SafetensorsFile(path)
+        return self.files[path.name]
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    @property
+    def sources(self) -> dict[str, BinaryFile]:
+        """See `checkpoint.Checkpoint`."""
+        return {name: file.file for name, (file, _) in self._where.items()}
+
+    def read(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         """See `checkpoint.Checkpoint`."""
         if name not in self._where:
             raise CheckpointError(f"{self.name} lacks tensor {name}.")
         file, stored_name = self._where[name]
-        return file.read(stored_name, shape)
+        return file.read(stored_name, shape, rows)
 
     def close(self) -> None:
-        for file in self._files.values():
+        for file in self.files.values():
             file.close()
 
 

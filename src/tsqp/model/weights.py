@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import ModelError, OutOfMemory
+from tsqp.model.blocks import read_blocks
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, ModelConfig, Part, norm_shapes, parts
-from tsqp.model.digest import WeightsDigest
+from tsqp.model.digest import TensorHash, WeightsDigest
 from tsqp.model.memory import available_bytes
 
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -22,12 +24,16 @@ class LinearWeights:
     """The weights of one group of linear layers, the parts' outputs concatenated along F.
 
     Attributes:
-        weight_FD: contiguous, in the run's dtype.
+        weight_FD: in the run's dtype, and in the memory order of `empty_matrix`.
         bias_F: None if no part has a bias; zeros for the parts without one.
     """
 
     weight_FD: Tensor
     bias_F: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight_FD.nbytes + (0 if self.bias_F is None else self.bias_F.nbytes)
 
 
 def parse_dtype(name: str, config: ModelConfig) -> torch.dtype:
@@ -48,15 +54,18 @@ def read_linear(
     group: str,
     dtype: torch.dtype,
     digest: WeightsDigest | None = None,
+    device: torch.device = CPU,
 ) -> LinearWeights:
     """Read one group (see `config.parts`) into one tensor, and add its parts to `digest`.
+
+    Holds a block of rows besides. The biases stay on the CPU.
 
     Raises:
         CheckpointError: a tensor is missing, cut short or of another shape.
     """
     group_parts = parts(checkpoint.config, layer, group)
     features = sum(part.out_features for part in group_parts)
-    weight_FD = torch.empty(features, group_parts[0].in_features, dtype=dtype)
+    weight_FD = empty_matrix(features, group_parts[0].in_features, dtype, device)
     start = 0
     for part in group_parts:
         rows = slice(start, start + part.out_features)
@@ -86,24 +95,38 @@ def read_bias(
     return bias_F
 
 
-def lay_out(weight_FD: Tensor) -> Tensor:
-    """The same matrix in the memory order in which a CPU multiplies one token fastest.
+def empty_matrix(
+    features: int, width: int, dtype: torch.dtype, device: torch.device = CPU
+) -> Tensor:
+    """Room for [F, D], in the memory order in which `device` multiplies one token fastest.
 
-    In float32 that is column by column: MKL's matrix-vector product then reads memory 1.4 to 2
-    times as fast, and products with many tokens take as long as before. The half-width types go
-    through oneDNN, which wants rows.
+    For float32 on a CPU that is column by column: MKL's matrix-vector product then reads memory
+    1.4 to 2 times as fast, and products with many tokens take as long as before. The half-width
+    types go through oneDNN, which wants rows.
     """
-    if weight_FD.dtype != torch.float32:
-        return weight_FD
-    return weight_FD.t().contiguous().t()
+    if dtype == torch.float32 and device.type == "cpu":
+        return torch.empty(width, features).t()
+    return torch.empty(features, width, dtype=dtype, device=device)
 
 
 def read_embedding(
-    checkpoint: Checkpoint, dtype: torch.dtype, digest: WeightsDigest | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    digest: WeightsDigest | None = None,
+    device: torch.device = CPU,
+    *,
+    multiplies: bool = False,
 ) -> Tensor:
-    """The embedding table, [vocab_size, hidden_size], added to `digest`."""
-    config = checkpoint.config
-    table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+    """The embedding table, [vocab_size, hidden_size], added to `digest`.
+
+    Args:
+        multiplies: that it is the output projection too, and lies in memory like one.
+    """
+    shape = checkpoint.config.vocab_size, checkpoint.config.hidden_size
+    if multiplies:
+        table = empty_matrix(*shape, dtype, device)
+    else:
+        table = torch.empty(shape, dtype=dtype, device=device)
     _read_into(table, checkpoint, "model.embed_tokens.weight", digest)
     return table
 
@@ -125,9 +148,19 @@ def norm_weight(config: ModelConfig, stored: Tensor) -> Tensor:
 def _read_into(
     target: Tensor, checkpoint: Checkpoint, name: str, digest: WeightsDigest | None
 ) -> None:
-    target.copy_(checkpoint.read(name, tuple(target.shape)))
-    if digest is not None:
-        digest.update(name, target)
+    """Read, convert, hash and place one tensor, a block of rows at a time."""
+    shape = tuple(target.shape)
+    found = None if digest is None else TensorHash(name, shape, target.dtype)
+    for rows, block in read_blocks(checkpoint, name, shape):
+        converted = block.to(target.dtype).contiguous()
+        if found is not None:
+            found.update(converted)
+        if target.dim() == 2 and target.stride(0) == 1:  # whole pieces of columns
+            target.t()[:, rows].copy_(converted.t().contiguous())
+        else:
+            target[rows].copy_(converted)
+    if digest is not None and found is not None:
+        digest.add(found)
 
 
 def linear_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

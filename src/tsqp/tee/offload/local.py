@@ -5,8 +5,10 @@ from torch.nn import functional as F
 
 from tsqp.model.attention import CachedAttention
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import LAYER_GROUPS
-from tsqp.model.weights import LinearWeights, lay_out, read_embedding, read_linear
+from tsqp.model.config import Key, linear_groups
+from tsqp.model.footprint import float_bytes
+from tsqp.model.progress import Counter, Progress, silent
+from tsqp.model.weights import LinearWeights, read_embedding, read_linear
 from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Ready, Request, attend_here
 from tsqp.tee.placement import IN_TEE
 
@@ -17,20 +19,27 @@ class LocalOffload:
     placement = IN_TEE
     most_scores = 0
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress = silent
+    ) -> None:
+        """Read all weights.
+
+        Args:
+            progress: called with the bytes done and their total.
+        """
         config = checkpoint.config
         self.attention = CachedAttention(config, dtype)
-        self._embedding_VD = read_embedding(checkpoint, dtype)
-        groups = [(layer, group) for layer in range(config.num_layers) for group in LAYER_GROUPS]
-        self._linear = {
-            (layer, group): _read(checkpoint, layer, group, dtype) for layer, group in groups
-        }
-        if config.tie_word_embeddings:
-            self._embedding_VD = lay_out(self._embedding_VD)
-            head = LinearWeights(self._embedding_VD, None)  # one copy in memory serves both
-        else:
-            head = _read(checkpoint, LM_HEAD, "lm_head", dtype)
-        self._linear[LM_HEAD, "lm_head"] = head
+        tied = config.tie_word_embeddings
+        done = Counter(float_bytes(config, dtype), progress)
+        self._embedding_VD = read_embedding(checkpoint, dtype, multiplies=tied)
+        done.add(self._embedding_VD.nbytes)
+        self._linear: dict[Key, LinearWeights] = {}
+        for key in linear_groups(config):
+            if tied and key[0] == LM_HEAD:  # one copy in memory serves both
+                self._linear[key] = LinearWeights(self._embedding_VD, None)
+            else:
+                self._linear[key] = read_linear(checkpoint, *key, dtype)
+                done.add(self._linear[key].nbytes)
 
     def start(self, request: Request) -> Ready:
         if isinstance(request, Linear):
@@ -52,8 +61,3 @@ class LocalOffload:
 
     def close(self) -> None:
         self._linear.clear()
-
-
-def _read(checkpoint: Checkpoint, layer: int, group: str, dtype: torch.dtype) -> LinearWeights:
-    weights = read_linear(checkpoint, layer, group, dtype)
-    return LinearWeights(lay_out(weights.weight_FD), weights.bias_F)
