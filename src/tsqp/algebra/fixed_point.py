@@ -14,7 +14,7 @@ from tsqp.algebra.params import Field
 MIN_LEVELS = 2**6  # of a typical row's activations; below, the answer would be mostly rounding
 TINY = 2.0**-100  # a row of smaller weights counts as zeros
 ROUNDING_MARGIN = 2.0**-30  # for the float64 arithmetic of the scale
-BLOCK_ELEMENTS = 2**20  # worked on at once, to bound the memory of temporaries
+BLOCK_ELEMENTS = 2**18  # worked on at once, to bound the memory of temporaries
 
 
 def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,91 @@
+"""The most memory that each side ever has, on a real model: docs/memory.md."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsqp.errors import CheckpointError
+from tsqp.model import demo
+from tsqp.model.footprint import trusted_bytes, worker_bytes
+from tsqp.model.random_weights import GEOMETRIES
+
+MIB = 2**20
+TRANSIENT = 64 * MIB  # stated in docs/memory.md
+DEADLINE_S = 110
+
+# Of SmolLM2-135M: everything is a linear weight or the embedding, which are one, but 0.03 %.
+PARAMETERS = 134_515_008
+EMBEDDING = 49_152 * 576
+
+PROGRAM = """
+import json, sys
+import psutil
+from tsqp import LLM, SamplingParams
+from tsqp.bench.startup import peak_bytes
+from tsqp.tee.tokenizer import Tokenizer
+
+model, options = sys.argv[1], json.loads(sys.argv[2])
+none = Tokenizer("random:tiny")  # a tokenizer is no weight
+with LLM(model, tokenizer=none, dtype="float32", threads=2, prefill_chunk=32, **options) as llm:
+    llm.generate([[1] * 32], SamplingParams(0, max_tokens=2, ignore_eos=True))
+    workers = [peak_bytes(child.pid) for child in psutil.Process().children()]
+    print(json.dumps([peak_bytes(), *workers]))
+"""
+
+MODES: dict[str, tuple[dict[str, object], list[int]]] = {
+    "tee": ({"privacy": "tee"}, [4 * PARAMETERS]),
+    "pad": (
+        {"privacy": "pad", "worker": "local", "pad_memory": 0},
+        [PARAMETERS + 4 * EMBEDDING, PARAMETERS],
+    ),
+    "open": ({"privacy": "open", "worker": "local"}, [0, 4 * PARAMETERS]),
+}
+
+
+def peaks(model: str, options: dict[str, object], cache: Path) -> list[int]:
+    """Of the trusted side, and of its worker if there is one."""
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, model, json.dumps(options)],
+        env=os.environ | {"TSQP_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert run.returncode == 0, run.stderr
+    found: list[int] = json.loads(run.stdout)
+    return found
+
+
+@pytest.fixture
+def demo_file() -> str:
+    try:
+        return str(demo.locate())
+    except CheckpointError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_side_ever_holds_much_more_than_its_weights(
+    mode: str, demo_file: str, tmp_path: Path
+) -> None:
+    options, kept = MODES[mode]
+    base = peaks("random:tiny", options, tmp_path)
+    found = peaks(demo_file, options, tmp_path)
+    assert len(found) == len(base) == len(kept)
+    for before, peak, weights in zip(base, found, kept, strict=True):
+        assert 0.95 * weights < peak - before < weights + TRANSIENT
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_formula_gives_the_weights_of_a_real_model(mode: str) -> None:
+    _, kept = MODES[mode]
+    config = GEOMETRIES["smollm2-135m"]
+    serve = "private" if mode == "pad" else "open"
+    found = [trusted_bytes(config, torch.float32, mode), worker_bytes(config, torch.float32, serve)]
+    for bytes_found, expected in zip(found, kept, strict=False):
+        assert bytes_found == pytest.approx(expected, rel=0.02)
