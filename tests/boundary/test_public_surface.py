@@ -40,6 +40,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "lanes",
         "tokenizer",
         "rpc_log",
+        "on_load",
     ]
     public = {name for name in dir(tsqp.LLM) if not name.startswith("_")}
     assert public == {

@@ -58,7 +58,7 @@ class SafetensorsFile:
         return tuple(self._entry(name).shape)
 
     def read(
-        self, name: str, shape: tuple[int, ...], rows: slice | None = None, stored: str = ""
+        self, name: str, shape: tuple[int, ...], stored: str = "", rows: slice | None = None
     ) -> Tensor:
         """One tensor, or rows of it, of a checkpoint's dtypes, or of exactly the dtype `stored`."""
         entry = self._entry(name)
@@ -172,7 +172,7 @@ class SafetensorsCheckpoint:
         if name not in self._where:
             raise CheckpointError(f"{self.name} lacks tensor {name}.")
         file, stored_name = self._where[name]
-        return file.read(stored_name, shape, rows)
+        return file.read(stored_name, shape, rows=rows)
 
     def close(self) -> None:
         for file in self.files.values():

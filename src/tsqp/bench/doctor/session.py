@@ -119,7 +119,7 @@ class _Mode:
     def _shake_hands(self) -> str:
         process = self._process()
         self._stack.callback(process.close)
-        builder = Builder(self._options(), self._target.model, self._checkpoint, self._dtype)
+        builder = Builder(self._options(), self._checkpoint, self._dtype)
         try:
             self._offload, _ = builder.build([process])
         except HandshakeError as exc:
