@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tsqp.algebra.fixed_point import row_blocks
 from tsqp.model.checkpoint import Checkpoint
+from tsqp.model.memory import give_back
 
 
 def read_blocks(
@@ -17,5 +18,8 @@ def read_blocks(
     Raises:
         CheckpointError: there is no such tensor, it is cut short, or has another shape.
     """
-    for rows in row_blocks(shape[0], math.prod(shape[1:])):
+    blocks = row_blocks(shape[0], math.prod(shape[1:]))
+    for rows in blocks:
         yield rows, checkpoint.read(name, shape, rows)
+    if len(blocks) > 1:
+        give_back()
