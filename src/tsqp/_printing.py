@@ -22,7 +22,7 @@ from rich.table import Table
 from tsqp._wiring import LLM
 from tsqp.model import demo
 from tsqp.model.prepared import PreparedFile, prepare
-from tsqp.model.progress import describe
+from tsqp.model.progress import Rate
 from tsqp.tee.sampling import Completion
 from tsqp.tee.stats import KINDS, OPERATIONS
 
@@ -195,22 +195,17 @@ def _placement_table(llm: LLM) -> Table:
     return table
 
 
-class Loading:
-    """Shows how weights are loaded: a bar in a terminal, which is gone when all are there.
-
-    Called with the bytes done and their total.
-    """
+class Loading(Rate):
+    """Shows how weights are loaded: a bar in a terminal, which is gone when all are there."""
 
     def __init__(self, what: str) -> None:
+        super().__init__(self._show)
         bytes_done, left = DownloadColumn(binary_units=True), TimeRemainingColumn()
         columns = (TextColumn(what), BarColumn(), bytes_done, TransferSpeedColumn(), left)
         self._bar = Progress(*columns, console=_stderr, transient=True, auto_refresh=False)
         self._task = self._bar.add_task("", total=None)
-        self._began = perf_counter()
-        self._done, self._seconds = 0, 0.0
 
-    def __call__(self, done: int, total: int) -> None:
-        self._done, self._seconds = done, perf_counter() - self._began
+    def _show(self, done: int, total: int) -> None:
         if not _stderr.is_interactive:
             return
         if done >= total:
@@ -226,7 +221,7 @@ class Loading:
     def say_rate(self, layers: int) -> None:
         """One line instead, where there is no terminal."""
         if not _stderr.is_interactive:
-            say(describe(layers, self._done, self._seconds))
+            say(self.describe(layers))
 
 
 @contextmanager

@@ -302,7 +302,7 @@ def test_no_client_reaches_the_sequences_of_another(worker: Worker, kept: Worker
 
 
 def test_a_worker_of_the_private_modes_keeps_nothing(checkpoint: Checkpoint) -> None:
-    session = Worker(None, load_integers("random:tiny", checkpoint, CPU)).open()
+    session = Worker(None, load_integers(checkpoint, CPU)).open()
     with pytest.raises(ProtocolError, match="serves private modes only"):
         session.check(Allocate(0, 1), [], [])
     with pytest.raises(ProtocolError, match="serves private modes only"):

@@ -92,7 +92,7 @@ def test_progress_is_told_group_by_group(directory: Path, tmp_path: Path) -> Non
     prepare(str(directory), tmp_path / f"x{SUFFIX}", lambda *step: told.append(step))
     groups = expected(directory).values()
     sizes = [weights.weight_FD.numel() + 4 * len(weights.scale_F) for weights in groups]
-    assert told == [(done, sum(sizes)) for done in accumulate(sizes)]
+    assert told == [(done, sum(sizes)) for done in accumulate(sizes, initial=0)]
 
 
 def test_every_changed_byte_of_a_tensor_is_noticed(prepared: Path) -> None:

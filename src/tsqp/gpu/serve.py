@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from types import FrameType
 
 import torch
@@ -23,7 +22,7 @@ from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.footprint import worker_bytes
 from tsqp.model.prepared import SUFFIX
-from tsqp.model.progress import Progress, describe, part_of, silent
+from tsqp.model.progress import Progress, Rate, part_of, silent
 from tsqp.model.quantize import integer_bytes
 from tsqp.model.weights import parse_dtype
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
@@ -85,7 +84,7 @@ def serve(
     _stop_on_signals(stop)
     if supervised:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
-    loading = _Loading(stop, progress)
+    loading = Rate(_until(stop, progress))
     load = _prepare_to_load(model, serve, dtype, where, loading)
     # Listening comes before loading, which may be long: an address in use shows at once.
     server = Server(endpoint, secret_key=secret_key, max_shm_bytes=max_shm_bytes, log=log.info)
@@ -176,23 +175,13 @@ class _Stopped(Exception):
     """A signal that came while loading, and that ends the loading."""
 
 
-class _Loading:
-    """Passes progress on, remembers it, and ends the loading when the worker is to stop."""
-
-    def __init__(self, stop: threading.Event, progress: Progress) -> None:
-        self._stop = stop
-        self._progress = progress
-        self._began = perf_counter()
-        self._done = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._stop.is_set():
+def _until(stop: threading.Event, progress: Progress) -> Progress:
+    def heed(done: int, total: int) -> None:
+        if stop.is_set():
             raise _Stopped
-        self._done = done
-        self._progress(done, total)
+        progress(done, total)
 
-    def describe(self, layers: int) -> str:
-        return describe(layers, self._done, perf_counter() - self._began)
+    return heed
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:
