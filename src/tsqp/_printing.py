@@ -216,7 +216,8 @@ class Loading(Rate):
         self._bar.refresh()
 
     def stop(self) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:  # else it would print an empty line
+            self._bar.stop()
 
     def say_rate(self, layers: int) -> None:
         """One line instead, where there is no terminal."""

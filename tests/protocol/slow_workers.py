@@ -39,7 +39,7 @@ class SlowWorker(Worker):
 def slow_worker(endpoint: str, delay_s: Callable[[int], float]) -> Iterator[str]:
     """A worker of the private modes in a thread; gives its endpoint."""
     checkpoint = open_checkpoint(MODEL)
-    worker = SlowWorker(None, load_integers(MODEL, checkpoint, torch.device("cpu")))
+    worker = SlowWorker(None, load_integers(checkpoint, torch.device("cpu")))
     checkpoint.close()
     worker.delay_s = delay_s
     server = Server(parse_endpoint(endpoint))
