@@ -59,8 +59,8 @@ def test_products_of_residues_are_those_of_big_integers(
 def test_a_worker_on_any_device_answers_as_one_on_a_cpu(
     field: Field, device: torch.device, checkpoint: Checkpoint
 ) -> None:
-    here = Worker(None, load_integers("random:tiny", checkpoint, torch.device("cpu")))
-    there = Worker(None, load_integers("random:tiny", checkpoint, device))
+    here = Worker(None, load_integers(checkpoint, torch.device("cpu")))
+    there = Worker(None, load_integers(checkpoint, device))
     for group in ("qkv", "down"):
         features, width = here._integer_weight(0, group).shape
         c_TB = torch.empty(5, field.residue_bytes * width, dtype=torch.uint8)
