@@ -101,15 +101,21 @@ def check_options(
         raise UsageError(f"pad_memory is {pad_memory}; it must be a number of bytes, 0 or more.")
     if not 0 < timeout < math.inf:
         raise UsageError(f"timeout is {timeout}; it must be a number of seconds above 0.")
+    links = check_links(
+        privacy,
+        _several(worker),
+        _several(worker_key),
+        insecure=insecure,
+        insecure_same_host=insecure_same_host,
+    )
+    if device != "auto" and not any(link.endpoint.scheme == "local" for link in links):
+        raise UsageError(
+            "--device is where a worker that --worker local starts computes; give it to "
+            "`tsqp worker` instead."
+        )
     return Options(
         privacy=privacy,
-        links=check_links(
-            privacy,
-            _several(worker),
-            _several(worker_key),
-            insecure=insecure,
-            insecure_same_host=insecure_same_host,
-        ),
+        links=links,
         gpu_attention=attention == "gpu",
         fuse_layers=fuse == "layer",
         field=FIELDS[field],

@@ -159,6 +159,14 @@ def test_impossible_options_are_refused(
     assert sentence in result.error
 
 
+def test_a_device_for_a_worker_that_is_not_started_here_is_refused(main: Main, ids: Path) -> None:
+    command = ["generate", "random:tiny", "--prompt-ids", ids, "--device", "cuda"]
+    for where in (["--privacy", "tee"], ["--worker", "ipc:///nowhere"]):
+        result = main(*command, *where)
+        assert result.status == 2
+        assert "give it to `tsqp worker` instead" in result.error
+
+
 def test_no_prompt_at_all_is_wrong_usage(main: Main) -> None:
     result = main(*TEE)
     assert result.status == 2

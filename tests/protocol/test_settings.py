@@ -57,7 +57,7 @@ def test_a_table_speaks_to_one_command_and_comes_before_the_rest(
         f"""
         privacy = "tee"
         dtype = "for-all"
-        device = "a-key-of-worker-alone"
+        listen = "a-key-of-worker-alone"
         [generate]
         model = "random:tiny"
         prompt-ids = "{ids}"

@@ -152,8 +152,10 @@ def test_a_prompt_that_leaves_room_for_one_token_gets_one(tiny: Tiny) -> None:
         ([3] * 640, "maximum context length is 640 tokens"),
         ([101], "vocabulary"),
         ([-1], "vocabulary"),
+        ([1.5, 2], "integers"),
+        ([True], "integers"),
     ],
-    ids=["empty", "too long", "too large an id", "negative id"],
+    ids=["empty", "too long", "too large an id", "negative id", "a fraction", "a truth value"],
 )
 def test_prompts_that_cannot_be_served_are_refused(
     prompt: list[int], message: str, tiny: Tiny

@@ -72,7 +72,7 @@ def test_top_p_counts_the_mass_that_top_k_left() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(), st.sampled_from([0, 3]), st.sampled_from([1.0, 0.8]))
+@given(st.integers(1 - 2**64, 2**64 - 1), st.sampled_from([0, 3]), st.sampled_from([1.0, 0.8]))
 def test_a_seed_decides_every_draw(seed: int, top_k: int, top_p: float) -> None:
     params = SamplingParams(seed=seed, top_k=top_k, top_p=top_p)
     logits = torch.linspace(-1, 1, 50)
@@ -127,6 +127,7 @@ def test_a_tiny_temperature_takes_the_largest() -> None:
         {"temperature": float("nan")},
         {"temperature": float("inf")},
         {"temperature": "hot"},
+        {"temperature": 10**400},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": float("nan")},
@@ -137,7 +138,10 @@ def test_a_tiny_temperature_takes_the_largest() -> None:
         {"stop": ""},
         {"stop": ["a", ""]},
         {"stop": [1]},
+        {"stop": 5},
         {"seed": "x"},
+        {"seed": 2**64},
+        {"seed": -(10**5000)},
         {"n": 0},
         {"n": 2, "temperature": 0},
         {"min_p": -0.1},

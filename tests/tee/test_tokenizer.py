@@ -4,13 +4,14 @@ import json
 import logging
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tsqp.errors import TokenizerError
+from tsqp.errors import PromptError, TokenizerError
 from tsqp.model import demo
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.tee.tokenizer import Detokenizer, Tokenizer
@@ -123,6 +124,12 @@ def test_a_missing_chat_template_is_named(folder: Path, tmp_path: Path) -> None:
 def test_messages_that_the_template_refuses_are_an_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="does not accept these messages"):
         tokenizer.encode_chat([{"no_role": "x"}])
+
+
+def test_content_in_parts_is_refused(tokenizer: Tokenizer) -> None:
+    parts: Any = [{"type": "text", "text": "x"}]
+    with pytest.raises(PromptError, match="must be one text"):
+        tokenizer.encode_chat([{"role": "user", "content": parts}])
 
 
 def test_code_beside_a_tokenizer_is_not_run(folder: Path, tmp_path: Path) -> None:

@@ -107,10 +107,10 @@ class LlmRunner:
             dtype=setting.dtype,
             field=setting.field,
             threads=setting.threads,
-            device=setting.device,
             prefill_chunk=setting.batch * setting.prompt_tokens,
             pad_memory=pad_memory,
             timeout=TIMEOUT_S,
+            device=setting.device if "worker" in options else "auto",
             **options,
         )
 

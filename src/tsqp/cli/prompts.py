@@ -95,7 +95,7 @@ def read_texts(path: Path) -> list[str | Messages]:
         except UnicodeDecodeError:
             raise PromptError(f"{path}, line {number}: this is not valid UTF-8.") from None
         except msgspec.DecodeError as exc:
-            raise PromptError(f"{path}, line {number}: {exc}.") from exc
+            raise PromptError(f"{path}, line {number}: {_reason(exc)}.") from None
     if not prompts:
         raise PromptError(f"{path} holds no prompt: write one a line.")
     return prompts
@@ -108,6 +108,13 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise PromptError(f"Cannot read prompts from {path}: {exc.strerror}.") from exc
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     return ((n, line.removesuffix(b"\r")) for n, line in enumerate(lines, 1) if line.strip())
+
+
+def _reason(error: msgspec.DecodeError) -> str:
+    """What is wrong, in no words of the prompt's."""
+    if "unknown field" in str(error):
+        return 'an object may have "prompt" or "messages", whose items have "role" and "content"'
+    return str(error)
 
 
 def _from_json(line: bytes) -> str | Messages:

@@ -194,7 +194,6 @@ class Repl:
             return
         content = json.dumps({"messages": self._messages()}, ensure_ascii=False) + "\n"
         try:
-            # For this user alone: it is what the TEE keeps from everybody else.
             path = Path(name).expanduser()
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -204,7 +203,7 @@ class Repl:
         except (OSError, ValueError) as exc:
             say(f"Cannot write {name}: {exc}.")
         else:
-            say(f"The conversation is in {name}.")
+            say(f"The conversation is in {name}, for whoever can read this disk.")
 
 
 def _say_unknown(_: str) -> None:

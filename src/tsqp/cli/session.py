@@ -44,6 +44,8 @@ def open_llm(context: typer.Context, tokenizer: "Tokenizer | None" = None) -> "L
         # tee passes over settings for the other modes.
         if given["privacy"] == "tee" and not is_from_command_line(context, name):
             arguments[name] = None
+    if not is_from_command_line(context, "device") and "local" not in (given["worker"] or ()):
+        arguments["device"] = "auto"  # a setting for workers, and none is started here
     pad_memory = given["pad_memory"]
     with loading_progress() as loading:
         llm = LLM(

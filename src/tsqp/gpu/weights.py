@@ -90,6 +90,8 @@ def check_room(required: int, what: str, device: torch.device) -> None:
         check_memory(required, what)
         return
     available, _ = torch.cuda.mem_get_info(device)
+    # What was freed here stays with torch, which gives it out again.
+    available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if required > available:
         raise OutOfMemory(
             f"{what} would take {required} bytes, and {available} bytes are free "

@@ -1,11 +1,14 @@
 """What a request may ask for, and what it gets."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from tsqp.errors import PromptError
+
+MAX_SEED = 2**64
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_BIAS = 100.0
@@ -84,8 +87,8 @@ class SamplingParams:
             "min_p must be a number from 0 to 1.",
         )
         _check(
-            self.seed is None or _is_integer(self.seed),
-            "The seed must be an integer or None.",
+            self.seed is None or (_is_integer(self.seed) and abs(self.seed) < MAX_SEED),
+            "The seed must be an integer between -2^64 and 2^64, or None.",
         )
         self._check_lengths()
         self._check_penalties()
@@ -100,7 +103,8 @@ class SamplingParams:
             "min_tokens must be an integer from 0 to max_tokens.",
         )
         _check(
-            all(isinstance(stop, str) and stop for stop in self.stop_strings),
+            isinstance(self.stop, Sequence | None)
+            and all(isinstance(stop, str) and stop for stop in self.stop_strings),
             "Each stop string must be a string of at least one character.",
         )
         _check(
@@ -212,7 +216,9 @@ def _check(is_right: bool, sentence: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _is_integer(value: object) -> bool:

@@ -145,7 +145,9 @@ class Detokenizer:
         return self._tokenizer.decode(self._context + self._waiting)[len(before) :]
 
 
-def _check_unicode(text: str) -> None:
+def _check_unicode(text: object) -> None:
+    if not isinstance(text, str):
+        raise PromptError("The content of each message must be one text; join its parts first.")
     try:
         text.encode()
     except UnicodeEncodeError:
