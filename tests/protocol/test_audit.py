@@ -117,6 +117,7 @@ def auditing(folder: Path, ids: Path, *arguments: object) -> list[object]:
     return ["audit", folder, "--model", "random:tiny", "--prompt-ids", ids, *arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_real_prompt_is_read_in_open_and_is_not_in_pad(
     demo_path: Path, tmp_path: Path, main: Main
@@ -189,7 +190,7 @@ def test_shares_are_noise_to_each_worker_and_the_prompt_to_all(
     )
 
 
-@pytest.mark.parametrize("field", list(FIELDS))
+@pytest.mark.parametrize("field", ["compact", pytest.param("wide", marks=pytest.mark.slow)])
 def test_two_shares_of_one_prompt_have_no_more_in_common_than_chance(
     field: str, tmp_path: Path
 ) -> None:

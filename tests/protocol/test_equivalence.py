@@ -133,11 +133,11 @@ def test_tee_in_chunks_and_one_by_one_gives_the_tokens_of_transformers(
 @pytest.mark.parametrize(
     ("where", "shm", "prefill_chunk", "lanes", "alone"),
     [
-        ("inproc", True, 100, 2, []),
-        ("ipc", True, 100, 1, [LONG_PLAIN]),
-        ("ipc", False, 2048, 2, []),
+        pytest.param("inproc", True, 100, 2, [], marks=pytest.mark.slow),
+        pytest.param("ipc", True, 100, 1, [LONG_PLAIN], marks=pytest.mark.slow),
+        pytest.param("ipc", False, 2048, 2, [], marks=pytest.mark.slow),
         ("tcp", True, 2048, 1, []),
-        ("tcp", False, 512, 1, [SHORT_CHAT]),
+        pytest.param("tcp", False, 512, 1, [SHORT_CHAT], marks=pytest.mark.slow),
     ],
 )
 def test_open_gives_the_tokens_of_transformers(

@@ -48,7 +48,11 @@ def test_no_worker_at_the_endpoint_is_an_error_that_says_how_to_start_one(
 
 @pytest.mark.parametrize(
     ("privacy", "options"),
-    [("open", []), ("open", ["--no-shm"]), ("pad", [])],
+    [
+        ("open", []),
+        pytest.param("open", ["--no-shm"], marks=pytest.mark.slow),
+        pytest.param("pad", [], marks=pytest.mark.slow),
+    ],
     ids=["open, shared memory", "open, inline", "pad"],
 )
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def linear(llm: LLM, layer: int, group: str, x_TD: Tensor) -> Tensor:
 
 
 @pytest.mark.timeout(110)
-@BOTH
+@pytest.mark.parametrize("field", ["wide", pytest.param("compact", marks=pytest.mark.slow)])
 def test_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
     field: str, demo_path: Path
 ) -> None:
@@ -121,7 +121,7 @@ def test_the_fixed_point_product_is_that_of_float64(field: str, small: Path) -> 
         assert (y_TF - expected_TF).abs().max() < 48 * step
 
 
-@BOTH
+@pytest.mark.parametrize("field", ["wide", pytest.param("compact", marks=pytest.mark.slow)])
 def test_lanes_and_chunks_do_not_change_the_tokens(field: str, small: Path) -> None:
     answers = []
     for lanes, chunk in ((1, 512), (2, 512), (2, 37)):

@@ -51,6 +51,7 @@ def test_ten_thousand_tokens_take_no_more_memory_than_the_budget_of_pads() -> No
         llm.generate(prompts, warm_up)
         before, watch = process.memory_info().rss, Watch(llm)
         llm.generate(prompts, params)
+        llm.fill_pads()  # on a busy machine, pads are made when nothing else runs
         watch.end()
         grown = process.memory_info().rss - before
         pads = llm.pads

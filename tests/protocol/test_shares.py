@@ -131,7 +131,7 @@ def test_whole_answers_of_worker_processes_equal_the_fixed_point_reference(
 
 
 @pytest.mark.timeout(110)
-@BOTH
+@pytest.mark.parametrize("field", ["compact", pytest.param("wide", marks=pytest.mark.slow)])
 def test_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
     field: str, demo_path: Path
 ) -> None:

@@ -64,8 +64,16 @@ def run(commands: Commands, *arguments: object, before: list[str]) -> Result:
     ("setup", "reason"),
     [
         (MISSING, "the worker has no segment in /dev/shm: No such file or directory"),
-        (READ_ONLY, "the worker has no segment in /dev/shm: Read-only file system"),
-        (FULL, "the worker has no segment in /dev/shm: it would have 0 bytes, and 262144"),
+        pytest.param(
+            READ_ONLY,
+            "the worker has no segment in /dev/shm: Read-only file system",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            FULL,
+            "the worker has no segment in /dev/shm: it would have 0 bytes, and 262144",
+            marks=pytest.mark.slow,
+        ),
         (tmpfs("256k"), "the worker has no segment in /dev/shm: it would have 131072 bytes"),
     ],
     ids=["missing", "read-only", "full", "small"],

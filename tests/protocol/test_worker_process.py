@@ -116,7 +116,14 @@ def mapped_segments(pid: int) -> int:
     return Path(f"/proc/{pid}/maps").read_text().count(f"{SHM}/tsqp-")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_local_worker_ends_with_its_parent(
     number: signal.Signals, commands: Commands, speaking: Path
 ) -> None:
