@@ -225,6 +225,8 @@ LAYERS_REFUSED: dict[str, tuple[Layer, list[Spec], list[Spec], str]] = {
         [spec(4, HIDDEN)],
         "given room",
     ),
+    "a known length before its end": (Layer(0, (Span(0, 5, 2, 6),)), [X], [X], "rotated"),
+    "a known length beyond its room": (Layer(0, (Span(0, 5, 2, 9),)), [X], [X], "rotated"),
     "no such layer": (Layer(LAYERS, (Span(0, 0, 2),)), [X], [X], "no layer 2"),
     "more rows": (Layer(0, (Span(0, 5, 2),)), [spec(3, HIDDEN)], [X], "other shapes"),
     "fewer features": (Layer(0, (Span(0, 5, 2),)), [X], [spec(2, HIDDEN - 1)], "other shapes"),

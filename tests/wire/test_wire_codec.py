@@ -74,7 +74,7 @@ segments = st.builds(
 layers, fields = st.integers(-1, messages.MAX_LAYERS - 1), st.sampled_from(["wide", "compact"])
 rows = st.integers(1, messages.MAX_DIMENSION)
 sequences, tokens = st.integers(0, 2**53 - 1), st.integers(0, messages.MAX_DIMENSION)
-span = st.builds(Span, sequences, tokens, rows)
+span = st.builds(Span, sequences, tokens, rows, tokens)
 spans = st.lists(span, min_size=1, max_size=8).map(tuple) | span.map(
     lambda one: (one,) * messages.MAX_SPANS
 )
@@ -161,7 +161,7 @@ def test_the_largest_messages_fit() -> None:
     operation = SeedProduct(4095, "z" * 64, "compact", messages.MAX_DIMENSION, bytes(32))
     call = Call(operation, (reference,) * 8, (reference,) * 8)
     failure = Failure("protocol", "\U0001f512" * 2000, "\U0001f512" * 16_000)
-    span = Span(2**53 - 1, messages.MAX_DIMENSION, messages.MAX_DIMENSION)
+    span = Span(2**53 - 1, *[messages.MAX_DIMENSION] * 3)
     scores = AttentionScores(4095, (span,) * messages.MAX_SPANS)
     for message in (call, Call(scores, (reference,) * 8, (reference,) * 8), failure):
         assert len(encode(message, 2**64 - 1)) <= MAX_MESSAGE

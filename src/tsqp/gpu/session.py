@@ -156,6 +156,8 @@ class KvSession:
             held[key] = span.start + span.length
             if held[key] > self._cache.capacity(key):
                 raise ProtocolError("A sequence has more tokens than it was given room for.")
+            if span.known and not held[key] <= span.known <= self._cache.capacity(key):
+                raise ProtocolError("A sequence is rotated for a length that it cannot have.")
         return sum(span.length for span in spans)
 
     def _check_layer(self, layer: int) -> None:
@@ -195,7 +197,7 @@ class KvSession:
         layers = self._store.layers
         if len(x_TD) >= MANY_TOKENS:
             self._store.check_room_for(len(x_TD))
-        segments = [Segment(self._keys[s.sequence], s.start, s.length) for s in spans]
+        segments = [Segment(self._keys[s.sequence], s.start, s.length, s.known) for s in spans]
         if self._tables is None or self._tables[0] != spans:
             self._tables = spans, layers.tables(segments)
         out_TD.copy_(layers.run(layer, x_TD, segments, self._tables[1]))

@@ -23,11 +23,19 @@ class Segment:
         sequence: the id under which the cache keeps this sequence's KV.
         start: position of the first token in its sequence; equals the KV length before the step.
         length: number of tokens, at least 1.
+        known: tokens of the sequence that are known at this step, which dynamic rotary scaling
+            depends on; 0 where there are none behind the segment.
     """
 
     sequence: int
     start: int
     length: int
+    known: int = 0
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token."""
+        return self.start + self.length
 
 
 class CachedAttention:

@@ -94,6 +94,13 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def steady_positions(self) -> int:
+        """Tokens up to which no key depends on how long its sequence is to become."""
+        scalings = [layer.rope.scaling for layer in self.layers if layer.rope is not None]
+        dynamic = [each for each in scalings if isinstance(each, DynamicScaling)]
+        return min((each.original_max_positions for each in dynamic), default=self.max_positions)
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -31,6 +31,6 @@ class Rotary:
         return ops.rope_tables(positions_T, frequency, dtype, self._rope.attention_factor)
 
     def _frequencies_of(self, segment: Segment) -> Tensor:
-        """[T, h]: those of the sequence's length with this step, whatever else runs."""
-        end = segment.start + segment.length
-        return frequencies(self._rope, self._head_dim, end).expand(segment.length, -1)
+        """[T, h]: those of the sequence's known length, however it is cut."""
+        known = max(segment.known, segment.end)
+        return frequencies(self._rope, self._head_dim, known).expand(segment.length, -1)

@@ -66,7 +66,7 @@ class Engine:
         self._max_sequences = max_sequences
         self._lanes = lanes
         self._cpu_clock = cpu_clock
-        self._kept = KeptPrefix(offload, config.max_positions)
+        self._kept = KeptPrefix(offload, config)
         self._call_log = call_log
         self._ids = count()
         self._waiting: deque[Sequence] = deque()

@@ -3,6 +3,7 @@
 from itertools import takewhile
 
 from tsqp.errors import OutOfMemory
+from tsqp.model.config import ModelConfig
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.sequence import Sequence
 
@@ -11,12 +12,14 @@ class KeptPrefix:
     """Holds the KV of at most one sequence that has ended, for the next to begin with.
 
     What is computed on top of kept KV is cut into other pieces than a whole prompt is, so its
-    floating-point numbers may differ in the last bits.
+    floating-point numbers may differ in the last bits. Keys that dynamic rotary scaling made for
+    another length are not taken over.
     """
 
-    def __init__(self, offload: Offload, max_positions: int) -> None:
+    def __init__(self, offload: Offload, config: ModelConfig) -> None:
         self._offload = offload
-        self._max_positions = max_positions
+        self._max_positions = config.max_positions
+        self._steady_positions = config.steady_positions
         self._held: Sequence | None = None
 
     def admit(self, sequence: Sequence) -> None:
@@ -27,7 +30,7 @@ class KeptPrefix:
         """
         held, self._held = self._held, None
         if held is not None:
-            same = _in_common(held, sequence)
+            same = self._in_common(held, sequence)
             if same and sequence.capacity <= held.reserved:
                 self._offload.truncate(held.kv_id, same)
                 sequence.kv_id, sequence.reserved = held.kv_id, held.reserved
@@ -53,10 +56,10 @@ class KeptPrefix:
         if held is not None:
             self._offload.free(held.kv_id)
 
-
-def _in_common(held: Sequence, sequence: Sequence) -> int:
-    """Tokens at the beginning whose KV can be taken over; the last one's logits are wanted."""
-    if sequence.rates_prompt:
-        return 0
-    pairs = zip(held.token_ids[: held.computed], sequence.token_ids[:-1], strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    def _in_common(self, held: Sequence, sequence: Sequence) -> int:
+        """Tokens at the beginning whose KV can be taken over; the last one's logits are wanted."""
+        longest = max(len(held.token_ids), len(sequence.token_ids))
+        if sequence.rates_prompt or longest > self._steady_positions:
+            return 0
+        pairs = zip(held.token_ids[: held.computed], sequence.token_ids[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

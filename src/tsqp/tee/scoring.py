@@ -52,7 +52,7 @@ def score(
         batch = Batch(
             ids_T[first : first + length],
             torch.arange(first, first + length),
-            [Segment(sequence, first, length)],
+            [Segment(sequence, first, length, known=len(ids_T))],
             logits_rows_R=torch.arange(length),
         )
         [logits_RV] = run_lanes(offload, [decoder.forward(batch, stats)], stats)

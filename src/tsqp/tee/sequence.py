@@ -172,7 +172,7 @@ def flat_batch(chunks: list[Chunk]) -> Batch:
         logits_rows += [len(token_ids) + row for row in chunk.wanted]
         token_ids += sequence.token_ids[start:end]
         positions += range(start, end)
-        segments.append(Segment(sequence.kv_id, start, chunk.length))
+        segments.append(Segment(sequence.kv_id, start, chunk.length, known=len(sequence.token_ids)))
     return Batch(
         torch.tensor(token_ids, dtype=torch.int64),
         torch.tensor(positions, dtype=torch.int64),

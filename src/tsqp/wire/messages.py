@@ -148,11 +148,16 @@ class Free(Message, frozen=True, tag="free"):
 
 
 class Span(Message, frozen=True):
-    """Tokens [start, start + length) of a sequence, of which the worker holds the first `start`."""
+    """Tokens [start, start + length) of a sequence, of which the worker holds the first `start`.
+
+    Where the worker rotates, dynamic scaling is for the first `known` tokens; 0: up to the span's
+    end.
+    """
 
     sequence: SequenceNumber
     start: Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
     length: Dimension
+    known: Annotated[int, Meta(ge=0, le=MAX_DIMENSION)] = 0
 
 
 Spans = Annotated[tuple[Span, ...], Meta(min_length=1, max_length=MAX_SPANS)]

@@ -36,6 +36,6 @@ class OpenLayersOffload(OpenLinear):
     def start(self, request: Request) -> Pending:
         if not isinstance(request, Layer):
             return super().start(request)
-        spans = tuple(Span(s.sequence, s.start, s.length) for s in request.segments)
+        spans = tuple(Span(s.sequence, s.start, s.length, s.known) for s in request.segments)
         output = Spec(tuple(request.x_TD.shape), self._dtype)
         return self.submit(messages.Layer(request.layer, spans), (request.x_TD,), output)
