@@ -16,9 +16,12 @@ from family_models import FULL, SLIDING, logits_in_chunks, make_model, random_id
 from transformers import AutoModelForCausalLM
 
 from tsqp import LLM, SamplingParams
-from tsqp.errors import UnsupportedModel
+from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.demo import cache_folder
+from tsqp.model.files import BinaryFile
+from tsqp.model.gguf_config import read_config
+from tsqp.model.gguf_reader import GGUFHeader, read_header
 from tsqp.model.rope import LinearScaling, YarnScaling
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.offload.local import LocalOffload
@@ -146,13 +149,41 @@ def test_yarn_is_read_from_a_gguf_file(tmp_path: Path) -> None:
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": 4.0,
         "rope.scaling.original_context_length": 64,
+        "rope.scaling.yarn_beta_fast": 16.0,
+        "rope.scaling.yarn_beta_slow": 2.0,
     }
     model = make_model("qwen2 without windows")
     path = write_gguf(tmp_path / "model.gguf", model, "qwen2", metadata)
     rope = open_checkpoint(str(path)).config.layers[0].rope
     assert rope is not None and isinstance(rope.scaling, YarnScaling)
     assert (rope.scaling.factor, rope.scaling.original_max_positions) == (4.0, 64)
+    assert (rope.scaling.beta_fast, rope.scaling.beta_slow) == (16.0, 2.0)
     assert rope.attention_factor == pytest.approx(0.1 * np.log(4) + 1)
+
+
+@pytest.fixture(scope="module")
+def gemma2_header(tmp_path_factory: pytest.TempPathFactory) -> GGUFHeader:
+    path = tmp_path_factory.mktemp("gemma2") / "model.gguf"
+    file = BinaryFile(write_gguf(path, make_model("gemma2", **MODELS["gemma2"][1]), "gemma2"))
+    header = read_header(file)
+    file.close()
+    return header
+
+
+def test_where_no_key_heads_are_counted_there_are_as_many_as_query_heads(
+    gemma2_header: GGUFHeader,
+) -> None:
+    key = "gemma2.attention.head_count_kv"
+    assert read_config(gemma2_header, None).num_kv_heads == gemma2_header.metadata[key] == 2
+    without = {k: v for k, v in gemma2_header.metadata.items() if k != key}
+    assert read_config(GGUFHeader(without, gemma2_header.tensors), None).num_kv_heads == 6
+
+
+def test_a_width_that_is_no_number_is_refused_by_name(gemma2_header: GGUFHeader) -> None:
+    wrong = {"gemma2.block_count": 46, "gemma2.embedding_length": "abc"}
+    header = GGUFHeader(gemma2_header.metadata | wrong, gemma2_header.tensors)
+    with pytest.raises(CheckpointError, match=r"hidden_size 'abc'.*integer"):
+        read_config(header, None)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2moe", "smollm3", "granite"])

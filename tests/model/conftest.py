@@ -68,7 +68,12 @@ def write_gguf(tmp_path: Path) -> WriteGGUF:
         if tokens is not None:
             writer.add_token_list(tokens)
         for key, value in (metadata or {}).items():
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+            }
             add[type(value)](key, value)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
         for name, tensor in source.state_dict().items():

@@ -103,6 +103,12 @@ def test_rotary_factors_of_one_change_nothing(model: Any, write_gguf: WriteGGUF)
         ("llama.rope.scaling.attn_factor", 2.0, "attn_factor"),
         ("llama.expert_count", 8, "expert_count"),
         ("llama.rope.scale_linear", 2.0, "scale_linear"),
+        ("llama.rope.scaling.yarn_ext_factor", 0.5, "yarn_ext_factor"),
+        ("llama.rope.scaling.yarn_attn_factor", 0.5, "yarn_attn_factor"),
+        ("llama.rope.dimension_sections", 2, "dimension_sections"),
+        ("llama.attention.scale", 0.5, "attention.scale"),
+        ("llama.attention.causal", False, "attention.causal"),
+        ("llama.attention.clamp_kqv", 2.0, "clamp_kqv"),
     ],
 )
 def test_options_that_are_not_implemented_are_named(

@@ -48,6 +48,17 @@ _OPTIONAL = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+_SCALING = {
+    "rope_type": "rope.scaling.type",
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+_SPELLED_ELSEWHERE = {
+    "attention.sliding_window_pattern",
+    "rope.scaling.finetuned",  # says where the scaling comes from, and changes no number
+}
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 # The largest of each, by their layers, scale attention by hidden_size / heads, and no file says so.
@@ -101,10 +112,11 @@ def _spelled(architecture: str, own: dict[str, Any]) -> dict[str, Any]:
         spelled["layer_types"] = [SLIDING if slides else FULL for slides in pattern]
     elif pattern is not None:
         spelled["sliding_window_pattern"] = pattern
-    if spelled["num_hidden_layers"] == _GEMMA_27B.get(architecture):
-        heads = spelled["num_attention_heads"]
-        if isinstance(heads, int) and heads > 0:
-            spelled["query_pre_attn_scalar"] = spelled["hidden_size"] / heads
+    heads, hidden = spelled["num_attention_heads"], spelled["hidden_size"]
+    spelled.setdefault("num_key_value_heads", heads)
+    is_27b = spelled["num_hidden_layers"] == _GEMMA_27B.get(architecture)
+    if is_27b and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        spelled["query_pre_attn_scalar"] = hidden / heads
     return spelled
 
 
@@ -130,21 +142,20 @@ def _has_bias(header: GGUFHeader, kind: str) -> bool:
 
 
 def _rope_scaling(own: dict[str, Any]) -> dict[str, Any] | None:
-    kind = own.get("rope.scaling.type")
-    if kind in (None, "none"):
+    if own.get("rope.scaling.type") in (None, "none"):
         return None
-    return {
-        "rope_type": kind,
-        "factor": own.get("rope.scaling.factor"),
-        "original_max_position_embeddings": own.get("rope.scaling.original_context_length"),
-    }
+    return {hf: own.get(key) for hf, key in _SCALING.items()}
 
 
 def _check_options(start: str, own: dict[str, Any], config: ModelConfig) -> None:
     """Refuse what would silently compute something else."""
     only: dict[str, object] = {
+        "attention.causal": True,
+        "attention.key_length_swa": config.head_dim,
         "attention.value_length": config.head_dim,
+        "attention.value_length_swa": config.head_dim,
         "rope.dimension_count": config.head_dim,
+        "rope.dimension_count_swa": config.head_dim,
         "rope.scale_linear": 1,
         "rope.scaling.attn_factor": 1,
         "rope.scaling.yarn_log_multiplier": 0,
@@ -154,6 +165,11 @@ def _check_options(start: str, own: dict[str, Any], config: ModelConfig) -> None
         found = own.get(key, supported)
         if found != supported:
             raise UnsupportedModel(
-                f"The GGUF file has {start}{key} {str(found)[:40]}, and TSQP supports"
-                f" {supported} here."
+                f"The GGUF file has {start}{key} {show(found)}, and TSQP supports {supported} here."
+            )
+    known = {*_REQUIRED.values(), *_OPTIONAL.values(), *_SCALING.values(), *_SPELLED_ELSEWHERE}
+    for key in sorted(own.keys() - known - only.keys()):
+        if key.startswith(("attention.", "rope.")):
+            raise UnsupportedModel(
+                f"The GGUF file has the option {show(start + key)}, which TSQP does not support."
             )
