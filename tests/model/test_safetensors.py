@@ -207,6 +207,33 @@ def test_an_unreadable_dtype_is_named(directory: Path) -> None:
         open_checkpoint(str(directory)).read(NORM, (32,))
 
 
+TWIN = NORM.replace("model.", "model.language_model.")
+
+
+@pytest.fixture
+def twins(directory: Path) -> Path:
+    """A checkpoint with another norm, by the name that it has in a model that sees images."""
+    weights = load_file(directory / "model.safetensors")
+    save_file(weights | {TWIN: weights[NORM] + 1}, directory / "model.safetensors")
+    return directory
+
+
+def test_a_language_model_has_no_prefixes(twins: Path, model: Any) -> None:
+    checkpoint = open_checkpoint(str(twins))
+    assert torch.equal(checkpoint.read(NORM, (32,)), model.state_dict()[NORM])
+    checkpoint.close()
+
+
+def test_two_tensors_for_one_place_are_refused_by_name(twins: Path) -> None:
+    text = json.loads((twins / "config.json").read_text())
+    for key in ("architectures", "hidden_act", "rope_parameters"):
+        del text[key]
+    config = {"model_type": "gemma3", "text_config": text}
+    (twins / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"'{NORM}'.*'{TWIN}'|'{TWIN}'.*'{NORM}'"):
+        open_checkpoint(str(twins))
+
+
 def test_closing_twice_is_harmless(sharded: Path) -> None:
     checkpoint = open_checkpoint(str(sharded))
     checkpoint.close()

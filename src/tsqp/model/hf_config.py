@@ -17,7 +17,7 @@ WRAPPER_PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
 
 
 def plain_name(name: str) -> str:
-    """The name that a tensor would have in a checkpoint of the language model alone."""
+    """The name that a wrapper's tensor would have in a checkpoint of the language model alone."""
     for prefix, plain in WRAPPER_PREFIXES.items():
         if name.startswith(prefix):
             return plain + name.removeprefix(prefix)

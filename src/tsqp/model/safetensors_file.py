@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json, read_json
-from tsqp.model.hf_config import from_hf, plain_name
+from tsqp.model.hf_config import WRAPPERS, from_hf, plain_name
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -118,6 +118,9 @@ def _corrupt(file: BinaryFile) -> CheckpointError:
     return CheckpointError(f"{file.path} is cut short or not a safetensors file: fetch it again.")
 
 
+Places = dict[str, tuple[SafetensorsFile, str]]  # the file of a tensor, and its name there
+
+
 class SafetensorsCheckpoint:
     """A directory as transformers writes it."""
 
@@ -130,11 +133,14 @@ class SafetensorsCheckpoint:
             )
         generation_path = directory / "generation_config.json"
         generation = read_json(generation_path) if generation_path.is_file() else None
-        self.config = from_hf(read_json(config_path), generation)
+        config = read_json(config_path)
+        self.config = from_hf(config, generation)
         self.files: dict[str, SafetensorsFile] = {}
         try:
             where = self._locate(directory)
-            self._where = {plain_name(name): (file, name) for name, file in where.items()}
+            self._where = {name: (file, name) for name, file in where.items()}
+            if config["model_type"] in WRAPPERS:
+                self._where = _plain(self._where, self.name)
         except BaseException:
             self.close()
             raise
@@ -177,6 +183,20 @@ class SafetensorsCheckpoint:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+
+
+def _plain(where: Places, checkpoint: str) -> Places:
+    """The same tensors by the names that they would have in a language model alone."""
+    found: Places = {}
+    for name, place in where.items():
+        plain = plain_name(name)
+        if plain in found:
+            both = f"{found[plain][1][:200]!a} and {name[:200]!a}"
+            raise CheckpointError(
+                f"{checkpoint} has tensors {both}, which mean the same weights: remove one."
+            )
+        found[plain] = place
+    return found
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:
