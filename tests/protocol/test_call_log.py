@@ -153,7 +153,7 @@ def test_the_header_and_the_summary_have_no_place_for_content(tmp_path: Path) ->
         "threads", "lanes", "prefill_chunk", "start", "machine",
     }  # fmt: skip
     assert header["model"] == MODEL
-    assert set(header["machine"]) == {"cpu", "simd", "python", "torch", "tsqp", "commit", "date"}
+    assert set(header["machine"]) == {"cpu", "simd", "python", "torch", "tsqp", "date"}
     assert set(summary) == {"line", "prefill", "decode", "calls", "dropped"}
     assert (summary["calls"], summary["dropped"]) == (len(calls), 0)
     assert (summary["prefill"]["tokens"], summary["decode"]["tokens"]) == (40, 2)
