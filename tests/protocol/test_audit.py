@@ -227,6 +227,10 @@ def test_with_attention_on_the_worker_the_prompt_is_read_as_well(
     main: Main, tiny: Recorded, ids: Path
 ) -> None:
     folder = tiny.ask(TINY_PROMPT, "open", attention="gpu", prefill_chunk=30)
+    lines = [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+    weights = [line for line in lines if line["operation"] == "weighted_values"]
+    first = [line["rows"] for line in weights if line["layer"] == 0]
+    assert first == [30, 10, 1, 1, 1]
     result = main(*auditing(folder, ids, "--json"))
     assert result.json["recovered_ids"] == TINY_PROMPT
 

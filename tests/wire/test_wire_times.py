@@ -10,7 +10,7 @@ from wire_helpers import HelperProcess, begin, finish, hello
 
 from tsqp.wire.call_times import AWAY, LAPS, MASK, RECEIVE, SEND, UNMASK, WAIT, CallTimes
 from tsqp.wire.client import RemoteChannel
-from tsqp.wire.messages import SeedProduct
+from tsqp.wire.messages import SeedProduct, Weighted, WeightedValues
 from tsqp.wire.tensors import Spec
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -99,6 +99,12 @@ def test_a_secret_seed_is_not_kept_for_a_log() -> None:
     kept = {name: getattr(times, name) for name in CallTimes.__slots__}
     assert (times.kind, times.rows, times.received_bytes) == ("seed_product", 7, 280)
     assert not [name for name, value in kept.items() if isinstance(value, bytes | SeedProduct)]
+
+
+def test_rows_of_flat_numbers_are_those_of_the_answer() -> None:
+    operation = WeightedValues(0, (Weighted(1, 3, 20), Weighted(2, 1, 5)))
+    weights, answer = Spec((2 * (3 * 20 + 5),), torch.float32), Spec((4, 64), torch.float32)
+    assert CallTimes(lambda times: None, operation, [weights], [answer]).rows == 4
 
 
 def test_a_call_ends_once() -> None:

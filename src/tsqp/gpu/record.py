@@ -53,7 +53,7 @@ class RecordedCall(Struct, frozen=True, forbid_unknown_fields=True):
         layer, group: null for the embedding; -1 and "lm_head" for the output projection; the group
             is null for a call about kept keys and values, and so is the layer where it has none.
         field: null where the tensor holds activations or token ids instead of int32 residues.
-        rows: of the first tensor.
+        rows: of the first tensor; of the answer for attention weights, which are flat.
         tensor: a safetensors file beside the index; null for a call without any.
         sequences: what such a call names of sequences, number for number as the message has it.
     """
@@ -111,7 +111,7 @@ class Recorder:
             layer=layer,
             group=group,
             field=field,
-            rows=len(received[0]) if received else 0,
+            rows=_rows(operation, received),
             tensor=f"{number:06}.safetensors" if received else None,
             sequences=_sequences(operation),
         )
@@ -142,6 +142,12 @@ def _place(operation: Operation) -> tuple[int | None, str | None, FieldName | No
             return layer, group, None
         case Product(layer, group, field) | SeedProduct(layer, group, field):
             return layer, group, field
+
+
+def _rows(operation: Operation, received: Sequence[Tensor]) -> int:
+    if isinstance(operation, WeightedValues):
+        return sum(each.rows for each in operation.weighted)
+    return len(received[0]) if received else 0
 
 
 def _sequences(operation: Operation) -> tuple[tuple[int, ...], ...]:

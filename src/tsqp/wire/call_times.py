@@ -21,7 +21,7 @@ class CallTimes:
 
     Attributes:
         kind, layer, group: of the operation; None where it has none.
-        rows: of its input, or of its answer where nothing is sent.
+        rows: of its input; of its answer where nothing is sent, or the input is flat.
         sent_bytes, received_bytes: of tensors.
         began_ns: of time.perf_counter_ns.
         laps_ns: by the numbers above. "away" is time in which this side did something else.
@@ -52,8 +52,8 @@ class CallTimes:
         self.kind: str = operation.__struct_config__.tag  # type: ignore[assignment]
         self.layer: int | None = getattr(operation, "layer", None)
         self.group: str | None = getattr(operation, "group", None)
-        first = inputs or outputs
-        self.rows = first[0].shape[0] if first else 0
+        shapes = [specs[0].shape for specs in (inputs, outputs) if specs]
+        self.rows = next((shape[0] for shape in shapes if len(shape) > 1), 0)
         self.sent_bytes = sum(spec.nbytes for spec in inputs)
         self.received_bytes = sum(spec.nbytes for spec in outputs)
         self.laps_ns = [0] * len(LAPS)
