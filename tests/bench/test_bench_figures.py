@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from tsqp.algebra.params import FIELDS
+from tsqp.bench import gpu_check
 from tsqp.bench.ceilings import Ceilings, DeviceCeilings
 from tsqp.bench.figures import Figure, ratios
 from tsqp.bench.floors import floor
-from tsqp.bench.modes import Setting, stock_bytes
+from tsqp.bench.modes import MODES, Setting, stock_bytes
 from tsqp.bench.timing import seconds
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import ModelConfig, linear_groups, tensor_shapes
@@ -42,6 +43,21 @@ def weights(config: ModelConfig) -> dict[str, int]:
 def test_ratios_are_taken_round_by_round() -> None:
     found = ratios({"pad": [2.0, 30.0, 4.0], "tee": [1.0, 10.0, 4.0]})
     assert found == {"pad/tee": Figure(median=2.0, least=1.0, most=3.0)}
+
+
+def test_the_modes_of_a_fused_and_a_split_worker_have_ratios() -> None:
+    modes = ("open", "open-gpu-attention", "open-fused", "transformers-worker", "tee")
+    found = ratios({mode: [float(number)] for number, mode in enumerate(modes, 1)})
+    assert found["open-gpu-attention/open"].median == 2.0
+    assert found["open-fused/open"].median == 3.0
+    assert found["open-fused/transformers-worker"].median == 3 / 4
+    assert found["open-fused/tee"].median == 3 / 5
+
+
+def test_the_check_of_a_gpu_times_every_split_of_open() -> None:
+    modes = gpu_check.MODES.split(",")
+    assert set(modes) <= set(MODES)
+    assert {mode for mode in MODES if mode.startswith("open")} <= set(modes)
 
 
 def test_floating_point_can_be_no_faster_than_products_and_weights(tiny: ModelConfig) -> None:

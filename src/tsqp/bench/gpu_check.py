@@ -19,7 +19,7 @@ from tsqp.bench.machine import describe_machine
 
 BUDGET_S = 460.0
 TESTS = Path(__file__).parents[3] / "tests" / "gpu"
-MODES = "transformers,tee,open,pad,shares"
+MODES = "transformers,tee,open,open-gpu-attention,open-fused,pad,shares"
 
 
 @dataclass(frozen=True, slots=True)
