@@ -9,7 +9,10 @@ import torch
 from protocol_helpers import Main, Result
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tsqp.bench import kernels
+from tsqp.bench import compare, kernels
+from tsqp.bench.modes import Setting
+from tsqp.errors import UsageError
+from tsqp.gpu import serve
 
 MODES = ["transformers", "tee", "open", "open-gpu-attention", "open-fused", "pad"]
 MODES += ["pad-inline", "shares"]
@@ -56,6 +59,22 @@ def test_every_mode_is_compared_unless_some_are_named(main: Main, tmp_path: Path
     assert list(found["floors"]) == MODES
     pads_cpu_s = {mode: found["pads_cpu_s_per_token"][mode]["median"] for mode in MODES}
     assert min(pads_cpu_s["pad"], pads_cpu_s["pad-inline"]) > 10 * pads_cpu_s["tee"]
+
+
+def test_the_second_gpu_is_not_taken_for_the_first(
+    main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Setting] = []
+
+    def note(setting: Setting, modes: list[str], **options: object) -> None:
+        assert "transformers-worker" in modes
+        asked.append(setting)
+        raise UsageError("That is enough.")
+
+    monkeypatch.setattr(serve, "parse_device", torch.device)
+    monkeypatch.setattr(compare, "compare", note)
+    assert main("bench", "random:tiny", "--device", "cuda:1").error == "That is enough."
+    assert [setting.device for setting in asked] == ["cuda:1"]
 
 
 @pytest.mark.timeout(110)

@@ -50,7 +50,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=threads or os.cpu_count() or 1,
-        device=parse_device(device).type,
+        device=str(parse_device(device)),
         batch=batch,
     )
     chosen = default_modes(setting.device) if modes is None else parse_modes(modes)
