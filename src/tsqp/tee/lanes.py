@@ -23,7 +23,7 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
     results: dict[int, Tensor] = {}
     started: deque[tuple[int, Timer, Pending]] = deque()
 
-    def start(lane: int, request: Request) -> tuple[Timer, Pending]:
+    def start(request: Request) -> tuple[Timer, Pending]:
         timer = stats.time(_kind(request))
         with timer:
             return timer, offload.start(request)
@@ -40,14 +40,14 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
                 except StopIteration as end:
                     results[lane] = end.value
                     return
-                timer, pending = start(lane, request)
+                timer, pending = start(request)
                 if not isinstance(pending, Ready):
                     started.append((lane, timer, pending))
                     return
 
     try:
         for lane, generator in enumerate(lanes):
-            timer, pending = start(lane, next(generator))
+            timer, pending = start(next(generator))
             if isinstance(pending, Ready):
                 advance(lane, timer, pending)
             else:
