@@ -3,12 +3,13 @@
 import io
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import call, header, run, write
+from report_helpers import call, decoding, header, run, write
 from rich.console import Console
 
 from tsqp.bench.report import BenchFile, LogFile, read_file
@@ -17,6 +18,8 @@ from tsqp.bench.report_figures import bench_notes, bench_ratios, bench_tables, n
 from tsqp.bench.report_methods import LogReport, ratios
 from tsqp.bench.report_shares import shares
 from tsqp.errors import ReportError
+from tsqp.tee.call_lines import Method
+from tsqp.wire.messages import Operation
 
 BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.json"))
 CALLS = [call(step=1), call(step=1, group="o"), call(step=2), call(step=2, group="o")]
@@ -245,6 +248,39 @@ def test_any_object_with_a_command_is_printed(values: dict[str, object]) -> None
     console = Console(file=io.StringIO(), markup=False)
     console.print(*bench_tables(file), *bench_notes(file))
     assert all(isinstance(ratio, float) for ratio in bench_ratios(file, file).values())
+
+
+def test_a_call_of_an_unknown_method_is_a_bad_line(tmp_path: Path) -> None:
+    calls = [*CALLS, call(method="mine_bitcoin")]
+    log = read(write(tmp_path / "log", [header(), *calls, run(compute=0.5)]))
+    assert list(log.calls) == CALLS
+    assert list(log.notes) == ["log has bad lines, which were left out: 6."]
+
+
+def test_the_methods_of_a_log_are_the_operations_of_the_wire() -> None:
+    tags = {each.__struct_config__.tag for each in get_args(Operation)}
+    assert set(get_args(Method)) == tags
+
+
+@pytest.mark.parametrize("wall_s", [5e-324, 1e-320, 9e-7])
+def test_a_phase_shorter_than_any_clock_can_tell_is_left_out(wall_s: float, tmp_path: Path) -> None:
+    found = report(tmp_path / "log", header(), decoding(0, wall_s, {}, {}))
+    assert (found.phases, found.bottlenecks) == ([], [])
+
+
+def test_tiny_times_make_no_infinite_figure(tmp_path: Path) -> None:
+    tiny = {"send": 1e-320, "wait": 0.0}
+    log = [header(), call(sent_bytes=2**53), decoding(1, 1.0, tiny, {})]
+    short = report(tmp_path / "short", *log)
+    long = report(tmp_path / "long", *log[:-1], run(link=0.5))
+    found = json.dumps([short.as_json(), ratios(long, short)])
+    assert "Infinity" not in found and "NaN" not in found
+
+
+def test_a_ratio_that_no_float_can_hold_is_left_out() -> None:
+    one = BenchFile("one", {"command": "x", "s": {"a": 1e299, "b": 4}})
+    two = BenchFile("two", {"command": "x", "s": {"a": 1e-290, "b": 2}})
+    assert bench_ratios(one, two) == {"s.b": 2.0}
 
 
 def test_two_benchmarks_are_compared_figure_by_figure() -> None:

@@ -1,6 +1,7 @@
 """Results of benchmarks as tables, whatever the benchmark: figures by name, ratios of two files."""
 
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any, TypeGuard
 
 from rich.table import Table
@@ -58,8 +59,13 @@ def numbers(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict
 
 def bench_ratios(file: BenchFile, against: BenchFile) -> dict[str, float]:
     """What both measured, this file's by the other's."""
-    mine, other = numbers(file.values), numbers(against.values)
-    return {name: value / other[name] for name, value in mine.items() if other.get(name)}
+    return quotients(numbers(file.values), numbers(against.values))
+
+
+def quotients(mine: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Of what both have; without those that no float can hold."""
+    found = {name: value / other[name] for name, value in mine.items() if other.get(name)}
+    return {name: quotient for name, quotient in found.items() if isfinite(quotient)}
 
 
 def _quantities(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:

@@ -7,7 +7,8 @@ import numpy as np
 
 from tsqp.bench.report import LogFile
 from tsqp.bench.report_bottleneck import Bottleneck, bottleneck, group_seconds
-from tsqp.bench.report_shares import Shares, call_parts_us, shares
+from tsqp.bench.report_figures import quotients
+from tsqp.bench.report_shares import LEAST_S, Shares, call_parts_us, shares
 from tsqp.tee.call_lines import CallLine
 
 QUANTILES = (0.5, 0.95, 0.99)
@@ -60,8 +61,10 @@ class LogReport:
 
     @classmethod
     def of(cls, log: LogFile) -> "LogReport":
-        names = dict.fromkeys(call.method for call in log.calls)
-        methods = [Method.of(name, [c for c in log.calls if c.method == name]) for name in names]
+        calls: dict[str, list[CallLine]] = {}
+        for call in log.calls:
+            calls.setdefault(call.method, []).append(call)
+        methods = [Method.of(name, of_method) for name, of_method in calls.items()]
         if len(methods) > 1:
             methods.append(Method.of("all", log.calls))
         phases = shares(log)
@@ -96,14 +99,13 @@ def throughput(shares: Shares) -> dict[str, float]:
     return {
         "sent_bytes_per_s": shares.bytes_sent / shares.wall_s,
         "received_bytes_per_s": shares.bytes_received / shares.wall_s,
-        "link_bytes_per_s": both / link_s if link_s else 0.0,
+        "link_bytes_per_s": both / link_s if link_s >= LEAST_S else 0.0,
     }
 
 
 def ratios(report: LogReport, against: LogReport) -> dict[str, float]:
     """Seconds of a run by those of another, for what both have: above 1 is slower."""
-    mine, other = _figures(report), _figures(against)
-    return {name: mine[name] / other[name] for name in mine if other.get(name, 0.0) > 0}
+    return quotients(_figures(report), _figures(against))
 
 
 def _figures(report: LogReport) -> dict[str, float]:

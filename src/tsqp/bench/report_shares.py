@@ -1,5 +1,6 @@
 """Where the time of a phase went: parts that do not overlap, and add up to what was measured."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,8 @@ from tsqp.tee.stats import KINDS, OPERATIONS
 
 PhaseName = Literal["prefill", "decode"]
 PHASES: tuple[PhaseName, ...] = ("prefill", "decode")
+
+LEAST_S = 1e-6  # no clock of a log is finer, and quotients by less may be infinite
 
 CALL_PARTS = (
     "pads",
@@ -55,9 +58,9 @@ class Shares:
 
 
 def shares(log: LogFile) -> list[Shares]:
-    """Each phase that ran."""
+    """Each phase that took LEAST_S or more."""
     found = (_phase(log, phase) for phase in PHASES)
-    return [each for each in found if each.wall_s > 0]
+    return [each for each in found if each.wall_s >= LEAST_S]
 
 
 def call_parts_us(call: CallLine) -> tuple[float, ...]:
@@ -116,7 +119,7 @@ def _of_calls(summary: PhaseSummary) -> dict[str, float]:
     return {name: (stages_s | waits_s)[name] for name in CALL_PARTS}
 
 
-def _between(summary: PhaseSummary, methods: set[str], calls_s: float) -> dict[str, float]:
+def _between(summary: PhaseSummary, methods: Set[str], calls_s: float) -> dict[str, float]:
     """What happened between calls.
 
     Kinds that workers answer are measured whole, with their calls inside: what the calls do not

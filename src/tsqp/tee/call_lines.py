@@ -17,6 +17,18 @@ Phase = Literal["prefill", "decode", "other"]
 Stage = Literal[
     "pads", "mask", "serialise", "send", "wait", "queue", "compute", "receive", "unmask"
 ]
+Method = Literal[
+    "embed",
+    "linear",
+    "product",
+    "seed_product",
+    "allocate",
+    "truncate",
+    "free",
+    "attention_scores",
+    "weighted_values",
+    "layer",
+]  # the tags of tsqp.wire.messages.Operation
 Micros = Annotated[float, Meta(ge=0, le=1e14)]
 Seconds = Annotated[float, Meta(ge=0, le=1e8)]
 UnixTime = Annotated[float, Meta(ge=0, le=1e11)]
@@ -45,7 +57,7 @@ class Header(Line, frozen=True, tag="header"):
         format: of the log, FORMAT.
         model: "demo", "random:NAME", or the beginning of the weights' digest; no path.
         transport: of each worker, those that differ.
-        machine: as benchmarks describe it.
+        machine: as benchmarks describe it, without the commit.
         threads: of torch on this side.
         start: when the log began, in unix seconds.
     """
@@ -89,7 +101,7 @@ class CallLine(Line, frozen=True, tag="call"):
     time: UnixTime
     step: Count
     phase: Phase
-    method: Name
+    method: Method
     layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)] | None
     group: Name | None
     endpoint: Annotated[int, Meta(ge=0, lt=1024)]

@@ -154,7 +154,7 @@ class CallLog:
             (self._unix_ns + times.began_ns) // 1000 / 1e6,
             self._step,
             self._phase,
-            times.kind,
+            times.kind,  # type: ignore[arg-type]  # the tag of one of the messages
             times.layer,
             times.group,
             endpoint,
