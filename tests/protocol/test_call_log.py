@@ -4,7 +4,9 @@ import json
 import resource
 import secrets
 import stat
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,6 +242,55 @@ def test_a_run_that_fails_keeps_what_was_collected(
     log = read(path)
     assert len(log.calls) == 29
     assert {call.phase for call in log.calls} == {"prefill", "decode"}
+
+
+def test_calls_of_a_step_that_fails_are_not_those_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    run = Worker.run
+
+    def failing(worker: Worker, *call: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 14:  # the fifth of nine in the second step
+            raise ValueError("out of order")
+        run(worker, *call)
+
+    monkeypatch.setattr(Worker, "run", failing)
+    path = tmp_path / "log"
+    with LLM(MODEL, worker="inproc", rpc_log=path) as llm:
+        with pytest.raises(RemoteError):
+            llm.generate([[1, 2, 3]], greedy(10))
+        llm.generate([[1, 2, 3]], greedy(1))
+    log = read(path)
+    steps = Counter((call.step, call.phase) for call in log.calls)
+    assert steps == {(1, "prefill"): 9, (2, "decode"): 4, (3, "prefill"): 9}
+    assert log.summary is not None
+    assert (log.summary.decode.steps, log.summary.decode.tokens) == (1, 0)
+    assert log.summary.decode.wall_s > sum(
+        sum(call_parts_us(call)) / 1e6 for call in log.calls if call.phase == "decode"
+    )
+
+
+def test_calls_between_steps_are_not_those_of_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with LLM(MODEL, worker="inproc", rpc_log=path) as llm:
+        llm.score([1, 2, 3])
+        llm.generate([[1, 2, 3]], greedy(1))
+    steps = Counter((call.step, call.phase) for call in read(path).calls)
+    assert steps == {(0, "other"): 9, (1, "prefill"): 9}
+
+
+def test_the_trusted_process_starts_no_program_for_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*command: Any, **options: Any) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with LLM(MODEL, privacy="tee", rpc_log=tmp_path / "log") as llm:
+        llm.generate([[1, 2, 3]], greedy(1))
 
 
 @contextmanager

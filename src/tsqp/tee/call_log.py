@@ -93,19 +93,28 @@ class CallLog:
 
         return take
 
+    def flush(self) -> None:
+        """Write the calls that came since the last step, lest they pass for the next one's."""
+        self._write_calls()
+
     def begin_step(self, phase: Phase, stats: Stats) -> None:
-        """Calls from here on belong to the next step of the engine."""
+        """Calls from here on, and since `flush`, belong to the next step of the engine."""
         self._step += 1
         self._phase = phase
         self._before = tuple(stats.time(kind).seconds for kind in KINDS)
 
     def end_step(self, stats: Stats, wall_s: float, cpu_s: float, tokens: int) -> None:
-        """The step is over; writes its calls.
+        """The step is over, or has failed; writes its calls.
+
+        Does nothing more than that where it failed before `begin_step`.
 
         Args:
             stats: of the engine, as at `begin_step`.
-            tokens: that were computed.
+            tokens: that were computed; 0 by a step that failed.
         """
+        if self._phase == "other":
+            self._write_calls()
+            return
         phase = self._phases[self._phase]
         phase.steps += 1
         phase.tokens += tokens

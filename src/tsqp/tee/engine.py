@@ -119,6 +119,8 @@ class Engine:
             WorkerError: the worker failed; all sequences have been given up and freed.
             OutOfMemory: not even one sequence fits; likewise.
         """
+        if self._call_log is not None:
+            self._call_log.flush()
         began, cpu_began = perf_counter(), self._cpu_clock()
         try:
             self._admit()
@@ -129,6 +131,9 @@ class Engine:
             with torch.inference_mode():
                 outputs = self._run(chunks)
         except BaseException:
+            if self._call_log is not None:
+                seconds, cpu_seconds = perf_counter() - began, self._cpu_clock() - cpu_began
+                self._call_log.end_step(self.stats, seconds, cpu_seconds, 0)
             self._abandon()
             raise
         seconds, cpu_seconds = perf_counter() - began, self._cpu_clock() - cpu_began
