@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from report_helpers import call, decoding, header, run, write
 from rich.console import Console
 
-from tsqp.bench.report import BenchFile, LogFile, read_file
-from tsqp.bench.report_bottleneck import GROUPS, bottleneck, group_seconds
-from tsqp.bench.report_figures import bench_notes, bench_ratios, bench_tables, numbers
-from tsqp.bench.report_methods import LogReport, ratios
-from tsqp.bench.report_shares import shares
+from tsqp.bench.report.bottleneck import GROUPS, bottleneck, group_seconds
+from tsqp.bench.report.figures import bench_notes, bench_ratios, bench_tables, numbers
+from tsqp.bench.report.methods import LogReport, ratios
+from tsqp.bench.report.phases import phases_of
+from tsqp.bench.report.read import BenchFile, LogFile, read_file
 from tsqp.errors import ReportError
 from tsqp.tee.call_lines import Method
 from tsqp.wire.messages import Operation
@@ -199,7 +199,7 @@ def test_the_remedy_for_a_link_knows_the_transport(tmp_path: Path) -> None:
         log = read(
             write(tmp_path / transport, [header(transport=transport), *CALLS, run(link=0.9)])
         )
-        advice.append(bottleneck(shares(log)[0], log.header).advice)
+        advice.append(bottleneck(phases_of(log)[0], log.header).advice)
     assert "prompts together" in advice[0]
     assert "shared memory" in advice[1]
 

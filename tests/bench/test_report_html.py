@@ -12,10 +12,10 @@ import msgspec
 import pytest
 from report_helpers import START, call, header, run, write
 
-from tsqp.bench.report import LogFile, read_file
-from tsqp.bench.report_html import page, write_page
-from tsqp.bench.report_methods import LogReport
-from tsqp.bench.report_plots import STYLES, spans, typical_step
+from tsqp.bench.report.methods import LogReport
+from tsqp.bench.report.page import page, write_page
+from tsqp.bench.report.plots import STYLES, spans, typical_step
+from tsqp.bench.report.read import LogFile, read_file
 from tsqp.errors import UsageError
 from tsqp.tee.call_lines import Stage
 

@@ -19,9 +19,9 @@ from torch import manual_seed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tsqp import LLM, SamplingParams
-from tsqp.bench.report import LogFile, read_file
-from tsqp.bench.report_methods import LogReport
-from tsqp.bench.report_shares import call_parts_us, shares
+from tsqp.bench.report.methods import LogReport
+from tsqp.bench.report.phases import call_parts_us, phases_of
+from tsqp.bench.report.read import LogFile, read_file
 from tsqp.errors import RemoteError, UsageError
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
 from tsqp.tee.call_lines import CallLine, Phase, Stage
@@ -89,7 +89,7 @@ def test_what_is_measured_adds_up_to_the_wall_time(
         llm.generate([list(range(1, 201))], greedy(24))
         wall_s = time.perf_counter() - began
     log = read(path)
-    phases = shares(log)
+    phases = phases_of(log)
     assert [phase.phase for phase in phases] == ["prefill", "decode"]
     total_s = 0.0
     for phase in phases:

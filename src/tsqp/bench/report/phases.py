@@ -4,7 +4,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tsqp.bench.report import LogFile
+from tsqp.bench.report.read import LogFile
 from tsqp.tee.call_lines import CallLine, PhaseSummary, Stage
 from tsqp.tee.stats import KINDS, OPERATIONS
 
@@ -28,7 +28,7 @@ TEE_PARTS = (*KINDS, "joining rows", "other")  # of these, in the trusted side b
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class PhaseTimes:
     """One phase of one run.
 
     Attributes:
@@ -57,7 +57,7 @@ class Shares:
         return self.seconds(*TEE_PARTS)
 
 
-def shares(log: LogFile) -> list[Shares]:
+def phases_of(log: LogFile) -> list[PhaseTimes]:
     """Each phase that took LEAST_S or more."""
     found = (_phase(log, phase) for phase in PHASES)
     return [each for each in found if each.wall_s >= LEAST_S]
@@ -84,7 +84,7 @@ def call_parts_us(call: CallLine) -> tuple[float, ...]:
     )
 
 
-def _phase(log: LogFile, phase: PhaseName) -> Shares:
+def _phase(log: LogFile, phase: PhaseName) -> PhaseTimes:
     calls = [call for call in log.calls if call.phase == phase]
     summary = None
     if log.summary is not None:
@@ -94,13 +94,13 @@ def _phase(log: LogFile, phase: PhaseName) -> Shares:
         columns = zip(*map(call_parts_us, calls), strict=True) if calls else ()
         parts_s = {n: sum(c) / 1e6 for n, c in zip(CALL_PARTS, columns, strict=False)}
         wall_s, steps = sum(parts_s.values()), len({call.step for call in calls})
-        return Shares(phase, wall_s, steps, 0, len(calls), sent, received, parts_s)
+        return PhaseTimes(phase, wall_s, steps, 0, len(calls), sent, received, parts_s)
     parts_s = _of_calls(summary)
     methods = {call.method for call in calls}
     parts_s |= _between(summary, methods, sum(parts_s.values()))
     # A log that contradicts itself may have parts that are longer than the whole.
     wall_s = max(summary.wall_s, sum(parts_s.values()))
-    return Shares(
+    return PhaseTimes(
         phase, wall_s, summary.steps, summary.tokens, summary.calls, sent, received, parts_s
     )
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from tsqp.bench.output import check_out
-from tsqp.bench.report import BenchFile, LogFile, read_file
-from tsqp.bench.report_figures import bench_notes, bench_ratios, bench_tables, numbers
-from tsqp.bench.report_methods import LogReport, ratios
-from tsqp.bench.report_table import comparison, log_notes, log_tables
+from tsqp.bench.report.figures import bench_notes, bench_ratios, bench_tables, numbers
+from tsqp.bench.report.methods import LogReport, ratios
+from tsqp.bench.report.read import BenchFile, LogFile, read_file
+from tsqp.bench.report.table import comparison, log_notes, log_tables
 from tsqp.errors import UsageError
 
 Report = LogReport | BenchFile
@@ -38,7 +38,7 @@ def print_reports(
         if other is not None:
             console.print(comparison(by, _name(report), _name(other)))
     if html is not None:
-        from tsqp.bench.report_html import write_page  # matplotlib takes a second to import
+        from tsqp.bench.report.page import write_page  # matplotlib takes a second to import
 
         write_page(html, logs)
         console.print(f"Wrote {html}.")

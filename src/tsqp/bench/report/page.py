@@ -5,10 +5,10 @@ from html import escape
 from itertools import count
 from pathlib import Path
 
-from tsqp.bench.report_bottleneck import group_seconds
-from tsqp.bench.report_methods import LogReport
-from tsqp.bench.report_plots import breakdown, bytes_by_method, latencies, time_line
-from tsqp.bench.report_table import METHOD_COLUMNS, bottleneck_text, method_cells, title
+from tsqp.bench.report.bottleneck import group_seconds
+from tsqp.bench.report.methods import LogReport
+from tsqp.bench.report.plots import breakdown, bytes_by_method, latencies, time_line
+from tsqp.bench.report.table import METHOD_COLUMNS, bottleneck_text, method_cells, title
 from tsqp.errors import UsageError
 from tsqp.wire.codec import printable
 

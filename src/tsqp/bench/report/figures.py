@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 from rich.table import Table
 
 from tsqp.bench.output import new_table
-from tsqp.bench.report import BenchFile
+from tsqp.bench.report.read import BenchFile
 from tsqp.wire.codec import printable
 
 MAX_DEPTH = 4

@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tsqp.bench.report_bottleneck import GROUPS, group_seconds
-from tsqp.bench.report_methods import LogReport
-from tsqp.bench.report_shares import CALL_PARTS, PhaseName, call_parts_us
+from tsqp.bench.report.bottleneck import GROUPS, group_seconds
+from tsqp.bench.report.methods import LogReport
+from tsqp.bench.report.phases import CALL_PARTS, PhaseName, call_parts_us
 from tsqp.tee.call_lines import CallLine
 
 Span = tuple[float, float]  # begin and end

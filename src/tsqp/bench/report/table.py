@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from rich.table import Table
 
 from tsqp.bench.output import new_table
-from tsqp.bench.report_bottleneck import GROUPS, Bottleneck, show_times
-from tsqp.bench.report_methods import LogReport, Method, throughput
-from tsqp.bench.report_shares import CALL_PARTS, TEE_PARTS, Shares
+from tsqp.bench.report.bottleneck import GROUPS, Bottleneck, show_times
+from tsqp.bench.report.methods import LogReport, Method, throughput
+from tsqp.bench.report.phases import CALL_PARTS, TEE_PARTS, PhaseTimes
 from tsqp.wire.codec import printable
 
 MB = 1e6
@@ -21,7 +21,7 @@ def log_tables(report: LogReport) -> Iterator[Table]:
     if report.methods:
         yield _methods(report)
     if report.phases:
-        yield _shares(report)
+        yield _parts(report)
 
 
 def log_notes(report: LogReport) -> Iterator[str]:
@@ -95,7 +95,7 @@ def _methods(report: LogReport) -> Table:
     return table
 
 
-def _shares(report: LogReport) -> Table:
+def _parts(report: LogReport) -> Table:
     columns = [title for p in report.phases for title in (f"{p.phase}, s", "share")]
     table = new_table("Where the time went", "", *columns)
     group_of = {part: group for group, parts in GROUPS.items() for part in parts}
@@ -110,7 +110,7 @@ def _shares(report: LogReport) -> Table:
     return table
 
 
-def _cells(phases: list[Shares], part: str) -> list[str]:
+def _cells(phases: list[PhaseTimes], part: str) -> list[str]:
     cells = []
     for phase in phases:
         seconds = phase.parts_s.get(part, 0.0)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tsqp.bench.report_shares import TEE_PARTS, Shares
+from tsqp.bench.report.phases import TEE_PARTS, PhaseTimes
 from tsqp.tee.call_lines import Header
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -80,20 +80,20 @@ class Bottleneck:
     arithmetic: str
 
 
-def group_seconds(shares: Shares) -> dict[str, float]:
+def group_seconds(phase: PhaseTimes) -> dict[str, float]:
     """All of the phase's wall time, by GROUPS."""
-    return {name: shares.seconds(*parts) for name, parts in GROUPS.items()}
+    return {name: phase.seconds(*parts) for name, parts in GROUPS.items()}
 
 
-def bottleneck(shares: Shares, header: Header) -> Bottleneck:
+def bottleneck(phase: PhaseTimes, header: Header) -> Bottleneck:
     """Of one phase."""
-    groups = group_seconds(shares)
+    groups = group_seconds(phase)
     name = max(groups, key=groups.__getitem__)
-    seconds, wall_s = groups[name], shares.wall_s
+    seconds, wall_s = groups[name], phase.wall_s
     remedy = REMEDIES.get(name) or LINK_REMEDIES["inline" if "inline" in header.transport else ""]
     saved_s = remedy.saves * seconds
     return Bottleneck(
-        phase=shares.phase,
+        phase=phase.phase,
         name=name,
         seconds=seconds,
         share=seconds / wall_s,

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from tsqp.bench.report import LogFile
-from tsqp.bench.report_bottleneck import Bottleneck, bottleneck, group_seconds
-from tsqp.bench.report_figures import quotients
-from tsqp.bench.report_shares import LEAST_S, Shares, call_parts_us, shares
+from tsqp.bench.report.bottleneck import Bottleneck, bottleneck, group_seconds
+from tsqp.bench.report.figures import quotients
+from tsqp.bench.report.phases import LEAST_S, PhaseTimes, call_parts_us, phases_of
+from tsqp.bench.report.read import LogFile
 from tsqp.tee.call_lines import CallLine
 
 QUANTILES = (0.5, 0.95, 0.99)
@@ -56,7 +56,7 @@ class LogReport:
 
     log: LogFile
     methods: list[Method]
-    phases: list[Shares]
+    phases: list[PhaseTimes]
     bottlenecks: list[Bottleneck]
 
     @classmethod
@@ -67,7 +67,7 @@ class LogReport:
         methods = [Method.of(name, of_method) for name, of_method in calls.items()]
         if len(methods) > 1:
             methods.append(Method.of("all", log.calls))
-        phases = shares(log)
+        phases = phases_of(log)
         return cls(log, methods, phases, [bottleneck(each, log.header) for each in phases])
 
     def as_json(self) -> dict[str, object]:
@@ -92,13 +92,13 @@ class LogReport:
         }
 
 
-def throughput(shares: Shares) -> dict[str, float]:
+def throughput(phase: PhaseTimes) -> dict[str, float]:
     """Bytes a second each way, in the phase's wall time and in the time that the link took."""
-    link_s = shares.seconds("send", "link", "receive")
-    both = shares.bytes_sent + shares.bytes_received
+    link_s = phase.seconds("send", "link", "receive")
+    both = phase.bytes_sent + phase.bytes_received
     return {
-        "sent_bytes_per_s": shares.bytes_sent / shares.wall_s,
-        "received_bytes_per_s": shares.bytes_received / shares.wall_s,
+        "sent_bytes_per_s": phase.bytes_sent / phase.wall_s,
+        "received_bytes_per_s": phase.bytes_received / phase.wall_s,
         "link_bytes_per_s": both / link_s if link_s >= LEAST_S else 0.0,
     }
 

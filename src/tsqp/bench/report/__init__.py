@@ -1,0 +1,1 @@
+"""`tsqp report`: where the time of a run went."""
