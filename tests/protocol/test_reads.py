@@ -42,9 +42,11 @@ def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     names: Counter[str] = Counter()
     read, make_worker = SafetensorsCheckpoint.read, WorkerProcess._inproc_worker
 
-    def counted(self: SafetensorsCheckpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        names[name] += 1
-        return read(self, name, shape)
+    def counted(
+        self: SafetensorsCheckpoint, name: str, shape: tuple[int, ...], rows: slice | None = None
+    ) -> torch.Tensor:
+        names[name] += rows is None or rows.start == 0  # tensors are read from their first row on
+        return read(self, name, shape, rows)
 
     def worker(self: WorkerProcess, checkpoint: Checkpoint) -> Worker:
         before = Counter(names)
