@@ -15,7 +15,7 @@ from tsqp.model.footprint import trusted_bytes, worker_bytes
 from tsqp.model.random_weights import GEOMETRIES
 
 MIB = 2**20
-TRANSIENT = 64 * MIB  # stated in docs/memory.md; and once more where integers are made
+TRANSIENT = 64 * MIB  # stated in docs/memory.md, which grants the trusted side of pad twice as much
 DEADLINE_S = 110
 
 # Of SmolLM2-135M: everything is a linear weight or the embedding, which are one, but 0.03 %.
@@ -78,8 +78,8 @@ def test_no_side_ever_holds_much_more_than_its_weights(
     found = peaks(demo_file, options, tmp_path)
     assert len(found) == len(base) == len(kept)
     for side, (before, peak, weights) in enumerate(zip(base, found, kept, strict=True)):
-        quantises = mode == "pad" and side == 0
-        assert 0.95 * weights < peak - before < weights + TRANSIENT * (1 + quantises)
+        twice = mode == "pad" and side == 0
+        assert 0.95 * weights < peak - before < weights + TRANSIENT * (1 + twice)
 
 
 @pytest.mark.parametrize("mode", MODES)
