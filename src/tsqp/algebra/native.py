@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # What nobody calls from C, or from Python, needs no wrapper for it: each costs time to compile.
 _KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-_INLINED = _KERNEL | {"no_cpython_wrapper": True}
+_INLINED = _KERNEL | {"no_cpython_wrapper": True, "forceinline": True}
 _REORDERED = _INLINED | {"fastmath": {"reassoc"}}
 
 

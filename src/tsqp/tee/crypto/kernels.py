@@ -4,7 +4,8 @@ Only a finished row of c is ever copied to memory that the worker can map. A row
 copied from there once, and everything is computed from the copy: the worker may change the shared
 one at any moment.
 
-Shape suffixes: T tokens; D input and F output features; N of either; B bytes of a row.
+Shape suffixes: T tokens; D input and F output features; N of either; P pairs of them; B bytes of
+a row.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ Float64 = NDArray[np.float64]
 
 ALL_ROWS = -1  # what a kernel returns where no row is at fault
 MIN_ROWS = 16  # below, a second thread costs more than it saves
-BLOCK = 256  # products k · xq that add up without overflow: 2^31 · 2^24 · 2^8 = 2^63
+BLOCK = 128  # pairs of products k · xq that add up without overflow: 2^31 · 2^24 · 2 · 2^7 = 2^63
 
 
 class RowPool:
@@ -57,7 +58,7 @@ class RowPool:
 def quantize_and_pad(
     x_TD: Float32,
     r_TD: Int32,
-    check_2D: Int32,
+    check_2P: Int64,
     l1: float,
     l2: float,
     room: float,
@@ -72,7 +73,7 @@ def quantize_and_pad(
 
     Args:
         r_TD: the pad, in [0, p).
-        check_2D: k_iW, in [0, P).
+        check_2P: k_iW, in [0, P), `as_pairs`.
         l1, l2: the bounds of the group's weights, and `room` what they leave.
         c_TB: shared memory; receives the rows of c as bytes.
         unit_T: receives 1/a, the size of one step of xq; 0 for a row of zeros.
@@ -88,7 +89,7 @@ def quantize_and_pad(
             x_TD,
             bits_TD,
             r_TD,
-            check_2D,
+            check_2P,
             l1,
             l2,
             room,
@@ -106,8 +107,8 @@ def quantize_and_pad(
 def unpad_and_check(
     z_TB: Bytes,
     u_TF: Int32,
-    k_2F: Int32,
-    scale_F: Float32,
+    k_2P: Int64,
+    scale_F: Float64,
     unit_T: Float64,
     expected_T2: Int64,
     field: Field,
@@ -121,7 +122,8 @@ def unpad_and_check(
         z_TB: shared memory, the worker's answer as bytes, which `aligned` has seen; each is read
             once.
         u_TF: the pad's product, in [0, p).
-        k_2F: the check vectors, in [0, P).
+        k_2P: the check vectors, in [0, P), `as_pairs`.
+        scale_F: the weights' scales, which are float32, widened.
         y_TF: private memory. Worthless unless ALL_ROWS is returned.
         first, stop: the rows to do.
 
@@ -134,7 +136,7 @@ def unpad_and_check(
             z_words_TF,
             z_TB,
             u_TF,
-            k_2F,
+            k_2P,
             scale_F,
             unit_T,
             expected_T2,
@@ -163,6 +165,14 @@ def aligned(z_TB: Tensor) -> Bytes:
     return (z_TB.clone() if z_TB.data_ptr() % 4 else z_TB).numpy()
 
 
+def as_pairs(k_2N: Int32) -> Int64:
+    """Two residues to a word, the low one first; an odd row ends with a 0.
+
+    Multiplied as pairs, 32 bits need not be spread to 64 first, which takes as long.
+    """
+    return np.pad(k_2N, ((0, 0), (0, k_2N.shape[1] % 2))).view(np.int64)
+
+
 def prepare(field: Field, *, shares: bool) -> None:
     """Compile the loops, which would otherwise be done while somebody waits for an answer.
 
@@ -184,26 +194,18 @@ def _fold(value: Any) -> Any:
     return (value & np.int64(CHECK_MODULUS)) + (value >> np.int64(31))
 
 
-@inlined
-def _largest(bits_D: Int32) -> Any:
-    """max |x|; of floats without their sign, the order of the bits is the order of the values."""
-    most = np.int32(0)
-    for i in range(bits_D.size):
-        bits = np.int32(bits_D[i] & np.int32(0x7FFFFFFF))
-        most = bits if bits > most else most
-    return np.float64(np.int32(most).view(np.float32))
-
-
 @reordered
-def _square_sum(x_D: Float32) -> Any:
-    """Σ x² in float64; not finite if and only if some x is not.
+def _measure(x_D: Float32, bits_D: Int32) -> tuple[Any, Any]:
+    """max |x|, as bits, and Σ x² in float64, which is not finite if and only if some x is not.
 
-    In whatever order, it is off by 2⁻³⁵ of itself at most, which ROUNDING_MARGIN pays for.
+    Of floats without their sign, the order of the bits is the order of the values. The sum, in
+    whatever order, is off by 2⁻³⁵ of itself at most, which ROUNDING_MARGIN pays for.
     """
-    total = 0.0
+    most, squares = np.int32(0), 0.0
     for i in range(x_D.size):
-        total += np.float64(x_D[i]) * np.float64(x_D[i])
-    return total
+        most = max(most, np.int32(bits_D[i] & np.int32(0x7FFFFFFF)))
+        squares += np.float64(x_D[i]) * np.float64(x_D[i])
+    return most, squares
 
 
 @inlined
@@ -211,10 +213,11 @@ def _quantize_row(
     x_D: Float32, bits_D: Int32, l1: float, l2: float, room: float, xq_D: Int32
 ) -> Any:
     """[P2]: write xq and return 1/a; negative where x is not finite."""
-    squares = _square_sum(x_D)
+    most, squares = _measure(x_D, bits_D)
     if not np.isfinite(squares):
         return -1.0
-    bound = min(l1 * _largest(bits_D), l2 * np.sqrt(squares))
+    largest = np.float64(np.int32(most).view(np.float32))
+    bound = min(l1 * largest, l2 * np.sqrt(squares))
     a = room / bound if bound > 0.0 else 0.0
     for i in range(x_D.size):
         xq_D[i] = np.int32(np.rint(np.float64(x_D[i]) * a))
@@ -235,21 +238,32 @@ def _pad_row(xq_D: Int32, r_D: Int32, p: int, c_D: Int32) -> None:
 
 
 @inlined
-def _dot_block(k1_N: Int32, k2_N: Int32, xq_N: Int32) -> tuple[Any, Any]:
+def _low(pair: Any) -> Any:
+    return np.int64(np.int32(pair))
+
+
+@inlined
+def _high(pair: Any) -> Any:
+    return pair >> np.int64(32)
+
+
+@inlined
+def _dot_block(k1_P: Int64, k2_P: Int64, xq_P: Int64) -> tuple[Any, Any]:
     sum1, sum2 = np.int64(0), np.int64(0)
-    for i in range(xq_N.size):
-        sum1 += np.int64(k1_N[i]) * np.int64(xq_N[i])
-        sum2 += np.int64(k2_N[i]) * np.int64(xq_N[i])
+    for i in range(xq_P.size):
+        low, high = _low(xq_P[i]), _high(xq_P[i])
+        sum1 += _low(k1_P[i]) * low + _high(k1_P[i]) * high
+        sum2 += _low(k2_P[i]) * low + _high(k2_P[i]) * high
     return sum1, sum2
 
 
 @inlined
-def _check_input(check_2D: Int32, xq_D: Int32, expected_2: Int64) -> None:
+def _check_input(check_2P: Int64, xq_P: Int64, expected_2: Int64) -> None:
     """[P7], right side: k_iW · xq mod P. |xq| < 2^24, as every row of Wq that counts has a 127."""
     sum1, sum2 = np.int64(0), np.int64(0)
-    for first in range(0, xq_D.size, BLOCK):
+    for first in range(0, xq_P.size, BLOCK):
         some = slice(first, first + BLOCK)
-        part1, part2 = _dot_block(check_2D[0, some], check_2D[1, some], xq_D[some])
+        part1, part2 = _dot_block(check_2P[0, some], check_2P[1, some], xq_P[some])
         sum1 += _fold(part1)
         sum2 += _fold(part2)
     expected_2[0] = sum1 % CHECK_MODULUS
@@ -261,43 +275,38 @@ def _unpad_row(z_F: Int32, u_F: Int32, p: int, yq_F: Int32) -> Any:
     """[P5]: yq = centre(z - u mod p); whether every z was a residue."""
     p32 = np.int32(p)
     half = np.int32((p - 1) // 2)
-    outside = np.int32(0)
+    most = np.uint32(0)
     for f in range(z_F.size):
         z = z_F[f]
-        outside |= np.int32(z < 0) | np.int32(z >= p32)
+        most = max(most, np.uint32(z))  # which a negative one is too
         value = np.int32(z - u_F[f])
         if value > half:
             value = np.int32(value - p32)
         if value < -half:
             value = np.int32(value + p32)
         yq_F[f] = value
-    return outside == 0
+    return most < np.uint32(p)
 
 
 @inlined
-def _check_answer(k_2F: Int32, yq_F: Int32, expected_2: Int64) -> Any:
+def _check_answer(k_2P: Int64, yq_P: Int64, expected_2: Int64) -> Any:
     """[P7], left side: k_i · yq mod P is as expected. Four products of 2^61 fit, then a fold."""
-    k1_F, k2_F = k_2F[0], k_2F[1]
+    k1_P, k2_P = k_2P[0], k_2P[1]
     sum1, sum2 = np.int64(0), np.int64(0)
-    n = yq_F.size // 4
-    for f in range(n):
-        y0, y1 = np.int64(yq_F[f]), np.int64(yq_F[f + n])
-        y2, y3 = np.int64(yq_F[f + 2 * n]), np.int64(yq_F[f + 3 * n])
+    half = yq_P.size // 2
+    for i in range(half):
+        j = i + half
+        y0, y1, y2, y3 = _low(yq_P[i]), _high(yq_P[i]), _low(yq_P[j]), _high(yq_P[j])
         sum1 += _fold(
-            np.int64(k1_F[f]) * y0
-            + np.int64(k1_F[f + n]) * y1
-            + np.int64(k1_F[f + 2 * n]) * y2
-            + np.int64(k1_F[f + 3 * n]) * y3
+            _low(k1_P[i]) * y0 + _high(k1_P[i]) * y1 + _low(k1_P[j]) * y2 + _high(k1_P[j]) * y3
         )
         sum2 += _fold(
-            np.int64(k2_F[f]) * y0
-            + np.int64(k2_F[f + n]) * y1
-            + np.int64(k2_F[f + 2 * n]) * y2
-            + np.int64(k2_F[f + 3 * n]) * y3
+            _low(k2_P[i]) * y0 + _high(k2_P[i]) * y1 + _low(k2_P[j]) * y2 + _high(k2_P[j]) * y3
         )
-    for f in range(4 * n, yq_F.size):
-        sum1 += _fold(np.int64(k1_F[f]) * np.int64(yq_F[f]))
-        sum2 += _fold(np.int64(k2_F[f]) * np.int64(yq_F[f]))
+    for i in range(2 * half, yq_P.size):
+        y0, y1 = _low(yq_P[i]), _high(yq_P[i])
+        sum1 += _fold(_low(k1_P[i]) * y0 + _high(k1_P[i]) * y1)
+        sum2 += _fold(_low(k2_P[i]) * y0 + _high(k2_P[i]) * y1)
     return sum1 % CHECK_MODULUS == expected_2[0] and sum2 % CHECK_MODULUS == expected_2[1]
 
 
@@ -305,14 +314,14 @@ def _check_answer(k_2F: Int32, yq_F: Int32, expected_2: Int64) -> Any:
 
 
 @compiled(
-    "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], int32[:, ::1], float64, float64,"
+    "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], int64[:, ::1], float64, float64,"
     " float64, int64, int32[:, ::1], uint8[:, ::1], float64[::1], int64[:, ::1], int64, int64)"
 )
 def _quantize_and_pad(
     x_TD: Float32,
     bits_TD: Int32,
     r_TD: Int32,
-    check_2D: Int32,
+    check_2P: Int64,
     l1: float,
     l2: float,
     room: float,
@@ -324,7 +333,8 @@ def _quantize_and_pad(
     first: int,
     stop: int,
 ) -> int:
-    xq_D = np.empty(x_TD.shape[1], np.int32)
+    xq_P = np.zeros(check_2P.shape[1], np.int64)
+    xq_D = xq_P.view(np.int32)[: x_TD.shape[1]]
     c_D = np.empty(x_TD.shape[1], np.int32)
     for t in range(first, stop):
         unit_T[t] = _quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
@@ -332,20 +342,20 @@ def _quantize_and_pad(
             return t
         _pad_row(xq_D, r_TD[t], p, c_D)
         write_row(c_D, c_words_TD, c_TB, t)
-        _check_input(check_2D, xq_D, expected_T2[t])
+        _check_input(check_2P, xq_P, expected_T2[t])
     return ALL_ROWS
 
 
 @compiled(
-    "int64(int32[:, ::1], uint8[:, ::1], int32[:, ::1], int32[:, ::1], float32[::1], float64[::1],"
+    "int64(int32[:, ::1], uint8[:, ::1], int32[:, ::1], int64[:, ::1], float64[::1], float64[::1],"
     " int64[:, ::1], int64, float32[:, ::1], int64, int64)"
 )
 def _unpad_and_check(
     z_words_TF: Int32,
     z_TB: Bytes,
     u_TF: Int32,
-    k_2F: Int32,
-    scale_F: Float32,
+    k_2P: Int64,
+    scale_F: Float64,
     unit_T: Float64,
     expected_T2: Int64,
     p: int,
@@ -354,16 +364,17 @@ def _unpad_and_check(
     stop: int,
 ) -> int:
     z_F = np.empty(u_TF.shape[1], np.int32)
-    yq_F = np.empty(u_TF.shape[1], np.int32)
+    yq_P = np.zeros(k_2P.shape[1], np.int64)
+    yq_F = yq_P.view(np.int32)[: u_TF.shape[1]]
     for t in range(first, stop):
         read_row(z_words_TF, z_TB, t, z_F)
         if not _unpad_row(z_F, u_TF[t], p, yq_F):
             return t
-        if not _check_answer(k_2F, yq_F, expected_T2[t]):
+        if not _check_answer(k_2P, yq_P, expected_T2[t]):
             return t
         y_F, unit = y_TF[t], unit_T[t]
         for f in range(yq_F.size):
-            y_F[f] = np.float32(np.float64(yq_F[f]) * np.float64(scale_F[f]) * unit)
+            y_F[f] = np.float32(np.float64(yq_F[f]) * scale_F[f] * unit)
     return ALL_ROWS
 
 

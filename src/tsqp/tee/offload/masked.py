@@ -77,9 +77,10 @@ class MaskedGroup:
                 f"{self} does not fit the {field.name} field: {exc}; use --field wide, or another "
                 "model."
             ) from exc
-        self._scale_F = weights.scale_F.numpy()
+        self._scale_F = weights.scale_F.double().numpy()
         self._bias_F = None if bias_F is None else bias_F.float()
-        self._checks = CheckVectors.draw(weights.weight_FD)
+        checks = CheckVectors.draw(weights.weight_FD)
+        self._k_2P, self._kw_2P = kernels.as_pairs(checks.k_2F), kernels.as_pairs(checks.kw_2D)
 
     @property
     def row_bytes(self) -> int:
@@ -108,7 +109,7 @@ class MaskedGroup:
             kernels.quantize_and_pad,
             x_np,
             r_TD,
-            self._checks.kw_2D,
+            self._kw_2P,
             self._l1,
             self._l2,
             self._room,
@@ -140,7 +141,7 @@ class MaskedGroup:
             kernels.unpad_and_check,
             kernels.aligned(z_TB),
             u_TF,
-            self._checks.k_2F,
+            self._k_2P,
             self._scale_F,
             masked.unit_T,
             masked.expected_T2,
