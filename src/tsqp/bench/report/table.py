@@ -58,7 +58,8 @@ def title(report: LogReport) -> str:
 
 def comparison(ratios: Mapping[str, float], name: str, against: str) -> Table:
     """Two runs side by side."""
-    table = new_table(f"{printable(name)} ÷ {printable(against)}, above 1 is slower", "", "ratio")
+    heading = f"{printable(name)} ÷ {printable(against)}"
+    table = new_table(heading, "above 1 is slower", "ratio")
     for quantity, ratio in ratios.items():
         table.add_row(quantity, f"{ratio:.2f}")
     return table
