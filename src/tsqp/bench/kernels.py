@@ -3,6 +3,7 @@
 Shape suffixes: T tokens; D input and F output features of a group; B bytes of a row.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,8 +16,9 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.bench.ceilings import copy_bytes_per_s, int8_ops
+from tsqp.bench.figures import Figure
 from tsqp.bench.machine import describe_machine
-from tsqp.bench.output import new_table
+from tsqp.bench.output import new_table, show
 from tsqp.bench.timing import seconds
 from tsqp.model.config import Key
 from tsqp.model.quantize import IntegerWeights
@@ -33,6 +35,7 @@ SHAPES = {  # of SmolLM2-135M: (F, D)
     "down": (576, 1536),
 }
 TOKENS = (1, 64, 512)
+ROUNDS = 5  # of everything in turn: what else the machine does is not the same all the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,12 @@ class KernelFigures:
     features: int
     width: int
     tokens: int
-    mask_ns: float
-    unmask_ns: float
-    pair_ns: float
-    random_ns: float
-    pad_row_us: float
-    pad_product_ps: float
+    mask_ns: Figure
+    unmask_ns: Figure
+    pair_ns: Figure
+    random_ns: Figure
+    pad_row_us: Figure
+    pad_product_ps: Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +85,17 @@ def measure_kernels() -> KernelResult:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        cases = [
+            _Case(field, group, tokens)
+            for field in FIELDS.values()
+            for group in SHAPES
+            for tokens in TOKENS
+        ]
+        for _ in range(ROUNDS):
+            for case in cases:
+                case.measure()
         return KernelResult(
-            kernels=[
-                _measure(field, group, shape, tokens)
-                for field in FIELDS.values()
-                for group, shape in SHAPES.items()
-                for tokens in TOKENS
-            ],
+            kernels=[case.figures() for case in cases],
             target_ns=TARGET_NS,
             copy_ns_per_residue=1e9 * 4 / copy_bytes_per_s(),
             int8_product_ps=1e12 * 2 / int8_ops(),
@@ -108,8 +115,9 @@ def tables(result: KernelResult) -> Iterator[Table]:
     for k in result.kernels:
         table.add_row(
             k.field, k.group, f"{k.width} → {k.features}", str(k.tokens),
-            f"{k.mask_ns:.2f}", f"{k.unmask_ns:.2f}", f"{k.pair_ns:.2f}", f"{k.random_ns:.2f}",
-            f"{k.pad_row_us:.1f}", f"{k.pad_product_ps:.2f}",
+            f"{k.mask_ns.median:.2f}", f"{k.unmask_ns.median:.2f}", show(k.pair_ns, 2),
+            f"{k.random_ns.median:.2f}", f"{k.pad_row_us.median:.1f}",
+            f"{k.pad_product_ps.median:.2f}",
         )  # fmt: skip
     yield table
 
@@ -165,24 +173,39 @@ def _answer(c_TB: Tensor, weight_FD: Tensor, field: Field) -> Tensor:
     return z_TB
 
 
-def _measure(field: Field, name: str, shape: tuple[int, int], tokens: int) -> KernelFigures:
-    key, (features, width) = (0, name), shape
-    layer = _Layer(field, key, shape, tokens)
-    mask_ns = 1e9 * seconds(layer.mask) / (tokens * width)
-    unmask_ns = 1e9 * seconds(layer.unmask) / (tokens * features)
-    random_s = seconds(partial(uniform, (tokens, width), field))
-    pads_s = seconds(partial(layer.provider.make, key, tokens))
-    products = tokens * features * width * field.digits
-    return KernelFigures(
-        field=field.name,
-        group=name,
-        features=features,
-        width=width,
-        tokens=tokens,
-        mask_ns=mask_ns,
-        unmask_ns=unmask_ns,
-        pair_ns=mask_ns + unmask_ns,
-        random_ns=1e9 * random_s / (tokens * width),
-        pad_row_us=1e6 * pads_s / tokens,
-        pad_product_ps=1e12 * (pads_s - random_s) / products,
-    )
+class _Case:
+    """One field, one group, one number of tokens, and what was measured so far."""
+
+    def __init__(self, field: Field, group: str, tokens: int) -> None:
+        self._key, self._field, self._tokens = (0, group), field, tokens
+        self._layer = _Layer(field, self._key, SHAPES[group], tokens)
+        self._measured: dict[str, list[float]] = defaultdict(list)
+
+    def measure(self) -> None:
+        """Once more."""
+        layer, tokens, (features, width) = self._layer, self._tokens, SHAPES[self._key[1]]
+        mask_ns = 1e9 * seconds(layer.mask) / (tokens * width)
+        unmask_ns = 1e9 * seconds(layer.unmask) / (tokens * features)
+        random_s = seconds(partial(uniform, (tokens, width), self._field))
+        pads_s = seconds(partial(layer.provider.make, self._key, tokens))
+        products = tokens * features * width * self._field.digits
+        for name, value in {
+            "mask_ns": mask_ns,
+            "unmask_ns": unmask_ns,
+            "pair_ns": mask_ns + unmask_ns,
+            "random_ns": 1e9 * random_s / (tokens * width),
+            "pad_row_us": 1e6 * pads_s / tokens,
+            "pad_product_ps": 1e12 * (pads_s - random_s) / products,
+        }.items():
+            self._measured[name].append(value)
+
+    def figures(self) -> KernelFigures:
+        features, width = SHAPES[self._key[1]]
+        return KernelFigures(
+            field=self._field.name,
+            group=self._key[1],
+            features=features,
+            width=width,
+            tokens=self._tokens,
+            **{name: Figure.of(values) for name, values in self._measured.items()},
+        )
