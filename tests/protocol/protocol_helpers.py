@@ -74,6 +74,19 @@ class Result:
         return sentence
 
 
+def segments() -> set[Path]:
+    """Shared memory with a name, but for what only processes of other tests map."""
+    found = set(SHM.glob("tsqp-*"))
+    family = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    for pid in set(psutil.pids()) - family if found else ():
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            continue  # it ended meanwhile, or is somebody else's
+        found = {path for path in found if str(path) not in maps}
+    return found
+
+
 class Running:
     """A command that runs; its output is collected as it comes."""
 
@@ -164,7 +177,7 @@ class Commands:
         self.folder = folder
         self.tag = {TAG: str(folder)}
         self._started: list[Running] = []
-        self._segments = set(SHM.glob("tsqp-*"))
+        self._segments = segments()
 
     def start(
         self,
@@ -229,8 +242,8 @@ class Commands:
     def leftovers(self) -> list[str]:
         """Shared memory, sockets and processes that outlived the commands."""
         sockets = [str(path) for path in self.folder.rglob("*") if path.is_socket()]
-        segments = [str(path) for path in set(SHM.glob("tsqp-*")) - self._segments]
-        return sockets + segments + [f"process {process.pid}" for process in self.processes()]
+        shared = [str(path) for path in segments() - self._segments]
+        return sockets + shared + [f"process {process.pid}" for process in self.processes()]
 
     def finish(self) -> None:
         """End what serves, and check that nothing at all is left."""

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from liars import LyingWorker
 from lying_worker import MODEL, WRONG_MESSAGES, WRONG_PRODUCTS, WRONG_WELCOMES, Order, flip
-from protocol_helpers import DEADLINE_S, SHARED, SHM, Commands, eventually, write_ids
+from protocol_helpers import DEADLINE_S, SHARED, Commands, eventually, segments, write_ids
 from torch import Tensor
 
 from tsqp import LLM, SamplingParams, _offloads
@@ -123,12 +123,12 @@ def worker(shared_commands: Commands) -> Iterator[LyingWorker]:
 def nothing_is_left(worker: LyingWorker) -> Iterator[None]:
     """No thread, file or memory stays on this side, no memory on the other, no name on disk."""
     gc.collect()
-    before, names = held(), set(SHM.glob("tsqp-*"))
+    before, names = held(), segments()
     yield
     gc.collect()
     assert eventually(lambda: held() == before), (before, held())
     assert eventually(lambda: worker.segments == 0)
-    assert eventually(lambda: set(SHM.glob("tsqp-*")) <= names)
+    assert eventually(lambda: segments() <= names)
     assert worker.running.is_alive, worker.running.stderr
 
 
@@ -494,7 +494,9 @@ class Checked:
         residue_bytes.pack(z_1F.numpy(), self.field, self.z_1B.numpy())
 
     def product(self) -> Tensor:
-        return self.group.unmask(self.z_1B, self.u_1F, self.masked, "It", self.pool)
+        y_1F = torch.empty(1, self.group.features)
+        self.group.unmask(self.z_1B, self.u_1F, self.masked, y_1F, "It", self.pool)
+        return y_1F
 
     def is_refused(self) -> bool:
         try:

@@ -62,7 +62,9 @@ class Layer:
         return z_TB
 
     def unmask(self, z_TB: torch.Tensor, u_TF: Int32, masked: Masked) -> torch.Tensor:
-        return self.group.unmask(z_TB, u_TF, masked, "The worker", self.rows)
+        y_TF = torch.empty(len(z_TB), self.group.features)
+        self.group.unmask(z_TB, u_TF, masked, y_TF, "The worker", self.rows)
+        return y_TF
 
 
 def rows_of_every_kind(width: int) -> torch.Tensor:

@@ -157,8 +157,9 @@ class _Layer:
 
     def unmask(self) -> None:
         z_TB, u_TF, rows = self._z_TB, self._pads.u_NF, self._one_thread
+        y_TF = torch.empty(u_TF.shape)
         for b, masked in zip(self._blocks, self._masked, strict=True):
-            self.group.unmask(z_TB[b], u_TF[b], masked, "The worker", rows)
+            self.group.unmask(z_TB[b], u_TF[b], masked, y_TF[b], "The worker", rows)
 
 
 def _answer(c_TB: Tensor, weight_FD: Tensor, field: Field) -> Tensor:

@@ -43,7 +43,8 @@ class FixedPointLinear:
         residue_product(c_TD, group.weight_FD, group.field, z_TF)
         residue_bytes.pack(z_TF.numpy(), group.field, z_TB.numpy())
         no_pad_TF = np.zeros((tokens, group.features), np.int32)
-        y_TF = group.unmask(z_TB, no_pad_TF, masked, "This process", self._rows)
+        y_TF = torch.empty(tokens, group.features)
+        group.unmask(z_TB, no_pad_TF, masked, y_TF, "This process", self._rows)
         return Ready(y_TF.to(self._dtype))
 
     def close(self) -> None:

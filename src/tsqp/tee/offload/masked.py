@@ -5,7 +5,7 @@ Shape suffixes: T tokens; D input and F output features of a group; V vocabulary
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -126,17 +126,23 @@ class MaskedGroup:
         return Masked(unit_T, expected_T2)
 
     def unmask(
-        self, z_TB: Tensor, u_TF: Int32, masked: Masked, culprit: str, rows: kernels.RowPool
-    ) -> Tensor:
-        """[P5], [P7], [P3]: y, float32 in private memory, once every row has passed the check.
+        self,
+        z_TB: Tensor,
+        u_TF: Int32,
+        masked: Masked,
+        y_TF: Tensor,
+        culprit: str,
+        rows: kernels.RowPool,
+    ) -> None:
+        """[P5], [P7], [P3]: write y, and raise unless every row of it has passed the check.
 
         Args:
+            y_TF: float32, contiguous, in private memory; worthless where this raises.
             culprit: whom to blame for a wrong answer, as a sentence begins.
 
         Raises:
             IntegrityError: some row is not the product.
         """
-        y_np = np.empty((len(z_TB), self.features), np.float32)
         kernel = partial(
             kernels.unpad_and_check,
             kernels.aligned(z_TB),
@@ -146,12 +152,12 @@ class MaskedGroup:
             masked.unit_T,
             masked.expected_T2,
             self.field,
-            y_np,
+            y_TF.numpy(),
         )
-        if rows.run(len(y_np), kernel) != kernels.ALL_ROWS:
+        if rows.run(len(y_TF), kernel) != kernels.ALL_ROWS:
             raise self.wrong_product(culprit)
-        y_TF = torch.from_numpy(y_np)
-        return y_TF if self._bias_F is None else y_TF.add_(self._bias_F)
+        if self._bias_F is not None:
+            y_TF.add_(self._bias_F)
 
     def wrong_product(self, culprit: str) -> IntegrityError:
         """What to raise where an answer is not the product."""
@@ -234,8 +240,8 @@ class _BlockSender(Protocol[Block]):
 
     def send(self, group: MaskedGroup, x_TD: Tensor) -> Block: ...
 
-    def receive(self, group: MaskedGroup, block: Block) -> tuple[Tensor, float]:
-        """The product, float32, and the seconds spent waiting for it."""
+    def receive(self, group: MaskedGroup, block: Block, y_TF: Tensor) -> float:
+        """Write the product, float32; the seconds spent waiting for it."""
         ...
 
     def cancel(self, block: Block) -> None:
@@ -259,8 +265,9 @@ class _Blocks(Generic[Block]):
         self._sender = sender
         self._group = group
         self._dtype = dtype
-        step = min(BLOCK_ROWS, sender.rows_per_call(group))
-        self._waiting = deque(x_TD[first : first + step] for first in range(0, len(x_TD), step))
+        self._rows = len(x_TD)
+        self._step = min(BLOCK_ROWS, sender.rows_per_call(group))
+        self._waiting = deque(_split(x_TD, self._step))
         self._out: deque[Block] = deque()
         self.waited_s = 0.0
         try:
@@ -270,18 +277,16 @@ class _Blocks(Generic[Block]):
             raise
 
     def __enter__(self) -> Tensor:
-        parts = []
+        y_TF = torch.empty(self._rows, self._group.features)
         try:
-            while self._out:
-                y_TF, waited_s = self._sender.receive(self._group, self._out[0])
+            for block_TF in _split(y_TF, self._step):
+                self.waited_s += self._sender.receive(self._group, self._out[0], block_TF)
                 self._out.popleft()  # only now: until it is here, `cancel` gives it up too
-                parts.append(y_TF)
-                self.waited_s += waited_s
                 self._send_ahead()
         except BaseException:
             self.cancel()
             raise
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._dtype)
+        return y_TF.to(self._dtype)
 
     def __exit__(
         self,
@@ -299,3 +304,8 @@ class _Blocks(Generic[Block]):
     def _send_ahead(self) -> None:
         while self._waiting and len(self._out) < AHEAD:
             self._out.append(self._sender.send(self._group, self._waiting.popleft()))
+
+
+def _split(rows_TN: Tensor, step: int) -> Sequence[Tensor]:
+    """Blocks of at most `step` rows; what a token at a time pays for is next to nothing."""
+    return [rows_TN] if len(rows_TN) <= step else torch.split(rows_TN, step)

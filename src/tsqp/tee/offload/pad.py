@@ -92,17 +92,18 @@ class PadLinear:
             raise
         return _Block(self._channel.submit(slot), pads, masked)
 
-    def receive(self, group: MaskedGroup, block: _Block) -> tuple[Tensor, float]:
+    def receive(self, group: MaskedGroup, block: _Block, y_TF: Tensor) -> float:
         """[P5], [P7]: the product, or nothing."""
         began = time.monotonic()
         with self._channel.wait(block.ticket, began + self._timeout) as reply:
             waited_s = time.monotonic() - began
             self._failures.check()
             try:
-                y_TF = group.unmask(
+                group.unmask(
                     reply.outputs[0],
                     block.pads.u_NF,
                     block.masked,
+                    y_TF,
                     f"The worker at {self._channel.endpoint}",
                     self._rows,
                 )
@@ -111,7 +112,7 @@ class PadLinear:
                 self._failures.count()
                 self.close()
                 raise
-        return y_TF, waited_s
+        return waited_s
 
     def cancel(self, block: _Block) -> None:
         self._channel.cancel(block.ticket)

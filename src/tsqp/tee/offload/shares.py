@@ -94,7 +94,7 @@ class SharesLinear:
             raise
         return _Block((*tickets, ticket), masked)
 
-    def receive(self, group: MaskedGroup, block: _Block) -> tuple[Tensor, float]:
+    def receive(self, group: MaskedGroup, block: _Block, y_TF: Tensor) -> float:
         """[P8], [P7]: the sum of the answers, or nothing."""
         deadline = time.monotonic() + self._timeout
         waited_s = 0.0
@@ -107,7 +107,8 @@ class SharesLinear:
                     self._failures.check()
                     z_TB = reply.outputs[0]
                     if channel is self._last:
-                        y_TF = group.unmask(z_TB, others_TF, block.masked, self._names, self._rows)
+                        kept = block.masked
+                        group.unmask(z_TB, others_TF, kept, y_TF, self._names, self._rows)
                         continue
                     z_np = kernels.aligned(z_TB)
                     if kernels.subtract_answer(z_np, group.field, others_TF) != kernels.ALL_ROWS:
@@ -117,7 +118,7 @@ class SharesLinear:
             self._failures.count()
             self.close()
             raise
-        return y_TF, waited_s
+        return waited_s
 
     def cancel(self, block: _Block) -> None:
         self._cancel(block.tickets)
