@@ -363,7 +363,9 @@ def test_an_open_link_to_another_machine_wants_a_key_or_insecure(
     assert "give its --worker-key, or use a worker on this machine, or pass --insecure" in text
 
 
-@pytest.mark.parametrize("key", ["nonsense", KEYS[0][:-1], KEYS[0] + "0", ""])
+@pytest.mark.parametrize(
+    "key", ["nonsense", KEYS[0][:-1], KEYS[0] + "0", ""], ids=["nonsense", "short", "long", "none"]
+)
 def test_a_key_that_is_none_is_named(key: str) -> None:
     text = refusal("pad", [HERE], [key])
     assert "name a file that `tsqp keygen` made, or correct the key" in text

@@ -58,7 +58,9 @@ def test_keys_come_in_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", PUBLIC[1:], PUBLIC + "0", PUBLIC[:-1] + "~", "é" * 40, "#" * 40, " " * 40]
+    "text",
+    ["", PUBLIC[1:], PUBLIC + "0", PUBLIC[:-1] + "~", "é" * 40, "#" * 40, " " * 40],
+    ids=["none", "short", "long", "no digit", "no ASCII", "too large", "blank"],
 )
 def test_what_has_not_the_form_of_a_key_is_none(text: str) -> None:
     assert not is_key(text)

@@ -252,7 +252,9 @@ def test_a_posted_call_is_done(busy: WorkerThread, shm_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [Probe(), Bye(), Attach(True, True), Attach(False, False), hello()], ids=repr
+    "message",
+    [Probe(), Bye(), Attach(True, True), Attach(False, False), hello()],
+    ids=lambda message: type(message).__name__,
 )
 def test_a_posted_message_that_is_no_call_is_refused(
     busy: WorkerThread, shm_folder: Path, message: Message
