@@ -19,6 +19,7 @@ from family_models import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from tsqp import LLM
@@ -363,6 +364,39 @@ def test_a_wrapper_without_a_language_model_is_refused() -> None:
 def test_layer_types_decide_where_a_mistral_has_windows() -> None:
     config = make_model("mistral").config.to_dict() | {"layer_types": [FULL, SLIDING] * 2}
     assert [layer.window for layer in from_hf(config, None).layers] == [None, WINDOW] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("llama", {"attention_bias": False}, r"self_attn\.[qkvo]_proj\.bias"),
+        ("granite", {"mlp_bias": False}, r"mlp\.(gate|up|down)_proj\.bias"),
+        ("smollm3", {"num_hidden_layers": 3, "layer_types": [FULL] * 3}, r"layers\.3\."),
+        ("qwen3", {"model_type": "llama", "architectures": None}, r"self_attn\.[qk]_norm"),
+        ("gemma2", {"model_type": "mistral", "architectures": None}, "feedforward_layernorm"),
+    ],
+)
+def test_tensors_that_the_config_leaves_out_are_refused_by_name(
+    name: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path, name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match=rf"holds tensor 'model\..*{words}"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_frequencies_that_old_checkpoints_hold_are_passed_over(tmp_path: Path) -> None:
+    model = write_model(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    decoder, offload = Decoder(checkpoint, torch.float32), LocalOffload(checkpoint, torch.float32)
+    ids = random_ids(20)
+    found = logits_in_chunks(decoder, offload, ids, [20])
+    torch.testing.assert_close(found, reference_logits(model, ids), atol=1e-4, rtol=0)
+    checkpoint.close()
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import CheckpointError, UnsupportedModel
+from tsqp.model.config import ModelConfig, tensor_shapes
 from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json, read_json
 from tsqp.model.hf_config import WRAPPERS, from_hf, plain_name
 
@@ -141,6 +142,7 @@ class SafetensorsCheckpoint:
             self._where = {name: (file, name) for name, file in where.items()}
             if config["model_type"] in WRAPPERS:
                 self._where = _plain(self._where, self.name)
+            _check_places(self._where, self.config, self.name)
         except BaseException:
             self.close()
             raise
@@ -197,6 +199,23 @@ def _plain(where: Places, checkpoint: str) -> Places:
             )
         found[plain] = place
     return found
+
+
+def _check_places(where: Places, config: ModelConfig, checkpoint: str) -> None:
+    """Refuse tensors of layers that the config leaves out: without them it is another model.
+
+    What is outside the layers may be a part that reads images, or an output projection that the
+    config ties to the embedding.
+    """
+    known = tensor_shapes(config)
+    for name in where:
+        in_layers = name.startswith("model.layers.") or name == "lm_head.bias"
+        # Older checkpoints hold frequencies, which follow from the config.
+        if in_layers and name not in known and not name.endswith(".rotary_emb.inv_freq"):
+            raise CheckpointError(
+                f"{checkpoint} holds tensor {name[:200]!a}, for which its config.json has no"
+                " place: fetch both again."
+            )
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:
