@@ -1,5 +1,6 @@
 """Every family gives the logits of transformers, in one pass and through the KV cache."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,34 @@ def test_pad_gives_the_answers_and_the_logits_of_fixed_point(
     (expected, expected_logits), (padded, padded_logits) = found
     assert padded == expected
     assert torch.equal(padded_logits, expected_logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fixed_point_gives_the_logits_of_transformers_with_rounded_weights(
+    name: str, written: dict[str, tuple[Path, Any]]
+) -> None:
+    folder, model = written[name]
+    ids = random_ids(TOKENS)
+    expected = reference_logits(with_rounded_weights(model), ids)
+    with LLM(str(folder), privacy="tee", fixed_point=True, dtype="float32") as llm:
+        assert llm._offload is not None
+        for chunks in CHUNKS.values():
+            found = logits_in_chunks(llm._engine._decoder, llm._offload, ids, chunks)
+            # Activations are rounded too.
+            torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def with_rounded_weights(model: Any) -> Any:
+    """The model with 127 steps to each side in every row of a linear layer; tied ones untied."""
+    rounded = copy.deepcopy(model)
+    embedding = rounded.get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight.clone())
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, torch.nn.Linear):
+                step_F1 = module.weight.abs().amax(1, keepdim=True) / 127
+                module.weight.copy_((module.weight / step_F1).round() * step_F1)
+    return rounded
 
 
 @pytest.mark.parametrize("name", FAMILIES)
