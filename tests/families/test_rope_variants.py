@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from tsqp import LLM
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.hf_config import from_hf
@@ -98,6 +99,31 @@ def test_models_with_each_variant_give_the_logits_of_transformers(
     for chunks in ([100], [90, *[1] * 10]):
         found = logits_of(tmp_path, ids, chunks)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+SPLITS: dict[str, dict[str, str]] = {
+    "attention tee": {},
+    "attention gpu": {"attention": "gpu"},
+    "fuse layer": {"fuse": "layer"},
+}
+
+
+@pytest.mark.parametrize("variant", ["linear", "yarn with an attention factor", "llama3"])
+def test_each_variant_is_the_same_in_every_mode(variant: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path, "llama", rope_parameters=VARIANTS[variant] | {"rope_theta": 1e4})
+    ids = random_ids(100)
+    expected = reference_logits(model, ids)
+    for split in SPLITS.values():
+        found = logits_of_llm(tmp_path, ids, privacy="open", worker="inproc", **split)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    padded = logits_of_llm(tmp_path, ids, privacy="pad", worker="inproc", pad_memory=0)
+    assert torch.equal(padded, logits_of_llm(tmp_path, ids, privacy="tee", fixed_point=True))
+
+
+def logits_of_llm(folder: Path, ids: list[int], **options: Any) -> torch.Tensor:
+    with LLM(str(folder), dtype="float32", **options) as llm:
+        assert llm._offload is not None
+        return logits_in_chunks(llm._engine._decoder, llm._offload, ids, [90, *[1] * 10])
 
 
 @pytest.mark.parametrize("chunks", [[100], [40, 40, 20], [30, *[1] * 70]])
