@@ -93,6 +93,8 @@ class Repl:
                 signal.signal(signal.SIGINT, self._interrupt)
                 line.encode()
             except EOFError:
+                if self._interactive:
+                    say("")  # the shell goes on in a line of its own
                 return
             except UnicodeEncodeError:
                 say("This line is not valid UTF-8, and nothing was done with it.")
