@@ -24,6 +24,7 @@ from tsqp.model.progress import Progress, silent
 from tsqp.model.weights import parse_dtype
 from tsqp.tee.call_lines import FORMAT, Geometry, Header
 from tsqp.tee.call_log import CallLog
+from tsqp.tee.checks import one_params, several_prompts
 from tsqp.tee.crypto.pads import PadPool, PadStats
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
@@ -170,15 +171,15 @@ class LLM:
             one prompt side by side, numbered by their `index`.
 
         Raises:
-            PromptError: a prompt is empty, or longer than the model's context, or a parameter
-                speaks of tokens that the model does not have.
+            PromptError: a prompt is empty, or longer than the model's context, or neither text nor
+                token ids, or a parameter speaks of tokens that the model does not have.
             WorkerError: the worker failed; nothing is left running.
         """
-        several = [prompts] if isinstance(prompts, str) else prompts
-        ids = [self.tokenize(p) if isinstance(p, str) else list(p) for p in several]
+        params = one_params(sampling_params)
+        given = several_prompts(prompts)
         return self._engine.generate(
-            ids,
-            sampling_params or SamplingParams(),
+            [self.tokenize(each) if isinstance(each, str) else each for each in given],
+            params,
             on_text,
             on_progress=on_progress,
             should_stop=should_stop,
@@ -206,7 +207,7 @@ class LLM:
             TokenizerError: the model has no chat template.
             PromptError: see `generate`; or `n` is above 1, for which `tokenize` and `generate` are.
         """
-        params = sampling_params or SamplingParams()
+        params = one_params(sampling_params)
         if params.n > 1:
             raise PromptError("A chat has one answer: leave n at 1, or use tokenize and generate.")
         [completion] = self._engine.generate(

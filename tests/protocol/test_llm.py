@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from protocol_helpers import SHARED, Commands, eventually
@@ -68,6 +69,39 @@ def test_a_failing_prompt_leaves_the_session_usable(llm: LLM) -> None:
     with pytest.raises(ZeroDivisionError):
         llm.generate(PROMPTS, params, on_text=lambda number, text: print(1 // 0))
     assert llm.generate(PROMPTS, params) == before
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [[1, 2, 3], {"prompt": "Hi"}, [{"prompt": "Hi"}], None, b"Hi", [b"Hi"], [[1], None]],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(PromptError, match="Prompts must be a text, a list of texts, or a list of"):
+        llm.generate(prompts)
+
+
+@pytest.mark.parametrize("messages", ["Hi", ["Hi"], [[{"role": "user", "content": "Hi"}]]], ids=str)
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    with pytest.raises(PromptError, match="A conversation must be a list of"):
+        llm.chat(messages)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [SamplingParams()]], ids=["dict", "list"])
+def test_what_are_no_sampling_parameters_is_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(PromptError, match="must be one SamplingParams, which all prompts"):
+        llm.generate(["Hi"], params)
+    with pytest.raises(PromptError, match="must be one SamplingParams, which all prompts"):
+        llm.chat([{"role": "user", "content": "Hi"}], params)
+
+
+def test_texts_and_token_ids_go_together(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    ids = llm.tokenize(PROMPTS[0])
+    mixed: Any = iter([PROMPTS[0], tuple(ids)])
+    first, second = llm.generate(mixed, params)
+    assert first == second
+    assert llm.generate([], params) == []
 
 
 def test_a_closed_session_says_so_and_leaves_no_local_worker(

@@ -1,10 +1,38 @@
 """What a model must know of a request before it is queued."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tsqp.errors import PromptError, PromptTooLong
 from tsqp.model.config import ModelConfig
 from tsqp.tee.sampling import SamplingParams
+
+
+def several_prompts(prompts: object) -> list[str | list[int]]:
+    """What a caller gave as prompts: each a text, or token ids that are not looked at yet.
+
+    Raises:
+        PromptError: it is neither a text, nor some of them, nor some lists of token ids.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Iterable) and not isinstance(prompts, Mapping | bytes):
+        several = list(prompts)
+        if all(isinstance(each, Sequence) and not isinstance(each, bytes) for each in several):
+            return [each if isinstance(each, str) else list(each) for each in several]
+    raise PromptError("Prompts must be a text, a list of texts, or a list of token id lists.")
+
+
+def one_params(params: object) -> SamplingParams:
+    """What a caller gave as sampling parameters; None for the defaults.
+
+    Raises:
+        PromptError: it is something else than one `SamplingParams`.
+    """
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise PromptError("sampling_params must be one SamplingParams, which all prompts share.")
+    return params
 
 
 def check_prompt(prompt_ids: Sequence[int], config: ModelConfig, answer: int = 1) -> None:

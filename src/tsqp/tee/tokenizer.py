@@ -90,9 +90,11 @@ class Tokenizer:
 
         Raises:
             TokenizerError: there is no template, or it refuses these messages.
-            PromptError: a content is not valid Unicode.
+            PromptError: a message is none, or its content is not valid Unicode.
         """
         for message in messages:
+            if not isinstance(message, Mapping):
+                raise PromptError('A conversation must be a list of {"role": ..., "content": ...}.')
             _check_unicode(message.get("content", ""))
         self.check_chat()
         try:
