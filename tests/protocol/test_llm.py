@@ -60,6 +60,26 @@ def test_a_conversation_is_a_prompt_in_the_template(llm: LLM) -> None:
     assert "".join(pieces) == answer.text
 
 
+def test_a_masked_conversation_goes_on_with_the_keys_and_values_of_fixed_point(
+    speaking: Path,
+) -> None:
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=8, ignore_eos=True, logprobs=2)
+    found = []
+    for options in (
+        {"privacy": "tee", "fixed_point": True},
+        {"privacy": "pad", "worker": "inproc", "pad_memory": 0},
+    ):
+        with LLM(str(speaking), **options) as llm:  # type: ignore[arg-type]
+            messages = [{"role": "user", "content": "Who?"}]
+            for _ in range(3):
+                answer = llm.chat(messages, params, keep_prefix=True)
+                found.append(answer)
+                messages.append({"role": "assistant", "content": answer.text})
+                messages.append({"role": "user", "content": "And then?"})
+            assert llm.stats.reused_tokens > found[0].prompt_tokens
+    assert found[:3] == found[3:]
+
+
 def test_a_failing_prompt_leaves_the_session_usable(llm: LLM) -> None:
     assert llm.transport == SHARED
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
