@@ -11,6 +11,7 @@ from test_without_shared_memory import MISSING, inside, may_mount, tmpfs
 
 from tsqp.bench.doctor import machine
 from tsqp.bench.doctor.checks import Check, run_check
+from tsqp.bench.doctor.run import print_checks
 from tsqp.bench.doctor.session import Target, session_checks
 from tsqp.errors import RemoteError
 from tsqp.tee.crypto.freivalds import FailureLimit
@@ -48,7 +49,7 @@ def test_a_machine_and_a_worker_that_are_well(commands: Commands, tiny_worker: s
     names = [check["name"] for check in result.json["checks"] if check["state"] == "ok"]
     assert {"processor", "shared memory", "TEE", "int8 products", "tcp alone"} <= set(names)
     assert {f"{mode}: {step}" for mode in MODES for step in ("handshake", "product")} <= set(names)
-    assert "open: embedding" in names
+    assert {"open: embedding", "open: attention"} <= set(names)
     assert result.stderr.count("✓") == len(names)
 
 
@@ -99,11 +100,27 @@ def test_a_lying_worker(liar: LyingWorker, limit: FailureLimit) -> None:
     assert "returned a wrong product for group qkv of layer 0" in found["pad: product"]
 
 
-def test_what_a_failing_worker_says_of_itself_is_shown(liar: LyingWorker) -> None:
+@pytest.mark.parametrize(
+    ("group", "what"), [("attention_scores", "Q·Kᵀ"), ("weighted_values", "P·V")]
+)
+def test_a_worker_whose_attention_is_wrong(group: str, what: str, liar: LyingWorker) -> None:
+    liar.order(Order("not a number", 0, group))
+    found = failures(examine(liar.endpoint))
+    assert list(found) == ["open: attention"]
+    assert found["open: attention"].startswith(f"{what} is off by nan of its size")
+
+
+def test_what_a_failing_worker_says_of_itself_is_shown(
+    liar: LyingWorker, capsys: pytest.CaptureFixture[str]
+) -> None:
     liar.order(Order("fails"))
-    [check] = [each for each in examine(liar.endpoint) if each.name == "pad: product"]
-    assert check.state == "bad"
-    assert "RuntimeError: this worker has better things to do" in check.traceback
+    checks = [each for each in examine(liar.endpoint) if each.name == "pad: product"]
+    assert [check.state for check in checks] == ["bad"]
+    assert not print_checks(checks, json_output=False)
+    shown = capsys.readouterr().out
+    assert "✗ pad: product" in shown
+    assert "Traceback (most recent call last)" in shown
+    assert "RuntimeError: this worker has better things to do" in shown
 
 
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """Checks of a worker, step by step: reach it, shake hands, and see whether its products are right.
 
-Shape suffixes: T tokens; D input and F output features of a group.
+Shape suffixes: T tokens; D input and F output features of a group; H query heads; J key/value
+heads; K features of one head; S tokens of a sequence.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +19,20 @@ from tsqp._options import Options, check_options
 from tsqp._sessions import WorkerProcess
 from tsqp.bench.doctor.checks import Check, Skipped, Wrong, run_check
 from tsqp.errors import HandshakeError
+from tsqp.gpu.worker import ATTENTION_ABILITY
+from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.model.quantize import quantize_group
 from tsqp.model.weights import parse_dtype, read_bias, read_embedding, read_linear
-from tsqp.tee.offload.base import Embedding, Linear, Offload, Request
+from tsqp.tee.offload.base import (
+    AttentionScores,
+    Embedding,
+    Linear,
+    Offload,
+    Request,
+    WeightedValues,
+)
+from tsqp.tee.offload.open_attention import OpenAttentionOffload
 from tsqp.wire.channel import Channel
 from tsqp.wire.endpoint import parse_endpoint
 
@@ -102,6 +114,8 @@ class _Mode:
         if self._privacy == "open":
             yield "open: embedding", self._embed
         yield f"{self._privacy}: product", self._multiply
+        if self._privacy == "open":
+            yield "open: attention", self._attend
         yield f"{self._privacy}: speed", self._hurry
         yield f"{self._privacy}: transport", self._transport
 
@@ -150,11 +164,40 @@ class _Mode:
         expected_TF = x_TD.double() @ weight_FD.t()
         bias_F = read_bias(self._checkpoint, *GROUP, self._dtype)
         expected_TF += 0.0 if bias_F is None else bias_F.double()
-        off_TF = self._ask(Linear(*GROUP, x_TD)).double() - expected_TF
-        error = float(off_TF.abs().max() / expected_TF.abs().max())
-        if not error <= TOLERANCE[self._dtype]:
-            raise Wrong(f"The product is off by {error:.0e} of its size; do not trust this worker.")
+        error = self._error("The product", self._ask(Linear(*GROUP, x_TD)), expected_TF)
         return f"{'padded, checked, and ' if self._privacy == 'pad' else ''}right to {error:.0e}"
+
+    def _attend(self) -> str:
+        """Q·Kᵀ, and P·V with the output projection, as `--attention gpu` has them; in float64."""
+        if ATTENTION_ABILITY not in self._channel.welcome.abilities:
+            raise Wrong(
+                "The worker cannot do attention, which --attention gpu wants; install the same "
+                "version of tsqp on both sides."
+            )
+        c, rows = self._checkpoint.config, FEW_ROWS
+        offload = OpenAttentionOffload(self._channel, c, self._dtype, {}, TIMEOUT_S)
+        q_THK = self._waves(rows, c.num_heads, c.head_dim)
+        k_TJK, v_TJK = self._waves(2, rows, c.num_kv_heads, c.head_dim).cos()
+        p_HTS = self._waves(c.num_heads, rows, rows)
+
+        offload.alloc(0, rows)
+        request = AttentionScores(0, q_THK, k_TJK, v_TJK, [Segment(0, 0, rows)])
+        scores_HTS = self._ask(request, offload).view(c.num_heads, rows, rows)
+        o_TD = self._ask(WeightedValues(0, [(0, p_HTS)]), offload)
+        offload.free(0)
+
+        # Each key/value head serves as many query heads, which follow one another.
+        k_SHK, v_SHK = (
+            x.double().repeat_interleave(c.num_heads // c.num_kv_heads, 1) for x in (k_TJK, v_TJK)
+        )
+        expected_HTS = torch.einsum("thk,shk->hts", q_THK.double(), k_SHK)
+        values_TD = torch.einsum("hts,shk->thk", p_HTS.double(), v_SHK).flatten(1)
+        weight_FD = read_linear(self._checkpoint, 0, "o", self._dtype).weight_FD.double()
+        error = max(
+            self._error("Q·Kᵀ", scores_HTS, expected_HTS),
+            self._error("P·V", o_TD, values_TD @ weight_FD.t()),
+        )
+        return f"Q·Kᵀ and P·V right to {error:.0e}"
 
     def _hurry(self) -> str:
         one_s = median(self._time(1) for _ in range(CALLS))
@@ -199,13 +242,22 @@ class _Mode:
         )
 
     def _inputs(self, rows: int) -> Tensor:
-        """The same for everybody: nothing of a user's."""
-        width = self._checkpoint.config.hidden_size
-        return torch.arange(rows * width).sin().view(rows, width).to(self._dtype)
+        """For the product: the same for everybody, nothing of a user's."""
+        return self._waves(rows, self._checkpoint.config.hidden_size)
 
-    def _ask(self, request: Request) -> Tensor:
-        with self._offload.start(request) as answer:
+    def _waves(self, *shape: int) -> Tensor:
+        return torch.arange(math.prod(shape)).sin().view(shape).to(self._dtype)
+
+    def _ask(self, request: Request, offload: Offload | None = None) -> Tensor:
+        with (offload or self._offload).start(request) as answer:
             return answer.clone()
+
+    def _error(self, what: str, found: Tensor, expected: Tensor) -> float:
+        """The largest error, in parts of the largest number."""
+        error = float((found.double() - expected).abs().max() / expected.abs().max())
+        if not error <= TOLERANCE[self._dtype]:
+            raise Wrong(f"{what} is off by {error:.0e} of its size; do not trust this worker.")
+        return error
 
     def _time(self, rows: int) -> float:
         request = Linear(*GROUP, self._inputs(rows))
