@@ -15,6 +15,7 @@ from crypto_helpers import (
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, FIELDS, Field
 from tsqp.errors import IntegrityError, NumericalError
+from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.kernels import ALL_ROWS, RowPool
 from tsqp.tee.crypto.rng import uniform
@@ -157,6 +158,95 @@ def test_a_single_wrong_entry_is_noticed_wherever_it_is(field: Field, wrong: int
         wrong_TF[place] = (int(wrong_TF[place]) + wrong) % field.p
         with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 3"):
             layer.unmask(layer.to_bytes(wrong_TF), u_TF, masked)
+
+
+# A check multiplies two entries at once, and four in a round; an input in blocks of 256.
+SHAPES = [(1, 1), (1, 2), (2, 1), (2, 3), (3, 2), (3, 3), (5, 255), (6, 256), (7, 257), (9, 515)]
+
+
+@BOTH
+@pytest.mark.parametrize(("features", "width"), SHAPES)
+def test_rows_of_any_width_are_computed_and_every_entry_of_them_is_checked(
+    features: int, width: int, field: Field
+) -> None:
+    layer = Layer(field, features, width)
+    weight_FD = layer.weights.weight_FD
+    x_TD = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+    r_TD, u_TF = layer.pads(3)
+    masked, c_TD = layer.mask(x_TD, r_TD)
+    right_TB = layer.answer(c_TD)
+    y_TF = layer.unmask(right_TB, u_TF, masked)
+    for t, (c_D, r_D) in enumerate(zip(c_TD.tolist(), r_TD.tolist(), strict=True)):
+        xq_D = centred([c - r for c, r in zip(c_D, r_D, strict=True)], field)
+        yq_F = product(weight_FD, xq_D)
+        expected_F = [
+            y * s * masked.unit_T[t]
+            for y, s in zip(yq_F, layer.weights.scale_F.tolist(), strict=True)
+        ]
+        assert y_TF[t].tolist() == np.array(expected_F).astype(np.float32).tolist()
+    z_TF = np.empty((3, features), np.int32)
+    residue_bytes.unpack(right_TB.numpy(), field, z_TF)
+    for place in np.ndindex(*z_TF.shape):
+        wrong_TF = z_TF.copy()
+        wrong_TF[place] = (int(wrong_TF[place]) + 1) % field.p
+        with pytest.raises(IntegrityError):
+            layer.unmask(layer.to_bytes(wrong_TF), u_TF, masked)
+
+
+@BOTH
+@pytest.mark.parametrize(("features", "width"), SHAPES)
+def test_what_an_answer_must_give_is_computed_as_with_big_integers(
+    features: int, width: int, field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[CheckVectors] = []
+    draw = CheckVectors.draw
+
+    def noting(weight_FD: torch.Tensor) -> CheckVectors:
+        drawn.append(draw(weight_FD))
+        return drawn[-1]
+
+    monkeypatch.setattr(CheckVectors, "draw", noting)
+    layer = Layer(field, features, width)
+    [checks] = drawn
+    x_TD = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+    masked, c_TD = layer.mask(x_TD, np.zeros((3, width), np.int32))
+    for c_D, expected_2 in zip(c_TD.tolist(), masked.expected_T2.tolist(), strict=True):
+        xq_D = centred(c_D, field)
+        assert expected_2 == [
+            sum(k * x for k, x in zip(kw_D.tolist(), xq_D, strict=True)) % CHECK_MODULUS
+            for kw_D in checks.kw_2D
+        ]
+
+
+@BOTH
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_the_largest_numbers_do_not_overflow(
+    sign: int, field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, most = 1027, CHECK_MODULUS - 1
+    # Every xq and every yq is as large as any can be; so is k, once on either side of Wq.
+    weights = IntegerWeights(127 * torch.eye(size, dtype=torch.int8), torch.ones(size))
+    inverse = most * pow(127, -1, CHECK_MODULUS) % CHECK_MODULUS
+    k_2F = np.repeat(np.array([[most], [inverse]], np.int32), size, axis=1)
+    kw_2D = np.repeat(np.array([[most * 127 % CHECK_MODULUS], [most]], np.int32), size, axis=1)
+    monkeypatch.setattr(CheckVectors, "draw", lambda _: CheckVectors(k_2F, kw_2D))
+    group = MaskedGroup((0, "o"), weights, None, field)
+    pool = RowPool(1)
+    x_TD = sign * torch.ones(1, size)
+    c_TB = torch.empty(1, field.residue_bytes * size).byte()
+    masked = group.mask(x_TD, np.zeros((1, size), np.int32), c_TB, pool)
+    c_TD = np.empty((1, size), np.int32)
+    residue_bytes.unpack(c_TB.numpy(), field, c_TD)
+    [xq] = set(centred(c_TD[0].tolist(), field))
+    assert 0.99 * field.half < 127 * xq * sign <= field.half
+    assert masked.expected_T2.tolist() == [
+        [size * xq * kw % CHECK_MODULUS for kw in kw_2D[:, 0].tolist()]
+    ]
+    z_TB = torch.empty(1, field.residue_bytes * size).byte()
+    residue_bytes.pack(np.full((1, size), 127 * xq % field.p, np.int32), field, z_TB.numpy())
+    y_TF = torch.empty(1, size)
+    group.unmask(z_TB, np.zeros((1, size), np.int32), masked, y_TF, "The worker", pool)
+    assert set(y_TF[0].tolist()) == {float(np.float32(127 * xq * masked.unit_T[0]))}
 
 
 @BOTH
