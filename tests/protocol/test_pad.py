@@ -19,7 +19,7 @@ from tsqp.algebra.params import FIELDS, Field
 from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel, WorkerLost
 from tsqp.gpu.worker import Worker
 from tsqp.tee.crypto import pads
-from tsqp.tee.crypto.freivalds import CheckVectors, FailureLimit
+from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.masked import Masked, MaskedGroup
@@ -315,15 +315,50 @@ def test_a_session_ends_with_a_wrong_answer_and_forgets_its_check_vectors(
         run(worker, operation, inputs, outputs)  # type: ignore[arg-type]
         outputs[0][0, 0] ^= 1
 
-    with LLM(str(small), worker="inproc") as llm:
+    before = living_groups()
+    with LLM(str(small), worker="inproc", pad_memory=2**20) as llm:
+        groups = living_groups() - before  # which hold the vectors
+        assert len(groups) == 9
+        llm.fill_pads()
+        assert llm.pads is not None and llm.pads.stock_bytes > 0
         monkeypatch.setattr(Worker, "run", lie)
         with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 0"):
             tokens(llm, [[1, 2, 3]])
         monkeypatch.setattr(Worker, "run", run)  # honest again, but nobody asks
         with pytest.raises(WorkerLost, match="has ended"):
             tokens(llm, [[1, 2, 3]])
-        gc.collect()
-        assert not any(type(each) is CheckVectors for each in gc.get_objects())
+        assert llm.pads is not None and llm.pads.stock_bytes == 0
+        assert not groups & living_groups()
+
+
+def living_groups() -> set[int]:
+    """All that nobody has let go of yet."""
+    gc.collect()
+    return {id(each) for each in gc.get_objects() if type(each) is MaskedGroup}
+
+
+@BOTH
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_wrong_row_of_any_block_gives_up_all_of_the_answer(
+    block: int, field: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqp._offloads.process_limit", limit := FailureLimit())
+    run, calls = Worker.run, iter(range(3))
+
+    def lie(worker: Worker, operation: object, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        run(worker, operation, inputs, outputs)  # type: ignore[arg-type]
+        if next(calls) == block:
+            outputs[0][-1, -1] ^= 1
+
+    with LLM(str(small), worker="inproc", field=field) as llm:
+        assert llm._offload is not None
+        monkeypatch.setattr(Worker, "run", lie)
+        pending = llm._offload.start(Linear(1, "down", torch.randn(300, 88)))
+        with pytest.raises(IntegrityError, match="group down of layer 1"), pending:
+            raise AssertionError("somebody was given the answer")
+        assert limit._left == MAX_FAILURES - 1  # one lie, counted once
+        with pytest.raises(WorkerLost, match="has ended"):
+            llm._offload.start(Linear(1, "down", torch.randn(1, 88)))
 
 
 @pytest.mark.parametrize("interrupted", [KeyboardInterrupt, MemoryError])
