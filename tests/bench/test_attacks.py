@@ -1,6 +1,7 @@
 """Each attack fires on a leak that it is for, and none of them on noise."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tsqp.algebra.params import Field
 from tsqp.bench import audit
 from tsqp.bench.attacks import Vocabulary, match_in_any_order, match_in_place, match_row_space
 from tsqp.bench.audit import Auditor, Report
+from tsqp.bench.finding import Finding
 from tsqp.bench.noise import Agreement, Related, Repeats, Uniformity
 from tsqp.model.checkpoint import open_checkpoint
 
@@ -249,6 +251,16 @@ def test_with_as_many_rows_as_features_the_row_space_says_nothing(
     finding = match_row_space(vocabulary, true_rows(ids), ids, "", "")
     assert finding.p is None
     assert finding.note == "not applicable: the rows span 64 of 64 dimensions"
+
+
+def test_a_finding_counts_when_it_is_rarer_than_one_in_a_million_among_all_attacks() -> None:
+    rare, demonstration = Finding("rare", "", "", p=0.3e-6), Finding("sum", "", "", p=0.0)
+    demonstration = replace(demonstration, counted=False)
+    others = [Finding("other", "", "", p=0.5), Finding("not applicable", "", "")]
+    for number, leaks in ((0, 1), (2, 1), (3, 0)):
+        report = Report("", "", 1, 1, [rare, demonstration, *others[:1] * number, others[1]])
+        assert len(report.attacks) == 1 + number
+        assert report.leaks == [rare] * leaks
 
 
 def test_too_few_values_are_no_test_of_uniformity() -> None:

@@ -18,6 +18,7 @@ import torch
 from tsqp.bench.machine import describe_machine
 
 BUDGET_S = 460.0
+LEAST_S = 5.0  # below, a step would end before it began
 TESTS = Path(__file__).parents[3] / "tests" / "gpu"
 MODES = "transformers,tee,open,open-gpu-attention,open-fused,pad,shares"
 
@@ -79,7 +80,7 @@ def steps(device: str) -> list[Step]:
 def run_step(step: Step, left_s: float) -> Outcome:
     """Run one step to its end, or to its limit."""
     limit_s = min(step.limit_s, left_s)
-    if limit_s < 5:
+    if limit_s < LEAST_S:
         return Outcome(step.name, "skipped", 0.0, "no time was left")
     began = perf_counter()
     try:

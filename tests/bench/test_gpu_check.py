@@ -1,0 +1,96 @@
+"""`scripts/gpu-check`: a step that goes wrong costs the others nothing, and all is in one file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsqp.bench import gpu_check
+from tsqp.bench.gpu_check import BUDGET_S, Step, main, run_step, steps
+
+LONG_S = 60.0
+
+
+def step(program: str, *, limit_s: float = LONG_S, is_json: bool = True) -> Step:
+    return Step("a step", ("-c", program), limit_s, is_json)
+
+
+def test_the_last_line_of_a_step_is_its_result() -> None:
+    outcome = run_step(step("print('words'); print('{\"a\": 1}')"), LONG_S)
+    assert (outcome.state, outcome.result) == ("done", {"a": 1})
+
+
+def test_a_step_that_fails_keeps_what_it_found_and_what_it_said() -> None:
+    program = "import sys; print('{\"a\": 1}'); print('why', file=sys.stderr); sys.exit(1)"
+    outcome = run_step(step(program), LONG_S)
+    assert outcome.state == "failed"
+    assert outcome.result == {"result": {"a": 1}, "said": "why\n"}
+
+
+def test_tests_that_fail_are_told_by_their_last_words() -> None:
+    outcome = run_step(step("print('2 failed'); raise SystemExit(1)", is_json=False), LONG_S)
+    assert (outcome.state, outcome.result) == ("failed", "2 failed")
+
+
+@pytest.mark.timeout(30)
+def test_a_step_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LEAST_S", 0.0)
+    program = "import sys, time; print('here', file=sys.stderr, flush=True); time.sleep(60)"
+    outcome = run_step(step(program, limit_s=1.0), LONG_S)
+    assert (outcome.state, outcome.result) == ("timed out", "here\n")
+
+
+def test_a_step_for_which_no_time_is_left_is_skipped() -> None:
+    assert run_step(step("raise SystemExit(1)"), 1.0).state == "skipped"
+
+
+def test_a_rehearsal_leaves_one_file_whatever_ends_badly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [step("print('{}')"), step("raise SystemExit(1)"), step("print('{\"b\": 2}')")]
+    monkeypatch.setattr(gpu_check, "steps", lambda device: some)
+    out = tmp_path / "result.json"
+    with pytest.raises(SystemExit) as end:
+        main(["--device", "cpu", "--out", str(out)])
+    assert end.value.code == 1
+    found = json.loads(out.read_text())
+    assert [each["state"] for each in found["steps"]] == ["done", "failed", "done"]
+    assert found["steps"][2]["result"] == {"b": 2}
+    assert found["command"] == "scripts/gpu-check --device cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_step_has_a_limit_and_the_tests_of_devices_come_first(device: str) -> None:
+    found = steps(device)
+    assert found[0].command[-1].endswith("tests/gpu")
+    assert Path(found[0].command[-1]).is_dir()
+    assert {"tests", "doctor", "transport"} < {each.name for each in found}
+    assert all(0 < each.limit_s < BUDGET_S < 8 * 60 for each in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--device", "cpu", "--out", "OUT"], "exists; name a new file"),
+        (["--device", "cuda", "--out", "NEW"], "torch sees no CUDA device here; rehearse with"),
+        (["--device", "cpu"], "required: --out"),
+        (["--device", "tpu", "--out", "NEW"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "OUT").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["OUT"]
+    assert (tmp_path / "OUT").read_text() == "precious"
