@@ -235,6 +235,36 @@ def test_a_text_for_a_model_without_tokenizer_is_refused(main: Main, text: Path)
     refused(result, "random:tiny has no tokenizer to read")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["random:tiny", "--rounds", "0"], "Invalid value for '--rounds'"),
+        (["random:tiny", "--prompt-tokens", "0"], "Invalid value for '--prompt-tokens'"),
+        (["random:tiny", "--new-tokens", "1"], "Invalid value for '--new-tokens'"),
+        (["random:tiny", "--batch", "0"], "Invalid value for '--batch'"),
+        (["random:tiny", "--sustained", "-1"], "Invalid value for '--sustained'"),
+        (["random:tiny", "--threads", "0"], "Invalid value for '--threads'"),
+        (["random:tiny", "--rounds", "many"], "Invalid value for '--rounds'"),
+        (["random:tiny", "--device", "moon"], "moon"),
+        (["random:tiny", "--dtype", "float8", "--prompt-tokens", "9"], "no dtype 'float8'"),
+        (["random:huge"], "huge"),
+        (["transport", "--calls", "1"], "Invalid value for '--calls'"),
+        (["scaling", "--widths", "100"], "--widths"),
+        (["scaling", "--plot", "nowhere/plot.svg"], "There is no folder nowhere for --plot"),
+        (["kernels", "--rounds", "1"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_impossible_benchmark_does_not_begin(
+    arguments: list[str], words: str, main: Main
+) -> None:
+    result = main("bench", *arguments)
+    assert result.status in (1, 2)
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("command", ["kernels", "accuracy"])
 def test_no_benchmark_overwrites_a_result(
     command: str, main: Main, text: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from liars import LyingWorker
@@ -138,6 +139,29 @@ def test_threads_that_spin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     check = run_check("threads", lambda: machine.threads_fit(1))
     assert "OMP_WAIT_POLICY is active" in check.found
+
+
+@pytest.mark.parametrize("kind", ["Gramine, attestation dcap", "Intel TDX guest", "none: "])
+def test_the_kind_of_tee_is_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attestation, device = tmp_path / "attestation_type", tmp_path / "tdx_guest"
+    monkeypatch.setattr(machine, "GRAMINE", attestation)
+    monkeypatch.setattr(machine, "TEE_DEVICES", {"Intel TDX": device})
+    if kind.startswith("Gramine"):
+        attestation.write_text("dcap\n")
+    if kind.startswith("Intel"):
+        device.touch()
+    check = run_check("TEE", machine.tee)
+    assert check.state == "ok"
+    assert check.found.startswith(kind)
+
+
+def test_products_that_are_not_exact_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "fast_product_is_exact", lambda: False)
+    check = run_check("int8 products", machine.int8_products)
+    assert check.state == "bad"
+    assert check.found.startswith("torch._int_mm is not exact on this processor")
 
 
 def test_a_check_that_breaks_shows_why() -> None:
