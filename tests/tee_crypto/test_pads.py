@@ -178,6 +178,31 @@ def test_no_memory_means_every_pad_is_made_in_line() -> None:
     pool.close()
 
 
+class SlowProvider(NumberingProvider):
+    """A fake for tests: takes a moment."""
+
+    TAKES_S = 0.02
+
+    def make(self, key: tuple[int, str], rows: int) -> Pads:
+        time.sleep(self.TAKES_S)
+        return super().make(key, rows)
+
+
+@pytest.mark.timeout(30)
+def test_the_time_of_pads_made_in_line_is_told_and_that_of_others_is_not() -> None:
+    pool = PadPool(SlowProvider(), SHAPES, 100 * ROW_BYTES)
+    pool.fill()
+    pool.take(QKV, 100)
+    assert (pool.stats.ahead_rows, pool.stats.inline_rows, pool.stats.inline_s) == (100, 0, 0.0)
+    pool.close()
+    pool = PadPool(SlowProvider(), SHAPES, 0)
+    for _ in range(3):
+        pool.take(QKV, 5)
+    assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (0, 15)
+    assert pool.stats.inline_s >= 3 * SlowProvider.TAKES_S
+    pool.close()
+
+
 @pytest.mark.timeout(30)
 def test_a_closed_pool_gives_nothing(pool: PadPool) -> None:
     pool.fill()

@@ -121,8 +121,10 @@ class _Mode:
 
     def reach(self) -> str:
         """Whether anybody serves the endpoint, and with the key that was given."""
-        self._process().close()
         [link] = self._options().links
+        if link.endpoint.scheme == "local":
+            return "local: one is started for each mode"
+        self._process().close()
         return f"{link.endpoint}{', over an encrypted link' if link.key else ''}"
 
     def _process(self) -> WorkerProcess:
