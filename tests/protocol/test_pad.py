@@ -18,6 +18,8 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel, WorkerLost
 from tsqp.gpu.worker import Worker
+from tsqp.model.config import Key, linear_groups
+from tsqp.model.quantize import group_shape
 from tsqp.tee.crypto import pads
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.pads import PadPool, Pads
@@ -68,16 +70,31 @@ def linear(llm: LLM, layer: int, group: str, x_TD: Tensor) -> Tensor:
         return y_TF.clone()
 
 
+def every_group(llm: LLM) -> dict[Key, Tensor]:
+    """The answers of all groups to rows that depend on nothing but their width."""
+    generator = torch.Generator().manual_seed(5)
+    answers = {}
+    for layer, group in linear_groups(llm.config):
+        _, width = group_shape(llm.config, layer, group)
+        answers[layer, group] = linear(
+            llm, layer, group, torch.randn(3, width, generator=generator)
+        )
+    return answers
+
+
 @pytest.mark.timeout(110)
 @pytest.mark.parametrize("field", ["wide", pytest.param("compact", marks=pytest.mark.slow)])
-def test_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
+def test_groups_and_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
     field: str, demo_path: Path
 ) -> None:
     with LLM("demo", privacy="tee", fixed_point=True, field=field, dtype="float32") as reference:
-        expected = tokens(reference)
+        expected, groups = tokens(reference), every_group(reference)
     options = {"privacy": "pad", "field": field, "dtype": "float32", "prefill_chunk": 100}
     with LLM("demo", worker="inproc", pad_memory=0, **options) as inline:
         assert tokens(inline) == expected
+        found = every_group(inline)
+    assert len(groups) == 30 * 4 + 1
+    assert all(torch.equal(found[key], y_TF) for key, y_TF in groups.items())
     with LLM("demo", worker="local", timeout=60, **options) as ahead:
         ahead.fill_pads()
         assert tokens(ahead) == expected
