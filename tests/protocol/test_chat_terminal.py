@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from protocol_helpers import DEADLINE_S, PLAIN_OUTPUT, START_S, Commands, is_setting
 from rich.console import Console
@@ -34,6 +35,13 @@ class Screen:
 
     def type(self, keys: bytes) -> None:
         os.write(self._descriptor, keys)
+
+    def rests(self) -> None:
+        """Wait until the program waits: a signal between its prompt and its read is seen late."""
+        before = -1.0
+        while (now := sum(psutil.Process(self.process.pid).cpu_times()[:2])) != before:
+            before = now
+            time.sleep(0.2)
 
     def shows(self, text: bytes, timeout: float = DEADLINE_S) -> None:
         """Wait for `text`, after what was waited for before."""
@@ -80,6 +88,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(screen: Screen) -> None:
     screen.shows(b" ")
     screen.type(CTRL_C)
     screen.shows(b"[stopped; the answer so far is kept]\r\n> ")
+    screen.rests()
     screen.type(b"half a line" + CTRL_C)
     screen.shows(b"Ctrl-C once more, or Ctrl-D, ends the chat.\r\n> ")
     screen.type(b"/undo\n")

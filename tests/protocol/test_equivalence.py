@@ -122,6 +122,7 @@ def test_tee_gives_the_tokens_of_transformers(prompts: list[list[int]], referenc
         assert together(llm, prompts) == reference
 
 
+@pytest.mark.slow
 def test_tee_in_chunks_and_one_by_one_gives_the_tokens_of_transformers(
     prompts: list[list[int]], reference: Answers
 ) -> None:
@@ -134,9 +135,10 @@ def test_tee_in_chunks_and_one_by_one_gives_the_tokens_of_transformers(
     ("where", "shm", "prefill_chunk", "lanes", "alone"),
     [
         pytest.param("inproc", True, 100, 2, [], marks=pytest.mark.slow),
+        ("ipc", True, 2048, 1, []),
         pytest.param("ipc", True, 100, 1, [LONG_PLAIN], marks=pytest.mark.slow),
         pytest.param("ipc", False, 2048, 2, [], marks=pytest.mark.slow),
-        ("tcp", True, 2048, 1, []),
+        pytest.param("tcp", True, 2048, 1, [], marks=pytest.mark.slow),
         pytest.param("tcp", False, 512, 1, [SHORT_CHAT], marks=pytest.mark.slow),
     ],
 )
@@ -148,13 +150,13 @@ def test_open_gives_the_tokens_of_transformers(
     alone: list[int],
     prompts: list[list[int]],
     reference: Answers,
-    demo_ipc: str,
-    demo_tcp: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    worker = where if where == "inproc" else request.getfixturevalue(f"demo_{where}")
     with LLM(
         "demo",
         privacy="open",
-        worker={"ipc": demo_ipc, "tcp": demo_tcp}.get(where, where),
+        worker=worker,
         dtype="float32",
         shm=shm,
         prefill_chunk=prefill_chunk,
