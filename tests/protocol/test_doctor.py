@@ -185,3 +185,12 @@ def test_a_worker_without_its_model_is_wrong_usage(main: Main) -> None:
 
 def test_cores_are_those_that_this_process_may_use() -> None:
     assert 1 <= machine.cores() <= (os.cpu_count() or 1)
+
+
+def test_a_model_without_its_worker_is_said_to_be_passed_over(
+    main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqp.bench.doctor.run.examine", lambda threads, target: [])
+    result = main("doctor", "random:tiny")
+    assert result.status == 0
+    assert "random:tiny was not looked at: that takes a --worker that serves it" in result.stderr

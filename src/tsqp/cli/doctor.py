@@ -35,11 +35,14 @@ def doctor(
     """Check this machine, the ways to a worker, and a worker: what is wrong, and what to do."""
     if worker is not None and model is None:
         raise UsageError("--worker needs MODEL, the model that it serves, to check its products.")
+    from tsqp._printing import say
     from tsqp.bench.doctor.run import examine, print_checks
     from tsqp.bench.doctor.session import Target
 
     logging.getLogger("tsqp").setLevel(logging.WARNING)  # every check says its own
     target = None
+    if worker is None and model is not None:
+        say(f"{model} was not looked at: that takes a --worker that serves it.")
     if worker is not None and model is not None:
         target = Target(model, worker, worker_key, dtype, threads, insecure)
     if not print_checks(examine(threads, target), json_output=json_output):
