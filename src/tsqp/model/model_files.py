@@ -1,0 +1,53 @@
+"""The small files of a model's folder: config, tokenizer, chat template."""
+
+import hashlib
+from pathlib import Path
+
+from tsqp.errors import CheckpointError
+
+MAX_FILE_BYTES = 64 * 2**20  # the largest tokenizer.json takes half of it
+
+
+class ModelFiles:
+    """Reads each file of a folder once: what is used is what is hashed.
+
+    A file that changes on the disk later changes nothing here. Not thread-safe.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read: dict[str, bytes | None] = {}
+
+    def read(self, name: str) -> bytes | None:
+        """The content of the file called `name`, the same on every call; None where there is none.
+
+        Args:
+            name: relative to the folder; chosen by this program, never by a file.
+
+        Raises:
+            CheckpointError: it cannot be read, or is larger than MAX_FILE_BYTES.
+        """
+        if name not in self._read:
+            self._read[name] = _content(self.folder / name)
+        return self._read[name]
+
+    def sha256(self) -> dict[str, str]:
+        """The SHA-256 of every file that was read so far, by name; absent files are left out."""
+        return {
+            name: hashlib.sha256(content).hexdigest()
+            for name, content in sorted(self._read.items())
+            if content is not None
+        }
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as exc:
+        raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
+    if len(content) > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} is larger than the {MAX_FILE_BYTES} bytes TSQP accepts.")
+    return content
