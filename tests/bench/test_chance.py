@@ -1,6 +1,9 @@
 """The tails of noise, against sums, simulation, and known values."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +91,18 @@ def test_repeats_come_as_often_as_expected() -> None:
     expected = chance.expected_repeats(50, tiny)
     assert found == pytest.approx(expected, abs=4 * math.sqrt(expected / 20_000))
     assert chance.expected_repeats(3, WIDE) == pytest.approx(3 / WIDE.p, rel=1e-3)
+
+
+def test_an_audit_without_scipy_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text("[1, 2, 3]")
+    code = "import sys; sys.modules['scipy'] = None; from tsqp.cli import main; main()"
+    command = [sys.executable, "-c", code, "audit", "seen", "--model", "random:tiny"]
+    ended = subprocess.run(
+        [*command, "--prompt-ids", "ids.json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "error: The audit needs SciPy: run pip install 'tsqp[audit]'.\n"

@@ -1,4 +1,4 @@
-"""How likely noise alone would give a result: the tails of a few distributions, in float64."""
+"""How likely noise alone would give a result: p-values, and what uniform residues look like."""
 
 import math
 from itertools import pairwise
@@ -6,26 +6,28 @@ from itertools import pairwise
 import torch
 
 from tsqp.algebra.params import Field
+from tsqp.errors import UsageError
 
-STEPS = 20_000
+try:
+    from scipy import special
+except ModuleNotFoundError as exc:
+    raise UsageError("The audit needs SciPy: run pip install 'tsqp[audit]'.") from exc
 
 
 def poisson_tail(count: float, expected: float) -> float:
     """P(X ≥ count) for a Poisson X: of rare independent events, at least so many."""
-    if count <= 0:
-        return 1.0
-    return float(torch.special.gammainc(_double(count), _double(expected)))
+    return float(special.gammainc(count, expected)) if count > 0 else 1.0
 
 
 def chi_square_tail(counts: torch.Tensor, expected: torch.Tensor) -> float:
     """P that counts of `expected` means differ from them at least as much (Pearson)."""
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(_double((len(counts) - 1) / 2), statistic / 2))
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return float(special.chdtrc(len(counts) - 1, statistic))
 
 
 def normal_tail(z: float) -> float:
     """P(|X| ≥ |z|) for a standard normal X."""
-    return math.erfc(abs(z) / math.sqrt(2))
+    return float(special.erfc(abs(z) / math.sqrt(2)))
 
 
 def projection_tail(share: float, dimensions: int, width: int) -> float:
@@ -35,16 +37,8 @@ def projection_tail(share: float, dimensions: int, width: int) -> float:
     preferred direction, and 0 < dimensions < width. With one dimension it is the square of the
     cosine of two random vectors.
     """
-    a, b = dimensions / 2, (width - dimensions) / 2
-    # With share = sin², the density has no poles: 2 sin^(2a-1) cos^(2b-1) / B(a, b).
-    first = math.asin(math.sqrt(min(max(share, 0.0), 1.0)))
-    angles = torch.linspace(first, math.pi / 2, STEPS + 1, dtype=torch.float64)
-    step = (math.pi / 2 - first) / STEPS
-    middle = angles[:-1] + step / 2
-    log_density = (2 * a - 1) * middle.sin().log() + (2 * b - 1) * middle.cos().log()
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    log_tail = float(log_density.logsumexp(0)) + math.log(2 * step) if step else -math.inf
-    return min(1.0, math.exp(min(log_tail - log_beta, 0.0)))
+    share = min(max(share, 0.0), 1.0)
+    return float(special.betaincc(dimensions / 2, (width - dimensions) / 2, share))
 
 
 def byte_chances(field: Field, byte: int) -> torch.Tensor:
@@ -66,7 +60,3 @@ def expected_repeats(rows: int, field: Field) -> float:
     """How many of so many uniform residues equal one before them, on average."""
     p = field.p
     return rows + p * math.expm1(rows * math.log1p(-1 / p))
-
-
-def _double(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
