@@ -1,9 +1,10 @@
-"""Pads: uniform residues r with their products u = Wq · r, each used for one row and never again.
+"""Where pads come from: made ahead by a thread of their own, or in line where the stock is empty.
 
-`take` is the only way to a pad, and it removes what it returns; there is no way to put one back.
-Shape suffixes: N rows; D input and F output features of a group.
+`PadPool.take` is the only way to a pad, and it removes what it returns; there is no way to put one
+back. Shape suffixes: N rows; D input and F output features of a group.
 """
 
+import atexit
 import logging
 import os
 import threading
@@ -11,7 +12,8 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from time import perf_counter, process_time
+from queue import Empty, SimpleQueue
+from time import monotonic, perf_counter, process_time
 from typing import Protocol
 
 import numpy as np
@@ -20,11 +22,11 @@ from torch import Tensor
 
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import Field
-from tsqp.algebra.residue_bytes import Int32
 from tsqp.errors import TSQPError
 from tsqp.model.config import Key
 from tsqp.tee.cpu_clock import ThreadClock
 from tsqp.tee.crypto.rng import uniform
+from tsqp.tee.crypto.stock import Pads, Stock
 
 log = logging.getLogger("tsqp")
 
@@ -33,26 +35,6 @@ BATCH_PRODUCTS = 2**29  # and at most this many, so that the engine never waits 
 BATCHES = 4  # at least, of a small stock: it is refilled before it is used up
 RETRY_S = 1.0  # after pads could not be made
 NICE = 10  # of the background thread, where the system knows no idle policy
-
-
-@dataclass(frozen=True, slots=True)
-class Pads:
-    """Rows of one group.
-
-    Attributes:
-        r_ND: uniform on [0, p).
-        u_NF: Wq · r mod p.
-    """
-
-    r_ND: Int32
-    u_NF: Int32
-
-    def __len__(self) -> int:
-        return len(self.r_ND)
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.r_ND.nbytes + self.u_NF.nbytes)
 
 
 class PadProvider(Protocol):
@@ -100,53 +82,12 @@ class PadStats:
     stock_bytes: int = 0
 
 
-class _Stock:
-    """The pads of one group that lie ready: a ring of rows, whose memory is taken once.
-
-    Arrays of their own for every batch would be cheaper by a copy, but the allocator would keep
-    what they leave: the process grew to twice the budget.
-    """
-
-    def __init__(self, rows: int, features: int, width: int) -> None:
-        self.ready = 0
-        self._rows = rows
-        self._first = 0
-        self._r_ND = np.empty((rows, width), np.int32)
-        self._u_NF = np.empty((rows, features), np.int32)
-
-    @property
-    def room(self) -> int:
-        return self._rows - self.ready
-
-    def put(self, pads: Pads) -> None:
-        """Add rows, for which there is room."""
-        assert len(pads) <= self.room
-        done = 0
-        for place in self._places(self._first + self.ready, len(pads)):
-            part = slice(done, done + place.stop - place.start)
-            self._r_ND[place], self._u_NF[place] = pads.r_ND[part], pads.u_NF[part]
-            done = part.stop
-        self.ready += len(pads)
-
-    def take(self, rows: int) -> list[Pads]:
-        """Remove the oldest rows, at most so many."""
-        rows = min(rows, self.ready)
-        places = self._places(self._first, rows)
-        taken = [Pads(self._r_ND[place].copy(), self._u_NF[place].copy()) for place in places]
-        self._first = (self._first + rows) % max(self._rows, 1)
-        self.ready -= rows
-        return taken
-
-    def _places(self, begin: int, rows: int) -> list[slice]:
-        """Where so many rows from `begin` lie: in one piece, or in two around the end."""
-        begin %= max(self._rows, 1)
-        whole = slice(begin, min(begin + rows, self._rows))
-        around = slice(0, begin + rows - whole.stop)
-        return [place for place in (whole, around) if place.start < place.stop]
-
-
 class PadPool:
     """A bounded stock of pads, refilled by a thread of its own while the engine waits.
+
+    It has no locks: an exception that comes from outside between two steps could leave one held,
+    and `close` would wait for ever. Every step that two threads must not both take is one of the
+    interpreter's own, on a deque or a SimpleQueue.
 
     Args:
         shapes: (F, D) of each group.
@@ -162,8 +103,10 @@ class PadPool:
         self._shapes = dict(shapes)
         row_bytes = 4 * sum(features + width for features, width in shapes.values())
         self._rows = memory_bytes // row_bytes
-        self._stocks = {key: _Stock(self._rows, *shape) for key, shape in shapes.items()}
-        self._lock = threading.Condition()
+        # Replaced as a whole by an empty one at the end, and never changed: others iterate over it.
+        numbers = list(range(self._rows))
+        self._stocks = {key: Stock(numbers, *shape) for key, shape in shapes.items()}
+        self._wake: SimpleQueue[None] = SimpleQueue()  # something to look at for the thread
         self._closed = False
         self._pid = os.getpid()
         _pools.add(self)
@@ -179,29 +122,29 @@ class PadPool:
     @property
     def nbytes(self) -> int:
         """Bytes of the pads that lie ready."""
-        with self._lock:
-            stocks = self._stocks.items()
-            return sum(4 * stock.ready * sum(self._shapes[key]) for key, stock in stocks)
+        return sum(4 * stock.ready * sum(self._shapes[key]) for key, stock in self._stocks.items())
 
     def take(self, key: Key, rows: int) -> Pads:
         """Remove and return pads; makes what is not in stock.
 
         Raises:
-            TSQPError: this is a forked process, whose parent has the same pads.
+            TSQPError: the pool is closed, or this is a forked process, whose parent has the same
+                pads.
         """
         taken = self._remove(key, rows)
-        ahead = sum(map(len, taken))
+        ahead = 0 if taken is None else len(taken)
         self._stats.ahead_rows += ahead
-        if ahead < rows:
-            began, cpu_began = perf_counter(), self.other_cpu_s()
-            taken.append(self._provider.make(key, rows - ahead))
-            self._stats.inline_rows += rows - ahead
-            self._stats.inline_s += perf_counter() - began
-            self._stats.inline_cpu_s += self.other_cpu_s() - cpu_began
-        if len(taken) == 1:
-            return taken[0]
-        r_ND = np.concatenate([pads.r_ND for pads in taken])
-        return Pads(r_ND, np.concatenate([pads.u_NF for pads in taken]))
+        if taken is not None and ahead == rows:
+            return taken
+        began, cpu_began = perf_counter(), self.other_cpu_s()
+        made = self._provider.make(key, rows - ahead)
+        self._stats.inline_rows += rows - ahead
+        self._stats.inline_s += perf_counter() - began
+        self._stats.inline_cpu_s += self.other_cpu_s() - cpu_began
+        if taken is None:
+            return made
+        r_ND = np.concatenate([taken.r_ND, made.r_ND])
+        return Pads(r_ND, np.concatenate([taken.u_NF, made.u_NF]))
 
     def other_cpu_s(self) -> float:
         """Processor time of this process without that of making pads ahead."""
@@ -209,67 +152,63 @@ class PadPool:
 
     def fill(self) -> None:
         """Wait until the stock is full."""
-        while (batch := self._next(wait=False)) is not None:
+        while not self._closed and (batch := self._next(whole=False)) is not None:
             self._make(*batch)
 
     def close(self) -> None:
-        """Forget all pads and stop making any; safe to call twice."""
-        with self._lock:
-            self._closed = True
-            self._stocks.clear()
-            self._lock.notify_all()
-        if self._pid == os.getpid():
+        """Forget all pads and stop making any; safe to call twice, and from any thread."""
+        self._closed = True
+        self._stocks = {}
+        self._wake.put(None)
+        if self._pid == os.getpid() and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _remove(self, key: Key, rows: int) -> list[Pads]:
+    def _remove(self, key: Key, rows: int) -> Pads | None:
         if self._pid != os.getpid():
             raise TSQPError("A forked process cannot use its parent's pads; make its own LLM.")
-        with self._lock:
-            if self._closed:
-                raise TSQPError("The pads of this session are gone; begin a new one.")
-            taken = self._stocks[key].take(rows)
-            self._lock.notify_all()
-            return taken
+        stock = self._stocks.get(key)
+        if stock is None:
+            raise TSQPError("The pads of this session are gone; begin a new one.")
+        taken = stock.take(rows)
+        if self._wake.empty():
+            self._wake.put(None)
+        return taken
 
-    def _next(self, *, wait: bool) -> tuple[Key, int] | None:
+    def _next(self, *, whole: bool) -> tuple[Key, int] | None:
         """The group with the least stock that has room, and how many rows to make.
 
         Args:
-            wait: for room for a whole batch; else a part of one will do, and None says that
-                everything is full.
+            whole: only where there is room for a whole batch; else a part of one will do.
         """
-        with self._lock:
-            while not self._closed:
-                rooms = {key: self._room(key, whole=wait) for key in self._stocks}
-                with_room = (key for key, rows in rooms.items() if rows)
-                key = min(with_room, key=lambda key: self._stocks[key].ready, default=None)
-                if key is not None:
-                    return key, rooms[key]
-                if not wait:
-                    return None
-                self._lock.wait()
-        return None
+        stocks = self._stocks
+        rooms = {key: self._room(key, stock, whole=whole) for key, stock in stocks.items()}
+        with_room = (key for key, rows in rooms.items() if rows)
+        key = min(with_room, key=lambda key: stocks[key].ready, default=None)
+        return None if key is None else (key, rooms[key])
 
-    def _room(self, key: Key, *, whole: bool) -> int:
+    def _room(self, key: Key, stock: Stock, *, whole: bool) -> int:
         """Rows of the next batch; 0 if there is no room."""
         features, width = self._shapes[key]
         a_few = -(-self._rows // BATCHES)
         batch = max(1, min(BATCH_ROWS, a_few, BATCH_PRODUCTS // (features * width)))
-        room = self._stocks[key].room
+        room = stock.room
         return batch if room >= batch else 0 if whole else room
 
     def _make(self, key: Key, rows: int) -> None:
         pads = self._provider.make(key, rows)
-        with self._lock:
-            # Two may have made a batch for the same room; what does not fit was never used.
-            if not self._closed and rows <= self._stocks[key].room:
-                self._stocks[key].put(pads)
+        stock = self._stocks.get(key)
+        if stock is not None:
+            stock.put(pads)
 
     def _refill(self) -> None:
         _give_way()
         self._clock.mark()
         failed = False
-        while (batch := self._next(wait=True)) is not None:
+        while not self._closed:
+            batch = self._next(whole=True)
+            if batch is None:
+                self._wake.get()
+                continue
             try:
                 self._make(*batch)
                 failed = False
@@ -277,9 +216,15 @@ class PadPool:
                 if not failed:
                     log.warning("cannot make pads ahead (%s); going on trying", type(exc).__name__)
                 failed = True
-                with self._lock:
-                    self._lock.wait_for(lambda: self._closed, RETRY_S)
+                self._pause()
             self._clock.look()
+
+    def _pause(self) -> None:
+        """Wait before the next attempt, or until the pool is closed."""
+        end = monotonic() + RETRY_S
+        with suppress(Empty):
+            while not self._closed:
+                self._wake.get(timeout=max(0.0, end - monotonic()))
 
 
 def _give_way() -> None:
@@ -296,8 +241,14 @@ _pools: weakref.WeakSet[PadPool] = weakref.WeakSet()
 def _forget_in_child() -> None:
     """A child has a copy of the parent's pads; using one would be using it twice."""
     for pool in list(_pools):
-        pool._lock = threading.Condition()  # another thread may have held it in the parent
-        pool._stocks.clear()
+        pool._stocks = {}
+
+
+def _close_all() -> None:
+    """A thread that is making pads while Python ends would abort the process."""
+    for pool in list(_pools):
+        pool.close()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(_close_all)

@@ -15,7 +15,8 @@ from tsqp.errors import IntegrityError
 from tsqp.model.config import Key
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.kernels import RowPool
-from tsqp.tee.crypto.pads import PadPool, Pads
+from tsqp.tee.crypto.pads import PadPool
+from tsqp.tee.crypto.stock import Pads
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
 from tsqp.tee.placement import MASKED

@@ -1,0 +1,154 @@
+"""An exception at any moment (Ctrl-C) leaves a pad in stock or gone: never both, never twice."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from every_opcode import at_every_opcode
+
+from tsqp.errors import TSQPError
+from tsqp.tee.crypto import pads as pads_module
+from tsqp.tee.crypto import stock as stock_module
+from tsqp.tee.crypto.pads import PadPool
+from tsqp.tee.crypto.stock import USED, Pads, Stock
+
+ROWS = 8
+KEY = (0, "qkv")
+SHAPE = (3, 2)
+ROW_BYTES = 4 * sum(SHAPE)
+FIRST = 1000  # not what fresh memory is likely to hold
+
+
+class Numbered:
+    """A fake provider for tests: each row holds a number of its own instead of secrets."""
+
+    def __init__(self) -> None:
+        self.next = FIRST
+
+    def make(self, key: tuple[int, str], rows: int) -> Pads:
+        first, self.next = self.next, self.next + rows
+        numbers = np.arange(first, first + rows, dtype=np.int32)[:, None]
+        return Pads(np.repeat(numbers, SHAPE[1], 1), np.repeat(numbers, SHAPE[0], 1))
+
+
+def numbers_of(pads: Pads | None) -> list[int]:
+    """The numbers of rows that were given out, each of which must be whole."""
+    if pads is None:
+        return []
+    numbers = pads.r_ND[:, 0].tolist()
+    for number, r_D, u_F in zip(numbers, pads.r_ND, pads.u_NF, strict=True):
+        assert set(r_D.tolist()) == set(u_F.tolist()) == {number}
+    return [int(number) for number in numbers]
+
+
+def assert_each_once(given: list[int], provider: Numbered) -> None:
+    assert len(set(given)) == len(given)
+    assert all(FIRST <= number < provider.next for number in given)
+
+
+def test_a_stock_gives_its_rows_in_order_and_takes_new_ones_in_their_place() -> None:
+    stock, provider = Stock(range(ROWS), *SHAPE), Numbered()
+    given = []
+    for put, take in ((6, 2), (4, 3), (3, 5), (8, 8)):
+        stock.put(provider.make(KEY, min(put, stock.room)))
+        given += numbers_of(stock.take(take))
+    assert given == list(range(FIRST, FIRST + len(given)))
+    assert (stock.ready, stock.room) == (0, ROWS)
+
+
+def test_rows_beyond_the_room_are_dropped_and_no_row_is_overwritten() -> None:
+    stock, provider = Stock(range(ROWS), *SHAPE), Numbered()
+    stock.put(provider.make(KEY, 5))
+    stock.put(provider.make(KEY, 5))
+    stock.put(provider.make(KEY, 5))
+    assert numbers_of(stock.take(100)) == list(range(FIRST, FIRST + ROWS))
+    assert stock.take(100) is None
+
+
+def test_an_exception_at_any_opcode_repeats_no_row_and_gives_none_that_was_not_filled() -> None:
+    interrupted = 0
+    for take_first in (1, 3):  # what follows lies in one piece, and around the end
+        stock, provider, given = Stock(range(ROWS), *SHAPE), Numbered(), list[int]()
+
+        def run(take_first: int = take_first) -> None:
+            nonlocal stock, provider, given
+            stock, provider, given = Stock(range(ROWS), *SHAPE), Numbered(), []
+            stock.put(provider.make(KEY, 6))
+            given += numbers_of(stock.take(take_first))
+            stock.put(provider.make(KEY, 4))
+            given += numbers_of(stock.take(3))
+            given += numbers_of(stock.take(ROWS))
+
+        for _ in at_every_opcode(run, stock_module):
+            interrupted += 1
+            given += numbers_of(stock.take(ROWS))
+            for _ in range(3):  # every place is used again
+                stock.put(provider.make(KEY, ROWS))
+                given += numbers_of(stock.take(ROWS))
+            assert_each_once(given, provider)
+            assert stock.ready == 0
+            assert 0 <= stock.room <= ROWS
+        assert given == list(range(FIRST, FIRST + 6 + min(4, 2 + take_first)))
+    assert interrupted > 500
+
+
+def test_a_row_that_was_given_out_is_wiped_and_would_be_noticed_if_it_came_again() -> None:
+    stock = Stock(range(ROWS), *SHAPE)
+    stock.put(Numbered().make(KEY, 4))
+    taken = stock.take(3)
+    assert taken is not None
+    assert (stock._r_ND[:3] == USED).all()
+    assert (stock._u_NF[:3] == USED).all()
+    assert (taken.r_ND >= FIRST).all()
+    stock._ready.appendleft(1)  # a fault of ours
+    with pytest.raises(AssertionError, match="given out twice"):
+        stock.take(1)
+
+
+@pytest.fixture
+def provider() -> Numbered:
+    return Numbered()
+
+
+@pytest.fixture
+def pool(provider: Numbered) -> Iterator[PadPool]:
+    pool = PadPool(provider, {KEY: SHAPE}, ROWS * ROW_BYTES)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.timeout(60)
+def test_an_exception_at_any_opcode_of_a_pool_repeats_no_pad_and_leaves_it_usable(
+    pool: PadPool, provider: Numbered
+) -> None:
+    given: list[int] = []
+
+    def run() -> None:
+        pool.fill()
+        for rows in (1, 2, ROWS):  # the last of them partly made in line
+            given.extend(numbers_of(pool.take(KEY, rows)))
+
+    opcodes = list(at_every_opcode(run, pads_module, stock_module))
+    assert len(opcodes) > 300
+    assert_each_once(given, provider)
+    pool.close()  # nothing that it waits for is held by a call that was broken off
+    assert not pool._thread.is_alive()
+    with pytest.raises(TSQPError, match="are gone"):
+        pool.take(KEY, 1)
+
+
+@pytest.mark.timeout(60)
+def test_a_close_that_was_broken_off_anywhere_can_be_done_again() -> None:
+    pools: list[PadPool] = []
+
+    def run() -> None:
+        pools.append(PadPool(Numbered(), {KEY: SHAPE}, ROWS * ROW_BYTES))
+        pools[-1].fill()
+        pools[-1].take(KEY, ROWS)
+        pools[-1].close()
+
+    assert len(list(at_every_opcode(run, pads_module, step=7))) > 20
+    for pool in pools:
+        pool.close()
+        assert not pool._thread.is_alive()
+        assert pool.nbytes == 0
