@@ -16,12 +16,20 @@ from tsqp.errors import TSQPError
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from tsqp._hardening import harden_process
     from tsqp._wiring import LLM
     from tsqp.tee.sampling import Completion, SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Completion", "SamplingParams", "TSQPError", "__version__"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "SamplingParams",
+    "TSQPError",
+    "__version__",
+    "harden_process",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -30,6 +38,10 @@ def __getattr__(name: str) -> object:
         from tsqp._wiring import LLM
 
         return LLM
+    if name == "harden_process":
+        from tsqp._hardening import harden_process
+
+        return harden_process
     if name in ("Completion", "SamplingParams"):
         from tsqp.tee import sampling
 

@@ -3,10 +3,12 @@
 Same machine, same user, same trust domain as the TEE side: for trying things out.
 """
 
+import os
 import secrets
 import subprocess
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -20,7 +22,7 @@ class LocalWorker:
     """Starts `tsqp worker` and stops it again.
 
     The child reads its standard input and stops at its end, so it cannot outlive this process,
-    however this process ends.
+    however this process ends. It is this process's alone: a fork of it can do nothing to it.
 
     Attributes:
         endpoint: where it listens; of a port that the system chooses, known once it is ready.
@@ -44,12 +46,16 @@ class LocalWorker:
             text=True,
             start_new_session=True,  # Ctrl-C is for this process, which then stops the child
         )
+        self._pid = os.getpid()
+        _workers.add(self)
         self._last_words: deque[str] = deque(maxlen=20)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def close(self) -> None:
-        """Stop the worker; safe to call twice."""
+        """Stop the worker; safe to call twice, and from any thread."""
+        if self._pid != os.getpid():
+            return
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
@@ -57,7 +63,8 @@ class LocalWorker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._listener.join(STOP_S)
+        if self._listener is not threading.current_thread():
+            self._listener.join(STOP_S)
         if self._process.stdout is not None:
             self._process.stdout.close()
 
@@ -88,3 +95,19 @@ class LocalWorker:
             for line in stream:
                 if line.strip():
                     self._last_words.append(line.strip())
+
+
+_workers: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A worker stops when nobody holds its standard input any more: a fork must not."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for worker in list(_workers):
+        pipe = worker._process.stdin
+        if pipe is not None and not pipe.closed:
+            os.dup2(nothing, pipe.fileno(), inheritable=False)  # the number stays in use
+    os.close(nothing)
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

@@ -22,8 +22,9 @@ from tsqp.model.weights import (
     read_embedding,
 )
 from tsqp.tee.crypto.freivalds import process_limit
-from tsqp.tee.crypto.kernels import RowPool, prepare
+from tsqp.tee.crypto.kernels import prepare
 from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.fixed_point import FixedPointLinear
 from tsqp.tee.offload.local import LocalOffload

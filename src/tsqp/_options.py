@@ -18,6 +18,7 @@ class Options:
     """How a model is to be run.
 
     Attributes:
+        privacy: one of PRIVACY_MODES.
         links: to the workers; none for `tee`.
         gpu_attention: the worker of `open` keeps keys and values, and computes Q·Kᵀ and P·V.
         fuse_layers: the worker of `open` runs whole layers.

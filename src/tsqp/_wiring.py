@@ -1,9 +1,8 @@
 """The only place that joins the zones: builds a TEE side, a worker side, or both."""
 
 import logging
-import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from time import process_time
 from types import TracebackType
@@ -12,17 +11,17 @@ from typing import Self
 import torch
 
 from tsqp import __version__
-from tsqp._machine import describe_machine
 from tsqp._offloads import Builder
 from tsqp._options import check_options
+from tsqp._run_header import run_header
 from tsqp._sessions import WorkerProcess
+from tsqp._turns import Turns
 from tsqp.errors import PromptError
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.layers import Layers
 from tsqp.model.progress import Progress, silent
 from tsqp.model.weights import parse_dtype
-from tsqp.tee.call_lines import FORMAT, Geometry, Header
 from tsqp.tee.call_log import CallLog
 from tsqp.tee.checks import one_params, several_prompts
 from tsqp.tee.crypto.pads import PadPool, PadStats
@@ -42,7 +41,10 @@ log = logging.getLogger("tsqp")
 class LLM:
     """A model that answers from this process, which is the trusted side.
 
-    Usable as a context manager; `close` ends the session with the worker.
+    Usable as a context manager. `close` ends the session with the worker, and so does dropping the
+    last reference, or the end of the program. Several threads may call one LLM: their calls run one
+    after the other. A callback of a call may not make another one, and a forked process cannot use
+    the LLM of its parent; both raise UsageError.
     """
 
     def __init__(
@@ -132,11 +134,15 @@ class LLM:
         if threads is not None:
             torch.set_num_threads(threads)
         self.privacy = privacy
+        self._turns = Turns()
+        weakref.finalize(self, self._turns.end)  # when nobody has it any more, or at exit
         self._workers: list[WorkerProcess] = []
         self._offload: Offload | None = None
         self._pads: PadPool | None = None
         self._tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
         self._call_log = None if rpc_log is None else CallLog(Path(rpc_log))
+        if self._call_log is not None:
+            self._turns.at_end(self._call_log.close)
         try:
             self._load(model, dtype, on_load or silent)
             if self._call_log is not None:
@@ -174,15 +180,20 @@ class LLM:
             PromptError: a prompt is empty, or longer than the model's context, or neither text nor
                 token ids, or a parameter speaks of tokens that the model does not have.
             WorkerError: the worker failed; nothing is left running.
+            UsageError: the LLM is closed, now or while this runs; or it is called from its own
+                callback, or in a forked process.
         """
         params = one_params(sampling_params)
         given = several_prompts(prompts)
-        return self._engine.generate(
-            [self.tokenize(each) if isinstance(each, str) else each for each in given],
-            params,
-            on_text,
-            on_progress=on_progress,
-            should_stop=should_stop,
+        ids = [self.tokenize(each) if isinstance(each, str) else each for each in given]
+        return self._turns.run(
+            lambda: self._engine.generate(
+                ids,
+                params,
+                on_text,
+                on_progress=on_progress,
+                should_stop=self._heed(should_stop),
+            )
         )
 
     def chat(
@@ -206,17 +217,21 @@ class LLM:
         Raises:
             TokenizerError: the model has no chat template.
             PromptError: see `generate`; or `n` is above 1, for which `tokenize` and `generate` are.
+            UsageError: see `generate`.
         """
         params = one_params(sampling_params)
         if params.n > 1:
             raise PromptError("A chat has one answer: leave n at 1, or use tokenize and generate.")
-        [completion] = self._engine.generate(
-            [self._tokenizer.encode_chat(messages)],
-            params,
-            on_text,
-            on_progress=on_progress,
-            should_stop=should_stop,
-            keeps_kv=keep_prefix,
+        ids = self.tokenize(messages)
+        [completion] = self._turns.run(
+            lambda: self._engine.generate(
+                [ids],
+                params,
+                on_text,
+                on_progress=on_progress,
+                should_stop=self._heed(should_stop),
+                keeps_kv=keep_prefix,
+            )
         )
         return completion
 
@@ -229,7 +244,9 @@ class LLM:
 
         Raises:
             TokenizerError: the model has no tokenizer, or no chat template.
+            UsageError: the LLM is closed, or this process is forked from its own.
         """
+        self._turns.check()
         if not isinstance(prompt, str):
             return self._tokenizer.encode_chat(prompt)
         if chat:
@@ -242,8 +259,10 @@ class LLM:
         Raises:
             PromptError: fewer than two tokens, or more than the model's context.
             WorkerError: the worker failed.
+            UsageError: see `generate`.
         """
-        return self._engine.score(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
+        return self._turns.run(lambda: self._engine.score(ids))
 
     @property
     def stats(self) -> Stats:
@@ -280,19 +299,26 @@ class LLM:
         return None if self._pads is None else self._pads.stats
 
     def fill_pads(self) -> None:
-        """Wait until the stock of pads is full, as it becomes while nothing is asked."""
+        """Wait until the stock of pads is full, as it becomes while nothing is asked.
+
+        Raises:
+            UsageError: the LLM is closed, or this process is forked from its own.
+        """
+        self._turns.check()
         if self._pads is not None:
             self._pads.fill()
 
     def close(self) -> None:
-        """End all sessions, and stop local workers; safe to call twice."""
-        with ExitStack() as stack:
-            if self._call_log is not None:
-                stack.callback(self._call_log.close)
-            for worker in self._workers:
-                stack.callback(worker.close)
-            if self._offload is not None:
-                self._offload.close()
+        """End all sessions, and stop local workers; safe to call twice, and from any thread.
+
+        An answer that another thread waits for ends at its next token, with a UsageError there.
+        Called from a callback of an answer, this returns at once, and that answer ends likewise. A
+        forked process closes nothing, as everything belongs to its parent.
+
+        Raises:
+            UsageError: a call in another thread does not end within a minute.
+        """
+        self._turns.end()
 
     def __enter__(self) -> Self:
         return self
@@ -317,12 +343,14 @@ class LLM:
             for link in options.links:
                 process = WorkerProcess(link, model, weights_dtype, options.threads, options.device)
                 self._workers.append(process)
+                self._turns.at_end(process.close)
             if self._workers:
                 self._tokenizer.preload()  # takes seconds, as a local worker does meanwhile
             norms = WeightsDigest()  # read once: what is used is what is hashed
             layers = Layers(checkpoint, self.dtype, norms)
             builder = Builder(options, checkpoint, self.dtype, norms, progress)
             self._offload, self._pads = builder.build(self._workers)
+            self._turns.at_end(self._offload.close)
             decoder = Decoder(
                 checkpoint,
                 self.dtype,
@@ -343,33 +371,22 @@ class LLM:
             call_log=self._call_log,
         )
 
+    def _heed(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
+        """`should_stop`, asked before each step, which also raises where the LLM was closed."""
+
+        def stop() -> bool:
+            self._turns.check()
+            return should_stop is not None and should_stop()
+
+        return stop
+
     def _begin_log(self, call_log: CallLog, model: str) -> None:
-        config, options, channels = self.config, self._options, self._channels
-        name = model if model == "demo" or model.startswith("random:") else ""
-        if not name and channels:
-            name = f"weights {channels[0].welcome.weights_digest[:12]}"
-        call_log.begin(
-            Header(
-                format=FORMAT,
-                tsqp=__version__,
-                privacy=self.privacy,
-                field=options.field.name if options.masked else "",
-                dtype=str(self.dtype).removeprefix("torch."),
-                model=name,
-                geometry=Geometry(
-                    config.num_layers,
-                    config.hidden_size,
-                    config.intermediate_size,
-                    config.vocab_size,
-                ),
-                transport=self.transport,
-                threads=torch.get_num_threads(),
-                lanes=options.lanes,
-                prefill_chunk=options.prefill_chunk,
-                start=time.time(),
-                machine=describe_machine(__version__),
-            )
+        channels, transport = self._channels, self.transport
+        digest = channels[0].welcome.weights_digest if channels else None
+        header = run_header(
+            __version__, model, self._options, self.config, self.dtype, transport, digest
         )
+        call_log.begin(header)
         for number, channel in enumerate(channels):
             channel.on_times = call_log.taker(number, channel.transport)
 

@@ -8,7 +8,14 @@ import tsqp
 
 
 def test_the_public_names_are_frozen() -> None:
-    assert tsqp.__all__ == ["LLM", "Completion", "SamplingParams", "TSQPError", "__version__"]
+    assert tsqp.__all__ == [
+        "LLM",
+        "Completion",
+        "SamplingParams",
+        "TSQPError",
+        "__version__",
+        "harden_process",
+    ]
     for name in tsqp.__all__:
         assert getattr(tsqp, name) is not None
 

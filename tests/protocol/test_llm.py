@@ -8,7 +8,7 @@ import pytest
 from protocol_helpers import SHARED, Commands, eventually
 
 from tsqp import LLM, SamplingParams
-from tsqp.errors import PromptError, WorkerLost
+from tsqp.errors import PromptError, UsageError
 
 PROMPTS = ["Once upon a time", "Il était une fois", "1, 2, 3"]
 
@@ -134,5 +134,5 @@ def test_a_closed_session_says_so_and_leaves_no_local_worker(
     llm.close()
     llm.close()
     assert eventually(lambda: not worker.is_running())
-    with pytest.raises(WorkerLost, match="has ended"):
+    with pytest.raises(UsageError, match="is closed; make a new one"):
         llm.generate([[1]])

@@ -44,8 +44,8 @@ from tsqp.model.config import Key
 from tsqp.model.integer_cache import load_integers
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
-from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import DirectProvider, Pads
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.masked import MaskedGroup
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_is_left", "limit")]

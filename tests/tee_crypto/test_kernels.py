@@ -17,8 +17,9 @@ from tsqp.algebra.params import CHECK_MODULUS, FIELDS, Field
 from tsqp.errors import IntegrityError, NumericalError
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import CheckVectors
-from tsqp.tee.crypto.kernels import ALL_ROWS, RowPool
+from tsqp.tee.crypto.kernels import ALL_ROWS
 from tsqp.tee.crypto.rng import uniform
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.masked import Masked, MaskedGroup
 
 BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))

@@ -22,9 +22,9 @@ from tsqp.bench.output import new_table, show
 from tsqp.bench.timing import seconds
 from tsqp.model.config import Key
 from tsqp.model.quantize import IntegerWeights
-from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import DirectProvider
 from tsqp.tee.crypto.rng import uniform
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.masked import BLOCK_ROWS, Masked, MaskedGroup
 
 TARGET_NS = 1.5  # what an input and an output element, with both checks, were to take at most

@@ -13,8 +13,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tsqp._hardening import harden_process
 from tsqp._settings import read_settings
 from tsqp.errors import RemoteError, TSQPError, UsageError
+
+# They hold prompts, answers or pads. A worker knows nothing that this would protect.
+TRUSTED = (
+    "audit", "bench", "bench-accuracy", "bench-kernels", "bench-scaling", "bench-transport", "chat",
+    "demo", "doctor", "generate",
+)  # fmt: skip
 
 # As a newcomer meets them; a command that is not here comes last.
 ORDER = (
@@ -46,13 +53,15 @@ app = typer.Typer(
 
 
 @app.callback()
-def _settings(
+def _begin(
+    context: typer.Context,
     config: Annotated[
         Path | None,
         typer.Option(envvar="TSQP_CONFIG", callback=read_settings, help="Settings, in TOML."),
     ] = None,
 ) -> None:
-    pass
+    if context.invoked_subcommand in TRUSTED:
+        harden_process()  # before anything reads a prompt
 
 
 def main() -> None:

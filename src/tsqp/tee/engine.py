@@ -173,7 +173,7 @@ class Engine:
             PromptError: see `add`; then no prompt is run.
             WorkerError: see `step`.
         """
-        assert not self.has_unfinished
+        self._abandon()  # what an interrupt may have left of the last call
         assert not keeps_kv or len(prompts) == params.n == 1
         if not keeps_kv:
             self._kept.drop()
@@ -212,7 +212,7 @@ class Engine:
                 an id that the model does not have.
             WorkerError: see `step`.
         """
-        assert not self.has_unfinished
+        self._abandon()
         if len(prompt_ids) < 2:
             raise PromptError("There is nothing to score: give at least two tokens.")
         check_prompt(prompt_ids, self._config, answer=0)

@@ -5,6 +5,7 @@ out, the tensors must have exactly the lengths that the call asked for.
 """
 
 import hmac
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -134,6 +135,7 @@ class RemoteChannel:
             WorkerUnavailable: nobody serves the endpoint.
             HandshakeError: the worker runs another version, model or dtype, or has another key.
         """
+        self._pid = os.getpid()
         self.endpoint = str(endpoint)
         self.counters = Counters()
         self.on_times: OnTimes | None = None
@@ -163,6 +165,7 @@ class RemoteChannel:
     def reserve(
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> _Call:
+        self._check_open()  # in a forked process, the segment is still its parent's
         times = CallTimes(self.on_times, operation, inputs, outputs) if self.on_times else None
         specs = [*inputs, *outputs]
         place = self._arena.take(sum(map(_room, specs))) if self._arena else None
@@ -188,12 +191,12 @@ class RemoteChannel:
         inline = [] if slot.place is not None else [raw(tensor) for tensor in slot.inputs]
         lap(times, SERIALISE)
         try:
+            self._calls[ticket] = slot  # first: its answer may come before this is done
             if not (slot.place is not None and self._post(frame)):
                 self._send_frames([frame, *inline])
         except BaseException:  # a message that was sent in part cannot be taken back
             self.close()
             raise
-        self._calls[ticket] = slot
         self.counters.count_call(kind_of(slot.operation))
         self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
         lap(times, SEND)
@@ -234,6 +237,8 @@ class RemoteChannel:
         call.inputs, call.outputs = [], []
 
     def close(self) -> None:
+        if self._is_forked:
+            return
         if not self._socket.closed:
             try:
                 with suppress(WorkerError):
@@ -256,7 +261,7 @@ class RemoteChannel:
 
     def _post(self, frame: bytes) -> bool:
         """Send a call through the mailbox; False where it has no room."""
-        if self._mailbox is None or len(self._calls) + len(self._cancelled) >= SLOTS:
+        if self._mailbox is None or len(self._calls) + len(self._cancelled) > SLOTS:
             return False
         self._check_open()
         if len(frame) > MAX_FRAME:
@@ -265,8 +270,13 @@ class RemoteChannel:
             self._send(Probe())
         return True
 
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a copy of the channel, in a fork of the process that it belongs to."""
+        return self._pid != os.getpid()
+
     def _check_open(self) -> None:
-        if self._socket.closed:
+        if self._socket.closed or self._is_forked:
             raise WorkerLost(f"The session with the worker at {self.endpoint} has ended.")
 
     def _next(self, deadline: float) -> bytes | memoryview:
@@ -287,6 +297,13 @@ class RemoteChannel:
             waiting: times of the call that is waited for.
         """
         frame = self._next(deadline)
+        try:
+            self._take(frame, deadline, waiting)
+        except BaseException:  # the rest of a message that was taken in part would be misread
+            self.close()
+            raise
+
+    def _take(self, frame: bytes | memoryview, deadline: float, waiting: CallTimes | None) -> None:
         lap(waiting, WAIT)
         ticket, message = self._decoder.decode(frame)
         if isinstance(message, Probe):

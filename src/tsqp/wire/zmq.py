@@ -171,12 +171,12 @@ class _Socket:
         if self.closed:
             return
         self.closed = True
-        if self._monitor is not None:
-            self._events()  # a full monitor blocks libzmq's thread, which would block what follows
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-        self._socket.close(0)
-        self._context.term()
+        try:
+            if self._monitor is not None:
+                self._events()  # a full monitor blocks libzmq's thread, which would block the rest
+                self._socket.disable_monitor()
+        finally:  # a socket that an interrupt left open would make the end of the context wait
+            self._context.destroy(linger=0)
 
 
 class ClientSocket(_Socket):

@@ -8,9 +8,6 @@ Shape suffixes: T tokens; D input and F output features; N of either; P pairs of
 a row.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,32 +24,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 ALL_ROWS = -1  # what a kernel returns where no row is at fault
-MIN_ROWS = 16  # below, a second thread costs more than it saves
 BLOCK = 128  # pairs of products k · xq that add up without overflow: 2^31 · 2^24 · 2 · 2^7 = 2^63
-
-
-class RowPool:
-    """A few threads that share the rows of one call."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(max(threads - 1, 1), "tsqp-rows")
-
-    def run(self, rows: int, kernel: Callable[[int, int], int]) -> int:
-        """Call `kernel(first, stop)` on parts of the rows; the first row at fault, or ALL_ROWS."""
-        parts = min(self._threads, rows // MIN_ROWS)
-        if parts <= 1:  # a token at a time: the rest would take longer than the loop
-            return kernel(0, rows)
-        edges = [rows * part // parts for part in range(parts + 1)]
-        others = [self._pool.submit(kernel, *some) for some in pairwise(edges[1:])]
-        try:
-            found = [kernel(0, edges[1])]
-        finally:
-            found_others = [other.result() for other in others]
-        return next((row for row in found + found_others if row != ALL_ROWS), ALL_ROWS)
-
-    def close(self) -> None:
-        self._pool.shutdown()
 
 
 def quantize_and_pad(

@@ -12,7 +12,7 @@ import torch
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.model.config import Key
-from tsqp.tee.crypto.kernels import RowPool
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Linear, Ready
 from tsqp.tee.offload.masked import MaskedGroup
 from tsqp.tee.placement import IN_TEE

@@ -26,6 +26,7 @@ from tsqp.model.config import Key, ModelConfig
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request, attend_here
 from tsqp.tee.placement import Placement
 
@@ -92,7 +93,7 @@ class MaskedGroup:
             f"group {self.name}" if self.layer < 0 else f"group {self.name} of layer {self.layer}"
         )
 
-    def mask(self, x_TD: Tensor, r_TD: Int32, c_TB: Tensor, rows: kernels.RowPool) -> Masked:
+    def mask(self, x_TD: Tensor, r_TD: Int32, c_TB: Tensor, rows: RowPool) -> Masked:
         """[P2], [P5]: write c = xq + r mod p, the only thing that leaves.
 
         Args:
@@ -132,7 +133,7 @@ class MaskedGroup:
         masked: Masked,
         y_TF: Tensor,
         culprit: str,
-        rows: kernels.RowPool,
+        rows: RowPool,
     ) -> None:
         """[P5], [P7], [P3]: write y, and raise unless every row of it has passed the check.
 

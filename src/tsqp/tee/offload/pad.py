@@ -14,8 +14,8 @@ from torch import Tensor
 from tsqp.errors import IntegrityError
 from tsqp.model.config import Key
 from tsqp.tee.crypto.freivalds import FailureLimit
-from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import PadPool
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.crypto.stock import Pads
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks

@@ -20,6 +20,7 @@ from tsqp.model.config import Key
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.rng import fresh_seed
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
 from tsqp.tee.placement import MASKED
@@ -55,7 +56,7 @@ class SharesLinear:
         groups: Mapping[Key, MaskedGroup],
         dtype: torch.dtype,
         timeout: float,
-        rows: kernels.RowPool,
+        rows: RowPool,
         failures: FailureLimit,
     ) -> None:
         assert len(channels) >= 2

@@ -1,0 +1,149 @@
+"""Who may use an LLM: one call at a time, in the process that made it, until it is closed."""
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import TypeVar
+
+from tsqp.errors import UsageError
+
+LOOK_S = 0.05  # how soon a thread that waits notices what nobody woke it for
+END_S = 60.0  # for the step of another thread, before `end` gives up
+
+T = TypeVar("T")
+
+
+class _Turn:
+    """One call, from its arrival to its end."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.wake: SimpleQueue[None] = SimpleQueue()
+
+
+class Turns:
+    """Lets calls from several threads run one after the other, and the end come after them.
+
+    There is no lock, which an interrupt could leave held. Whose turn it is, is the first key of a
+    dictionary, and it is added and removed in one step of the interpreter each.
+    """
+
+    def __init__(self) -> None:
+        self._queue: dict[_Turn, None] = {}  # in order of arrival; the first one runs
+        self._closers: list[Callable[[], None]] = []
+        self._ending = False
+        self._pid = os.getpid()
+
+    def at_end(self, closer: Callable[[], None]) -> None:
+        """Have `closer` called at the end, before those that were added earlier.
+
+        It may be called more than once, by any thread, where an interrupt broke it off.
+        """
+        self._closers.append(closer)
+
+    def check(self) -> None:
+        """Raise unless calls may go on; a call asks from time to time.
+
+        Raises:
+            UsageError: the LLM is closed, or this process is a fork of the one that made it.
+        """
+        if self._is_forked:
+            raise UsageError(
+                "This LLM belongs to the process that this one was forked from, and its worker "
+                "and its pads with it; make a new LLM in this process."
+            )
+        if self._ending:
+            raise UsageError("This LLM is closed; make a new one.")
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Call `call` when those that came before have ended.
+
+        Raises:
+            UsageError: see `check`; or this thread is inside a call already.
+        """
+        self.check()
+        if self._is_inside:
+            raise UsageError(
+                "This LLM was called from its own callback (on_text, on_progress or should_stop), "
+                "and it is still busy; call it after it has returned, or use a second LLM."
+            )
+        turn, began = _Turn(), False
+        try:
+            try:
+                self._queue[turn] = None
+                self._wait_for(turn)
+                began = True
+                return call()
+            finally:
+                self._queue.pop(turn, None)
+        finally:
+            self._queue.pop(turn, None)  # again: an interrupt may have come before the first one
+            self._wake_next()
+            if began and self._ending:  # `end` was called meanwhile, maybe by a callback
+                self.end()
+
+    def end(self) -> None:
+        """Let no call begin or go on, and then close everything; safe to call twice.
+
+        A call that runs in another thread ends at its next step, with a UsageError there. From a
+        callback this returns at once, and everything is closed when the call has ended. In a forked
+        process it does nothing, as everything belongs to the parent.
+
+        Raises:
+            UsageError: a call of another thread does not end.
+        """
+        self._ending = True
+        if self._is_forked or self._is_inside:
+            return
+        turn = _Turn()
+        try:
+            try:
+                self._queue[turn] = None
+                self._wait_for(turn, END_S)
+                self._close()
+            finally:
+                self._queue.pop(turn, None)
+        finally:
+            self._queue.pop(turn, None)
+            self._wake_next()
+
+    @property
+    def _is_forked(self) -> bool:
+        return self._pid != os.getpid()
+
+    @property
+    def _order(self) -> list[_Turn]:
+        """A copy, made in one step: other threads change the queue meanwhile."""
+        return list(self._queue)
+
+    @property
+    def _is_inside(self) -> bool:
+        me = threading.get_ident()
+        return any(turn.thread == me for turn in self._order)
+
+    def _wait_for(self, turn: _Turn, limit_s: float | None = None) -> None:
+        """Wait for a turn: while calls are let in, or, with `limit_s`, whatever they do."""
+        deadline = None if limit_s is None else monotonic() + limit_s
+        while self._order[0] is not turn:
+            with suppress(Empty):
+                turn.wake.get(timeout=LOOK_S)
+            if deadline is None:
+                self.check()
+            elif monotonic() > deadline:
+                raise UsageError(
+                    f"This LLM is in use by another thread, and was still after {END_S:.0f} "
+                    "seconds; end that call before closing."
+                )
+
+    def _wake_next(self) -> None:
+        for turn in self._order[:1]:
+            turn.wake.put(None)
+
+    def _close(self) -> None:
+        """Call every closer, whatever the others raise."""
+        with ExitStack() as stack:
+            for closer in self._closers:
+                stack.callback(closer)
