@@ -222,7 +222,7 @@ class LLM:
         params = one_params(sampling_params)
         if params.n > 1:
             raise PromptError("A chat has one answer: leave n at 1, or use tokenize and generate.")
-        ids = self.tokenize(messages)
+        ids = self._tokenizer.encode_chat(messages)
         [completion] = self._turns.run(
             lambda: self._engine.generate(
                 [ids],

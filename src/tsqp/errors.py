@@ -1,7 +1,8 @@
 """Everything TSQP raises on purpose.
 
     TSQPError
-    ├── UsageError                 options that are unknown or contradict each other
+    ├── UsageError                 options that are unknown or contradict each other, or an LLM
+    │                              that is called where it cannot be: closed, busy, forked
     ├── ModelError                 a checkpoint cannot be used
     │   ├── UnsupportedModel       an architecture, option or format we do not implement
     │   ├── CheckpointError        a file is missing, cut, or contradicts the config
@@ -10,6 +11,7 @@
     ├── PromptError                an empty prompt, or an impossible parameter
     │   └── PromptTooLong          a prompt that leaves no room in the model's context
     ├── OutOfMemory                would not fit; names the bytes needed and the bytes there are
+    ├── OutputError                standard output cannot be written
     ├── RecordingError             what a worker received cannot be written down, or not be read
     ├── ReportError                a file is no call log and no result of a benchmark
     └── WorkerError                something between here and the worker
@@ -30,7 +32,10 @@ class TSQPError(Exception):
 
 
 class UsageError(TSQPError):
-    """Options that are unknown or contradict each other."""
+    """Options that are unknown or contradict each other, or an LLM that cannot be called now.
+
+    An LLM cannot be called once it is closed, from its own callback, or in a forked process.
+    """
 
 
 class ModelError(TSQPError):
@@ -76,6 +81,10 @@ class PromptTooLong(PromptError):
 
 class OutOfMemory(TSQPError):
     """Something would not fit in memory; the message names both figures in bytes."""
+
+
+class OutputError(TSQPError):
+    """Standard output cannot be written, and with it the answer."""
 
 
 class RecordingError(TSQPError):

@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 
 from tsqp._hardening import harden_process
 from tsqp._settings import read_settings
+from tsqp.cli.conditions import describe
+from tsqp.cli.streams import open_streams
 from tsqp.errors import RemoteError, TSQPError, UsageError
 
 # They hold prompts, answers or pads. A worker knows nothing that this would protect.
@@ -65,12 +67,19 @@ def _begin(
 
 
 def main() -> None:
-    """Run the command line; exit status 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line.
+
+    The exit status is 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 output not read.
+    """
+    open_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tsqp").setLevel(logging.INFO)
     state: dict[str, bool] = {}
     try:
-        app(obj=state, auto_envvar_prefix="TSQP")
+        try:
+            app(obj=state, auto_envvar_prefix="TSQP")
+        finally:
+            sys.stdout.flush()  # here, where a failure is still told
     except TSQPError as exc:
         if state.get("debug"):
             traceback.print_exc()
@@ -81,6 +90,8 @@ def main() -> None:
     except Exception as exc:
         if state.get("debug"):
             traceback.print_exc()
-        kind = type(exc).__name__
-        print(f"error: Unexpected {kind}; run again with --debug, and report it.", file=sys.stderr)
+        error = describe(exc) or (
+            f"Unexpected {type(exc).__name__}; run again with --debug, and report it."
+        )
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
