@@ -1,7 +1,9 @@
 """Who may use an LLM: one call at a time, in the process that made it, until it is closed."""
 
+import atexit
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
@@ -28,7 +30,8 @@ class Turns:
     """Lets calls from several threads run one after the other, and the end come after them.
 
     There is no lock, which an interrupt could leave held. Whose turn it is, is the first key of a
-    dictionary, and it is added and removed in one step of the interpreter each.
+    dictionary, and it is added and removed in one step of the interpreter each. What has not ended
+    when Python does is ended then.
     """
 
     def __init__(self) -> None:
@@ -36,6 +39,7 @@ class Turns:
         self._closers: list[Callable[[], None]] = []
         self._ending = False
         self._pid = os.getpid()
+        _all.add(self)
 
     def at_end(self, closer: Callable[[], None]) -> None:
         """Have `closer` called at the end, before those that were added earlier.
@@ -147,3 +151,16 @@ class Turns:
         with ExitStack() as stack:
             for closer in self._closers:
                 stack.callback(closer)
+
+
+_all: weakref.WeakSet[Turns] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """A thread that computes while Python ends would abort the process."""
+    with ExitStack() as stack:
+        for turns in list(_all):
+            stack.callback(turns.end)
+
+
+atexit.register(_end_all)

@@ -135,7 +135,7 @@ class LLM:
             torch.set_num_threads(threads)
         self.privacy = privacy
         self._turns = Turns()
-        weakref.finalize(self, self._turns.end)  # when nobody has it any more, or at exit
+        weakref.finalize(self, self._turns.end).atexit = False  # Turns end at exit themselves
         self._workers: list[WorkerProcess] = []
         self._offload: Offload | None = None
         self._pads: PadPool | None = None
@@ -222,6 +222,7 @@ class LLM:
         params = one_params(sampling_params)
         if params.n > 1:
             raise PromptError("A chat has one answer: leave n at 1, or use tokenize and generate.")
+        self._turns.check()
         ids = self._tokenizer.encode_chat(messages)
         [completion] = self._turns.run(
             lambda: self._engine.generate(
@@ -372,11 +373,12 @@ class LLM:
         )
 
     def _heed(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
-        """`should_stop`, asked before each step, which also raises where the LLM was closed."""
+        """`should_stop`, asked before each step, which also raises where no step may follow."""
 
         def stop() -> bool:
-            self._turns.check()
-            return should_stop is not None and should_stop()
+            is_over = should_stop is not None and should_stop()
+            self._turns.check()  # after every callback: one may have closed this, or forked
+            return is_over
 
         return stop
 

@@ -19,27 +19,38 @@ Kernel = Callable[[int, int], int]
 class _Call:
     """What the threads of one call share.
 
+    A helper notes a part in `started`, then looks at `is_off`; who calls a call off sets `is_off`,
+    then looks at `started`. So no part is begun that nobody waits for.
+
     Attributes:
         found: of each part that is done: a row at fault, ALL_ROWS, or what the kernel raised.
         wake: something to look at in `found`.
     """
 
     kernel: Kernel
+    started: list[int] = field(default_factory=list)
     found: list[int | BaseException] = field(default_factory=list)
     wake: SimpleQueue[None] = field(default_factory=SimpleQueue)
+    is_off: bool = False
 
     def do(self, first: int, stop: int) -> None:
         """Compute one part."""
+        self.started.append(first)
         try:
-            self.found.append(self.kernel(first, stop))
+            self.found.append(ALL_ROWS if self.is_off else self.kernel(first, stop))
         except BaseException as exc:
             self.found.append(exc)
         self.wake.put(None)
 
-    def wait(self, parts: int) -> None:
+    def call_off(self) -> None:
+        """Begin no part any more, and wait for those that run."""
+        self.is_off = True
+        self.wait(lambda: len(self.started))
+
+    def wait(self, parts: Callable[[], int]) -> None:
         """Wait until so many parts are done; an interrupt that comes meanwhile goes on then."""
         interrupt: BaseException | None = None
-        while len(self.found) < parts:
+        while len(self.found) < parts():
             try:
                 with suppress(Empty):
                     self.wake.get(timeout=LOOK_S)
@@ -76,14 +87,14 @@ class RowPool:
             self._helpers.append(helper)
         edges = [rows * part // parts for part in range(parts + 1)]
         call = _Call(kernel)
-        given = 0
         try:
             for first, stop in pairwise(edges[1:]):
-                given += 1
                 self._tasks.put((call, first, stop))
             mine = kernel(0, edges[1])
-        finally:
-            call.wait(given)
+            call.wait(lambda: parts - 1)
+        except BaseException:
+            call.call_off()
+            raise
         for each in call.found:
             if isinstance(each, BaseException):
                 raise each

@@ -1,0 +1,39 @@
+"""An LLM that nobody closed: the program ends as if it had been, and leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import exits
+import pytest
+from protocol_helpers import Commands, eventually
+
+STATUS = {"exit_3": 3, "exception": 1, "interrupt": -signal.SIGINT}
+SAID = {
+    "exception": ["ValueError: it leaves main"],
+    "interrupt": ["KeyboardInterrupt"],
+    "daemon_that_generates": ["tsqp.errors.UsageError: This LLM is closed; make a new one."],
+}
+
+
+@pytest.mark.timeout(115)
+def test_a_program_that_does_not_close_its_llm_ends_as_any_other(commands: Commands) -> None:
+    names = [*exits.CASES, "end_of_main", "end_of_main"]  # it aborted two times out of three
+    result = subprocess.run(
+        [sys.executable, exits.__file__, *names],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env=os.environ | commands.tag,
+        check=True,
+    )
+    ended = json.loads(result.stdout)
+    assert [(name, status) for name, status, _ in ended] == [
+        (name, STATUS.get(name, 0)) for name in names
+    ], ended
+    for name, _, said in ended:
+        assert said.strip().splitlines()[-1:] == SAID.get(name, []), said
+    left = [each for each in commands.processes() if each.pid != os.getpid()]
+    assert eventually(lambda: not any(each.is_running() for each in left))
