@@ -44,7 +44,8 @@ class LLM:
     Usable as a context manager. `close` ends the session with the worker, and so does dropping the
     last reference, or the end of the program. Several threads may call one LLM: their calls run one
     after the other. A callback of a call may not make another one, and a forked process cannot use
-    the LLM of its parent; both raise UsageError.
+    the LLM of its parent; both raise UsageError. A program with secret prompts calls
+    `tsqp.harden_process` first.
     """
 
     def __init__(

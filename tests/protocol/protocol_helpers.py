@@ -230,10 +230,13 @@ class Commands:
     def processes(self) -> list[psutil.Process]:
         """Every process that a command started, and that still runs, whoever its parent is."""
         found = []
+        mine = {running.pid for running in self._started}  # whose environment only root can read
         for process in psutil.process_iter():
             try:
                 ended = process.status() == psutil.STATUS_ZOMBIE
-                if not ended and self.tag.items() <= process.environ().items():
+                if not ended and (
+                    process.pid in mine or self.tag.items() <= process.environ().items()
+                ):
                     found.append(process)
             except psutil.Error:
                 continue  # it ended meanwhile

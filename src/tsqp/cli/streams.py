@@ -5,6 +5,7 @@ standard error cannot take is dropped, as the answer matters more than what is s
 """
 
 import codecs
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -79,7 +80,8 @@ class _Answers(_Wrapped):
             os.close(nothing)
         if isinstance(exc, BrokenPipeError):
             return SystemExit(UNREAD)
-        return OutputError(f"Cannot write to standard output: {exc.strerror}.")
+        reason = "it is closed" if exc.errno == errno.EBADF else exc.strerror
+        return OutputError(f"Cannot write to standard output: {reason}.")
 
 
 class _Messages(_Wrapped):
