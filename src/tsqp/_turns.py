@@ -62,6 +62,19 @@ class Turns:
         if self._ending:
             raise UsageError("This LLM is closed; make a new one.")
 
+    def heed(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
+        """What a call asks before each step: `should_stop`, and `check` after it.
+
+        The callbacks of the step before may have closed the LLM, or forked.
+        """
+
+        def stop() -> bool:
+            is_over = should_stop is not None and should_stop()
+            self.check()
+            return is_over
+
+        return stop
+
     def run(self, call: Callable[[], T]) -> T:
         """Call `call` when those that came before have ended.
 

@@ -193,7 +193,7 @@ class LLM:
                 params,
                 on_text,
                 on_progress=on_progress,
-                should_stop=self._heed(should_stop),
+                should_stop=self._turns.heed(should_stop),
             )
         )
 
@@ -231,7 +231,7 @@ class LLM:
                 params,
                 on_text,
                 on_progress=on_progress,
-                should_stop=self._heed(should_stop),
+                should_stop=self._turns.heed(should_stop),
                 keeps_kv=keep_prefix,
             )
         )
@@ -372,16 +372,6 @@ class LLM:
             cpu_clock=process_time if self._pads is None else self._pads.other_cpu_s,
             call_log=self._call_log,
         )
-
-    def _heed(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
-        """`should_stop`, asked before each step, which also raises where no step may follow."""
-
-        def stop() -> bool:
-            is_over = should_stop is not None and should_stop()
-            self._turns.check()  # after every callback: one may have closed this, or forked
-            return is_over
-
-        return stop
 
     def _begin_log(self, call_log: CallLog, model: str) -> None:
         channels, transport = self._channels, self.transport

@@ -141,7 +141,7 @@ def test_a_forked_process_is_refused_at_once_and_leaves_its_parent_working(llm: 
     def fork_once() -> bool:
         if not forked:
             forked.append("")
-            forked[0] = in_a_fork(llm._heed(None))
+            forked[0] = in_a_fork(llm._turns.heed(None))
         return False
 
     assert llm.generate([PROMPT], FEW, should_stop=fork_once) == expected
