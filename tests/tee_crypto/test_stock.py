@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from every_opcode import at_every_opcode
 
+from every_opcode import at_every_opcode
 from tsqp.errors import TSQPError
 from tsqp.tee.crypto import pads as pads_module
 from tsqp.tee.crypto import stock as stock_module
