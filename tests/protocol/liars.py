@@ -1,10 +1,10 @@
 """Starts `lying_worker.py`, and gives it its orders."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 from lying_worker import Order
 from protocol_helpers import Commands, Running
 
@@ -17,13 +17,13 @@ class LyingWorker:
         self._orders = commands.folder / "orders"
         self.order(Order())
         program = Path(__file__).with_name("lying_worker.py")
-        process = subprocess.Popen(
+        process = processes.start(
             [sys.executable, "-P", str(program), self.endpoint, str(self._orders)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdin=processes.PIPE,
+            stdout=processes.PIPE,
+            stderr=processes.PIPE,
             env=os.environ | commands.tag,
+            name=commands.name,
         )
         self.running = Running(process)
 

@@ -1,5 +1,6 @@
 """Real processes of the real command line, and what they must leave behind: nothing."""
 
+import hashlib
 import json
 import os
 import platform
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import processes
 import psutil
-
-import tsqp  # noqa: F401  before torch: it tells OpenMP not to spin
+from processes import Process
 
 SHM = Path("/dev/shm")
 TAG = "TESTS_PROTOCOL_TAG"  # in the environment of every process that a test starts
@@ -90,7 +91,7 @@ def segments() -> set[Path]:
 class Running:
     """A command that runs; its output is collected as it comes."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: Process) -> None:
         self.process = process
         self._began = time.monotonic()
         self._out: list[str] = []
@@ -176,6 +177,7 @@ class Commands:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tag = {TAG: str(folder)}
+        self.name = f"t{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"  # of forks
         self._started: list[Running] = []
         self._segments = segments()
 
@@ -189,14 +191,14 @@ class Commands:
         """Start `tsqp ARGUMENTS`; `before` is a command that runs it, as unshare does."""
         kept = {name: value for name, value in os.environ.items() if not is_setting(name)}
         with stdin.open("rb") as stream:
-            process = subprocess.Popen(
+            process = processes.start(
                 [*before, sys.executable, "-m", "tsqp", *map(str, arguments)],
                 stdin=stream,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+                stdout=processes.PIPE,
+                stderr=processes.PIPE,
                 cwd=self.folder,
                 env=kept | PLAIN_OUTPUT | self.tag | dict(env or {}),
+                name=self.name,
             )
         running = Running(process)
         self._started.append(running)
@@ -233,10 +235,12 @@ class Commands:
         mine = {running.pid for running in self._started}  # whose environment only root can read
         for process in psutil.process_iter():
             try:
-                ended = process.status() == psutil.STATUS_ZOMBIE
-                if not ended and (
-                    process.pid in mine or self.tag.items() <= process.environ().items()
-                ):
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                # A fork shows the environment of the process that it was forked from, and only
+                # root can read that of a process that is not dumpable.
+                is_mine = process.pid in mine or process.name() == self.name
+                if is_mine or self.tag.items() <= process.environ().items():
                     found.append(process)
             except psutil.Error:
                 continue  # it ended meanwhile

@@ -290,6 +290,7 @@ def test_calls_between_steps_are_not_those_of_the_next(tmp_path: Path) -> None:
     assert steps == {(0, "other"): 9, (1, "prefill"): 9}
 
 
+@pytest.mark.fresh
 def test_the_trusted_process_starts_no_program_for_a_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,14 +5,15 @@ import os
 import pty
 import re
 import select
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
+from processes import Process
 from protocol_helpers import DEADLINE_S, PLAIN_OUTPUT, START_S, Commands, is_setting
 from rich.console import Console
 
@@ -20,15 +21,12 @@ from tsqp._printing import prompt_progress
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 ERASED = b"\x1b[1A\x1b[2K"  # the bar, before the first text
-# The keys of a terminal are signals only to the session that it controls.
-IN_SESSION = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-IN_SESSION += "os.execv(sys.executable, [sys.executable, '-m', 'tsqp', *sys.argv[1:]])"
 
 
 class Screen:
     """The other end of a terminal that a chat runs in."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", descriptor: int) -> None:
+    def __init__(self, process: Process, descriptor: int) -> None:
         self.process = process
         self._descriptor = descriptor
         self._unread = b""
@@ -60,14 +58,16 @@ def screen(shared_commands: Commands, speaking: Path) -> Iterator[Screen]:
     ours, theirs = pty.openpty()
     options = ["--privacy", "tee", "--seed", "1", "--max-tokens", "50000", "--prefill-chunk", "1"]
     kept = {name: value for name, value in os.environ.items() if not is_setting(name)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_SESSION, "chat", str(speaking), *options],
+    process = processes.start(
+        [sys.executable, "-m", "tsqp", "chat", str(speaking), *options],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         cwd=commands.folder,
         env=kept | PLAIN_OUTPUT | commands.tag | {"TERM": "xterm"},
         start_new_session=True,
+        terminal=True,  # whose keys are signals only to the session that it controls
+        name=commands.name,
     )
     os.close(theirs)
     try:

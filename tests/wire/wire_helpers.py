@@ -4,7 +4,6 @@ Run as a program, this file is a worker or a client that a test can kill.
 """
 
 import json
-import os
 import secrets
 import select
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import processes
 import torch
 from torch import Tensor
 
@@ -157,14 +157,12 @@ class HelperProcess:
 
     def __init__(self, role: str, output: Path, **options: Any) -> None:
         self._output = output
-        path = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parent)]
         with output.open("wb") as stream:
-            self._process = subprocess.Popen(
+            self._process = processes.start(
                 [sys.executable, __file__, role, json.dumps(options)],
-                stdin=subprocess.PIPE,
+                stdin=processes.PIPE,
                 stdout=stream,
                 stderr=stream,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
             )
         self.pid = self._process.pid
 

@@ -1,0 +1,181 @@
+"""A process that imports everything once, and forks for each program that `processes` starts."""
+
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import selectors
+import socket
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+# They make a console of the environment that they find when they are imported.
+NOT_PRELOADED = ("tsqp._printing", "tsqp.cli.repl", "tsqp.bench.demo")
+PROGRAMS = ("tsqp.__main__", "tsqp.bench.start_once")
+# What commands import late.
+PRELOADED = ("gguf", "rich._emoji_codes", "rich.progress", "transformers", "typer._adapters",
+             "typer.rich_utils", "zmq")  # fmt: skip
+LONGEST_REQUEST = 2**17  # bytes, with the whole environment
+
+requests: socket.socket | None = None  # in a fork: where it asks for forks of its own
+
+
+def main(control: int, requests: int) -> None:
+    """Serve; in a fork, run its program."""
+    preload()
+    fork = serve(socket.socket(fileno=control), socket.socket(fileno=requests))
+    if fork is not None:
+        become(*fork)
+
+
+def preload() -> None:
+    """Import what commands import, and compile their kernels, without starting a thread."""
+    import tsqp
+
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for module in pkgutil.walk_packages(tsqp.__path__, "tsqp."):
+        if module.name not in NOT_PRELOADED + PROGRAMS:
+            importlib.import_module(module.name)
+    assert not sys.modules.keys() & set(NOT_PRELOADED), "one of them was imported by another module"
+
+    from processes import fork_local_workers
+
+    from tsqp.algebra.native import Kernel
+
+    for kernel in [each for each in gc.get_objects() if type(each) is Kernel]:
+        kernel.compile()
+    fork_local_workers()
+    gc.collect()
+    gc.freeze()  # what is there now stays: no fork need look at it, and so copy it
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads are not forked"
+
+
+def serve(
+    control: socket.socket, requests_end: socket.socket
+) -> tuple[dict[str, Any], list[int]] | None:
+    """Fork for each request, and tell who asked how the fork ended, until standard input ends.
+
+    Returns:
+        In a fork: what it is to run, and what its standard streams are to be.
+    """
+    global requests
+    running: dict[int, tuple[int, socket.socket]] = {}  # by pidfd: process id, and who asked
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    selector.register(control, selectors.EVENT_READ)
+    while True:
+        ready = {key.fd for key, _ in selector.select()}
+        for pidfd in ready & running.keys():
+            pid, asked = running.pop(pidfd)
+            selector.unregister(pidfd)
+            os.close(pidfd)
+            _tell(asked, os.waitpid(pid, 0)[1])
+            asked.close()
+        if 0 in ready:
+            return None
+        if control.fileno() not in ready:
+            continue
+        request, descriptors, _, _ = socket.recv_fds(control, LONGEST_REQUEST, 4)
+        asks = socket.socket(fileno=descriptors.pop(0))
+        pid = os.fork()
+        if not pid:
+            requests = requests_end
+            selector.close()
+            for each in (control, asks, *(asked for _, asked in running.values())):
+                each.close()
+            for pidfd in running:
+                os.close(pidfd)
+            return json.loads(request), descriptors
+        for descriptor in descriptors:
+            os.close(descriptor)
+        pidfd = os.pidfd_open(pid)
+        running[pidfd] = pid, asks
+        selector.register(pidfd, selectors.EVENT_READ)
+        _tell(asks, pid)
+
+
+def _tell(asked: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # who asked may have ended
+        asked.sendall(number.to_bytes(8, "little"))
+
+
+def become(request: dict[str, Any], descriptors: list[int]) -> None:
+    """Run a program as a new interpreter would."""
+    if request["session"]:
+        os.setsid()
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    if request["terminal"]:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    if request["name"]:
+        Path("/proc/self/comm").write_text(request["name"])
+    _renew_streams()
+    _end_sooner()
+    _run(request["arguments"])
+
+
+def own_name() -> str:
+    """What the forks of a fork are called."""
+    return Path("/proc/self/comm").read_text().strip() if requests else ""
+
+
+def _renew_streams() -> None:
+    """Make the objects for the standard streams as an interpreter does when it starts."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        old = getattr(sys, name)
+        new = open(  # noqa: PTH123, SIM115
+            number, mode, encoding=old.encoding, errors=old.errors, closefd=False
+        )
+        if number:
+            at_once = number == 2 or new.isatty()
+            new.reconfigure(line_buffering=at_once, write_through=old.write_through)
+        for each in (name, f"__{name}__"):
+            setattr(sys, each, new)
+
+
+def _end_sooner() -> None:
+    """Do not take apart at the end what was there before the fork, and copy its memory for that.
+
+    Modules of tsqp, and everything that the program makes, end as they always do.
+    """
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)  # the last step, before the destructors of libraries
+    ended = sys.stdlib_module_names | {"tsqp", "__main__"}
+    kept = [name for name in sys.modules if name.partition(".")[0] not in ended]
+
+    def keep() -> None:
+        modules = [sys.modules.pop(name, None) for name in kept]
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(modules))
+
+    atexit.register(keep)
+
+
+def _run(arguments: list[str]) -> None:
+    """Do what `python ARGUMENTS` does."""
+    is_safe = arguments[0] == "-P"
+    kind, *rest = arguments[is_safe:]
+    sys.path.pop()  # the folder of this file
+    first = {"-m": str(Path.cwd()), "-c": ""}.get(kind, str(Path(kind).parent))
+    sys.path[:0] = [] if is_safe else [first]
+    if kind == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), vars(sys.modules["__main__"]))
+    else:
+        sys.argv = [kind, *rest]
+        runpy.run_path(kind, run_name="__main__")

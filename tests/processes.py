@@ -1,0 +1,228 @@
+"""Starts programs of this Python: as forks of a server that has imported everything already.
+
+Starting Python with torch takes two seconds, and the tests start hundreds of processes. A fork is a
+process of its own, with its own pipes, environment, working folder and session; only its imports
+are done. Where that makes a difference, a test is marked `fresh`: its processes start from nothing.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, Self
+
+import fork_server
+
+import tsqp  # noqa: F401  before torch, and before the environment is noted: it tells OpenMP not to spin
+
+PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
+Stream = int | IO[Any] | None
+Command = Sequence[str]
+
+# Read when an interpreter starts, or when torch loads: a fork comes too late for them.
+READ_ONCE = ("PYTHON", "OMP_", "GOMP_", "MKL_", "NUMBA_", "LANG", "LC_", "LD_")
+TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+_born_with = dict(os.environ)
+_forks = True
+
+
+@contextlib.contextmanager
+def from_nothing() -> Iterator[None]:
+    """Every process that is started here is a new interpreter."""
+    global _forks
+    before, _forks = _forks, False
+    try:
+        yield
+    finally:
+        _forks = before
+
+
+def may_fork(command: Command, env: Mapping[str, str]) -> bool:
+    """Whether this Python is to run this, with variables that mean the same in a fork."""
+    once = [
+        {name: value for name, value in each.items() if name.startswith(READ_ONCE)}
+        for each in (env, _born_with)
+    ]
+    return _forks and command[0] == sys.executable and once[0] == once[1]
+
+
+def start(
+    command: Command,
+    *,
+    stdin: Stream = None,
+    stdout: Stream = None,
+    stderr: Stream = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    start_new_session: bool = False,
+    terminal: bool = False,
+    name: str = "",
+    text: bool = True,
+) -> "Process":
+    """Start a process; the arguments are those of subprocess.Popen, and two more.
+
+    Args:
+        terminal: make standard input the terminal of the new session.
+        name: of a fork, in `/proc/PID/comm`; the forks that it starts have the same.
+    """
+    assert text
+    env = dict(os.environ if env is None else env)
+    if may_fork(command, env):
+        request = {
+            "arguments": list(command[1:]),
+            "cwd": os.fspath(cwd or Path.cwd()),
+            "env": env,
+            "session": start_new_session,
+            "terminal": terminal,
+            "name": name or fork_server.own_name(),
+        }
+        return Fork(command, request, stdin, stdout, stderr)
+    if terminal:
+        command = [sys.executable, "-c", TAKE_TERMINAL, *command]
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=cwd,
+        env=env,
+        text=True,
+        start_new_session=start_new_session,
+    )
+
+
+def fork_local_workers() -> types.ModuleType:
+    """Let `local` workers start as forks; returns what started them before."""
+    from tsqp import _local_worker
+
+    before = _local_worker.subprocess
+    _local_worker.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
+        Popen=start, PIPE=PIPE, TimeoutExpired=subprocess.TimeoutExpired
+    )
+    return before
+
+
+class Fork:
+    """A process of the server, with what the tests and the product use of subprocess.Popen."""
+
+    def __init__(
+        self, command: Command, request: object, stdin: Stream, stdout: Stream, stderr: Stream
+    ) -> None:
+        self.args = command
+        self.returncode: int | None = None
+        self._lock = threading.Lock()
+        with contextlib.ExitStack() as theirs:
+            self.stdin, in_ = _stream(stdin, 0, theirs)
+            self.stdout, out = _stream(stdout, 1, theirs)
+            self.stderr, err = _stream(stderr, 2, theirs)
+            self._status, reply = socket.socketpair()
+            theirs.callback(reply.close)
+            requests = fork_server.requests or server().requests
+            descriptors = [reply.fileno(), in_, out, err]
+            socket.send_fds(requests, [json.dumps(request).encode()], descriptors)
+        self.pid = self._receive(None)
+
+    def _receive(self, timeout: float | None) -> int:
+        """The next number from the server: the process id first, then how the process ended."""
+        self._status.settimeout(timeout)
+        received = self._status.recv(8, socket.MSG_WAITALL)
+        if len(received) != 8:
+            raise RuntimeError("The fork server has ended.")
+        return int.from_bytes(received, "little")
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        with self._lock:
+            if self.returncode is None:
+                try:
+                    status = self._receive(timeout)
+                except (TimeoutError, BlockingIOError):
+                    raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+                self._status.close()
+                self.returncode = os.waitstatus_to_exitcode(status)
+            return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        self.wait()
+
+
+Process = Fork | subprocess.Popen[str]
+
+
+def _stream(
+    wanted: Stream, number: int, theirs: contextlib.ExitStack
+) -> tuple[IO[str] | None, int]:
+    """Our end of a pipe, if there is to be one, and the descriptor for the other process."""
+    if wanted == PIPE:
+        ours, other = os.pipe() if number else os.pipe()[::-1]
+        theirs.callback(os.close, other)
+        return open(ours, "r" if number else "w", encoding="utf-8"), other  # noqa: PTH123
+    if wanted == DEVNULL:
+        return None, theirs.enter_context(Path(os.devnull).open("r+b")).fileno()
+    if wanted is None:
+        return None, number
+    return None, wanted if isinstance(wanted, int) else wanted.fileno()
+
+
+class Server:
+    """The process that forks; it ends with this one, whose standard input it reads."""
+
+    def __init__(self) -> None:
+        self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        descriptors = [theirs.fileno(), self.requests.fileno()]
+        program = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import fork_server"
+        program += "; fork_server.main(*map(int, sys.argv[1:]))"
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", program, *map(str, descriptors)],
+            stdin=PIPE,
+            pass_fds=descriptors,
+            env=_born_with | {"OPENBLAS_NUM_THREADS": "1"},  # or NumPy starts threads
+            start_new_session=True,  # Ctrl-C is for the tests, which then end what they started
+        )
+        theirs.close()
+        self.pid = self._process.pid
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self.requests.close()
+
+
+@cache
+def server() -> Server:
+    """The one of this process; it starts when it is first needed."""
+    started = Server()
+    atexit.register(started.close)
+    return started
