@@ -3,8 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-import processes
 import pytest
+
+import processes
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,7 +48,6 @@ def preload() -> None:
     assert not sys.modules.keys() & set(NOT_PRELOADED), "one of them was imported by another module"
 
     from processes import fork_local_workers
-
     from tsqp.algebra.native import Kernel
 
     for kernel in [each for each in gc.get_objects() if type(each) is Kernel]:
@@ -127,16 +126,11 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     _run(request["arguments"])
 
 
-def own_name() -> str:
-    """What the forks of a fork are called."""
-    return Path("/proc/self/comm").read_text().strip() if requests else ""
-
-
 def _renew_streams() -> None:
     """Make the objects for the standard streams as an interpreter does when it starts."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         old = getattr(sys, name)
-        new = open(  # noqa: PTH123, SIM115
+        new = open(  # noqa: SIM115
             number, mode, encoding=old.encoding, errors=old.errors, closefd=False
         )
         if number:

@@ -7,6 +7,7 @@ are done. Where that makes a difference, a test is marked `fresh`: its processes
 
 import atexit
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -21,12 +22,12 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import fork_server
-
-import tsqp  # noqa: F401  before torch, and before the environment is noted: it tells OpenMP not to spin
+import tsqp  # noqa: F401  before torch: it tells OpenMP not to spin, in the environment below
 
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 Stream = int | IO[Any] | None
 Command = Sequence[str]
+TAG = "TESTS_TAG"  # in the environment of a process: whose it is
 
 # Read when an interpreter starts, or when torch loads: a fork comes too late for them.
 READ_ONCE = ("PYTHON", "OMP_", "GOMP_", "MKL_", "NUMBA_", "LANG", "LC_", "LD_")
@@ -50,6 +51,11 @@ def from_nothing() -> Iterator[None]:
         _forks = before
 
 
+def fork_name(tag: str) -> str:
+    """The name of a fork with this tag: its `/proc/PID/environ` is that of the server."""
+    return f"t{hashlib.sha256(tag.encode()).hexdigest()[:12]}"
+
+
 def may_fork(command: Command, env: Mapping[str, str]) -> bool:
     """Whether this Python is to run this, with variables that mean the same in a fork."""
     once = [
@@ -69,14 +75,12 @@ def start(
     env: Mapping[str, str] | None = None,
     start_new_session: bool = False,
     terminal: bool = False,
-    name: str = "",
     text: bool = True,
 ) -> "Process":
-    """Start a process; the arguments are those of subprocess.Popen, and two more.
+    """Start a process; the arguments are those of subprocess.Popen.
 
     Args:
         terminal: make standard input the terminal of the new session.
-        name: of a fork, in `/proc/PID/comm`; the forks that it starts have the same.
     """
     assert text
     env = dict(os.environ if env is None else env)
@@ -87,7 +91,7 @@ def start(
             "env": env,
             "session": start_new_session,
             "terminal": terminal,
-            "name": name or fork_server.own_name(),
+            "name": fork_name(env[TAG]) if TAG in env else "",
         }
         return Fork(command, request, stdin, stdout, stderr)
     if terminal:

@@ -4,9 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-import processes
 from lying_worker import Order
 from protocol_helpers import Commands, Running
+
+import processes
 
 
 class LyingWorker:
@@ -23,7 +24,6 @@ class LyingWorker:
             stdout=processes.PIPE,
             stderr=processes.PIPE,
             env=os.environ | commands.tag,
-            name=commands.name,
         )
         self.running = Running(process)
 

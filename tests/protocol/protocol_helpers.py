@@ -1,6 +1,5 @@
 """Real processes of the real command line, and what they must leave behind: nothing."""
 
-import hashlib
 import json
 import os
 import platform
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import processes
 import psutil
-from processes import Process
+
+import processes
+from processes import TAG, Process
 
 SHM = Path("/dev/shm")
-TAG = "TESTS_PROTOCOL_TAG"  # in the environment of every process that a test starts
 START_S = 60.0  # loading Python, torch and a model, on a busy machine
 IMPORT_S = 10.0  # the part of it before a command looks at its arguments: 1.7 on an idle machine
 DEADLINE_S = 10.0  # from a failure to the end of the command
@@ -177,7 +176,6 @@ class Commands:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tag = {TAG: str(folder)}
-        self.name = f"t{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"  # of forks
         self._started: list[Running] = []
         self._segments = segments()
 
@@ -198,7 +196,6 @@ class Commands:
                 stderr=processes.PIPE,
                 cwd=self.folder,
                 env=kept | PLAIN_OUTPUT | self.tag | dict(env or {}),
-                name=self.name,
             )
         running = Running(process)
         self._started.append(running)
@@ -231,15 +228,14 @@ class Commands:
 
     def processes(self) -> list[psutil.Process]:
         """Every process that a command started, and that still runs, whoever its parent is."""
-        found = []
+        found, name = [], processes.fork_name(self.tag[TAG])
         mine = {running.pid for running in self._started}  # whose environment only root can read
         for process in psutil.process_iter():
             try:
                 if process.status() == psutil.STATUS_ZOMBIE:
                     continue
-                # A fork shows the environment of the process that it was forked from, and only
-                # root can read that of a process that is not dumpable.
-                is_mine = process.pid in mine or process.name() == self.name
+                # Only root can read the environment of a process that is not dumpable.
+                is_mine = process.pid in mine or process.name() == name
                 if is_mine or self.tag.items() <= process.environ().items():
                     found.append(process)
             except psutil.Error:

@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import processes
 import psutil
 import pytest
-from processes import Process
 from protocol_helpers import DEADLINE_S, PLAIN_OUTPUT, START_S, Commands, is_setting
 from rich.console import Console
 
+import processes
+from processes import Process
 from tsqp._printing import prompt_progress
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
@@ -67,7 +67,6 @@ def screen(shared_commands: Commands, speaking: Path) -> Iterator[Screen]:
         env=kept | PLAIN_OUTPUT | commands.tag | {"TERM": "xterm"},
         start_new_session=True,
         terminal=True,  # whose keys are signals only to the session that it controls
-        name=commands.name,
     )
     os.close(theirs)
     try:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import processes
 import torch
 from torch import Tensor
 
+import processes
 from tsqp.errors import ProtocolError
 from tsqp.wire.channel import Channel, Service
 from tsqp.wire.client import RemoteChannel
