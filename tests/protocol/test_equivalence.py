@@ -1,27 +1,32 @@
 """Every mode and every transport gives the tokens of transformers, in float32, on a real model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from protocol_helpers import SHARED, Commands, socket_endpoint
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from pairwise import pairs
+from references import reference_model
 from tsqp import LLM, SamplingParams
 from tsqp.model.attention import Segment
+from tsqp.model.checkpoint import open_checkpoint
 from tsqp.tee.decoder import Batch
 from tsqp.tee.lanes import run_lanes
 from tsqp.tee.stats import Stats
 from tsqp.tee.tokenizer import Tokenizer
 
 Answers = list[tuple[int, ...]]
+Reference = Callable[[Sequence[int], int], Answers]
 
-TOKENS = 64
+TOKENS, SOME_TOKENS = 64, 24
 CLEAR_GAP = 1e-3  # between the two largest logits; below, rounding may decide
-GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
 LICENSE = (Path(__file__).parents[2] / "LICENSE").read_text()
 PLAIN = [
     "The capital of France is",
@@ -36,6 +41,8 @@ CHAT = [
     "Summarise this text in one sentence.\n" + LICENSE[1000:5600],
 ]
 LONG_PLAIN, SHORT_CHAT = 3, 5
+SHORT = [number for number in range(8) if number not in (3, 7)]
+EVERY = list(range(8))
 FEW_TOKENS = 16
 SMALL_PROMPTS = [[5, 6, 7], list(range(1, 51)), [9], [n % 101 for n in range(400, 100, -1)]]
 TRANSPORTS = {
@@ -59,28 +66,35 @@ def prompts(demo_path: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def transformers_model(demo_path: Path) -> LlamaForCausalLM:
-    """The demo file as transformers itself reads it, in float32."""
-    return AutoModelForCausalLM.from_pretrained(
-        str(demo_path.parent), gguf_file=demo_path.name, dtype=torch.float32, local_files_only=True
-    ).eval()
+def transformers_model(demo_path: Path) -> Iterator[LlamaForCausalLM]:
+    """transformers' model of the demo, in float32.
+
+    Its weights are read by us, which `test_gguf` compares with what transformers reads.
+    """
+    with closing(open_checkpoint("demo")) as checkpoint:
+        yield reference_model(checkpoint, torch.float32)
 
 
 @pytest.fixture(scope="session")
-def reference(transformers_model: LlamaForCausalLM, prompts: list[list[int]]) -> Answers:
-    """The greedy tokens of transformers, in which no choice is a close one."""
-    short = [number for number, prompt in enumerate(prompts) if len(prompt) <= 900]
-    long = [number for number, prompt in enumerate(prompts) if len(prompt) > 900]
-    chosen: dict[int, tuple[int, ...]] = {}
-    for numbers in (short, long):
-        some = [prompts[number] for number in numbers]
-        chosen |= dict(zip(numbers, greedy(transformers_model, some), strict=True))
-    return [chosen[number] for number in range(len(prompts))]
+def reference(transformers_model: LlamaForCausalLM, prompts: list[list[int]]) -> Reference:
+    """The greedy tokens of transformers after prompts by number, in which no choice is close."""
+
+    @cache
+    def some(numbers: tuple[int, ...], tokens: int) -> Answers:
+        return greedy(transformers_model, [prompts[number] for number in numbers], tokens)
+
+    def answers(numbers: Sequence[int], tokens: int) -> Answers:
+        chosen: dict[int, tuple[int, ...]] = {}
+        for is_long in (False, True):  # apart, as all are padded to the longest
+            alike = tuple(n for n in EVERY if (len(prompts[n]) > 900) == is_long)
+            if any(number in alike for number in numbers):
+                chosen |= dict(zip(alike, some(alike, tokens), strict=True))
+        return [chosen[number] for number in numbers]
+
+    return answers
 
 
-def greedy(
-    model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], tokens: int = TOKENS
-) -> Answers:
+def greedy(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], tokens: int) -> Answers:
     """The likeliest tokens after each prompt; none may have a close rival."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -108,29 +122,38 @@ def greedy(
     return [tuple(row.tolist()) for row in torch.cat(columns, 1)]
 
 
-def together(llm: LLM, prompts: Sequence[Sequence[int]]) -> Answers:
-    return [answer.token_ids for answer in llm.generate(prompts, GREEDY)]
+def together(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> Answers:
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return [answer.token_ids for answer in llm.generate(prompts, params)]
 
 
-def one_by_one(llm: LLM, prompts: Sequence[Sequence[int]]) -> Answers:
-    return [answer.token_ids for prompt in prompts for answer in llm.generate([prompt], GREEDY)]
+WHICH = pytest.mark.parametrize(
+    ("numbers", "tokens"),
+    [(SHORT, SOME_TOKENS), pytest.param(EVERY, TOKENS, marks=pytest.mark.slow)],
+    ids=["short", "every"],
+)
 
 
-def test_tee_gives_the_tokens_of_transformers(prompts: list[list[int]], reference: Answers) -> None:
+@WHICH
+def test_tee_gives_the_tokens_of_transformers(
+    numbers: list[int], tokens: int, prompts: list[list[int]], reference: Reference
+) -> None:
+    some = [prompts[number] for number in numbers]
     with LLM("demo", privacy="tee", dtype="float32", prefill_chunk=2048) as llm:
         assert llm.transport == "none"
-        assert together(llm, prompts) == reference
+        assert together(llm, some, tokens) == reference(numbers, tokens)
 
 
 @pytest.mark.slow
 def test_tee_in_chunks_and_one_by_one_gives_the_tokens_of_transformers(
-    prompts: list[list[int]], reference: Answers
+    prompts: list[list[int]], reference: Reference
 ) -> None:
     with LLM("demo", privacy="tee", dtype="float32", prefill_chunk=100) as llm:
         for number in (LONG_PLAIN, SHORT_CHAT):
-            assert one_by_one(llm, [prompts[number]]) == [reference[number]]
+            assert together(llm, [prompts[number]], TOKENS) == reference([number], TOKENS)
 
 
+@WHICH
 @pytest.mark.parametrize(
     ("where", "shm", "prefill_chunk", "lanes", "alone"),
     [
@@ -143,13 +166,15 @@ def test_tee_in_chunks_and_one_by_one_gives_the_tokens_of_transformers(
     ],
 )
 def test_open_gives_the_tokens_of_transformers(
+    numbers: list[int],
+    tokens: int,
     where: str,
     shm: bool,
     prefill_chunk: int,
     lanes: int,
     alone: list[int],
     prompts: list[list[int]],
-    reference: Answers,
+    reference: Reference,
     request: pytest.FixtureRequest,
 ) -> None:
     worker = where if where == "inproc" else request.getfixturevalue(f"demo_{where}")
@@ -163,9 +188,10 @@ def test_open_gives_the_tokens_of_transformers(
         lanes=lanes,
     ) as llm:
         assert llm.transport == TRANSPORTS[where, shm]
-        assert together(llm, prompts) == reference
+        some = [prompts[number] for number in numbers]
+        assert together(llm, some, tokens) == reference(numbers, tokens)
         for number in alone:
-            assert one_by_one(llm, [prompts[number]]) == [reference[number]]
+            assert together(llm, [prompts[number]], tokens) == reference([number], tokens)
 
 
 @pytest.fixture(scope="module")
@@ -196,18 +222,18 @@ def small_workers(small: tuple[Path, Answers], shared_commands: Commands) -> dic
     return {kind: socket_endpoint(worker.stderr) for kind, worker in workers.items()}
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("prefill_chunk", [16, 1000])
-@pytest.mark.parametrize(("where", "shm"), TRANSPORTS)
+@pytest.mark.parametrize(
+    ("transport", "prefill_chunk", "lanes"), pairs(list(TRANSPORTS), [16, 1000], [1, 2])
+)
 def test_every_combination_gives_the_tokens_of_transformers(
-    where: str,
-    shm: bool,
+    transport: tuple[str, bool],
     prefill_chunk: int,
     lanes: int,
     small: tuple[Path, Answers],
     small_workers: dict[str, str],
 ) -> None:
     folder, expected = small
+    where, shm = transport
     with LLM(
         str(folder),
         privacy="tee" if where == "tee" else "open",
@@ -217,10 +243,9 @@ def test_every_combination_gives_the_tokens_of_transformers(
         prefill_chunk=prefill_chunk,
     ) as llm:
         assert llm.transport == TRANSPORTS[where, shm]
-        params = SamplingParams(temperature=0, max_tokens=FEW_TOKENS, ignore_eos=True)
-        assert [each.token_ids for each in llm.generate(SMALL_PROMPTS, params)] == expected
+        assert together(llm, SMALL_PROMPTS, FEW_TOKENS) == expected
         for prompt, answer in zip(SMALL_PROMPTS, expected, strict=True):
-            assert llm.generate([prompt], params)[0].token_ids == answer
+            assert together(llm, [prompt], FEW_TOKENS) == [answer]
 
 
 def test_open_in_bfloat16_is_as_exact_as_transformers(

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from tsqp.wire.shm import SHM_FOLDER, Segment
 BOTH = pytest.mark.parametrize("field", list(FIELDS))
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 PROMPTS = [[5, 6, 7], list(range(100, 260)), [9]]
+FEW_PROMPTS = [[5, 6, 7], list(range(100, 130)), [9]]
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +84,31 @@ def every_group(llm: LLM) -> dict[Key, Tensor]:
     return answers
 
 
-@pytest.mark.timeout(110)
-@pytest.mark.parametrize("field", ["wide", pytest.param("compact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("field", "prompts", "budget"),
+    [
+        ("wide", FEW_PROMPTS, 2**28),
+        pytest.param("wide", PROMPTS, None, marks=pytest.mark.slow),
+        pytest.param("compact", PROMPTS, None, marks=pytest.mark.slow),
+    ],
+    ids=["wide-few", "wide", "compact"],
+)
 def test_groups_and_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
-    field: str, demo_path: Path
+    field: str, prompts: list[list[int]], budget: int | None, demo_path: Path
 ) -> None:
     with LLM("demo", privacy="tee", fixed_point=True, field=field, dtype="float32") as reference:
-        expected, groups = tokens(reference), every_group(reference)
-    options = {"privacy": "pad", "field": field, "dtype": "float32", "prefill_chunk": 100}
+        expected, groups = tokens(reference, prompts), every_group(reference)
+    options: dict[str, Any] = {
+        "privacy": "pad", "field": field, "dtype": "float32", "prefill_chunk": 100
+    }  # fmt: skip
     with LLM("demo", worker="inproc", pad_memory=0, **options) as inline:
-        assert tokens(inline) == expected
+        assert tokens(inline, prompts) == expected
         found = every_group(inline)
     assert len(groups) == 30 * 4 + 1
     assert all(torch.equal(found[key], y_TF) for key, y_TF in groups.items())
-    with LLM("demo", worker="local", timeout=60, **options) as ahead:
+    with LLM("demo", worker="local", pad_memory=budget, timeout=60, **options) as ahead:
         ahead.fill_pads()
-        assert tokens(ahead) == expected
+        assert tokens(ahead, prompts) == expected
         assert ahead.pads is not None and ahead.pads.ahead_rows > 0
 
 

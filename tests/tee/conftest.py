@@ -1,15 +1,16 @@
-"""The real demo model, and one small random model, opened once a module."""
+"""The real demo model, opened once, and one small random model."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tee_helpers import write_llama
+from tee_helpers import make_engine, write_llama
 from transformers import LlamaForCausalLM
 
 from tsqp.errors import CheckpointError
 from tsqp.model import demo
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.tee.engine import Engine
 from tsqp.tee.tokenizer import Tokenizer
 
 
@@ -23,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkpoint,
     checkpoint.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def smollm() -> Iterator[Checkpoint]:
     """SmolLM2-135M-Instruct."""
     try:
@@ -35,7 +36,13 @@ def smollm() -> Iterator[Checkpoint]:
     checkpoint.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer(smollm: Checkpoint) -> Tokenizer:
     """SmolLM2's."""
     return Tokenizer("demo")
+
+
+@pytest.fixture(scope="session")
+def real(smollm: Checkpoint, tokenizer: Tokenizer) -> Engine:
+    """An engine with SmolLM2."""
+    return make_engine(smollm, tokenizer)[0]

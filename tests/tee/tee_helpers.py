@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tsqp.bench.hf_model import hf_config
 from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import tensor_shapes
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine import Engine
 from tsqp.tee.lanes import run_lanes
@@ -44,15 +42,6 @@ def write_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
             parameter.copy_(centre + 0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
-
-
-def reference_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
-    """transformers' model of any checkpoint of ours."""
-    model = LlamaForCausalLM(hf_config(checkpoint.config, attn_implementation="sdpa"))
-    shapes = tensor_shapes(checkpoint.config)
-    model.load_state_dict({n: checkpoint.read(n, s) for n, s in shapes.items()}, strict=False)
-    model.tie_weights()
-    return model.to(dtype).eval()
 
 
 def all_logits(decoder: Decoder, offload: Offload, token_ids: Sequence[int], chunk: int) -> Tensor:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tee_helpers import all_logits, reference_model, write_llama
+from tee_helpers import all_logits, write_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from references import reference_model
 from tsqp.errors import WorkerError
 from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint

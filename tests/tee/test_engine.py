@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tee_helpers import make_engine, reference_model, write_llama
+from tee_helpers import make_engine, write_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from references import greedy_tokens, reference_model
 from tsqp.errors import OutOfMemory, PromptError, WorkerLost
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.tee.decoder import Decoder
@@ -24,15 +25,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[5], [9, 3, 77], list(range(40)), [50] * 17, list(range(100, 0, -1))]
 
 
-def hf_greedy(model: LlamaForCausalLM, prompt: list[int], count: int) -> tuple[int, ...]:
-    """Greedy tokens, the whole sequence computed afresh for each."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            ids.append(int(model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].argmax()))
-    return tuple(ids[len(prompt) :])
-
-
 def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
@@ -46,7 +38,7 @@ def one_by_one(tiny: Tiny) -> list[tuple[int, ...]]:
 def test_greedy_tokens_are_those_of_transformers(
     tiny: Tiny, one_by_one: list[tuple[int, ...]]
 ) -> None:
-    assert one_by_one == [hf_greedy(tiny[1], prompt, 12) for prompt in PROMPTS]
+    assert one_by_one == [greedy_tokens(tiny[1], prompt, 12) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +109,7 @@ def test_a_seeded_request_draws_the_same_in_company(tiny: Tiny) -> None:
 
 def test_the_answer_ends_with_the_eos_token(tmp_path: Path) -> None:
     model = write_llama(tmp_path)
-    eos = hf_greedy(model, PROMPTS[1], 3)[2]
+    eos = greedy_tokens(model, PROMPTS[1], 3)[2]
     write_llama(tmp_path, eos_token_id=eos)
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.config.eos_token_ids == (eos,)
@@ -274,7 +266,7 @@ def test_the_later_part_of_a_long_prompt_follows_the_earlier_in_another_lane(tin
     offload = Later(checkpoint, torch.float32)
     engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config, lanes=2)
     prompt = [n % 101 for n in range(500)]
-    assert tokens(engine.generate([prompt], GREEDY)) == [hf_greedy(model, prompt, 12)]
+    assert tokens(engine.generate([prompt], GREEDY)) == [greedy_tokens(model, prompt, 12)]
     assert offload.order[:6] == [(layer, start) for layer in range(3) for start in (0, 256)]
 
 
@@ -350,11 +342,6 @@ def test_the_times_of_an_answer_add_up(tiny: Tiny) -> None:
 
 
 @pytest.fixture(scope="module")
-def real(smollm: Checkpoint, tokenizer: Tokenizer) -> Engine:
-    return make_engine(smollm, tokenizer)[0]
-
-
-@pytest.fixture(scope="module")
 def real_reference(smollm: Checkpoint) -> Iterator[LlamaForCausalLM]:
     yield reference_model(smollm, torch.float32)
 
@@ -373,7 +360,7 @@ def test_the_real_model_answers_as_transformers(
 ) -> None:
     prompts = [tokenizer.encode(text) for text in TEXTS]
     answers = real.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
-    assert tokens(answers) == [hf_greedy(real_reference, prompt, 16) for prompt in prompts]
+    assert tokens(answers) == [greedy_tokens(real_reference, prompt, 16) for prompt in prompts]
     assert [a.text for a in answers] == [tokenizer.decode(a.token_ids) for a in answers]
 
 

@@ -16,11 +16,6 @@ Tiny = tuple[Checkpoint, LlamaForCausalLM]
 PROMPTS = [[5], [9, 3, 77], list(range(40))]
 
 
-@pytest.fixture(scope="module")
-def real(smollm: Checkpoint, tokenizer: Tokenizer) -> Engine:
-    return make_engine(smollm, tokenizer)[0]
-
-
 def sampled(seed: int, **options: int) -> SamplingParams:
     return SamplingParams(temperature=0.9, seed=seed, max_tokens=8, ignore_eos=True, **options)  # type: ignore[arg-type]
 

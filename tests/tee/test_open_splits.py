@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from open_helpers import OFFLOADS, Side, make_worker
-from tee_helpers import all_logits, reference_model, write_llama
+from tee_helpers import all_logits, write_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from references import reference_model
 from tsqp.errors import OutOfMemory, ProtocolError, WorkerError
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
