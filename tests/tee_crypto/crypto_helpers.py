@@ -1,4 +1,4 @@
-"""A masked layer in exact Python arithmetic, to compare with."""
+"""A masked layer in exact Python arithmetic, to compare with, and a test of evenness."""
 
 import math
 from fractions import Fraction
@@ -7,8 +7,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, Field
 from tsqp.model.quantize import IntegerWeights
+from tsqp.tee.crypto.rng import uniform
+from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.offload.masked import Masked, MaskedGroup
 
 Int32 = NDArray[np.int32]
 
@@ -48,3 +52,76 @@ def check_product(k_F: Int32, weight_FD: torch.Tensor) -> list[int]:
         sum(k * w for k, w in zip(k_F.tolist(), column, strict=True)) % CHECK_MODULUS
         for column in columns
     ]
+
+
+class Layer:
+    """A masked group with an honest worker in exact arithmetic."""
+
+    def __init__(
+        self,
+        field: Field,
+        features: int = 12,
+        width: int = 37,
+        *,
+        weights: IntegerWeights | None = None,
+        threads: int = 2,
+    ) -> None:
+        self.weights = integer_weights(features, width) if weights is None else weights
+        self.field = field
+        self.group = MaskedGroup((3, "qkv"), self.weights, None, field)
+        self.rows = RowPool(threads)
+
+    def pads(self, rows: int) -> tuple[Int32, Int32]:
+        r_TD = uniform((rows, self.group.width), self.field)
+        return r_TD, self.product(r_TD)
+
+    def mask(self, x_TD: torch.Tensor, r_TD: Int32) -> tuple[Masked, Int32]:
+        """What the TEE keeps, and the residues that go out."""
+        c_TB = torch.empty(len(x_TD), self.field.residue_bytes * self.group.width).byte()
+        masked = self.group.mask(x_TD, r_TD, c_TB, self.rows)
+        c_TD = np.empty(tuple(x_TD.shape), np.int32)
+        residue_bytes.unpack(c_TB.numpy(), self.field, c_TD)
+        return masked, c_TD
+
+    def product(self, c_TD: Int32) -> Int32:
+        """Wq · c mod p."""
+        z_TF = [
+            [v % self.field.p for v in product(self.weights.weight_FD, row)]
+            for row in c_TD.tolist()
+        ]
+        return np.array(z_TF, np.int32)
+
+    def answer(self, c_TD: Int32) -> torch.Tensor:
+        """Wq · c mod p as bytes."""
+        return self.to_bytes(self.product(c_TD))
+
+    def to_bytes(self, z_TF: Int32) -> torch.Tensor:
+        z_TB = torch.empty(len(z_TF), self.field.residue_bytes * z_TF.shape[1]).byte()
+        residue_bytes.pack(z_TF, self.field, z_TB.numpy())
+        return z_TB
+
+    def unmask(self, z_TB: torch.Tensor, u_TF: Int32, masked: Masked) -> torch.Tensor:
+        y_TF = torch.empty(len(z_TB), self.group.features)
+        self.group.unmask(z_TB, u_TF, masked, y_TF, "The worker", self.rows)
+        return y_TF
+
+
+def chi_square_p(counts: np.ndarray) -> float:
+    """The probability of counts at least as uneven, where all bins are alike."""
+    expected = counts.sum() / counts.size
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    half = torch.tensor([(counts.size - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def rows_of_every_kind(width: int) -> torch.Tensor:
+    """Normal rows, zeros, one huge entry, tiny and huge numbers, alternating signs."""
+    x_TD = torch.randn(40, width, generator=torch.Generator().manual_seed(7))
+    x_TD[1] = 0
+    x_TD[2] = 0
+    x_TD[2, 5] = 1e20
+    x_TD[3] *= 1e-42
+    x_TD[4] *= 1e20
+    x_TD[5] = torch.tensor([1.0, -1.0]).repeat(width)[:width] * 3e38
+    x_TD[6, 0] = 1e6
+    return x_TD

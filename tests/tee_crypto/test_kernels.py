@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from crypto_helpers import (
-    Int32,
+    Layer,
     centred,
     check_product,
     exact_integers,
     integer_weights,
     product,
+    rows_of_every_kind,
 )
 
 from tsqp.algebra import residue_bytes
@@ -18,68 +19,10 @@ from tsqp.errors import IntegrityError, NumericalError
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.kernels import ALL_ROWS
-from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.masked import Masked, MaskedGroup
+from tsqp.tee.offload.masked import MaskedGroup
 
 BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
-
-
-class Layer:
-    """A masked group with an honest worker in exact arithmetic."""
-
-    def __init__(self, field: Field, features: int = 12, width: int = 37) -> None:
-        self.weights = integer_weights(features, width)
-        self.field = field
-        self.group = MaskedGroup((3, "qkv"), self.weights, None, field)
-        self.rows = RowPool(2)
-
-    def pads(self, rows: int) -> tuple[Int32, Int32]:
-        r_TD = uniform((rows, self.group.width), self.field)
-        u_TF = [
-            [v % self.field.p for v in product(self.weights.weight_FD, row)]
-            for row in r_TD.tolist()
-        ]
-        return r_TD, np.array(u_TF, np.int32)
-
-    def mask(self, x_TD: torch.Tensor, r_TD: Int32) -> tuple[Masked, Int32]:
-        """What the TEE keeps, and the residues that go out."""
-        c_TB = torch.empty(len(x_TD), self.field.residue_bytes * self.group.width).byte()
-        masked = self.group.mask(x_TD, r_TD, c_TB, self.rows)
-        c_TD = np.empty(tuple(x_TD.shape), np.int32)
-        residue_bytes.unpack(c_TB.numpy(), self.field, c_TD)
-        return masked, c_TD
-
-    def answer(self, c_TD: Int32) -> torch.Tensor:
-        """Wq · c mod p as bytes."""
-        z_TF = [
-            [v % self.field.p for v in product(self.weights.weight_FD, row)]
-            for row in c_TD.tolist()
-        ]
-        return self.to_bytes(np.array(z_TF, np.int32))
-
-    def to_bytes(self, z_TF: Int32) -> torch.Tensor:
-        z_TB = torch.empty(len(z_TF), self.field.residue_bytes * z_TF.shape[1]).byte()
-        residue_bytes.pack(z_TF, self.field, z_TB.numpy())
-        return z_TB
-
-    def unmask(self, z_TB: torch.Tensor, u_TF: Int32, masked: Masked) -> torch.Tensor:
-        y_TF = torch.empty(len(z_TB), self.group.features)
-        self.group.unmask(z_TB, u_TF, masked, y_TF, "The worker", self.rows)
-        return y_TF
-
-
-def rows_of_every_kind(width: int) -> torch.Tensor:
-    """Normal rows, zeros, one huge entry, tiny and huge numbers, alternating signs."""
-    x_TD = torch.randn(40, width, generator=torch.Generator().manual_seed(7))
-    x_TD[1] = 0
-    x_TD[2] = 0
-    x_TD[2, 5] = 1e20
-    x_TD[3] *= 1e-42
-    x_TD[4] *= 1e20
-    x_TD[5] = torch.tensor([1.0, -1.0]).repeat(width)[:width] * 3e38
-    x_TD[6, 0] = 1e6
-    return x_TD
 
 
 @BOTH

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import torch
+from crypto_helpers import chi_square_p
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from tsqp.algebra.params import FIELDS, Field
@@ -14,14 +14,6 @@ from tsqp.wire import seeds
 
 BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
 BINS = 4096
-
-
-def chi_square_p(counts: np.ndarray) -> float:
-    """The probability of counts at least as uneven, where all bins are alike."""
-    expected = counts.sum() / counts.size
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    half = torch.tensor([(counts.size - 1) / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
 
 
 def bins_of(residues: np.ndarray, field: Field) -> np.ndarray:
