@@ -1,0 +1,119 @@
+"""Sessions of the private modes around a few small groups: no model, no engine, real links.
+
+The groups have odd sizes, so that tensors in shared memory have gaps between them.
+"""
+
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tsqp.algebra.params import Field
+from tsqp.gpu.weights import IntegerModel
+from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
+from tsqp.model.config import Key
+from tsqp.model.quantize import IntegerWeights
+from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.tee.crypto.kernels import RowPool
+from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.offload.base import Linear
+from tsqp.tee.offload.masked import MaskedGroup
+from tsqp.tee.offload.pad import PadLinear
+from tsqp.tee.offload.shares import SharesLinear
+from tsqp.wire.channel import Channel
+from tsqp.wire.client import RemoteChannel
+from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.messages import Hello
+from tsqp.wire.server import Server
+
+SHAPES: dict[Key, tuple[int, int]] = {
+    (0, "qkv"): (5, 7),
+    (0, "down"): (7, 19),
+    (-1, "lm_head"): (33, 7),
+}
+DIGEST = "cd" * 32
+TIMEOUT_S = 30.0
+ROW_BYTES = 4 * sum(map(sum, SHAPES.values()))
+
+
+def small_weights() -> dict[Key, IntegerWeights]:
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for key, shape in SHAPES.items():
+        weight_FD = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        weight_FD[:, 0] = 127  # as quantised rows have somewhere
+        weights[key] = IntegerWeights(weight_FD, torch.rand(shape[0], generator=generator) + 0.5)
+    return weights
+
+
+WEIGHTS = small_weights()
+
+
+def small_worker() -> Worker:
+    """A worker of the private modes."""
+    weights_FD = {key: weights.weight_FD for key, weights in WEIGHTS.items()}
+    return Worker(None, IntegerModel(torch.device("cpu"), weights_FD, DIGEST))
+
+
+def hello(shm_bytes: int = 0) -> Hello:
+    return Hello(secrets.token_bytes(32), DIGEST, "int8", PRIVATE_ABILITIES, shm_bytes)
+
+
+def _groups(field: Field) -> dict[Key, MaskedGroup]:
+    return {key: MaskedGroup(key, weights, None, field) for key, weights in WEIGHTS.items()}
+
+
+def pad_linear(
+    channel: Channel, field: Field, *, stock_rows: int = 50, failures: FailureLimit | None = None
+) -> PadLinear:
+    """`pad` over a channel."""
+    weights_FD = {key: weights.weight_FD for key, weights in WEIGHTS.items()}
+    pool = PadPool(DirectProvider(weights_FD, field), SHAPES, stock_rows * ROW_BYTES)
+    failures = failures or FailureLimit()
+    rows = RowPool(2)
+    return PadLinear(channel, _groups(field), pool, torch.float32, TIMEOUT_S, rows, failures)
+
+
+def shares_linear(
+    channels: Sequence[Channel], field: Field, *, failures: FailureLimit | None = None
+) -> SharesLinear:
+    """`shares` over channels."""
+    failures = failures or FailureLimit()
+    rows = RowPool(2)
+    return SharesLinear(channels, _groups(field), torch.float32, TIMEOUT_S, rows, failures)
+
+
+def ask(linear: PadLinear | SharesLinear, key: Key, x_TD: Tensor) -> Tensor:
+    """A private copy of the answer to one request."""
+    with linear.start(Linear(*key, x_TD)) as y_TF:
+        return y_TF.clone()
+
+
+@contextmanager
+def serving(folder: Path, workers: int) -> Iterator[list[Endpoint]]:
+    """Workers in threads, each with its own socket."""
+    stop = threading.Event()
+    with ExitStack() as stack:
+        endpoints = []
+        for number in range(workers):
+            server = Server(parse_endpoint(f"ipc://{folder}/{number}.sock"))
+            thread = threading.Thread(target=_serve, args=(server, stop))
+            thread.start()
+            stack.callback(thread.join, TIMEOUT_S)
+            endpoints.append(parse_endpoint(server.address))
+        stack.callback(stop.set)
+        yield endpoints
+
+
+def _serve(server: Server, stop: threading.Event) -> None:
+    server.serve(small_worker(), stop.is_set)
+    server.close()
+
+
+def connect(endpoint: Endpoint, shm_bytes: int = 2**20) -> RemoteChannel:
+    """A session, over shared memory unless `shm_bytes` is 0."""
+    return RemoteChannel(endpoint, hello(shm_bytes), connect_timeout=TIMEOUT_S)

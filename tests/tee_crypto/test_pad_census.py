@@ -1,0 +1,105 @@
+"""Every row that a pool ever gives out, counted: none comes twice, whichever way it was made."""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from crypto_helpers import chi_square_p, integer_weights
+
+from tsqp.algebra.params import FIELDS, Field
+from tsqp.model.config import Key
+from tsqp.tee.crypto import rng
+from tsqp.tee.crypto.pads import DirectProvider, PadPool, Pads
+from tsqp.wire.seeds import SEED_BYTES
+
+TAKES = 12_000
+WIDTH = 8  # residues of a row: no two rows are alike by chance
+GROUPS = {(0, "qkv"): integer_weights(3, WIDTH), (-1, "lm_head"): integer_weights(5, WIDTH)}
+ROW_BYTES = 4 * (3 + 5 + 2 * WIDTH)
+
+
+def pool(field: Field, rows: int) -> PadPool:
+    weights_FD = {key: weights.weight_FD for key, weights in GROUPS.items()}
+    shapes = {key: (weight_FD.shape[0], WIDTH) for key, weight_FD in weights_FD.items()}
+    return PadPool(DirectProvider(weights_FD, field), shapes, rows * ROW_BYTES)
+
+
+def take_at_random(pads: PadPool, times: int, seed: int) -> list[tuple[Key, Pads]]:
+    """A row at a time, as tokens take them, and now and then the rows of a prompt."""
+    choices = random.Random(seed)
+    taken = []
+    for _ in range(times):
+        key = choices.choice(list(GROUPS))
+        taken.append((key, pads.take(key, choices.choice([1, 1, 1, 1, 1, 1, 2, 3, 40]))))
+    return taken
+
+
+def assert_no_row_comes_twice(taken: list[tuple[Key, Pads]], field: Field) -> None:
+    r_ND = np.concatenate([pads.r_ND for _, pads in taken])
+    assert len({row.tobytes() for row in r_ND}) == len(r_ND)
+    # Nor does a part of a row: what chance gives are so many values that have come before.
+    expected = r_ND.size**2 / 2 / field.p
+    assert r_ND.size - len(np.unique(r_ND)) < expected + 10 * expected**0.5 + 20
+    for column_N in r_ND.T.astype(np.int64):
+        assert chi_square_p(np.bincount(column_N * 64 // field.p, minlength=64)) > 1e-7
+        assert chi_square_p(np.bincount(column_N & 63, minlength=64)) > 1e-7
+    for key, pads in taken:
+        weight_FD = GROUPS[key].weight_FD.numpy().astype(np.int64)
+        assert (pads.u_NF == pads.r_ND.astype(np.int64) @ weight_FD.T % field.p).all()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("stock", "field"),
+    [(0, FIELDS["wide"]), (100, FIELDS["compact"])],
+    ids=["in-line-wide", "ahead-compact"],
+)
+def test_no_row_of_many_thousand_takes_comes_twice(stock: int, field: Field) -> None:
+    pads = pool(field, stock)
+    try:
+        pads.fill()
+        taken = take_at_random(pads, TAKES, seed=0)
+        assert pads.stats.ahead_rows >= stock
+    finally:
+        pads.close()
+    assert_no_row_comes_twice(taken, field)
+
+
+@pytest.mark.timeout(60)
+def test_no_row_comes_twice_to_threads_that_take_at_once() -> None:
+    field = FIELDS["wide"]
+    pads, together = pool(field, 50), threading.Barrier(4)
+
+    def take_many(number: int) -> list[tuple[Key, Pads]]:
+        together.wait(30)
+        return take_at_random(pads, TAKES // 4, seed=number)
+
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            taken = [take for some in threads.map(take_many, range(4)) for take in some]
+    finally:
+        pads.close()
+    assert_no_row_comes_twice(taken, field)
+
+
+def test_sessions_share_no_row() -> None:
+    field, taken = FIELDS["wide"], []
+    for _ in range(30):
+        pads = pool(field, 20)
+        taken += [((0, "qkv"), pads.take((0, "qkv"), rows)) for rows in (1, 30, 1)]
+        pads.close()
+    assert_no_row_comes_twice(taken, field)
+
+
+def test_a_seed_is_what_the_operating_system_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def token_bytes(count: int) -> bytes:
+        asked.append(count)
+        return bytes(range(count))
+
+    monkeypatch.setattr(rng.secrets, "token_bytes", token_bytes)
+    assert rng.fresh_seed() == bytes(range(SEED_BYTES))
+    assert asked == [SEED_BYTES] == [32]
