@@ -4,6 +4,7 @@ Every input is zero here, so what crosses is the pad itself, or the share.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -75,15 +76,14 @@ def zeros(key: Key, rows: int) -> Tensor:
 @pytest.mark.timeout(60)
 @BOTH
 def test_no_row_of_thousands_of_calls_comes_twice(field: Field, received: Received) -> None:
-    linear = pad_linear(InprocChannel(small_worker(), hello()), field)
     calls = 0
-    for _ in range(1200):
-        for key in (QKV, DOWN, HEAD):
-            ask(linear, key, zeros(key, 1))
-            calls += 1
-    for rows in (2, 17, 128, 129, 400) * 4:
-        ask(linear, DOWN, zeros(DOWN, rows))
-    linear.close()
+    with closing(pad_linear(InprocChannel(small_worker(), hello()), field)) as linear:
+        for _ in range(1200):
+            for key in (QKV, DOWN, HEAD):
+                ask(linear, key, zeros(key, 1))
+                calls += 1
+        for rows in (2, 17, 128, 129, 400) * 4:
+            ask(linear, DOWN, zeros(DOWN, rows))
     assert calls > 3000
     assert received.assert_nothing_comes_twice(field) == calls + 4 * 676
 
@@ -92,15 +92,15 @@ def test_no_row_of_thousands_of_calls_comes_twice(field: Field, received: Receiv
 def test_calls_that_fail_or_are_given_up_use_their_pads_up(
     field: Field, received: Received
 ) -> None:
-    linear = pad_linear(InprocChannel(small_worker(), hello()), field, stock_rows=200)
     bad_TD = zeros(QKV, 300)
     bad_TD[299, 3] = float("nan")  # when two blocks are out
-    for _ in range(20):
-        with pytest.raises(NumericalError):
-            ask(linear, QKV, bad_TD)
-        linear.start(Linear(*QKV, zeros(QKV, 300))).cancel()
-        ask(linear, QKV, zeros(QKV, 3))
-    linear.close()
+    channel = InprocChannel(small_worker(), hello())
+    with closing(pad_linear(channel, field, stock_rows=200)) as linear:
+        for _ in range(20):
+            with pytest.raises(NumericalError):
+                ask(linear, QKV, bad_TD)
+            linear.start(Linear(*QKV, zeros(QKV, 300))).cancel()
+            ask(linear, QKV, zeros(QKV, 3))
     received.rows = {WIDTHS[QKV]: received.rows[WIDTHS[QKV]]}
     assert received.assert_nothing_comes_twice(field) == 20 * (256 + 256 + 3)
 
@@ -116,14 +116,14 @@ def test_a_session_after_a_lie_shares_no_pad_with_the_one_before(
         outputs[0][-1, -1] ^= 1
 
     monkeypatch.setattr(Worker, "run", lie)
-    for _ in range(MAX_FAILURES):
-        linear = pad_linear(InprocChannel(small_worker(), hello()), field, failures=failures)
-        with pytest.raises(IntegrityError, match="wrong product"):
+    for number in range(MAX_FAILURES + 1):
+        says = "wrong product" if number < MAX_FAILURES else "nothing is offloaded any more"
+        channel = InprocChannel(small_worker(), hello())
+        with (
+            closing(pad_linear(channel, field, failures=failures)) as linear,
+            pytest.raises(IntegrityError, match=says),
+        ):
             ask(linear, QKV, zeros(QKV, 300))
-    linear = pad_linear(InprocChannel(small_worker(), hello()), field, failures=failures)
-    with pytest.raises(IntegrityError, match="nothing is offloaded any more"):
-        ask(linear, QKV, zeros(QKV, 300))
-    linear.close()
     received.rows = {WIDTHS[QKV]: received.rows[WIDTHS[QKV]]}
     assert received.assert_nothing_comes_twice(field) == MAX_FAILURES * 256
 
@@ -134,15 +134,14 @@ def test_every_block_of_every_request_has_a_seed_of_its_own_for_every_worker(
     field: Field, received: Received
 ) -> None:
     channels = [InprocChannel(small_worker(), hello()) for _ in range(3)]
-    linear = shares_linear(channels, field)
     blocks = rows = 0
-    for number in range(150):
-        for key in (QKV, DOWN, HEAD):
-            asked = (1, 1, 1, 1, 2, 127, 128, 129, 300, 513)[number % 10]
-            ask(linear, key, zeros(key, asked))
-            blocks += -(-asked // BLOCK_ROWS)
-            rows += asked
-    linear.close()
+    with closing(shares_linear(channels, field)) as linear:
+        for number in range(150):
+            for key in (QKV, DOWN, HEAD):
+                asked = (1, 1, 1, 1, 2, 127, 128, 129, 300, 513)[number % 10]
+                ask(linear, key, zeros(key, asked))
+                blocks += -(-asked // BLOCK_ROWS)
+                rows += asked
     assert len(received.seeds) == 2 * blocks > 1000
     assert all(len(seed) == 32 for seed in received.seeds)
     assert received.assert_nothing_comes_twice(field) == rows
