@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +177,12 @@ def test_where_no_key_heads_are_counted_there_are_as_many_as_query_heads(
     key = "gemma2.attention.head_count_kv"
     assert read_config(gemma2_header, None).num_kv_heads == gemma2_header.metadata[key] == 2
     without = {k: v for k, v in gemma2_header.metadata.items() if k != key}
-    assert read_config(GGUFHeader(without, gemma2_header.tensors), None).num_kv_heads == 6
+    assert read_config(replace(gemma2_header, metadata=without), None).num_kv_heads == 6
 
 
 def test_a_width_that_is_no_number_is_refused_by_name(gemma2_header: GGUFHeader) -> None:
     wrong = {"gemma2.block_count": 46, "gemma2.embedding_length": "abc"}
-    header = GGUFHeader(gemma2_header.metadata | wrong, gemma2_header.tensors)
+    header = replace(gemma2_header, metadata=gemma2_header.metadata | wrong)
     with pytest.raises(CheckpointError, match=r"hidden_size 'abc'.*integer"):
         read_config(header, None)
 

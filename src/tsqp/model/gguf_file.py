@@ -15,13 +15,17 @@ from tsqp.model.gguf_reader import GGUFHeader, StoredTensor, read_header
 
 
 class GGUFCheckpoint:
-    """One GGUF file. See `checkpoint.Checkpoint`."""
+    """One GGUF file. See `checkpoint.Checkpoint`.
+
+    Attributes:
+        header: from which the config was read, and the tokenizer can be.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._file = BinaryFile(path)
         try:
-            header = read_header(self._file)
+            self.header = header = read_header(self._file)
             rope_freqs = header.tensors.get(ROPE_FREQS)
             self.config = read_config(
                 header, None if rope_freqs is None else self._load(rope_freqs, slice(None))

@@ -1,22 +1,44 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies."""
+"""The header of a GGUF file: its metadata, and where each tensor lies.
 
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import hashlib
 import math
-from collections import OrderedDict
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField, dequantize
+from gguf import GGMLQuantizationType, dequantize
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
-from gguf.quants import quant_shape_to_byte_shape
 
 from tsqp.errors import CheckpointError, ModelError, UnsupportedModel
 from tsqp.model.files import BinaryFile
 
 READABLE_VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 100_000_000  # as of safetensors; the largest vocabularies take a tenth
+MAX_DIMENSIONS = 4
+MAX_ENTRIES = 2**16  # tensors, and keys of the metadata: the largest models have some thousands
+MAX_ITEMS = 2**22  # of an array: more than ten times the largest vocabulary
 WINDOW_BYTES = 2**20  # read at once
+
+_STRING, _ARRAY = 8, 9
+# GGUF value type: its layout, little-endian.
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,134 +63,200 @@ class StoredTensor:
         return self.size if len(self.shape) == 1 else self.size // self.shape[0]
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class StringArray:
+    """An array of strings, as the file holds it: each is a length of 8 bytes, then UTF-8.
+
+    It is decoded only when it is asked for, because most readers of a header need no vocabulary.
+    """
+
+    count: int
+    _data: bytes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def decode(self) -> list[str]:
+        """All strings.
+
+        Raises:
+            UnicodeDecodeError: one is not UTF-8.
+        """
+        data, at, found = self._data, 0, []
+        for _ in range(self.count):
+            start = at + 8
+            at = start + int.from_bytes(data[at:start], "little")
+            found.append(data[start:at].decode())
+        return found
+
+
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """Metadata by key (arrays of strings are left out), and tensors by GGUF name."""
+    """What is in front of the tensors' data.
+
+    Attributes:
+        metadata: values by key; arrays of numbers are lists, arrays of strings `StringArray`s.
+        tensors: by their GGUF names.
+        sha256: of the header's bytes, from which everything here was read; hexadecimal.
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    sha256: str
 
 
 def read_header(file: BinaryFile) -> GGUFHeader:
-    """Read and check the header.
+    """Read the header's bytes once, and check them.
 
     Raises:
-        UnsupportedModel: a version or an encoding that cannot be read.
+        UnsupportedModel: a version, byte order or encoding that cannot be read.
         CheckpointError: cut short, or not a GGUF file.
     """
     _check_version(file)
     try:
-        with np.errstate(all="raise"):
-            reader = _HeaderReader(file)
-            metadata = {key: field.contents() for key, field in reader.fields.items()}
-            tensors = {tensor.name: tensor for tensor in reader.stored()}
+        return _read(_Bytes(file))
     except ModelError:
         raise
-    except Exception as exc:  # GGUFReader trusts the file and fails in whatever way it happens to
+    except (EOFError, KeyError, ValueError, OverflowError) as exc:  # what _read raises
         raise CheckpointError(
             f"{file.path} is cut short or corrupt: fetch it again ({type(exc).__name__})."
         ) from exc
-    for encoding in {tensor.encoding for tensor in tensors.values()}:
-        _check_encoding(file.path, encoding)
-    return GGUFHeader(metadata, tensors)
 
 
-class _HeaderReader(GGUFReader):  # type: ignore[misc]
-    """GGUFReader, which maps no file, is bounded by its size, and reads no lists of strings.
+class _Bytes:
+    """The header's bytes in private memory, read from the file as far as they are needed."""
 
-    The library maps the whole file, keeps two arrays for each of a tokenizer's strings, which
-    takes seconds, and believes every count it finds.
-    """
-
-    def __init__(self, file: BinaryFile) -> None:  # the library's own would map the file
-        self._file = file
+    def __init__(self, file: BinaryFile) -> None:
+        self.file = file
         self._end = min(file.size, MAX_HEADER_BYTES)
-        self._window, self._window_start = b"", 0
-        self.fields: OrderedDict[str, ReaderField] = OrderedDict()
-        tensors, values = (int(count) for count in self._get(8, np.uint64, 2))
-        offset, self._tensors = self._build_tensor_info(self._build_fields(24, values), tensors)
-        alignment = self.fields.get("general.alignment")
-        each = GGUF_DEFAULT_ALIGNMENT if alignment is None else int(alignment.contents())
-        if each < 1 or each & (each - 1):
-            raise ValueError("alignment")
-        self._data_start = -(-offset // each) * each
+        self._data = bytearray()
+        self.position = 0
 
-    def stored(self) -> list[StoredTensor]:
-        """All tensors, which lie inside the file and have names of their own."""
-        found = [_stored(field, self._data_start) for field in self._tensors]
-        if len({tensor.name for tensor in found}) < len(found):
-            raise KeyError("names")
-        if any(tensor.offset + tensor.size > self._file.size for tensor in found):
-            raise EOFError
-        return found
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes.
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        raw = self._bytes(int(offset), np.dtype(dtype).itemsize * int(count))
-        return np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<"))
+        Raises:
+            EOFError: the file ends first, or the header is longer than MAX_HEADER_BYTES.
+        """
+        start, end = self.position, self.position + count
+        if end > len(self._data):
+            self._read_up_to(end)
+        self.position = end
+        return bytes(self._data[start:end])
 
-    def _bytes(self, offset: int, size: int) -> memoryview:
-        """Part of the header, of which a piece is kept at a time."""
-        if offset + size > self._end:
-            raise EOFError
-        start = offset - self._window_start
-        if not 0 <= start <= start + size <= len(self._window):
-            length = min(max(size, WINDOW_BYTES), self._end - offset)
-            self._window, self._window_start, start = self._file.read(offset, length), offset, 0
-        return memoryview(self._window)[start : start + size]
+    def uint(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
 
-    def _get_field_parts(
-        self, orig_offs: int, raw_type: int
-    ) -> tuple[int, list[Any], list[int], list[Any]]:
-        if raw_type != GGUFValueType.ARRAY:
-            found: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(
-                orig_offs, raw_type
-            )
-            return found
-        item = self._get(orig_offs, np.uint32)
-        count = self._get(orig_offs + 4, np.uint64)
-        item_type = GGUFValueType(int(item[0]))
-        types = [GGUFValueType.ARRAY, item_type]
-        start = orig_offs + 12
-        if item_type == GGUFValueType.STRING:
-            end = self._skip_strings(start, int(count[0]))
-            return end - orig_offs, [item, count], [], types
-        values = self._get(start, self.gguf_scalar_to_np[item_type], int(count[0]))
-        return 12 + values.nbytes, [item, count, values], [2], types
+    def string(self) -> str:
+        return self.take(self.uint(8)).decode()
 
-    def _skip_strings(self, offset: int, count: int) -> int:
+    def strings(self, count: int) -> StringArray:
+        """`count` strings, not decoded yet."""
+        start = at = self.position
+        length_at = struct.Struct("<Q").unpack_from
         for _ in range(count):
-            offset += 8 + int.from_bytes(self._bytes(offset, 8), "little")
-        self._bytes(offset, 0)
-        return offset
+            if at + 8 > len(self._data):
+                self._read_up_to(at + 8)
+            at += 8 + length_at(self._data, at)[0]
+            if at > self._end:
+                raise EOFError
+        self.position = start
+        return StringArray(count, self.take(at - start))
 
-    def _get_tensor_info_field(self, orig_offs: int) -> ReaderField:
-        field = super()._get_tensor_info_field(orig_offs)
-        encoding = int(field.parts[4][0])
-        if encoding not in set(GGMLQuantizationType):
-            raise UnsupportedModel(
-                f"Tensor {field.name[:200]!a} of the GGUF file has the unknown encoding"
-                f" {encoding}, which TSQP cannot read: use another quantization."
-            )
-        return field
+    def sha256(self) -> str:
+        """Of everything in front of the position."""
+        return hashlib.sha256(memoryview(self._data)[: self.position]).hexdigest()
+
+    def _read_up_to(self, end: int) -> None:
+        if end > self._end:
+            raise EOFError
+        have = len(self._data)
+        self._data += self.file.read(have, min(max(end - have, WINDOW_BYTES), self._end - have))
+
+
+def _read(data: _Bytes) -> GGUFHeader:
+    data.take(8)  # the magic number and the version, which have been checked
+    tensor_count, value_count = data.uint(8), data.uint(8)
+    if max(tensor_count, value_count) > MAX_ENTRIES:
+        raise ValueError("entries")
+    metadata: dict[str, Any] = {}
+    for _ in range(value_count):
+        key = data.string()
+        if key in metadata:
+            raise KeyError("metadata")
+        metadata[key] = _value(data, data.uint(4))
+    infos = [_tensor_info(data) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError("alignment")
+    data_start = -(-data.position // alignment) * alignment
+    tensors: dict[str, StoredTensor] = {}
+    for name, encoding, shape, offset in infos:
+        if name in tensors:
+            raise KeyError("tensors")
+        tensors[name] = _stored(name, encoding, shape, data_start + offset)
+    if any(tensor.offset + tensor.size > data.file.size for tensor in tensors.values()):
+        raise EOFError
+    for encoding in {tensor.encoding for tensor in tensors.values()}:
+        _check_encoding(data.file.path, encoding)
+    return GGUFHeader(metadata, tensors, data.sha256())
+
+
+def _value(data: _Bytes, kind: int) -> Any:
+    if kind == _STRING:
+        return data.string()
+    if kind == _ARRAY:
+        item_kind, count = data.uint(4), data.uint(8)
+        if count > MAX_ITEMS:
+            raise ValueError("items")
+        if item_kind == _STRING:
+            return data.strings(count)
+        return _numbers(data, item_kind, count).tolist()  # KeyError for an array of arrays
+    return _numbers(data, kind, 1)[0].item()
+
+
+def _numbers(data: _Bytes, kind: int, count: int) -> Any:
+    dtype = np.dtype(_SCALARS[kind])
+    if kind == 7:  # a byte that is neither 0 nor 1 is no reason to trust numpy with it
+        return np.frombuffer(data.take(count), np.uint8) != 0
+    return np.frombuffer(data.take(count * dtype.itemsize), dtype)
+
+
+def _tensor_info(data: _Bytes) -> tuple[str, int, tuple[int, ...], int]:
+    """Name, encoding, shape with rows first, and offset in the data section."""
+    name = data.string()
+    dimensions = data.uint(4)
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise ValueError("dimensions")
+    sizes = [data.uint(8) for _ in range(dimensions)]
+    return name, data.uint(4), tuple(reversed(sizes)), data.uint(8)
 
 
 def _check_version(file: BinaryFile) -> None:
     start = file.read(0, 8) if file.size >= 8 else b""
     if not start.startswith(b"GGUF"):
         raise CheckpointError(f"{file.path} is not a GGUF file: fetch it again.")
+    if int.from_bytes(start[4:], "big") in READABLE_VERSIONS:
+        raise UnsupportedModel(
+            f"{file.path} is a big-endian GGUF file, which TSQP does not read: use a little-endian"
+            " file of the model."
+        )
     version = int.from_bytes(start[4:], "little")
     if version not in READABLE_VERSIONS:
         raise UnsupportedModel(f"{file.path} has GGUF version {version}, and TSQP reads 2 and 3.")
 
 
-def _stored(field: ReaderField, data_start: int) -> StoredTensor:
-    _, _, _, dimensions, encodings, offsets = field.parts
-    encoding = GGMLQuantizationType(int(encodings[0]))
-    shape = tuple(int(size) for size in reversed(dimensions))
-    quant_shape_to_byte_shape(shape, encoding)  # raises where a row is no number of blocks
-    block, block_bytes = GGML_QUANT_SIZES[encoding]
-    size = math.prod(shape) // block * block_bytes
-    return StoredTensor(field.name, encoding, shape, data_start + int(offsets[0]), size)
+def _stored(name: str, encoding: int, shape: tuple[int, ...], offset: int) -> StoredTensor:
+    if encoding not in set(GGMLQuantizationType):
+        raise UnsupportedModel(
+            f"Tensor {name[:200]!a} of the GGUF file has the unknown encoding"
+            f" {encoding}, which TSQP cannot read: use another quantization."
+        )
+    kind = GGMLQuantizationType(encoding)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if min(shape) < 1 or shape[-1] % block:
+        raise ValueError("shape")
+    return StoredTensor(name, kind, shape, offset, math.prod(shape) // block * block_bytes)
 
 
 def _check_encoding(path: Path, encoding: Any) -> None:
