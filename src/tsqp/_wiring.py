@@ -19,6 +19,7 @@ from tsqp._turns import Turns
 from tsqp.errors import PromptError
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.digest import WeightsDigest
+from tsqp.model.gguf_file import GGUFCheckpoint
 from tsqp.model.layers import Layers
 from tsqp.model.progress import Progress, silent
 from tsqp.model.weights import parse_dtype
@@ -32,7 +33,7 @@ from tsqp.tee.placement import Placement
 from tsqp.tee.sampling import Completion, SamplingParams
 from tsqp.tee.scoring import Scores
 from tsqp.tee.stats import Stats
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 from tsqp.wire.channel import Channel, Counters
 
 log = logging.getLogger("tsqp")
@@ -339,6 +340,8 @@ class LLM:
             log.warning("privacy open: the worker reads every prompt and every answer")
         checkpoint = open_checkpoint(model)
         try:
+            if isinstance(checkpoint, GGUFCheckpoint):
+                self._tokenizer.use_header(checkpoint.header)
             self.config = checkpoint.config
             self.dtype = parse_dtype(dtype, self.config)
             weights_dtype = torch.int8 if options.masked else self.dtype
@@ -347,7 +350,7 @@ class LLM:
                 self._workers.append(process)
                 self._turns.at_end(process.close)
             if self._workers:
-                self._tokenizer.preload()  # takes seconds, as a local worker does meanwhile
+                self._tokenizer.preload()  # while the workers load
             norms = WeightsDigest()  # read once: what is used is what is hashed
             layers = Layers(checkpoint, self.dtype, norms)
             builder = Builder(options, checkpoint, self.dtype, norms, progress)

@@ -20,7 +20,7 @@ from tsqp.model.checkpoint import open_checkpoint
 from tsqp.tee.decoder import Batch
 from tsqp.tee.lanes import run_lanes
 from tsqp.tee.stats import Stats
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 Answers = list[tuple[int, ...]]
 Reference = Callable[[Sequence[int], int], Answers]

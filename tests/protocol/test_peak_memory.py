@@ -27,7 +27,7 @@ import json, sys
 import psutil
 from tsqp import LLM, SamplingParams
 from tsqp.bench.startup import peak_bytes
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 model, options = sys.argv[1], json.loads(sys.argv[2])
 none = Tokenizer("random:tiny")  # a tokenizer is no weight

@@ -11,7 +11,7 @@ from tsqp.errors import CheckpointError
 from tsqp.model import demo
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.tee.engine import Engine
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

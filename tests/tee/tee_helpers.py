@@ -15,7 +15,7 @@ from tsqp.tee.lanes import run_lanes
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.stats import Stats
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 TINY: dict[str, object] = {
     "vocab_size": 101,

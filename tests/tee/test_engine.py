@@ -18,7 +18,7 @@ from tsqp.tee.offload.base import Attention, Linear, Pending, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
 from tsqp.tee.sampling import Completion, SamplingParams
 from tsqp.tee.stats import KINDS
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 Tiny = tuple[Checkpoint, LlamaForCausalLM]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -10,7 +10,7 @@ from tsqp.errors import PromptError
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.tee.engine import Engine
 from tsqp.tee.sampling import SamplingParams
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 Tiny = tuple[Checkpoint, LlamaForCausalLM]
 PROMPTS = [[5], [9, 3, 77], list(range(40))]

@@ -18,7 +18,7 @@ from tsqp.bench.output import new_table
 from tsqp.errors import PromptError, TokenizerError
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.tee.scoring import Scores
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 MIN_TOKENS = 2
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tsqp.bench.audit import Report
 from tsqp.bench.finding import ABOVE_CHANCE, Finding
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 from tsqp.wire.codec import printable
 
 

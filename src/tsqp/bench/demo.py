@@ -14,7 +14,7 @@ from tsqp._local_worker import LocalWorker
 from tsqp._printing import Printer, say
 from tsqp.bench.audit import NEAREST, REPEATS, ROW_SPACE, UNIFORM, Auditor, Report
 from tsqp.bench.audit_table import make_console, read_text, show_found, show_p
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 MODEL = "demo"
 

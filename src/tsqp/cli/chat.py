@@ -83,7 +83,7 @@ def chat(
     params = read_sampling(context)
     from tsqp._printing import say
     from tsqp.cli.repl import Repl
-    from tsqp.tee.tokenizer import Tokenizer
+    from tsqp.tee.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(model)
     tokenizer.check_chat()  # before a worker is started for nothing

@@ -11,7 +11,7 @@ from tsqp.errors import UsageError
 
 if TYPE_CHECKING:  # torch takes a second to import; `tsqp --help` should not
     from tsqp import LLM, SamplingParams
-    from tsqp.tee.tokenizer import Tokenizer
+    from tsqp.tee.text.tokenizer import Tokenizer
 
 _PASSED_ON = (
     "model",

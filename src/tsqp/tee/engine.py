@@ -22,8 +22,8 @@ from tsqp.tee.sampling import Completion, SamplingParams
 from tsqp.tee.scoring import Scores, score
 from tsqp.tee.sequence import Chunk, Output, Sequence, flat_batch, share_out
 from tsqp.tee.stats import Stats
-from tsqp.tee.text_stream import TextStream
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.text_stream import TextStream
+from tsqp.tee.text.tokenizer import Tokenizer
 
 
 class Engine:

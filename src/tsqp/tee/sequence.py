@@ -16,7 +16,7 @@ from tsqp.tee.decoder import Batch
 from tsqp.tee.logprobs import rate
 from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import Completion, FinishReason, SamplingParams, TokenLogprobs
-from tsqp.tee.text_stream import TextStream
+from tsqp.tee.text.text_stream import TextStream
 
 
 @dataclass(slots=True, eq=False)

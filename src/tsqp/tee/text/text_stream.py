@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tsqp.tee.tokenizer import Detokenizer, Tokenizer
+from tsqp.tee.text.tokenizer import Tokenizer
 
 
 class TextStream:
@@ -18,7 +18,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, stop_strings: Sequence[str], prompt_ids: Sequence[int] = ()
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids)
+        self._detokenizer = tokenizer.detokenizer(prompt_ids)
         self._stop_strings = stop_strings
         self._held = ""
         self.text = ""

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqp.tee.text_stream import TextStream
-from tsqp.tee.tokenizer import Tokenizer
+from tsqp.tee.text.decoding import Decoding
+from tsqp.tee.text.detokenizer import Detokenizer
+from tsqp.tee.text.text_stream import TextStream
+from tsqp.tee.text.tokenizer import Tokenizer
 
 PIECES = ["a", "b", "ab", "c", " ", "ba"]
 
@@ -17,8 +19,19 @@ class Pieces(Tokenizer):
     def __init__(self) -> None:
         super().__init__("random:pieces")
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join(PIECES[i] for i in token_ids)
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        return Detokenizer(PieceDecoding())
+
+
+class PieceDecoding(Decoding):
+    """Needs no vocabulary."""
+
+    def __init__(self) -> None:
+        self.byte_by_byte = False
+        self.stripped = ("", 0)
+
+    def bytes_of(self, token_id: int, *, first: bool) -> bytes:
+        return PIECES[token_id].encode()
 
 
 def streamed(tokens: list[int], stops: list[str]) -> tuple[list[str], bool]:

@@ -1,0 +1,73 @@
+"""The chat templates of a Hugging Face folder, as Jinja source."""
+
+import re
+from typing import Any
+
+from tsqp.errors import CheckpointError, TokenizerError
+from tsqp.model.files import parse_json
+from tsqp.model.model_files import ModelFiles
+
+FOLDER = "additional_chat_templates"
+MAX_TEMPLATES = 64
+_NAME = re.compile(r"[\w-]{1,64}\.jinja")
+
+
+def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str] | None:
+    """A folder's chat template, or several by name; None where there is none.
+
+    Files of their own count before what tokenizer_config.json holds, as in transformers.
+
+    Args:
+        configured: "chat_template" of tokenizer_config.json.
+
+    Raises:
+        TokenizerError: what should be a template is not text.
+        CheckpointError: a file cannot be read.
+    """
+    found = {name.removesuffix(".jinja"): f"{FOLDER}/{name}" for name in _additional(files)}
+    templates = {
+        name: _text(raw, path)
+        for name, path in ({"default": "chat_template.jinja"} | found).items()
+        if (raw := files.read(path)) is not None
+    }
+    if not templates and (raw := files.read("chat_template.json")) is not None:
+        configured = parse_json(raw, files.folder / "chat_template.json").get("chat_template")
+    if not templates:
+        return _configured(configured)
+    return templates["default"] if templates.keys() == {"default"} else templates
+
+
+def _additional(files: ModelFiles) -> list[str]:
+    folder = files.folder / FOLDER
+    try:
+        if not folder.is_dir():
+            return []
+        names = sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    except OSError as exc:
+        raise CheckpointError(f"Cannot read {folder}: {exc.strerror}.") from exc
+    if len(names) > MAX_TEMPLATES:
+        raise TokenizerError(f"{folder} holds more than {MAX_TEMPLATES} templates.")
+    return names
+
+
+def _configured(value: object) -> str | dict[str, str] | None:
+    if value is None or isinstance(value, str):
+        return value
+    found: dict[str, str] = {}
+    for each in value if isinstance(value, list) else [value]:
+        entry: dict[str, Any] = each if isinstance(each, dict) else {}
+        name, template = entry.get("name"), entry.get("template")
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise TokenizerError(
+                "The chat_template of tokenizer_config.json is neither text nor a list of names and"
+                " templates: correct it, or send a plain prompt instead."
+            )
+        found[name] = template
+    return found or None
+
+
+def _text(raw: bytes, path: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as exc:
+        raise TokenizerError(f"The chat template {path} is not UTF-8: correct it.") from exc

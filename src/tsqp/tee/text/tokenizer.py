@@ -1,0 +1,192 @@
+"""A model's tokenizer and chat template, from local files only."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tsqp.errors import CheckpointError, ModelError, PromptError, TokenizerError
+from tsqp.model import demo
+from tsqp.model.files import BinaryFile
+from tsqp.model.gguf_reader import GGUFHeader, read_header
+from tsqp.model.model_files import ModelFiles
+from tsqp.tee.text.decoding import Decoding
+from tsqp.tee.text.detokenizer import Detokenizer, decode
+from tsqp.tee.text.gguf_vocabulary import from_gguf
+from tsqp.tee.text.hf_folder import from_folder
+from tsqp.tee.text.vocabulary import Vocabulary, rust_errors
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    Never touches the network, and never runs code that comes with the model. Whatever needs the
+    tokenizer raises TokenizerError if there is none, or none that can be read.
+
+    Attributes:
+        files: what is read from a model's folder, for a digest; None for other models.
+    """
+
+    def __init__(
+        self, model: str, files: ModelFiles | None = None, header: GGUFHeader | None = None
+    ) -> None:
+        """Read nothing yet: some runs need no text.
+
+        Args:
+            model: as for `open_checkpoint`.
+            files: those of the model's folder, if something else reads them too.
+            header: that of the model's GGUF file, if it has been read.
+        """
+        self._model = model
+        self._header = header
+        path = Path(model).expanduser()
+        self.files = ModelFiles(path) if files is None and path.is_dir() else files
+
+    def use_header(self, header: GGUFHeader) -> None:
+        """Take the header that the model's checkpoint has read from its GGUF file.
+
+        Raises:
+            CheckpointError: the file's header was read before, and has changed since.
+        """
+        if self._header is not None and self._header.sha256 != header.sha256:
+            raise CheckpointError("The GGUF file has changed since its tokenizer was read.")
+        self._header = header
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        if self._model.startswith("random:"):
+            raise TokenizerError(
+                f"{self._model} has random weights and no tokenizer: pass token ids with"
+                " --prompt-ids."
+            )
+        try:
+            if self.files is not None:
+                return from_folder(self.files)
+            return from_gguf(self._gguf_header())
+        except TokenizerError:
+            raise
+        except ModelError as exc:
+            raise TokenizerError(str(exc)) from exc
+
+    def _gguf_header(self) -> GGUFHeader:
+        """The header of the model's GGUF file, read once."""
+        if self._header is None:
+            path = demo.locate() if self._model == "demo" else Path(self._model).expanduser()
+            if path.suffix.lower() != ".gguf":
+                raise TokenizerError(
+                    f"{path} has no tokenizer that can be read: give a model's folder or a .gguf"
+                    " file, or pass token ids with --prompt-ids."
+                )
+            file = BinaryFile(path)
+            try:
+                self._header = read_header(file)
+            finally:
+                file.close()
+        return self._header
+
+    @cached_property
+    def _decoding(self) -> Decoding:
+        return Decoding(self._vocabulary.backend)
+
+    @cached_property
+    def exists(self) -> bool:
+        """Whether the model has a tokenizer that can be read."""
+        try:
+            return self._decoding is not None
+        except TokenizerError:
+            return False
+
+    def preload(self) -> None:
+        """Read it now; if there is none, that shows when it is needed."""
+        _ = self.exists
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The text of each token that has a name, such as "bos_token" and "eos_token"."""
+        return dict(self._vocabulary.special_tokens)
+
+    @property
+    def chat_template_source(self) -> str | dict[str, str] | None:
+        """The model's chat template in Jinja, or several by name; None where there is none."""
+        return self._vocabulary.chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text.
+
+        Args:
+            add_special_tokens: whether to add the beginning and end tokens that the model asks for.
+
+        Raises:
+            PromptError: the text is not valid Unicode.
+            TokenizerError: the tokenizer fails on this text.
+        """
+        _check_unicode(text)
+        backend = self._vocabulary.backend
+        with rust_errors("The model's tokenizer failed on this text; pass token ids instead."):
+            return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens, special ones left out.
+
+        Raises:
+            TokenizerError: an id is below zero, or has more than 32 bits.
+        """
+        return decode(self._decoding, token_ids)
+
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """Decodes, token by token, what comes after a prompt."""
+        return Detokenizer(self._decoding, prompt_ids)
+
+    def check_chat(self) -> None:
+        """Read it now, and find a chat template.
+
+        Raises:
+            TokenizerError: there is none.
+        """
+        if not self.chat_template_source:
+            raise TokenizerError(
+                "The model's tokenizer has no chat template: send a plain prompt instead."
+            )
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Messages of "role" and "content", put into the model's chat template.
+
+        The template ends where the assistant's answer begins.
+
+        Raises:
+            TokenizerError: there is no template, or it refuses these messages.
+            PromptError: a message is none, or its content is not valid Unicode.
+        """
+        for message in messages:
+            if not isinstance(message, Mapping):
+                raise PromptError('A conversation must be a list of {"role": ..., "content": ...}.')
+            _check_unicode(message.get("content", ""))
+        self.check_chat()
+        return self.encode(self._render(messages), add_special_tokens=False)
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        source = self.chat_template_source
+        template = source.get("default", "") if isinstance(source, dict) else source or ""
+        try:
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            return environment.from_string(template).render(
+                messages=list(messages), add_generation_prompt=True, **self.special_tokens
+            )
+        except Exception as exc:  # the template is a program of the model's author
+            raise TokenizerError(
+                "The model's chat template does not accept these messages: check their roles and"
+                " order."
+            ) from exc
+
+
+def _check_unicode(text: object) -> None:
+    if not isinstance(text, str):
+        raise PromptError("The content of each message must be one text; join its parts first.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError(
+            "The prompt is not valid Unicode text: it holds half of a surrogate pair, or bytes "
+            "that are not UTF-8; correct its encoding."
+        ) from None
