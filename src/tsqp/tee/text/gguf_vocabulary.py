@@ -6,7 +6,7 @@ The source of each rule is llama.cpp's `src/llama-vocab.cpp`.
 from typing import Any
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from tsqp.errors import TokenizerError
 from tsqp.model.gguf_reader import GGUFHeader, StringArray
@@ -90,10 +90,12 @@ def _sentencepiece(metadata: dict[str, Any], pieces: Pieces) -> tokenizers.Token
             " file of this type: pass token ids with --prompt-ids."
         )
     backend = bpe_backend(pieces)
+    space_prefix = _flag(metadata, "add_space_prefix", True)
     finish(
         backend,
         pieces,
-        space_prefix=_flag(metadata, "add_space_prefix", True),
+        drops_space=space_prefix,
+        first_normalizers=[normalizers.Prepend(" ")] if space_prefix else [],
         strips_right=_strips_right(metadata, pieces),
     )
     return backend

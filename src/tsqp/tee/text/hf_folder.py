@@ -4,7 +4,7 @@ Nothing that the folder names is imported or run.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from tsqp.model.model_files import ModelFiles
 from tsqp.tee.text.hf_classes import find_class
 from tsqp.tee.text.hf_templates import read_templates
 from tsqp.tee.text.hf_tokens import add_tokens, read_object
-from tsqp.tee.text.sentencepiece_file import from_sentencepiece
+from tsqp.tee.text.sentencepiece_file import read_sentencepiece
 from tsqp.tee.text.vocabulary import MAX_TOKENS, Vocabulary, add_ends, rust_errors
 
 
@@ -28,6 +28,7 @@ class _Read:
         named: its tokens with a name.
         adds_bos, adds_eos: ends to add; what tokenizer.json adds of its own is not among them.
         listed: the added tokens of tokenizer.json, by id.
+        prepare: see `Vocabulary`.
     """
 
     backend: tokenizers.Tokenizer
@@ -35,6 +36,7 @@ class _Read:
     adds_bos: bool = False
     adds_eos: bool = False
     listed: Mapping[int, AddedToken] = field(default_factory=dict)
+    prepare: Callable[[str], str] = str
 
 
 def from_folder(files: ModelFiles) -> Vocabulary:
@@ -66,7 +68,8 @@ def from_folder(files: ModelFiles) -> Vocabulary:
                 backend.token_to_id(bos) if read.adds_bos and bos is not None else None,
                 backend.token_to_id(eos) if read.adds_eos and eos is not None else None,
             )
-    return Vocabulary(backend, named, read_templates(files, settings.get("chat_template")))
+    template = read_templates(files, settings.get("chat_template"))
+    return Vocabulary(backend, named, template, read.prepare)
 
 
 def _read(files: ModelFiles, settings: Mapping[str, Any]) -> _Read:
@@ -86,9 +89,9 @@ def _read(files: ModelFiles, settings: Mapping[str, Any]) -> _Read:
     adds_eos = settings.get("add_eos_token") is True
     model = files.read("tokenizer.model")
     if model is not None:
-        legacy = settings.get("legacy") is not False
-        backend, named = from_sentencepiece(model, legacy=legacy)
-        return _Read(backend, named, settings.get("add_bos_token") is not False, adds_eos)
+        file = read_sentencepiece(model, legacy=settings.get("legacy") is True)
+        adds_bos = settings.get("add_bos_token") is not False
+        return _Read(file.backend, file.named, adds_bos, adds_eos, prepare=file.prepare)
     vocabulary, merges = files.read("vocab.json"), files.read("merges.txt")
     if vocabulary is None or merges is None or kind is None or not kind.is_byte_level:
         raise TokenizerError(_unreadable(files))

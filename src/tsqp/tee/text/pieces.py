@@ -67,7 +67,7 @@ def bpe_backend(pieces: Pieces) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=_merges(pieces, vocabulary),
+            merges=_merges(pieces),
             unk_token=unknown[0] if unknown else None,
             fuse_unk=True,
             byte_fallback=bool(pieces.of(Kind.BYTE)),
@@ -91,22 +91,19 @@ def finish(
     backend: tokenizers.Tokenizer,
     pieces: Pieces,
     *,
-    space_prefix: bool,
+    drops_space: bool,
     first_normalizers: Sequence[normalizers.Normalizer] = (),
     strips_right: Collection[str] = (),
 ) -> None:
     """Add the tokens that are matched whole, the spaces' escapes, and the decoder.
 
     Args:
-        space_prefix: whether texts get a space in front, those after a special token too.
-        first_normalizers: applied before spaces are escaped.
+        drops_space: whether decoded text loses a space in front, because texts get one.
+        first_normalizers: applied before spaces are escaped, to each text between whole tokens.
         strips_right: special tokens that take the whitespace after them.
     """
-    prefix = [normalizers.Prepend(SPACE)] if space_prefix else []
-    backend.normalizer = normalizers.Sequence(
-        [*first_normalizers, *prefix, normalizers.Replace(" ", SPACE)]
-    )
-    strip = [decoders.Strip(content=" ", left=1)] if space_prefix else []
+    backend.normalizer = normalizers.Sequence([*first_normalizers, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(content=" ", left=1)] if drops_space else []
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
@@ -127,29 +124,27 @@ def add_whole_tokens(
     )
 
 
-def _merges(pieces: Pieces, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(pieces: Pieces) -> list[tuple[str, str]]:
     """Every pair of pieces that makes another one, those with the highest scores first.
 
     SentencePiece merges the pair whose piece has the highest score, and of equal ones the leftmost;
-    here the order of equal ones is that of transformers, by the lengths of the parts.
+    here pieces of equal scores come in the order of their ids, which no real vocabulary needs.
     """
     whole = {Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED, Kind.BYTE}
-    mergeable = {
+    scores = {
         text: score
         for text, score, kind in zip(pieces.texts, pieces.scores, pieces.kinds, strict=True)
         if kind not in whole
     }
-    found = []
-    for text, score in mergeable.items():
-        for cut in range(1, len(text)):
-            left, right = text[:cut], text[cut:]
-            if left in mergeable and right in mergeable:
-                found.append((-score, -cut, vocabulary[text], left, right))
-    scores = {text: score for score, _, text, _, _ in found}
-    if len(set(scores.values())) < len(scores) / 2:
+    merges, made = [], set()
+    for text in sorted(scores, key=lambda text: -scores[text]):
+        for cut in range(len(text) - 1, 0, -1):
+            if text[:cut] in scores and text[cut:] in scores:
+                merges.append((text[:cut], text[cut:]))
+                made.add(text)
+    if len({scores[text] for text in made}) < len(made) / 2:
         raise TokenizerError(
             "The scores of the model's vocabulary are mostly equal, so they do not say which tokens"
             " to merge first: convert the model again, or pass token ids with --prompt-ids."
         )
-    found.sort()
-    return [(left, right) for _, _, _, left, right in found]
+    return merges

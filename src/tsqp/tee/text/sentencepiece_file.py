@@ -4,14 +4,16 @@ The format: https://github.com/google/sentencepiece/blob/master/src/sentencepiec
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tokenizers
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers
 
 from tsqp.errors import TokenizerError
-from tsqp.tee.text.pieces import SPACE, Kind, Pieces, bpe_backend, finish, unigram_backend
+from tsqp.tee.text.pieces import Kind, Pieces, bpe_backend, finish, unigram_backend
 from tsqp.tee.text.protobuf import fields
 
 _UNREADABLE = (
@@ -22,58 +24,88 @@ _UNREADABLE = (
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _KIND = 1, 2, 3
 _MODEL_TYPE, _SUFFIX, _UNK_ID, _BOS_ID, _EOS_ID = 3, 24, 40, 41, 42
-_CHARSMAP, _DUMMY_PREFIX, _REMOVE_EXTRA, _ESCAPE = 2, 3, 4, 5
+_TABLE, _PREFIX, _SINGLE_SPACES, _ESCAPE = 2, 3, 4, 5
 
-_MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+_UNIGRAM, _BPE = 1, 2
+_OTHER_TYPES = {3: "word", 4: "char"}
+_WHITESPACE = (
+    "".join(map(chr, range(0x20 + 1))) + "\x7f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+)
+_WHITESPACE += "".join(map(chr, range(0x2000, 0x2010)))
 
 
-def from_sentencepiece(raw: bytes, *, legacy: bool) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """The tokenizer that the file describes, and its tokens with a name.
+@dataclass(frozen=True, slots=True)
+class SentencePieceFile:
+    """What a tokenizer.model describes.
 
-    No beginning token is added yet.
+    Attributes:
+        backend: encodes; adds no beginning token yet.
+        named: the texts of its tokens with a name.
+        prepare: applied to each text before `backend` encodes it.
+    """
+
+    backend: tokenizers.Tokenizer
+    named: Mapping[str, str]
+    prepare: Callable[[str], str]
+
+
+def read_sentencepiece(raw: bytes, *, legacy: bool) -> SentencePieceFile:
+    """Read a tokenizer.model.
 
     Args:
-        legacy: whether the prefix space also goes in front of texts after special tokens, as in
-            SentencePiece, or to the beginning only.
+        legacy: whether texts after special tokens get a space in front, too.
 
     Raises:
-        TokenizerError: the file is damaged, or has an option that TSQP does not support.
+        TokenizerError: it is damaged, or has an option that TSQP does not support.
     """
     try:
         trainer, normalizer, pieces = _parse(raw)
     except (ValueError, TypeError, struct.error) as exc:  # what _parse raises
         raise TokenizerError(_UNREADABLE) from exc
-    model_type = trainer.get(_MODEL_TYPE, 1)
-    if model_type not in (1, 2):
-        raise _unsupported(f"the type {_MODEL_TYPES.get(model_type, model_type)}")
+    model_type = trainer.get(_MODEL_TYPE, _UNIGRAM)
+    if model_type not in (_UNIGRAM, _BPE):
+        raise _unsupported(f"the type {_OTHER_TYPES.get(model_type, 'of another program')}")
     if trainer.get(_SUFFIX):
-        raise _unsupported("treat_whitespace_as_suffix")
+        raise _unsupported("spaces after words (treat_whitespace_as_suffix)")
     if not normalizer.get(_ESCAPE, 1):
-        raise _unsupported("spaces that are not escaped")
-    backend = unigram_backend(pieces) if model_type == 1 else bpe_backend(pieces)
-    prefix = bool(normalizer.get(_DUMMY_PREFIX, 1))
-    finish(backend, pieces, space_prefix=prefix, first_normalizers=_normalizers(normalizer))
-    if prefix and not legacy:
-        backend.normalizer = normalizers.Sequence(_normalizers(normalizer))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+        raise _unsupported("spaces that are not escaped (escape_whitespaces)")
+    backend = unigram_backend(pieces) if model_type == _UNIGRAM else bpe_backend(pieces)
+    prefix, single = bool(normalizer.get(_PREFIX, 1)), bool(normalizer.get(_SINGLE_SPACES, 1))
+    table = [normalizers.Precompiled(normalizer[_TABLE])] if normalizer.get(_TABLE) else []
+    collapse = [normalizers.Replace(Regex(" {2,}"), " ")] if single else []
+    each = [normalizers.Prepend(" ")] if prefix and legacy else []
+    finish(backend, pieces, drops_space=prefix, first_normalizers=[*table, *collapse, *each])
+    spaces = _spaces(table)
+    prepare = partial(
+        _prepare,
+        # The library takes these two for one character, where the table makes each a space.
+        newline="\n\n" if {"\r", "\n"} <= set(spaces) else "\r\n",
+        strip=spaces if single else "",
+        prefix=" " if prefix and not legacy else "",
+        without_prefix=tuple(pieces.of(Kind.CONTROL, Kind.UNKNOWN)),
+    )
     ids = {
         "unk_token": trainer.get(_UNK_ID, 0),
         "bos_token": trainer.get(_BOS_ID, 1),
         "eos_token": trainer.get(_EOS_ID, 2),
     }
     texts = pieces.texts
-    return backend, {name: texts[where] for name, where in ids.items() if where < len(texts)}
+    named = {name: texts[where] for name, where in ids.items() if where < len(texts)}
+    return SentencePieceFile(backend, named, prepare)
 
 
-def _normalizers(normalizer: Mapping[int, Any]) -> list[normalizers.Normalizer]:
-    """What happens to a text before its spaces are escaped."""
-    found: list[normalizers.Normalizer] = []
-    if normalizer.get(_CHARSMAP):
-        found.append(normalizers.Precompiled(normalizer[_CHARSMAP]))
-    if normalizer.get(_REMOVE_EXTRA, 1):
-        found.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
-        found.append(normalizers.Replace(Regex(" {2,}"), " "))
-    return found
+def _prepare(
+    text: str, newline: str, strip: str, prefix: str, without_prefix: tuple[str, ...]
+) -> str:
+    """What happens to a text as a whole; special tokens get no space in front."""
+    text = text.replace("\r\n", newline).strip(strip)
+    return prefix + text if text and not text.startswith(without_prefix) else text
+
+
+def _spaces(table: Sequence[normalizers.Normalizer]) -> str:
+    """The characters that are spaces, or become spaces by the table of characters."""
+    normalizer = normalizers.Sequence(list(table))
+    return "".join(c for c in _WHITESPACE if normalizer.normalize_str(c) == " ")
 
 
 def _parse(raw: bytes) -> tuple[dict[int, Any], dict[int, Any], Pieces]:

@@ -122,9 +122,10 @@ class Tokenizer:
             TokenizerError: the tokenizer fails on this text.
         """
         _check_unicode(text)
-        backend = self._vocabulary.backend
+        vocabulary = self._vocabulary
         with rust_errors("The model's tokenizer failed on this text; pass token ids instead."):
-            return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            prepared = vocabulary.prepare(text)
+            return vocabulary.backend.encode(prepared, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens, special ones left out.

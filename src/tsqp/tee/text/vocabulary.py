@@ -1,6 +1,6 @@
 """What every source of a vocabulary gives, and how errors of the Rust library become ours."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,11 +31,13 @@ class Vocabulary:
         backend: encodes; adds the beginning and end tokens that the model asks for.
         special_tokens: texts of the tokens with a name, such as "bos_token".
         chat_template: Jinja source, or several by name; None where there is none.
+        prepare: applied to each text as a whole, before `backend` encodes it.
     """
 
     backend: tokenizers.Tokenizer
     special_tokens: Mapping[str, str]
     chat_template: str | dict[str, str] | None
+    prepare: Callable[[str], str] = str
 
 
 @contextmanager
