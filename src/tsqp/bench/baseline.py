@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tsqp.bench.hf_model import hf_config
+from tsqp.errors import UsageError
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import tensor_shapes
 
@@ -18,7 +19,13 @@ class Transformers:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = CPU
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as exc:
+            raise UsageError(
+                "The comparison with transformers needs the package transformers: install"
+                " tsqp[bench], or choose other modes with --modes."
+            ) from exc
 
         config = hf_config(checkpoint.config)
         with torch.device("meta"):

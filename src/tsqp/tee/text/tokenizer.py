@@ -26,6 +26,7 @@ class Tokenizer:
 
     Attributes:
         files: what is read from a model's folder, for a digest; None for other models.
+        header_sha256: of the header of a GGUF file, if it has been read; None for other models.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Tokenizer:
         """
         self._model = model
         self._header = header
+        self.header_sha256 = None if header is None else header.sha256
         path = Path(model).expanduser()
         self.files = ModelFiles(path) if files is None and path.is_dir() else files
 
@@ -49,9 +51,11 @@ class Tokenizer:
         Raises:
             CheckpointError: the file's header was read before, and has changed since.
         """
-        if self._header is not None and self._header.sha256 != header.sha256:
-            raise CheckpointError("The GGUF file has changed since its tokenizer was read.")
-        self._header = header
+        if self.header_sha256 not in (None, header.sha256):
+            raise CheckpointError(
+                "The GGUF file has changed since its tokenizer was read: start again."
+            )
+        self._header, self.header_sha256 = header, header.sha256
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -63,27 +67,29 @@ class Tokenizer:
         try:
             if self.files is not None:
                 return from_folder(self.files)
-            return from_gguf(self._gguf_header())
+            if self._header is None:
+                self.use_header(self._read_header())
+            assert self._header is not None
+            vocabulary = from_gguf(self._header)
         except TokenizerError:
             raise
         except ModelError as exc:
             raise TokenizerError(str(exc)) from exc
+        self._header = None  # its lists of strings take as much memory as the vocabulary
+        return vocabulary
 
-    def _gguf_header(self) -> GGUFHeader:
-        """The header of the model's GGUF file, read once."""
-        if self._header is None:
-            path = demo.locate() if self._model == "demo" else Path(self._model).expanduser()
-            if path.suffix.lower() != ".gguf":
-                raise TokenizerError(
-                    f"{path} has no tokenizer that can be read: give a model's folder or a .gguf"
-                    " file, or pass token ids with --prompt-ids."
-                )
-            file = BinaryFile(path)
-            try:
-                self._header = read_header(file)
-            finally:
-                file.close()
-        return self._header
+    def _read_header(self) -> GGUFHeader:
+        path = demo.locate() if self._model == "demo" else Path(self._model).expanduser()
+        if path.suffix.lower() != ".gguf":
+            raise TokenizerError(
+                f"{path} has no tokenizer that can be read: give a model's folder or a .gguf"
+                " file, or pass token ids with --prompt-ids."
+            )
+        file = BinaryFile(path)
+        try:
+            return read_header(file)
+        finally:
+            file.close()
 
     @cached_property
     def _decoding(self) -> Decoding:
