@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if TYPE_CHECKING:
     from tsqp._hardening import harden_process
     from tsqp._wiring import LLM
+    from tsqp.tee.conversation import Conversation
     from tsqp.tee.sampling import Completion, SamplingParams
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "Completion",
+    "Conversation",
     "SamplingParams",
     "TSQPError",
     "__version__",
@@ -42,6 +44,10 @@ def __getattr__(name: str) -> object:
         from tsqp._hardening import harden_process
 
         return harden_process
+    if name == "Conversation":
+        from tsqp.tee.conversation import Conversation
+
+        return Conversation
     if name in ("Completion", "SamplingParams"):
         from tsqp.tee import sampling
 

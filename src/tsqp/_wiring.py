@@ -3,10 +3,11 @@
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import process_time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -16,7 +17,7 @@ from tsqp._options import check_options
 from tsqp._run_header import run_header
 from tsqp._sessions import WorkerProcess
 from tsqp._turns import Turns
-from tsqp.errors import PromptError
+from tsqp.errors import PromptError, UsageError
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.digest import WeightsDigest
 from tsqp.model.gguf_file import GGUFCheckpoint
@@ -25,6 +26,7 @@ from tsqp.model.progress import Progress, silent
 from tsqp.model.weights import parse_dtype
 from tsqp.tee.call_log import CallLog
 from tsqp.tee.checks import one_params, several_prompts
+from tsqp.tee.conversation import Conversation
 from tsqp.tee.crypto.pads import PadPool, PadStats
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
@@ -200,32 +202,38 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         *,
         on_text: Callable[[int, str], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
-        keep_prefix: bool = False,
+        conversation: Conversation | None = None,
+        split_special: bool = False,
     ) -> Completion:
         """Answer a conversation, `[{"role": "user", "content": "..."}, ...]`, once.
 
+        The content of a message is a text, a list of text parts, or None beside `tool_calls`; other
+        keys are handed to the model's chat template.
+
         Args:
-            keep_prefix: keep the keys and values of this conversation until the next call, and
-                begin with those that the last call kept, as far as both conversations begin alike;
-                floating-point results may then differ in the last bits. The other arguments are
-                those of `generate`.
+            conversation: a handle. Keys and values are kept under it until the next call, which
+                begins with them as far as both prompts begin alike; floating-point results may
+                then differ in the last bits.
+            split_special: keep what messages hold from becoming control tokens. The other arguments
+                are those of `generate`.
 
         Raises:
-            TokenizerError: the model has no chat template.
-            PromptError: see `generate`; or `n` is above 1, for which `tokenize` and `generate` are.
+            TokenizerError: the model has no chat template, or one that fails.
+            PromptError: see `generate`; or `n` is above 1, for which `tokenize` and `generate` are;
+                or the template refuses the conversation.
             UsageError: see `generate`.
         """
         params = one_params(sampling_params)
         if params.n > 1:
             raise PromptError("A chat has one answer: leave n at 1, or use tokenize and generate.")
         self._turns.check()
-        ids = self._tokenizer.encode_chat(messages)
+        ids = self._tokenizer.encode_chat(messages, split_special=split_special)
         [completion] = self._turns.run(
             lambda: self._engine.generate(
                 [ids],
@@ -233,28 +241,45 @@ class LLM:
                 on_text,
                 on_progress=on_progress,
                 should_stop=self._turns.heed(should_stop),
-                keeps_kv=keep_prefix,
+                conversation=conversation,
             )
         )
         return completion
 
+    def conversation(self) -> Conversation:
+        """A handle for `chat`, under which keys and values are kept from answer to answer."""
+
+        def forget(conversation: Conversation) -> None:
+            with suppress(UsageError):  # closed, which frees everything, or busy
+                self._turns.run(lambda: self._engine.forget(conversation))
+
+        return Conversation(forget)
+
     def tokenize(
-        self, prompt: str | Sequence[Mapping[str, str]], *, chat: bool = False
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        chat: bool = False,
+        split_special: bool = False,
     ) -> list[int]:
         """The token ids of a text; with `chat`, of a conversation that begins with it.
 
         A conversation may also be given as its messages.
 
+        Args:
+            split_special: of a conversation: keep what messages hold from becoming control tokens.
+
         Raises:
             TokenizerError: the model has no tokenizer, or no chat template.
+            PromptError: the text is not valid Unicode, or the template refuses the conversation.
             UsageError: the LLM is closed, or this process is forked from its own.
         """
         self._turns.check()
-        if not isinstance(prompt, str):
-            return self._tokenizer.encode_chat(prompt)
-        if chat:
-            return self._tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        return self._tokenizer.encode(prompt)
+        if isinstance(prompt, str):
+            if not chat:
+                return self._tokenizer.encode(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        return self._tokenizer.encode_chat(prompt, split_special=split_special)
 
     def score(self, prompt: str | Sequence[int]) -> Scores:
         """How likely each token of a text, or of token ids, is after those before it.

@@ -9,13 +9,15 @@ COMMANDS = {
         --fuse --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs
         --max-tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk
         --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs --prompts
-        --repetition-penalty --rpc-log --seed --stop --stop-token-id --temperature --threads
+        --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --temperature
+        --threads
         --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "chat": """
         --attention --debug --device --dtype --field --fixed-point --frequency-penalty --fuse
         --insecure --insecure-same-host --logit-bias --max-tokens --min-p --no-shm --pad-memory
-        --prefill-chunk --presence-penalty --privacy --repetition-penalty --rpc-log --seed --stop
+        --prefill-chunk --presence-penalty --privacy --repetition-penalty --rpc-log --seed
+        --split-special --stop
         --stop-token-id --system --temperature --threads --timeout --top-k --top-p --worker
         --worker-key MODEL
     """,

@@ -11,6 +11,7 @@ def test_the_public_names_are_frozen() -> None:
     assert tsqp.__all__ == [
         "LLM",
         "Completion",
+        "Conversation",
         "SamplingParams",
         "TSQPError",
         "__version__",
@@ -53,6 +54,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
     assert public == {
         "chat",
         "close",
+        "conversation",
         "fill_pads",
         "generate",
         "pads",

@@ -106,6 +106,7 @@ def test_no_keys_are_kept_that_another_length_rotates_otherwise(
 ) -> None:
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     with opened(model) as llm:
+        conversation = llm.conversation()
         for length in (first, second):
-            llm._engine.generate([PROMPT[:length]], one, keeps_kv=True)
+            llm._engine.generate([PROMPT[:length]], one, conversation=conversation)
         assert llm.stats.reused_tokens == reused

@@ -71,13 +71,27 @@ def test_a_masked_conversation_goes_on_with_the_keys_and_values_of_fixed_point(
     ):
         with LLM(str(speaking), **options) as llm:  # type: ignore[arg-type]
             messages = [{"role": "user", "content": "Who?"}]
+            conversation = llm.conversation()
             for _ in range(3):
-                answer = llm.chat(messages, params, keep_prefix=True)
+                answer = llm.chat(messages, params, conversation=conversation)
                 found.append(answer)
                 messages.append({"role": "assistant", "content": answer.text})
                 messages.append({"role": "user", "content": "And then?"})
             assert llm.stats.reused_tokens > found[0].prompt_tokens
     assert found[:3] == found[3:]
+
+
+def test_another_conversation_shows_nothing_of_the_one_before(speaking: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2)
+    messages = [{"role": "user", "content": "Who?"}]
+    with LLM(str(speaking), privacy="tee") as llm, llm.conversation() as first:
+        llm.chat(messages, params, conversation=first)
+        llm.chat(messages, params, conversation=llm.conversation())
+        llm.chat(messages, params)
+        llm.chat(messages, params, conversation=first)
+        assert llm.stats.reused_tokens == 0
+        llm.chat(messages, params, conversation=first)
+        assert llm.stats.reused_tokens > 0
 
 
 def test_a_failing_prompt_leaves_the_session_usable(llm: LLM) -> None:
@@ -103,7 +117,7 @@ def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
 
 @pytest.mark.parametrize("messages", ["Hi", ["Hi"], [[{"role": "user", "content": "Hi"}]]], ids=str)
 def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
-    with pytest.raises(PromptError, match="A conversation must be a list of"):
+    with pytest.raises(PromptError, match="A conversation is a list of"):
         llm.chat(messages)
 
 

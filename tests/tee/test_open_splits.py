@@ -14,6 +14,7 @@ from references import reference_model
 from tsqp.errors import OutOfMemory, ProtocolError, WorkerError
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
 from tsqp.tee.offload.local import LocalOffload
@@ -192,8 +193,9 @@ def test_a_conversation_goes_on_with_what_the_worker_kept(
     local = LocalOffload(checkpoint, torch.float32)
     tee = Engine(Decoder(checkpoint, torch.float32), local, checkpoint.config)
     ids = some_ids(50)
+    conversation = Conversation(engine.forget)
     for turn in range(3):
-        [answer] = engine.generate([ids], greedy, keeps_kv=True)
+        [answer] = engine.generate([ids], greedy, conversation=conversation)
         assert answer.token_ids == tee.generate([ids], greedy)[0].token_ids
         ids = [*ids, *answer.token_ids[:5], *some_ids(10, turn)]
     assert side.channel.counters.calls["allocate"] < 3

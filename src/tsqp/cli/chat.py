@@ -30,6 +30,7 @@ from tsqp.cli.flags import (
     RepetitionPenalty,
     RpcLog,
     Seed,
+    SplitSpecial,
     Stop,
     StopTokenId,
     Temperature,
@@ -51,6 +52,7 @@ def chat(
     worker: WorkerEndpoint = None,
     worker_key: WorkerKey = None,
     system: Annotated[str, typer.Option(help="A message before the conversation.")] = "",
+    split_special: SplitSpecial = False,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
     top_k: TopK = 0,
@@ -93,4 +95,7 @@ def chat(
             with suppress(ImportError):  # line editing, where Python has it; kept in no file
                 import readline  # noqa: F401
             say("/help lists the commands, and Ctrl-D ends the chat.")
-        Repl(llm, params, system=system, interactive=interactive).run()
+        repl = Repl(
+            llm, params, system=system, split_special=split_special, interactive=interactive
+        )
+        repl.run()

@@ -133,6 +133,13 @@ LogitBias = Annotated[
     typer.Option(metavar="TOKEN_ID=BIAS", help="Added to a token's logit; may be repeated."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+SplitSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--split-special",
+        help="Treat control tokens in messages, such as <|im_end|>, as ordinary text.",
+    ),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
 StopTokenId = Annotated[
     list[int] | None,

@@ -30,6 +30,7 @@ from tsqp.cli.flags import (
     RepetitionPenalty,
     RpcLog,
     Seed,
+    SplitSpecial,
     Stop,
     StopTokenId,
     Temperature,
@@ -65,6 +66,7 @@ def generate(
         typer.Option(help="Token ids in a JSON file: one list, or a list of lists."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    split_special: SplitSpecial = False,
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[int, typer.Option(help="Do not end an answer before.")] = 0,
     temperature: Temperature = 0.0,
@@ -114,7 +116,7 @@ def generate(
     from tsqp._printing import Printer, prompt_progress
 
     with open_llm(context) as llm:
-        ids = given.encode(llm, chat)
+        ids = given.encode(llm, chat, split_special)
         printer = Printer(llm, prompts=len(ids), n=n, json_output=json_output)
         with prompt_progress(not json_output) as on_progress:
             completions = llm.generate(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -14,7 +14,7 @@ from tsqp.errors import PromptError, UsageError
 if TYPE_CHECKING:
     from tsqp import LLM
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,10 @@ class Prompts:
     texts: Sequence[str | Messages] = ()
     ids: Sequence[list[int]] = ()
 
-    def encode(self, llm: "LLM", chat: bool) -> list[list[int]]:
+    def encode(self, llm: "LLM", chat: bool, split_special: bool = False) -> list[list[int]]:
         """The token ids of all; with `chat`, each text begins a conversation."""
-        return [*self.ids, *(llm.tokenize(each, chat=chat) for each in self.texts)]
+        texts = (llm.tokenize(each, chat=chat, split_special=split_special) for each in self.texts)
+        return [*self.ids, *texts]
 
 
 def read_prompts(
@@ -64,14 +65,9 @@ def read_ids(path: Path) -> list[list[int]]:
     return several or [[each for each in ids if isinstance(each, int)]]
 
 
-class _Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: str
-    content: str
-
-
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
     prompt: str | None = None
-    messages: list[_Message] = []
+    messages: list[dict[str, Any]] = []
 
 
 def read_texts(path: Path) -> list[str | Messages]:
@@ -113,7 +109,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _reason(error: msgspec.DecodeError) -> str:
     """What is wrong, in no words of the prompt's."""
     if "unknown field" in str(error):
-        return 'an object may have "prompt" or "messages", whose items have "role" and "content"'
+        return 'an object may have "prompt" or "messages"'
     return str(error)
 
 
@@ -123,4 +119,4 @@ def _from_json(line: bytes) -> str | Messages:
         raise msgspec.DecodeError('an object needs either a "prompt" or "messages"')
     if decoded.prompt is not None:
         return decoded.prompt
-    return [{"role": each.role, "content": each.content} for each in decoded.messages]
+    return decoded.messages

@@ -26,6 +26,7 @@ HELP = """\
 /save FILE     write the conversation to a new file, in JSON
 /stats         where the time went
 /exit          end, as Ctrl-D does
+//TEXT         send a message that begins with a slash
 Ctrl-C ends an answer that is being written, and keeps it so far."""
 
 
@@ -35,18 +36,27 @@ class Repl:
     Args:
         params: `seed` is the first answer's; each answer after it has the next one.
         system: the message before the conversation; empty for none.
+        split_special: keep what is typed from becoming control tokens.
         interactive: whether a person sees a prompt and can act upon a failure; without one, a
             worker that fails ends the chat.
     """
 
     def __init__(
-        self, llm: LLM, params: SamplingParams, *, system: str = "", interactive: bool
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        *,
+        system: str = "",
+        split_special: bool = False,
+        interactive: bool,
     ) -> None:
         self._llm = llm
         self._params = params
         self._system = system
+        self._split_special = split_special
         self._interactive = interactive
         self._exchanges: list[tuple[str, str]] = []  # messages and their answers
+        self._conversation = llm.conversation()
         self._asked = 0
         self._interrupted = False
         self._commands: dict[str, Callable[[str], None]] = {
@@ -73,7 +83,9 @@ class Repl:
                 command, _, rest = line.strip().partition(" ")
                 if command == "/exit":
                     return
-                if command.startswith("/"):
+                if command.startswith("//"):  # a message that begins with a slash
+                    self._ask(line.strip().removeprefix("/"))
+                elif command.startswith("/"):
                     self._commands.get(command, _say_unknown)(rest.strip())
                 elif command:
                     self._ask(line.strip())
@@ -155,7 +167,8 @@ class Repl:
                 on_text=lambda _, text: print(text, end="", flush=True),
                 on_progress=on_progress,
                 should_stop=lambda: self._interrupted,
-                keep_prefix=True,
+                conversation=self._conversation,
+                split_special=self._split_special,
             )
 
     def _messages(self) -> list[dict[str, str]]:
@@ -167,6 +180,8 @@ class Repl:
 
     def _reset(self, _: str) -> None:
         self._exchanges.clear()
+        self._conversation.close()
+        self._conversation = self._llm.conversation()
         say("The conversation begins anew.")
 
     def _set_system(self, text: str) -> None:

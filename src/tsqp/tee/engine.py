@@ -13,8 +13,9 @@ from tsqp.errors import OutOfMemory, PromptError, TSQPError
 from tsqp.model.config import ModelConfig
 from tsqp.tee.call_log import CallLog
 from tsqp.tee.checks import check_params, check_prompt
+from tsqp.tee.conversation import Conversation
+from tsqp.tee.conversation_kv import ConversationKv
 from tsqp.tee.decoder import Decoder
-from tsqp.tee.kept_prefix import KeptPrefix
 from tsqp.tee.lanes import run_lanes
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.sampler import Sampler
@@ -66,7 +67,7 @@ class Engine:
         self._max_sequences = max_sequences
         self._lanes = lanes
         self._cpu_clock = cpu_clock
-        self._kept = KeptPrefix(offload, config)
+        self._kept = ConversationKv(offload, config)
         self._call_log = call_log
         self._ids = count()
         self._waiting: deque[Sequence] = deque()
@@ -77,14 +78,18 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def add(
-        self, prompt_ids: abc.Sequence[int], params: SamplingParams, *, keeps_kv: bool = False
+        self,
+        prompt_ids: abc.Sequence[int],
+        params: SamplingParams,
+        *,
+        conversation: Conversation | None = None,
     ) -> int:
         """Queue a prompt and return the id of its sequence.
 
         Args:
             params: of one answer; `n` is for `generate`.
-            keeps_kv: begin with the KV that the last sequence of this kind left, as far as the
-                prompts begin alike, and leave it for the next.
+            conversation: begin with the KV that the last sequence of this conversation left, as far
+                as the prompts begin alike, and leave it for the next.
 
         Raises:
             PromptError: the prompt is empty, leaves no room for an answer, or it or `params` hold
@@ -107,7 +112,7 @@ class Engine:
             sampler=Sampler(params, prompt_ids, ending_ids),
             stream=self._stream(params, prompt_ids),
             kv_id=number,
-            keeps_kv=keeps_kv,
+            conversation=conversation,
         )
         self._waiting.append(sequence)
         return number
@@ -158,7 +163,7 @@ class Engine:
         *,
         on_progress: abc.Callable[[int, int], None] | None = None,
         should_stop: abc.Callable[[], bool] | None = None,
-        keeps_kv: bool = False,
+        conversation: Conversation | None = None,
     ) -> list[Completion]:
         """Complete several prompts and return their answers in order; nothing else may be queued.
 
@@ -167,15 +172,15 @@ class Engine:
             on_progress: called after each step with prompt tokens: how many have been computed,
                 and how many are to be.
             should_stop: asked before each step; once true, every answer ends with what it has.
-            keeps_kv: see `add`; for one answer. Without it, no KV is kept any longer.
+            conversation: see `add`; for one answer. Without it, no KV is kept any longer.
 
         Raises:
             PromptError: see `add`; then no prompt is run.
             WorkerError: see `step`.
         """
         self._abandon()  # what an interrupt may have left of the last call
-        assert not keeps_kv or len(prompts) == params.n == 1
-        if not keeps_kv:
+        assert conversation is None or len(prompts) == params.n == 1
+        if conversation is None:
             self._kept.drop()
         completions: dict[int, Completion] = {}
         places: dict[int, int] = {}
@@ -185,7 +190,7 @@ class Engine:
         try:
             for prompt in prompts:
                 for index in range(params.n):
-                    number = self.add(prompt, params.of_answer(index), keeps_kv=keeps_kv)
+                    number = self.add(prompt, params.of_answer(index), conversation=conversation)
                     places[number] = len(places)
             while self.has_unfinished:
                 is_over = should_stop is not None and should_stop()
@@ -226,6 +231,11 @@ class Engine:
             with suppress(TSQPError):  # a worker that is gone cannot free anything
                 self._offload.free(sequence)
 
+    def forget(self, conversation: Conversation) -> None:
+        """Free what is kept of a conversation; nothing may be queued."""
+        with suppress(TSQPError):  # a worker that is gone cannot free anything
+            self._kept.drop(conversation)
+
     def abort(self, sequence: int) -> None:
         """Give up a sequence; one that has ended already is no error."""
         for waiting in self._waiting:
@@ -248,7 +258,7 @@ class Engine:
         while self._waiting and len(self._running) < self._max_sequences:
             sequence = self._waiting[0]
             try:
-                if sequence.keeps_kv:
+                if sequence.conversation is not None:
                     self._kept.admit(sequence)
                 else:
                     self._offload.alloc(sequence.kv_id, sequence.capacity)
@@ -314,7 +324,7 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        if sequence.keeps_kv:
+        if sequence.conversation is not None:
             self._kept.hold(sequence)
         else:
             self._offload.free(sequence.kv_id)
@@ -323,6 +333,6 @@ class Engine:
         """Free everything after a failure; a worker that is gone cannot free anything."""
         self._waiting.clear()
         for sequence in list(self._running):
-            sequence.keeps_kv = False
+            sequence.conversation = None
             with suppress(TSQPError):
                 self._release(sequence)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tsqp.model.attention import Segment
 from tsqp.model.ops import ATTENTION_BLOCK
+from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Batch
 from tsqp.tee.logprobs import rate
 from tsqp.tee.sampler import Sampler
@@ -32,7 +33,7 @@ class Sequence:
     sampler: Sampler
     stream: TextStream | None
     kv_id: int  # under which the offload has its KV
-    keeps_kv: bool = False  # for the next sequence, after it has ended
+    conversation: Conversation | None = None  # whose next sequence gets this one's KV
     reserved: int = 0  # tokens for which there is room in the cache
     computed: int = 0  # tokens whose KV is in the cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)

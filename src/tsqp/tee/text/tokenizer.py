@@ -3,18 +3,20 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from tsqp.errors import CheckpointError, ModelError, PromptError, TokenizerError
+from tsqp.errors import CheckpointError, ModelError, TokenizerError
 from tsqp.model import demo
 from tsqp.model.files import BinaryFile
 from tsqp.model.gguf_reader import GGUFHeader, read_header
 from tsqp.model.model_files import ModelFiles
+from tsqp.tee.text.chat_template import ChatTemplate
+from tsqp.tee.text.control_tokens import ControlTokens
 from tsqp.tee.text.decoding import Decoding
 from tsqp.tee.text.detokenizer import Detokenizer, decode
 from tsqp.tee.text.gguf_vocabulary import from_gguf
 from tsqp.tee.text.hf_folder import from_folder
+from tsqp.tee.text.messages import check_messages, check_unicode
 from tsqp.tee.text.vocabulary import Vocabulary, rust_errors
 
 
@@ -127,7 +129,7 @@ class Tokenizer:
             PromptError: the text is not valid Unicode.
             TokenizerError: the tokenizer fails on this text.
         """
-        _check_unicode(text)
+        check_unicode(text)
         vocabulary = self._vocabulary
         with rust_errors("The model's tokenizer failed on this text; pass token ids instead."):
             prepared = vocabulary.prepare(text)
@@ -149,51 +151,52 @@ class Tokenizer:
         """Read it now, and find a chat template.
 
         Raises:
-            TokenizerError: there is none.
+            TokenizerError: there is none, or none that can be used.
         """
-        if not self.chat_template_source:
-            raise TokenizerError(
-                "The model's tokenizer has no chat template: send a plain prompt instead."
-            )
+        _ = self._chat_template
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Messages of "role" and "content", put into the model's chat template.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        split_special: bool = False,
+    ) -> list[int]:
+        """A conversation, put into the model's chat template.
 
         The template ends where the assistant's answer begins.
 
+        Args:
+            messages: see `check_messages`.
+            tools: what the model may call, as JSON schemas.
+            split_special: keep what messages hold from becoming control tokens.
+
         Raises:
-            TokenizerError: there is no template, or it refuses these messages.
-            PromptError: a message is none, or its content is not valid Unicode.
+            TokenizerError: there is no template, or it fails.
+            PromptError: the conversation is not one, or the template refuses it.
         """
-        for message in messages:
-            if not isinstance(message, Mapping):
-                raise PromptError('A conversation must be a list of {"role": ..., "content": ...}.')
-            _check_unicode(message.get("content", ""))
-        self.check_chat()
-        return self.encode(self._render(messages), add_special_tokens=False)
+        given = check_messages(messages)
+        template = self._chat_template
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        def render(conversation: Sequence[Mapping[str, Any]]) -> str:
+            return template.render(conversation, tools=tools)
+
+        def encode(text: str) -> list[int]:
+            return self.encode(text, add_special_tokens=False)
+
+        if split_special:
+            return self._control_tokens.encode(given, render, encode)
+        return encode(render(given))
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
         source = self.chat_template_source
-        template = source.get("default", "") if isinstance(source, dict) else source or ""
-        try:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            return environment.from_string(template).render(
-                messages=list(messages), add_generation_prompt=True, **self.special_tokens
-            )
-        except Exception as exc:  # the template is a program of the model's author
+        if not source:
             raise TokenizerError(
-                "The model's chat template does not accept these messages: check their roles and"
-                " order."
-            ) from exc
+                "The model's tokenizer has no chat template: send a plain prompt instead."
+            )
+        return ChatTemplate(source, self.special_tokens)
 
-
-def _check_unicode(text: object) -> None:
-    if not isinstance(text, str):
-        raise PromptError("The content of each message must be one text; join its parts first.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PromptError(
-            "The prompt is not valid Unicode text: it holds half of a surrogate pair, or bytes "
-            "that are not UTF-8; correct its encoding."
-        ) from None
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self._vocabulary, self._chat_template.sources.values())

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 from tsqp.errors import OutOfMemory, WorkerLost
 from tsqp.model.checkpoint import Checkpoint
+from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine import Engine
 from tsqp.tee.offload.base import Linear, Request
@@ -18,10 +19,16 @@ from tsqp.tee.sampling import Completion, SamplingParams
 Tiny = tuple[Checkpoint, LlamaForCausalLM]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3)
 FIRST = list(range(40))
+TALK = Conversation(lambda _: None)
 
 
-def ask(engine: Engine, prompt: list[int], params: SamplingParams = GREEDY) -> Completion:
-    [answer] = engine.generate([prompt], params, keeps_kv=True)
+def ask(
+    engine: Engine,
+    prompt: list[int],
+    params: SamplingParams = GREEDY,
+    conversation: Conversation = TALK,
+) -> Completion:
+    [answer] = engine.generate([prompt], params, conversation=conversation)
     return answer
 
 
@@ -76,6 +83,27 @@ def test_nothing_in_common_begins_anew(tiny: Tiny, reused: Reused) -> None:
     assert reserved == 3 * 2 * 2 * 8 * (2 * 9) * 4  # layers, k and v, heads, features, tokens
 
 
+def test_another_conversation_begins_anew_whatever_its_text(tiny: Tiny, reused: Reused) -> None:
+    engine, _ = make_engine(tiny[0])
+    other = Conversation(engine.forget)
+    ask(engine, FIRST)
+    ask(engine, FIRST, conversation=other)
+    assert engine.stats.reused_tokens == 0
+    assert reused(engine, FIRST) == 0  # the other one took its place
+
+
+def test_a_conversation_that_is_closed_keeps_nothing(tiny: Tiny) -> None:
+    engine, offload = make_engine(tiny[0])
+    first, second = Conversation(engine.forget), Conversation(engine.forget)
+    ask(engine, FIRST, conversation=first)
+    second.close()
+    assert offload.attention.reserved_bytes > 0
+    with first:
+        pass
+    assert offload.attention.reserved_bytes == 0
+    first.close()
+
+
 def test_a_conversation_that_outgrows_its_room_begins_anew(tiny: Tiny, reused: Reused) -> None:
     engine, _ = make_engine(tiny[0])
     ask(engine, FIRST)  # with room for 2 * 46
@@ -96,7 +124,7 @@ def test_a_rated_prompt_is_computed_as_a_whole(tiny: Tiny, reused: Reused) -> No
 def test_a_stopped_answer_leaves_its_keys_and_values(tiny: Tiny, reused: Reused) -> None:
     engine, _ = make_engine(tiny[0])
     asked = iter([False] * 3 + [True])
-    [answer] = engine.generate([FIRST], GREEDY, should_stop=lambda: next(asked), keeps_kv=True)
+    [answer] = engine.generate([FIRST], GREEDY, should_stop=lambda: next(asked), conversation=TALK)
     assert len(answer.token_ids) == 3
     assert reused(engine, [*FIRST, *answer.token_ids, 1]) == len(FIRST) + 2
 

@@ -1,15 +1,18 @@
-"""The keys and values of a conversation, kept from one answer to the next."""
+"""Keys and values of a conversation, kept from one answer to the next."""
 
 from itertools import takewhile
 
 from tsqp.errors import OutOfMemory
 from tsqp.model.config import ModelConfig
+from tsqp.tee.conversation import Conversation
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.sequence import Sequence
 
 
-class KeptPrefix:
-    """Holds the KV of at most one sequence that has ended, for the next to begin with.
+class ConversationKv:
+    """Holds the KV of one sequence that has ended, for the next of its conversation.
+
+    A sequence of another conversation, or of none, never begins with it.
 
     What is computed on top of kept KV is cut into other pieces than a whole prompt is, so its
     floating-point numbers may differ in the last bits. Keys that dynamic rotary scaling made for
@@ -30,7 +33,8 @@ class KeptPrefix:
         """
         held, self._held = self._held, None
         if held is not None:
-            same = self._in_common(held, sequence)
+            ours = held.conversation is sequence.conversation
+            same = self._in_common(held, sequence) if ours else 0
             if same and sequence.capacity <= held.reserved:
                 self._offload.truncate(held.kv_id, same)
                 sequence.kv_id, sequence.reserved = held.kv_id, held.reserved
@@ -50,8 +54,12 @@ class KeptPrefix:
         self.drop()
         self._held = sequence
 
-    def drop(self) -> None:
-        """Free what is kept; safe where that is nothing."""
+    def drop(self, conversation: Conversation | None = None) -> None:
+        """Free what is kept, of one conversation or of any; safe where that is nothing."""
+        if conversation is not None and (
+            self._held is None or self._held.conversation is not conversation
+        ):
+            return
         held, self._held = self._held, None
         if held is not None:
             self._offload.free(held.kv_id)
