@@ -67,7 +67,18 @@ PHI = """{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + mess
 '<|end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}\
 {{ eos_token }}{% endif %}"""
 
+GRANITE = """{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}\
+{%- set loop_messages = messages[1:] %}{%- else %}{%- set system_message = 'Knowledge Cutoff.' %}\
+{%- set loop_messages = messages %}{%- endif %}\
+{{- '<|start_of_role|>system<|end_of_role|>' + system_message + '<|end_of_text|>\\n' }}\
+{%- if tools %}{{- '<|start_of_role|>available_tools<|end_of_role|>' }}{{- tools | tojson(indent=4) }}\
+{{- '<|end_of_text|>\\n' }}{%- endif %}{%- for message in loop_messages %}\
+{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\\n' }}\
+{%- if loop.last and add_generation_prompt %}{{- '<|start_of_role|>assistant' }}\
+{{- '<|end_of_role|>' }}{%- endif %}{%- endfor %}"""
+
 STYLES = {
+    "granite": GRANITE,
     "chatml": CHATML,
     "llama": LLAMA,
     "mistral": MISTRAL,

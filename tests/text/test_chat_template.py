@@ -1,12 +1,13 @@
-"""Chat templates: as transformers renders them, and no further than they may go."""
-
-# ruff: noqa: E501
+"""Chat templates are rendered as transformers renders them."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_styles import STYLES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tsqp.errors import PromptError, TokenizerError, TSQPError
@@ -15,7 +16,8 @@ from tsqp.tee.text.messages import check_messages
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 Conversation = list[dict[str, Any]]
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": [1.5, None]}}}
+ARGUMENTS = {"a": 2, "b": [1.5, None, "é"], "c": {"x": True}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CONVERSATIONS: dict[str, Conversation] = {
     "one": [{"role": "user", "content": "  Hello \n"}],
@@ -28,7 +30,7 @@ CONVERSATIONS: dict[str, Conversation] = {
     "tools": [
         {"role": "user", "content": "2+2?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "content": "4"},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
     ],
     "two calls": [{"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}],
     "text of arguments": [
@@ -38,7 +40,15 @@ CONVERSATIONS: dict[str, Conversation] = {
             "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}],
         },
     ],
+    "an object": [{"role": "tool", "content": {"temperature": 21, "unit": "°C"}}],
 }
+ALL = [
+    {"role": "system", "content": " Be b. "},
+    {"role": "user", "content": "  Héllo ß <b> \n x"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "4"},
+]
+IDIOMS = (Path(__file__).parent / "template_idioms.txt").read_text().splitlines()
 
 
 def expected(source: str, messages: Conversation, **named: Any) -> str | None:
@@ -55,7 +65,7 @@ def expected(source: str, messages: Conversation, **named: Any) -> str | None:
 
 def found(source: str, messages: Conversation, **named: Any) -> str | None:
     try:
-        return ChatTemplate(source, SPECIAL).render(check_messages(messages), **named)
+        return str(ChatTemplate(source, SPECIAL).render(check_messages(messages), **named))
     except TSQPError:
         return None
 
@@ -69,19 +79,129 @@ def test_a_conversation_is_rendered_as_transformers_does(style: str, conversatio
         assert found(STYLES[style], CONVERSATIONS[conversation], **named) == wanted
 
 
+@pytest.mark.parametrize("source", IDIOMS)
+def test_what_templates_do_is_done_as_in_jinja(source: str) -> None:
+    for tools in (None, TOOLS):
+        wanted = expected(source, ALL, tools=tools, add_generation_prompt=True)
+        assert wanted is not None or tools is None
+        assert found(source, ALL, tools=tools) == wanted
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].missing.deeper }}",
+        "{{ none + 'x' }}",
+        "{{ 'x' + 1 }}",
+        "{{ messages.nope() }}",
+        "{{ 1 // 0 }}",
+        "{{ messages | length(3) }}",
+        "{% macro m(a) %}{% endmacro %}{{ m(1, 2) }}",
+        "{% macro m(a) %}{% endmacro %}{{ m(1, a=2) }}",
+        "{% macro m(a) %}{% endmacro %}{{ m(b=2) }}",
+        "{% set a, b = [1, 2, 3] %}",
+        "{% for x in 5 %}{% endfor %}",
+        "{{ 'abc'.split('') }}",
+        "{{ '%d' % 'x' }}",
+        "{{ '%s' % ('a', 'b') }}",
+        "{{ messages | map('nope') | list }}",
+        "{{ range(3) | tojson }}",
+        "{% set ns = 3 %}{% set ns.x = 1 %}",
+    ],
+)
+def test_what_fails_in_jinja_fails(source: str) -> None:
+    assert expected(source, ALL) is None
+    assert found(source, ALL) is None
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=20)}
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_any_text_is_rendered_as_transformers_does(messages: Conversation) -> None:
+    for source in STYLES.values():
+        assert found(source, messages) == expected(source, messages, add_generation_prompt=True)
+
+
 def test_values_of_the_caller_reach_the_template() -> None:
     text = found(STYLES["qwen"], CONVERSATIONS["one"], enable_thinking=False)
     assert text is not None
     assert text.endswith("<think>\n\n</think>\n\n")
+    named = {"bos_token": "mine", "documents": [{"title": "t"}]}
+    source = "{{ bos_token }}{{ documents }}{{ eos_token }}"
+    assert found(source, ALL, **named) == "mine[{'title': 't'}]</s>"
 
 
-def test_text_parts_go_to_templates_that_read_parts_and_are_lines_of_text_for_the_others() -> None:
-    parts = [{"type": "text", "text": " one "}, {"type": "text", "text": "two"}]
-    conversation = [{"role": "user", "content": parts}]
-    gemma = found(STYLES["gemma"], conversation)
-    assert gemma == expected(STYLES["gemma"], conversation, add_generation_prompt=True)
+def test_null_content_reaches_the_template_and_other_nulls_are_left_out() -> None:
+    messages = [{"role": "assistant", "content": None, "tool_calls": None, "name": None}]
+    source = "{{ messages[0].content is none }}{{ 'tool_calls' in messages[0] }}{{ messages }}"
+    assert found(source, messages) == (
+        "TrueFalse[{'role': 'assistant', 'content': None}]"  # the rest is as if it were absent
+    )
+
+
+def test_reasoning_has_the_names_that_templates_know() -> None:
+    source = "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}"
+    for name in ("reasoning", "thinking", "reasoning_content"):
+        messages = [{"role": "assistant", "content": "x", name: "hm"}]
+        assert found(source, messages) == expected(source, messages) == "hm|hm"
+
+
+@pytest.mark.parametrize("content", ["Hello, ", "Hel", " x \n", [{"type": "text", "text": "Hi "}]])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_last_message_can_be_continued(style: str, content: Any) -> None:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+    named = {"continue_final_message": True, "add_generation_prompt": False}
+    wanted = expected(STYLES[style], messages, **named)
+    if isinstance(content, list) and style != "gemma":
+        messages[1]["content"] = content[0]["text"]
+        wanted = expected(STYLES[style], messages, **named)
+        messages[1]["content"] = content
+    assert wanted is not None
+    assert found(STYLES[style], messages, **named) == wanted
+
+
+def test_a_last_message_that_the_template_changes_cannot_be_continued() -> None:
+    named = {"continue_final_message": True, "add_generation_prompt": False}
+    messages = [{"role": "user", "content": "Cinnamon"}]
+    with pytest.raises(PromptError, match="changes the last message") as refused:
+        ChatTemplate("{{ messages[0].content | upper }}", {}).render(messages, **named)
+    assert "innamon" not in str(refused.value)
+    with pytest.raises(PromptError, match="but not both"):
+        ChatTemplate("x", {}).render(messages, continue_final_message=True)
+    with pytest.raises(PromptError, match="no text to continue"):
+        ChatTemplate("x", {}).render([{"role": "user", "content": None}], **named)
+
+
+PARTS = [{"type": "text", "text": " one "}, {"type": "text", "text": "two"}]
+READS_PARTS = [
+    "{% for m in messages %}{% for c in m.content %}{{ c.text }},{% endfor %}{% endfor %}",
+    "{% for m in messages %}{% for c in m['content'] | list %}{{ c.text }},{% endfor %}"
+    "{% endfor %}",
+    "{% set loop_messages = messages[0:] %}{% for m in loop_messages %}{% set c = m['content'] %}"
+    "{% for p in c %}{{ p['text'] }},{% endfor %}{% endfor %}",
+    "{% macro show(c) %}{% for p in c %}{{ p.text }},{% endfor %}{% endmacro %}"
+    "{% for m in messages %}{{ show(m.content) }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", READS_PARTS)
+def test_text_parts_go_to_templates_that_read_parts(source: str) -> None:
+    messages = [{"role": "user", "content": PARTS}]
+    assert found(source, messages) == expected(source, messages) == " one ,two,"
+
+
+@pytest.mark.parametrize("style", sorted(STYLES.keys() - {"gemma"}))
+def test_text_parts_are_lines_of_text_for_other_templates(style: str) -> None:
     joined = [{"role": "user", "content": " one \ntwo"}]
-    assert found(STYLES["chatml"], conversation) == found(STYLES["chatml"], joined)
+    text = found(STYLES[style], [{"role": "user", "content": PARTS}])
+    assert text == expected(STYLES[style], joined, add_generation_prompt=True)
 
 
 def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
@@ -95,161 +215,68 @@ def test_several_templates_without_a_default_are_named() -> None:
         ChatTemplate({"tool_use": "x", "rag": "y"}, {})
 
 
-def test_a_template_that_is_not_jinja_is_refused() -> None:
-    with pytest.raises(TokenizerError, match=r"cannot be used \(.* in line 2\)"):
-        ChatTemplate("\n{% for %}", {})
-    with pytest.raises(TokenizerError, match="longer than"):
-        ChatTemplate("x" * (2**20 + 1), {})
-    with pytest.raises(TokenizerError, match="cannot be used"):
-        ChatTemplate("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", {})
+TWICE = [{"role": "user", "content": "Cinnamon"}] * 2
 
 
-def test_a_sentence_of_the_template_is_shown_and_one_with_the_users_words_is_not() -> None:
-    template = ChatTemplate(STYLES["mistral"], SPECIAL)
-    twice = [{"role": "user", "content": "Cinnamon"}] * 2
-    with pytest.raises(PromptError, match="must alternate user/assistant"):
-        template.render(twice)
-    with pytest.raises(PromptError) as refused:
-        template.render([{"role": "cinnamon", "content": "x"}])
-    assert "cinnamon" not in str(refused.value)
+def refusal(source: str, messages: Conversation) -> TSQPError:
+    with pytest.raises(TSQPError) as refused:
+        ChatTemplate(source, SPECIAL).render(messages)
+    assert "innamon" not in str(refused.value)
     assert refused.value.__cause__ is None
     assert refused.value.__context__ is None
+    return refused.value
 
 
-ENDLESS = {
-    "a long loop": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-    "a range": "{% for i in range(10**9) %}{% endfor %}",
-    "a range as a list": "{{ range(10**9) | list | length }}",
-    "recursion": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
-    "a recursive loop": "{% for x in [[1]] recursive %}{{ loop([x, x]) }}{{ loop([x, x]) }}{% endfor %}",
-    "a repeated text": "{{ 'a' * 10**10 }}",
-    "a repeated list": "{{ [1] * 10**10 }}",
-    "a power": "{{ 9 ** 9 ** 9 }}",
-    "a shift of powers": "{% set ns = namespace(n=7) %}{% for i in range(99) %}"
-    "{% set ns.n = ns.n * ns.n %}{% endfor %}",
-    "a doubled text": "{% set ns = namespace(t='aaaaaaaa') %}{% for i in range(60) %}"
-    "{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
-    "a doubled sum": "{% set ns = namespace(t='aaaaaaaa') %}{% for i in range(60) %}"
-    "{% set ns.t = ns.t + ns.t %}{% endfor %}",
-    "a doubled block": "{% set ns = namespace(t='aaaaaaaa') %}{% for i in range(60) %}"
-    "{% set t %}{{ ns.t }}{{ ns.t }}{% endset %}{% set ns.t = t %}{% endfor %}",
-    "a doubled list": "{% set ns = namespace(t=[1]) %}{% for i in range(60) %}"
-    "{% set ns.t = ns.t + ns.t %}{% endfor %}",
-    "a nested list as text": "{% set ns = namespace(t='aaaaaaaa') %}{% for i in range(60) %}"
-    "{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.t }}",
-    "a nested list as JSON": "{% set ns = namespace(t='aaaaaaaa') %}{% for i in range(38) %}"
-    "{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.t | tojson }}",
-    "replacing": "{% set ns = namespace(t='a') %}{% for i in range(60) %}"
-    "{% set ns.t = ns.t.replace('a', 'aaaaaaaa') %}{% endfor %}",
-    "the filter replace": "{% set ns = namespace(t='a') %}{% for i in range(60) %}"
-    "{% set ns.t = ns.t | replace('a', 'aaaaaaaa') %}{% endfor %}",
-    "joining": "{% set ns = namespace(t='a') %}{% for i in range(60) %}"
-    "{% set ns.t = ns.t.join(['aa', 'aa', 'aa']) %}{% endfor %}",
-    "the filter join": "{% set ns = namespace(t='a') %}{% for i in range(60) %}"
-    "{% set ns.t = [1, 2, 3, 4] | join(ns.t) %}{% endfor %}",
-    "indenting": "{{ [[1]] | tojson(indent=10**9) }}",
-    "separators": "{{ [1, 2] | tojson(separators=['a' + ' ' + 'b' + '                ', ':']) }}",
-    "padding": "{{ 'a'.ljust(10**10) }}",
-    "centring": "{{ 'a' | center(10**10) }}",
-    "formatting": "{{ '%10000000000d' % 1 }}",
-    "the method format": "{{ '{:>10000000000}'.format(1) }}",
-    "the filter format": "{{ '%10000000000d' | format(1) }}",
-    "a wide date": "{{ strftime_now('%1000000000Y') }}",
-    "much output": "{% for i in range(3000) %}{{ messages }}{% endfor %}" + "x" * 100_000,
-    "lines without a loop": "{{ 1 }}\n" * 1000
-    + "{% for i in range(1000) %}{% for j in range(1000) %}{{ i }}{% endfor %}{% endfor %}",
-}
-
-
-@pytest.mark.parametrize("attack", ENDLESS)
-def test_a_template_that_would_not_end_or_fit_is_stopped(attack: str) -> None:
-    messages = check_messages([{"role": "user", "content": "a" * 5000}])
-    with pytest.raises((TokenizerError, PromptError)) as stopped:
-        ChatTemplate(ENDLESS[attack], SPECIAL).render(messages)
-    assert "aaaa" not in str(stopped.value)
-    assert ChatTemplate("{{ messages[0].content }}", {}).render(messages) == "a" * 5000
-
-
-ESCAPES = [
-    "{{ ''.__class__.__mro__ }}",
-    "{{ messages.__class__ }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ namespace.__init__.__globals__ }}",
-    "{{ messages.append({}) }}",
-    "{{ messages[0].update({}) }}",
-    "{{ messages[0].pop('role') }}",
-    "{{ self.__init__ }}",
-    "{{ ''['__class__'] }}",
-    "{{ '' | attr('__class__') }}",
-    "{{ cycler.__init__.__globals__ }}",
-    "{{ lipsum(n=100000) }}",
-    "{% include 'x' %}",
-    "{% import 'x' as x %}",
-    "{% extends 'x' %}",
-]
-
-
-@pytest.mark.parametrize("source", ESCAPES)
-def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
-    messages = check_messages(CONVERSATIONS["one"])
-    try:
-        text = ChatTemplate(source, SPECIAL).render(messages)
-    except TSQPError:
-        return
-    assert text == ""  # what is not there is nothing
-    assert messages == CONVERSATIONS["one"]
-
-
-def test_the_trace_function_of_a_debugger_is_given_back() -> None:
-    import sys
-
-    seen: list[str] = []
-
-    def trace(frame: object, event: str, _: object) -> None:
-        seen.append(event)
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        ChatTemplate("x", {}).render([])
-        assert sys.gettrace() is trace
-    finally:
-        sys.settrace(before)
+def test_a_sentence_of_the_template_is_shown() -> None:
+    error = refusal(STYLES["mistral"], TWICE)
+    assert isinstance(error, PromptError)
+    assert str(error).endswith(
+        "refuses these messages: Conversation roles must alternate user/assistant"
+    )
+    odd = refusal("{{ raise_exception('a\\x1b[2J\\nb' ) }}", TWICE)
+    assert str(odd).endswith(": a [2J b")
 
 
 @pytest.mark.parametrize(
-    ("messages", "sentence"),
+    "said",
     [
-        ("Hello", "A conversation is a list"),
-        ([], "The conversation is empty"),
-        (["Hello"], "message 1 is not such an object"),
-        ([{"content": "x"}], "Message 1 of the conversation has no role"),
-        ([{"role": 3}], "has no role"),
-        ([{"role": "user", "content": 5}], "neither text, text parts, nor null"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "of type image_url, and TSQP"),
-        ([{"role": "user", "content": [{"type": "text"}]}], 'without a "text"'),
-        ([{"role": "user", "content": ["x"]}], "a part that is not"),
-        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
-        ([{"role": "user", "content": "x", "name": "\ud800"}], "not valid Unicode"),
-        ([{"role": "user", "content": "x", "extra": {1: 2}}], "a key that is not a text"),
-        ([{"role": "user", "content": "x", "extra": object()}], "only JSON values"),
+        "'Only user, not ' + messages[0].content",
+        "messages[0].content",
+        "'Cinnamon'[0:4] ~ messages[0].content[4:]",
+        "'abcdefghijklmnopqrstuvwxyz'[messages[0].content | length]",
+        "('C' ~ 'i') ~ 'nnamon'",
+        "messages",
     ],
 )
-def test_what_is_no_conversation_is_refused(messages: Any, sentence: str) -> None:
-    with pytest.raises(PromptError, match=sentence):
-        check_messages(messages)
+def test_any_other_sentence_is_not(said: str) -> None:
+    error = refusal("{{ raise_exception(" + said + ") }}", TWICE)
+    assert str(error) == (
+        "The model's chat template refuses these messages: check their roles and their order."
+    )
 
 
-def test_deep_nesting_is_refused() -> None:
-    deep: Any = "x"
-    for _ in range(100):
-        deep = [deep]
-    with pytest.raises(PromptError, match="levels deep"):
-        check_messages([{"role": "user", "content": "x", "extra": deep}])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[0].content.nope.nope }}",
+        "{{ messages[0][messages[0].content].x }}",
+        "{{ namespace()[messages[0].content].x }}",
+        "{% for x in [1] %}{{ loop[messages[0].content].x }}{% endfor %}",
+        "{{ [] | map(messages[0].content) | list }}{{ [1] | map(messages[0].content) | list }}",
+        "{{ [1] | select(messages[0].content) | list }}",
+        "{{ {messages: 1} }}",
+        "{{ messages[0].content | int(base=99) }}{{ messages[0].content.index('x') }}",
+        "{{ {'a': namespace} | tojson }}",
+        "{{ strftime_now(messages[0].content ~ '%Q') }}",
+    ],
+)
+def test_no_failure_tells_the_conversation(source: str) -> None:
+    refusal(source, TWICE)
 
 
-def test_other_keys_and_null_contents_are_handed_on() -> None:
-    messages = [{"role": "assistant", "content": None, "tool_calls": [CALL], "name": "n"}]
-    assert check_messages(messages) == messages
-    assert found("{{ messages[0].content is none }}", messages) == "True"
-    assert found("{{ messages[0].name }}", messages) == "n"
+def test_what_is_missing_is_named_where_the_template_names_it() -> None:
+    error = refusal("{{ 'x' + messages[0]['tool_calls'] }}", TWICE)
+    assert str(error).endswith("these messages: it needs 'tool_calls', which they do not have.")
+    error = refusal("{{ 'x' + messages[1].content }}", [*TWICE[:1], {"role": "x", "content": None}])
+    assert str(error).endswith("message 2 has no content, which this template may need.")

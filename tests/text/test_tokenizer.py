@@ -75,7 +75,7 @@ def test_a_tool_call_without_content_reaches_the_template_as_null(tokenizer: Tok
         {"role": "assistant", "content": None, "tool_calls": [call]},
     ]
     # This model's template joins texts, and cannot join nothing: in transformers too.
-    with pytest.raises(PromptError, match="does not accept this conversation"):
+    with pytest.raises(PromptError, match="these messages: message 2 has no content"):
         tokenizer.encode_chat(messages)
 
 

@@ -1,126 +1,120 @@
-"""Keep what people type from becoming control tokens.
+"""Keep what people write from becoming control tokens.
 
-A chat template marks messages with control tokens such as `<|im_start|>`. A user who types the same
-characters would make the same tokens, and could pretend to be the system. Here every control token
-in the messages is broken up by a guard, a character that occurs nowhere else and that is a token of
-its own, so that nothing is joined across it. The guards are taken out of the token ids at the end.
+A chat template marks messages with control tokens such as `<|im_start|>`. Someone who writes the
+same characters in a message makes the same tokens, and can pretend to be the system. Here a control
+token is one only where the template wrote all of its characters.
+
+Each control token of the template is replaced by a mark that nobody can guess, and the text is
+encoded once, by a copy of the tokenizer that knows the marks and none of the control tokens. So the
+rest of the text is cut and encoded as it always is, and text without control tokens gets the ids
+that it always gets.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import secrets
+from collections.abc import Callable, Iterable
 
 import tokenizers
 from tokenizers import AddedToken
 
-from tsqp.errors import PromptError
+from tsqp.errors import PromptError, TokenizerError
+from tsqp.tee.text.origin import TEMPLATE, Text
 from tsqp.tee.text.vocabulary import Vocabulary, rust_errors
 
-GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode has no characters there
-ROLE = re.compile(r"[\w-]{1,64}")
-NAMES = ("role", "type", "name", "id", "tool_call_id")  # which templates compare
-PLACEHOLDER = "x"
+FAILED = "The model's tokenizer failed on this text; pass token ids instead."
+_WRITTEN = re.compile(f"{TEMPLATE}+")
 
 
 class ControlTokens:
     """The control tokens of one model.
 
+    These are its special tokens, and other added tokens that stand in the chat template, such as
+    `<tool_call>`: what `sanitize_control_tokens` of transformers takes for control tokens.
+
     Args:
-        vocabulary: encodes, and knows the added tokens.
-        templates: the chat templates; added tokens that stand in them count as control tokens too.
+        vocabulary: the model's.
+        template_texts: the texts that stand in the chat template.
+
+    Raises:
+        TokenizerError: the tokenizer cannot be copied.
     """
 
-    def __init__(self, vocabulary: Vocabulary, templates: Iterable[str]) -> None:
-        self._vocabulary = vocabulary
-        self._templates = "\0".join(templates)
-        added = vocabulary.backend.get_added_tokens_decoder().values()
-        self._tokens = {
-            each.content for each in added if each.special or each.content in self._templates
+    def __init__(self, vocabulary: Vocabulary, template_texts: Iterable[str]) -> None:
+        written = "\0".join(template_texts)
+        added = vocabulary.backend.get_added_tokens_decoder()
+        self._ids = {
+            token.content: token_id
+            for token_id, token in added.items()
+            if token.content
+            and (token.special or (token.content in written and not token.content.isspace()))
         }
-        self._tokens.discard("")
-        longest_first = sorted(self._tokens, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._starts = re.compile(f"(?={self._pattern.pattern})(.)", re.DOTALL)
-        self._guarded: dict[str, tokenizers.Tokenizer] = {}
+        self._prepare: Callable[[str], str] = vocabulary.prepare
+        unknown = (
+            vocabulary.special_tokens.get("unk_token"),
+            getattr(vocabulary.backend.model, "unk_token", None),
+        )
+        self._unknown_ids = {vocabulary.backend.token_to_id(each) for each in unknown if each}
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # A tokenizer may take the spaces beside a token with it, so its mark has to do so, too.
+        sides = {(token.lstrip, token.rstrip) for token in added.values()}
+        marks = {side: f"<{secrets.token_hex(16)}>" for side in sides}
+        self._marks = {token.content: marks[token.lstrip, token.rstrip] for token in added.values()}
+        with rust_errors(FAILED):
+            self._backend = _copy_without(vocabulary.backend, self._ids)
+            for (lstrip, rstrip), mark in marks.items():
+                token = AddedToken(mark, lstrip=lstrip, rstrip=rstrip, normalized=False)
+                self._backend.add_tokens([token])
+            self._mark_ids = {self._backend.token_to_id(mark) for mark in marks.values()}
+        if self._mark_ids & {*added, *vocabulary.backend.get_vocab().values()}:
+            raise TokenizerError("The ids of the model's tokenizer leave no room for others.")
 
-    def encode(
-        self,
-        messages: list[dict[str, Any]],
-        render: Callable[[list[dict[str, Any]]], str],
-        encode: Callable[[str], list[int]],
-    ) -> list[int]:
-        """The ids of a conversation whose control tokens all come from the template.
-
-        Args:
-            messages: as `check_messages` returns them.
-            render: puts messages into the template.
-            encode: the ids of a text, as without this class.
+    def encode(self, text: Text) -> list[int]:
+        """The ids of a text that a chat template wrote.
 
         Raises:
-            PromptError: the messages change which control tokens the template writes, or hold a
-                control token that cannot be broken up.
+            PromptError: the tokenizer makes a control token even of plain text.
+            TokenizerError: the tokenizer fails on this text.
         """
-        for number, message in enumerate(messages, 1):
-            if not ROLE.fullmatch(message["role"]):
-                raise PromptError(f"Message {number} has a role that is not a plain word.")
-        guard = self._guard(messages)
-        broken = [_mapped(each, lambda text: self._break_up(text, guard)) for each in messages]
-        text = render(broken)
-        shape = render([_with_placeholders(each) for each in broken])
-        escaped = json.dumps(guard)[1:-1] in text  # by a template that writes JSON in ASCII
-        if escaped or self._pattern.findall(text) != self._pattern.findall(shape):
+        marked: list[str] = []
+        control_ids: list[int] = []
+        position = 0
+        for run in _WRITTEN.finditer(text.origin):
+            for found in self._pattern.finditer(text, run.start(), run.end()):
+                marked += (text[position : found.start()], self._marks[found.group()])
+                control_ids.append(self._ids[found.group()])
+                position = found.end()
+        marked.append(text[position:])
+        begins = marked[0] == "" and self._pattern.match(text)
+        with rust_errors(FAILED):
+            ids = self._backend.encode(
+                self._prepared("".join(marked), begins[0] if begins else ""),
+                add_special_tokens=False,
+            ).ids
+        if set(ids) & (set(self._ids.values()) - self._unknown_ids):
             raise PromptError(
-                "The content of a message changes which control tokens the chat template writes, "
-                "so --split-special cannot keep them apart: change the message, or leave the "
-                "option out."
+                "The model's tokenizer makes a control token of plain text in this conversation:"
+                " change the text, or leave --split-special out."
             )
-        return self._encode_guarded(text, guard) if guard in text else encode(text)
+        left = iter(control_ids)
+        ids = [next(left) if token_id in self._mark_ids else token_id for token_id in ids]
+        assert next(left, None) is None
+        return ids
 
-    def _guard(self, messages: list[dict[str, Any]]) -> str:
-        used = set(self._templates)
-        used.update(json.dumps(messages, ensure_ascii=False))
-        for guard in GUARDS:
-            if guard not in used:
-                return guard
-        raise PromptError("The conversation holds every code point that could keep tokens apart.")
+    def _prepared(self, marked: str, first: str) -> str:
+        """What is done to a text before it is encoded, done to the text with its marks.
 
-    def _break_up(self, text: str, guard: str) -> str:
-        """The text with a guard inside each control token."""
-        broken = self._starts.sub(lambda found: found[1] + guard, text)
-        if self._pattern.search(broken):  # a token of a single character
-            raise PromptError(
-                "A message holds a control token of one character, which cannot be broken up: "
-                "leave it out, or leave --split-special out."
-            )
-        return broken
-
-    def _encode_guarded(self, text: str, guard: str) -> list[int]:
-        with rust_errors("The model's tokenizer failed on this text; pass token ids instead."):
-            if guard not in self._guarded:
-                copy = tokenizers.Tokenizer.from_str(self._vocabulary.backend.to_str())
-                copy.add_special_tokens([AddedToken(guard, normalized=False, special=True)])
-                self._guarded[guard] = copy
-            backend = self._guarded[guard]
-            ids = backend.encode(self._vocabulary.prepare(text), add_special_tokens=False).ids
-            guard_id = backend.token_to_id(guard)
-        return [token_id for token_id in ids if token_id != guard_id]
+        Args:
+            first: the control token that the text begins with, or nothing. Some get no space in
+                front, which `prepare` cannot know of their marks.
+        """
+        text = self._prepare(marked)
+        return text.removeprefix(" ") if first and self._prepare(first)[0] != " " else text
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a message in which `change` was applied to every text and every name of a field."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {change(name): _mapped(item, change) for name, item in value.items()}
-    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
-
-
-def _with_placeholders(value: Any, key: str = "") -> Any:
-    """A copy of a message whose texts are harmless, and as empty as they were; names stay."""
-    if isinstance(value, str):
-        inner = value.strip()
-        return value if key in NAMES or not inner else value.replace(inner, PLACEHOLDER, 1)
-    if isinstance(value, Mapping):
-        return {name: _with_placeholders(item, name) for name, item in value.items()}
-    return [_with_placeholders(item, key) for item in value] if isinstance(value, list) else value
+def _copy_without(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> tokenizers.Tokenizer:
+    """A copy of a tokenizer that does not look for these added tokens in a text."""
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+    copy.encode_special_tokens = True
+    return copy

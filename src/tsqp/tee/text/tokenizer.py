@@ -16,7 +16,7 @@ from tsqp.tee.text.decoding import Decoding
 from tsqp.tee.text.detokenizer import Detokenizer, decode
 from tsqp.tee.text.gguf_vocabulary import from_gguf
 from tsqp.tee.text.hf_folder import from_folder
-from tsqp.tee.text.messages import check_messages, check_unicode
+from tsqp.tee.text.messages import check_messages, check_tools, check_unicode
 from tsqp.tee.text.vocabulary import Vocabulary, rust_errors
 
 
@@ -162,31 +162,23 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         split_special: bool = False,
     ) -> list[int]:
-        """A conversation, put into the model's chat template.
+        """The token ids of a conversation, put into the model's chat template.
 
         The template ends where the assistant's answer begins.
 
         Args:
             messages: see `check_messages`.
             tools: what the model may call, as JSON schemas.
-            split_special: keep what messages hold from becoming control tokens.
+            split_special: keep what messages and tools hold from becoming control tokens.
 
         Raises:
-            TokenizerError: there is no template, or it fails.
-            PromptError: the conversation is not one, or the template refuses it.
+            TokenizerError: there is no template, or it cannot be used.
+            PromptError: it is not a conversation, or the template refuses it.
         """
-        given = check_messages(messages)
-        template = self._chat_template
-
-        def render(conversation: Sequence[Mapping[str, Any]]) -> str:
-            return template.render(conversation, tools=tools)
-
-        def encode(text: str) -> list[int]:
-            return self.encode(text, add_special_tokens=False)
-
+        text = self._chat_template.render(check_messages(messages), tools=check_tools(tools))
         if split_special:
-            return self._control_tokens.encode(given, render, encode)
-        return encode(render(given))
+            return self._control_tokens.encode(text)
+        return self.encode(text, add_special_tokens=False)
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:
@@ -199,4 +191,4 @@ class Tokenizer:
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
-        return ControlTokens(self._vocabulary, self._chat_template.sources.values())
+        return ControlTokens(self._vocabulary, self._chat_template.texts)
