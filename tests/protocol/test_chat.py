@@ -157,6 +157,25 @@ def test_commands_change_the_conversation(talk: Talk, speaking: Path, tmp_path: 
     assert "never asked" not in result.stdout + result.stderr
 
 
+def test_a_message_may_begin_with_a_slash(talk: Talk, speaking: Path, tmp_path: Path) -> None:
+    talk(speaking, "//etc is a folder", "  ///x", "//", "/save talk.json")
+    asked = [each["content"] for each in messages(tmp_path / "talk.json")][::2]
+    assert asked == ["/etc is a folder", "//x", "/"]
+
+
+def test_after_a_reset_nothing_is_kept(
+    talk: Talk, speaking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reused: list[int] = []
+    monkeypatch.setattr(
+        "tsqp.cli.repl.print_statistics", lambda llm: reused.append(llm.stats.reused_tokens)
+    )
+    talk(speaking, "Hello", "/stats", "/reset", "Hello", "/stats", "/retry", "/stats")
+    first, second, third = reused
+    assert first == second == 0
+    assert third > 0
+
+
 def test_a_seed_repeats_a_conversation(talk: Talk, speaking: Path) -> None:
     first, second = (talk(speaking, "one", "two") for _ in range(2))
     assert first.stdout == second.stdout

@@ -1,10 +1,13 @@
 """What `tsqp generate` takes besides a prompt: files of them, penalties, log-probabilities."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from protocol_helpers import Main, write_ids
+
+from tsqp import LLM
 
 TINY = ["generate", "random:tiny", "--privacy", "tee", "--json"]
 
@@ -108,6 +111,53 @@ def test_a_jsonl_file_has_prompts_and_conversations(
     assert found.token_ids == [*plain.token_ids, *chat.token_ids]
 
 
+def test_messages_in_a_file_have_every_form(
+    main: Main, speak: list[object], tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Th"}, {"type": "text", "text": ""}]},
+        {"role": "assistant", "content": "x", "tool_calls": [call], "name": None},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    path.write_text(json.dumps({"messages": messages}))
+    with LLM(str(speak[1]), privacy="tee") as llm:
+        ids = llm.tokenize(messages)
+    output = main(*speak, "--prompts", path).json["outputs"][0]
+    assert output["prompt_tokens"] == len(ids)
+
+
+def test_control_tokens_are_split_where_that_is_asked_for(main: Main, speak: list[object]) -> None:
+    prompt = ["--chat", "--prompt", "a<|im_end|>b"]
+    tokens = [
+        main(*speak, *prompt, *more).json["outputs"][0]["prompt_tokens"]
+        for more in ([], ["--split-special"])
+    ]
+    assert tokens[1] > tokens[0]
+    refused = main(*speak, "--prompt", "a", "--split-special")
+    assert refused.status == 2
+    assert "--split-special is for conversations: add --chat" in refused.error
+
+
+def test_a_template_that_fails_tells_no_prompt_with_debug_either(
+    main: Main, speak: list[object], speaking: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(speaking, model)
+    speak[1] = model
+    for template in (
+        "{{ raise_exception('No ' + messages[0].content) }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[0].content.x.y }}",
+    ):
+        (model / "chat_template.jinja").write_text(template)
+        result = main(*speak, "--chat", "--prompt", "Cinnamon", "--debug")
+        assert result.status == 1
+        assert "chat template" in result.stderr
+        assert "innamon" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
@@ -124,7 +174,19 @@ def test_a_jsonl_file_has_prompts_and_conversations(
             b'{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}',
             'needs either a "prompt" or "messages"',
         ),
-        ("p.jsonl", b'{"messages": [{"role": "user"}]}', "missing required field `content`"),
+        (
+            "p.jsonl",
+            b'{"messages": [{"content": "x"}]}',
+            "1: Message 1 of the conversation has",
+        ),
+        ("p.jsonl", b'{"messages": ["x"]}', "p.jsonl, line 1: Expected `object`, got `str`"),
+        ("p.jsonl", b'{"messages": [{"role": "a", "x": "\\ud800"}]}', "p.jsonl, line 1: "),
+        ("p.jsonl", b'{"messages": [{"a": ' + b"[" * 9999, "p.jsonl, line 1: this is nested too"),
+        (
+            "p.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "line 1: Message 1 has a part of type image_url, and TSQP serves text only",
+        ),
         ("p.jsonl", b'{"prompt": "\xff"}', "p.jsonl, line 1: "),
         ("p.csv", b"one", "p.csv is neither a .txt file, a prompt a line, nor a .jsonl file"),
         ("p.txt", None, "Cannot read prompts from "),

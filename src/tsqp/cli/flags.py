@@ -137,7 +137,7 @@ SplitSpecial = Annotated[
     bool,
     typer.Option(
         "--split-special",
-        help="Treat control tokens in messages, such as <|im_end|>, as ordinary text.",
+        help="Treat control tokens in messages, such as <|im_end|>, as plain text.",
     ),
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]

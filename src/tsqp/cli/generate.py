@@ -40,6 +40,7 @@ from tsqp.cli.flags import (
     TopP,
     WorkerEndpoint,
     WorkerKey,
+    is_from_command_line,
 )
 from tsqp.cli.prompts import read_prompts
 from tsqp.cli.session import open_llm, read_sampling
@@ -113,6 +114,9 @@ def generate(
     if not json_output and (logprobs is not None or prompt_logprobs is not None):
         raise UsageError("--logprobs and --prompt-logprobs go with --json, which shows them.")
     given = read_prompts(prompt, prompt_ids, prompts, chat)
+    is_asked = split_special and is_from_command_line(context, "split_special")
+    if is_asked and not given.are_conversations(chat):
+        raise UsageError("--split-special is for conversations: add --chat, or leave it out.")
     from tsqp._printing import Printer, prompt_progress
 
     with open_llm(context) as llm:

@@ -24,6 +24,10 @@ class Prompts:
     texts: Sequence[str | Messages] = ()
     ids: Sequence[list[int]] = ()
 
+    def are_conversations(self, chat: bool) -> bool:
+        """Whether all of them are put into the chat template."""
+        return not self.ids and (chat or not any(isinstance(each, str) for each in self.texts))
+
     def encode(self, llm: "LLM", chat: bool, split_special: bool = False) -> list[list[int]]:
         """The token ids of all; with `chat`, each text begins a conversation."""
         texts = (llm.tokenize(each, chat=chat, split_special=split_special) for each in self.texts)
@@ -73,8 +77,8 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
 def read_texts(path: Path) -> list[str | Messages]:
     """The prompts of a .txt file, one a line, or of a .jsonl file, one object a line.
 
-    An object is {"prompt": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}. Empty
-    lines are passed over.
+    An object is {"prompt": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}; for
+    messages, see `check_messages`. Empty lines are passed over.
 
     Raises:
         PromptError: the file cannot be read or holds none, or a line, which it names, is wrong.
@@ -92,6 +96,10 @@ def read_texts(path: Path) -> list[str | Messages]:
             raise PromptError(f"{path}, line {number}: this is not valid UTF-8.") from None
         except msgspec.DecodeError as exc:
             raise PromptError(f"{path}, line {number}: {_reason(exc)}.") from None
+        except RecursionError:
+            raise PromptError(f"{path}, line {number}: this is nested too deep.") from None
+        except PromptError as exc:
+            raise PromptError(f"{path}, line {number}: {exc}") from None
     if not prompts:
         raise PromptError(f"{path} holds no prompt: write one a line.")
     return prompts
@@ -109,7 +117,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _reason(error: msgspec.DecodeError) -> str:
     """What is wrong, in no words of the prompt's."""
     if "unknown field" in str(error):
-        return 'an object may have "prompt" or "messages"'
+        return 'an object may have "prompt" or "messages", and nothing else'
     return str(error)
 
 
@@ -119,4 +127,6 @@ def _from_json(line: bytes) -> str | Messages:
         raise msgspec.DecodeError('an object needs either a "prompt" or "messages"')
     if decoded.prompt is not None:
         return decoded.prompt
-    return decoded.messages
+    from tsqp.tee.text.messages import check_messages  # its imports take a while
+
+    return check_messages(decoded.messages)
