@@ -109,6 +109,12 @@ ENDLESS = {
     "looking from the end": "{{ ('a' * 100000).rfind('a' * 40000 + 'b') }}",
     "looking for long texts": "{{ ('a' * 1000000).find('b' + 'a' * 400000) }}",
     "stripping": "{{ ('a' * 1000000).strip('b' * 1000000) }}",
+    "stripping many characters off": "{% set c = 'b' * 100000 %}{% for i in range(100000) %}"
+    "{{ 'a'.strip(c) }}{% endfor %}",
+    "methods of long texts": "{% set t = 'b' * 100000 %}{% set l = [t.upper] * 20000 %}{{ l }}",
+    "comparing methods": "{% set l = [('b' * 100000).upper] * 9000 %}"
+    "{% set m = [('b' * 100000).upper] * 9000 %}{% for i in range(99999) %}{{ l == m }}"
+    "{% endfor %}",
     "many pieces": "{{ ('a ' * 5000000).split() | length }}",
     "many characters": "{{ ('a' * 10000000) | list | length }}",
     "much output": "{% for i in range(100000) %}{{ messages }}{% endfor %}",
@@ -249,6 +255,8 @@ ESCAPES = [
     "{% macro m() %}{% endmacro %}{{ m.__class__ }}{{ m.call }}",
     "{{ ''.join.owner }}{{ ''.join.__self__ }}",
     "{{ (1).__class__ }}{{ none.__class__ }}{{ true.real }}{{ (1.5).hex }}",
+    "{{ [raise_exception, range] }}",
+    "{{ [namespace(a=1)] }}{{ {1: 'x'.upper} }}",
     "{{ range(3).__class__ }}{{ nothing.__class__ }}",
     "{% include 'x' %}",
     "{% import 'x' as x %}",

@@ -12,6 +12,7 @@ from tsqp.tee.text.origin import Text, written
 from tsqp.tee.text.template_values import (
     MAX_RANGE,
     Fields,
+    Function,
     Namespace,
     NotAllowed,
     Refused,
@@ -22,7 +23,7 @@ from tsqp.tee.text.template_values import (
 if TYPE_CHECKING:
     from tsqp.tee.text.template_operations import Operations
 
-Function = Callable[..., Any]
+Test = Callable[..., Any]
 _DATE = re.compile(r"(?:%-?[aAbBcdDeFHIjmMpRSTuUVwWxXyYzZ%]|[^%]){0,100}")
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -51,7 +52,7 @@ _COMPARING = {
 }
 
 
-def _kind(question: Any) -> Function:
+def _kind(question: Any) -> Test:
     def run(run: "Operations", value: Any, *arguments: Any) -> bool:
         run.allowance.spend(weigh(value))
         return bool(question(value, *arguments))
@@ -59,11 +60,11 @@ def _kind(question: Any) -> Function:
     return run
 
 
-def _comparing(operation: str) -> Function:
+def _comparing(operation: str) -> Test:
     return lambda run, value, other: run.compare(operation, value, other)
 
 
-TESTS: dict[str, Function] = {
+TESTS: dict[str, Test] = {
     **{name: _kind(JINJA_TESTS[name]) for name in _KINDS},
     **{name: _comparing(each) for each, names in _COMPARING.items() for name in names},
     "callable": lambda run, value: run.is_callable(value),
@@ -97,10 +98,10 @@ def _strftime_now(run: "Operations", form: str) -> Text:
     return written(datetime.now().strftime(form))
 
 
-FUNCTIONS: dict[str, Function] = {
-    "dict": _dict,
-    "namespace": _namespace,
-    "raise_exception": _raise_exception,
-    "range": _range,
-    "strftime_now": _strftime_now,
+FUNCTIONS = {
+    "dict": Function(_dict),
+    "namespace": Function(_namespace),
+    "raise_exception": Function(_raise_exception),
+    "range": Function(_range),
+    "strftime_now": Function(_strftime_now),
 }

@@ -98,11 +98,13 @@ def join(allowance: Allowance, separator: str, parts: Any) -> Text:
 
 
 def _removeprefix(allowance: Allowance, text: str, prefix: str) -> Text:
+    allowance.spend(weigh(text))
     start = len(prefix) if text.startswith(prefix) else 0
     return allowance.text(cut(text, slice(start, None)))
 
 
 def _removesuffix(allowance: Allowance, text: str, suffix: str) -> Text:
+    allowance.spend(weigh(text))
     end = len(text) - len(suffix) if text.endswith(suffix) else len(text)
     return allowance.text(cut(text, slice(0, end)))
 

@@ -16,6 +16,7 @@ from tsqp.tee.text.template_values import (
     MAX_BITS,
     Allowance,
     Fields,
+    Function,
     Items,
     Macro,
     Method,
@@ -79,7 +80,8 @@ class Operations:
         return bool(COMPARISONS[operation](left, right))
 
     def is_callable(self, value: Any) -> bool:
-        return isinstance(value, Method | Macro) or callable(value)
+        """Whether Jinja takes a value for something to call; it does so with a missing one."""
+        return isinstance(value, Method | Macro | Function | Undefined)
 
     def attribute(self, value: Any, name: str) -> Any:
         """What `value.name` is: as in Jinja, a method before a field."""
@@ -127,9 +129,9 @@ class Operations:
         if isinstance(function, Macro):
             return function.call(arguments, named)
         fail_if_missing(function)
-        if not callable(function):
+        if not isinstance(function, Function):
             raise TypeError
-        return function(self, *arguments, **named)
+        return function.call(self, *arguments, **named)
 
     def add(self, left: Any, right: Any) -> Any:
         """What `left + right` is."""

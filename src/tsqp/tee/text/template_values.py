@@ -74,7 +74,14 @@ class Fields(dict[Any, Any]):
     depth = 1
 
 
-class Stream:
+class Opaque:
+    """What a template can hold and use, but not write: it has no weight of its own."""
+
+    def __repr__(self) -> str:
+        raise NotAllowed("a value that cannot be written")
+
+
+class Stream(Opaque):
     """Values that can be gone through once, as Jinja's lazy filters give them."""
 
     def __init__(self, values: Iterable[Any]) -> None:
@@ -84,7 +91,7 @@ class Stream:
         return self._values
 
 
-class Namespace:
+class Namespace(Opaque):
     """What `namespace(...)` gives: the only thing that a template can change."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -98,19 +105,26 @@ class Namespace:
         self.values[name] = value
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
+@dataclass(frozen=True, eq=False, repr=False)
+class Method(Opaque):
     """A method of a value, before it is called."""
 
     owner: Any
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Macro:
+@dataclass(frozen=True, eq=False, repr=False)
+class Macro(Opaque):
     """A macro of the template; `call` takes its arguments and those with names."""
 
     call: Callable[[list[Any], dict[str, Any]], str]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Function(Opaque):
+    """A function that every template has; `call` takes the `Operations` of the rendering first."""
+
+    call: Callable[..., Any]
 
 
 def weigh(value: Any) -> int:
@@ -195,7 +209,7 @@ class Allowance:
 
     def spend_search(self, text: str, wanted: str) -> None:
         """Pay for looking for one text in another, the slowest way there is."""
-        self.spend(1 + len(text) // CHARACTERS * (1 + len(wanted) // CHARACTERS))
+        self.spend(weigh(text) * weigh(wanted))
 
     def text(self, text: Text) -> Text:
         """Pay for a new text."""
