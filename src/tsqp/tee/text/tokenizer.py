@@ -57,7 +57,9 @@ class Tokenizer:
             raise CheckpointError(
                 "The GGUF file has changed since its tokenizer was read: start again."
             )
-        self._header, self.header_sha256 = header, header.sha256
+        self.header_sha256 = header.sha256
+        if "_vocabulary" not in self.__dict__:  # which needs it no more once it is read
+            self._header = header
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
