@@ -9,9 +9,11 @@ import importlib
 import json
 import os
 import pkgutil
+import resource
 import runpy
 import selectors
 import socket
+import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -23,6 +25,8 @@ PROGRAMS = ("tsqp.__main__", "tsqp.bench.start_once")
 # What commands import late.
 PRELOADED = ("gguf", "rich._emoji_codes", "rich.progress", "transformers", "typer._adapters",
              "typer.rich_utils", "zmq")  # fmt: skip
+LIBC = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 LONGEST_REQUEST = 2**17  # bytes, with the whole environment
 
 requests: socket.socket | None = None  # in a fork: where it asks for forks of its own
@@ -83,7 +87,7 @@ def serve(
             return None
         if control.fileno() not in ready:
             continue
-        request, descriptors, _, _ = socket.recv_fds(control, LONGEST_REQUEST, 4)
+        request, descriptors, _, _ = socket.recv_fds(control, LONGEST_REQUEST, 5)
         asks = socket.socket(fileno=descriptors.pop(0))
         pid = os.fork()
         if not pid:
@@ -109,6 +113,7 @@ def _tell(asked: socket.socket, number: int) -> None:
 
 def become(request: dict[str, Any], descriptors: list[int]) -> None:
     """Run a program as a new interpreter would."""
+    _inherit(request["limits"], descriptors.pop(0))
     if request["session"]:
         os.setsid()
     for number, descriptor in enumerate(descriptors):
@@ -121,9 +126,38 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     os.environ.update(request["env"])
     if request["name"]:
         Path("/proc/self/comm").write_text(request["name"])
+    if request["mounts"]:
+        _mount(request["mounts"])
     _renew_streams()
     _end_sooner()
     _run(request["arguments"])
+
+
+def _inherit(limits: dict[str, tuple[int, int]], namespace: int) -> None:
+    """Take what a process gives to its children, where the server may have something else.
+
+    Args:
+        namespace: a descriptor of that of its mounts.
+    """
+    for limit, values in limits.items():
+        resource.setrlimit(int(limit), values)
+    if not os.path.sameopenfile(namespace, (own := os.open("/proc/self/ns/mnt", os.O_RDONLY))):
+        _check(LIBC.setns(namespace, CLONE_NEWNS))
+    os.close(own)
+    os.close(namespace)
+
+
+def _mount(script: str) -> None:
+    """Do what `unshare --mount sh -c SCRIPT` does, but go on."""
+    everywhere = b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None
+    _check(LIBC.unshare(CLONE_NEWNS))
+    _check(LIBC.mount(*everywhere))
+    subprocess.run(["sh", "-c", script, "sh", "true"], check=True)
+
+
+def _check(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _renew_streams() -> None:
@@ -145,8 +179,7 @@ def _end_sooner() -> None:
 
     Modules of tsqp, and everything that the program makes, end as they always do.
     """
-    libc = ctypes.CDLL(None)
-    libc.on_exit(libc._exit, None)  # the last step, before the destructors of libraries
+    LIBC.on_exit(LIBC._exit, None)  # the last step, before the destructors of libraries
     ended = sys.stdlib_module_names | {"tsqp", "__main__"}
     kept = [name for name in sys.modules if name.partition(".")[0] not in ended]
 

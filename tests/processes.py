@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ TAG = "TESTS_TAG"  # in the environment of a process: whose it is
 
 # Read when an interpreter starts, or when torch loads: a fork comes too late for them.
 READ_ONCE = ("PYTHON", "OMP_", "GOMP_", "MKL_", "NUMBA_", "LANG", "LC_", "LD_")
+LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+WITH_MOUNTS = ("unshare", "--mount", "sh", "-c")
 TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
     "os.execv(sys.argv[1], sys.argv[1:])"
@@ -75,27 +78,34 @@ def start(
     env: Mapping[str, str] | None = None,
     start_new_session: bool = False,
     terminal: bool = False,
+    mounts: str = "",
     text: bool = True,
 ) -> "Process":
     """Start a process; the arguments are those of subprocess.Popen.
 
     Args:
         terminal: make standard input the terminal of the new session.
+        mounts: a shell script that changes what is mounted, for this process and its children; it
+            ends in `exec "$@"`.
     """
     assert text
     env = dict(os.environ if env is None else env)
     if may_fork(command, env):
         request = {
             "arguments": list(command[1:]),
+            "limits": {limit: resource.getrlimit(limit) for limit in LIMITS},
             "cwd": os.fspath(cwd or Path.cwd()),
             "env": env,
             "session": start_new_session,
             "terminal": terminal,
+            "mounts": mounts,
             "name": fork_name(env[TAG]) if TAG in env else "",
         }
         return Fork(command, request, stdin, stdout, stderr)
     if terminal:
         command = [sys.executable, "-c", TAKE_TERMINAL, *command]
+    if mounts:
+        command = [*WITH_MOUNTS, mounts, "sh", *command]
     return subprocess.Popen(
         command,
         stdin=stdin,
@@ -135,7 +145,8 @@ class Fork:
             self._status, reply = socket.socketpair()
             theirs.callback(reply.close)
             requests = fork_server.requests or server().requests
-            descriptors = [reply.fileno(), in_, out, err]
+            namespace = theirs.enter_context(Path("/proc/self/ns/mnt").open())
+            descriptors = [reply.fileno(), namespace.fileno(), in_, out, err]
             socket.send_fds(requests, [json.dumps(request).encode()], descriptors)
         self.pid = self._receive(None)
 

@@ -188,6 +188,9 @@ class Commands:
     ) -> Running:
         """Start `tsqp ARGUMENTS`; `before` is a command that runs it, as unshare does."""
         kept = {name: value for name, value in os.environ.items() if not is_setting(name)}
+        mounts = ""
+        if tuple(before[:4]) == processes.WITH_MOUNTS and before[5:] == ["sh"]:
+            mounts, before = before[4], []
         with stdin.open("rb") as stream:
             process = processes.start(
                 [*before, sys.executable, "-m", "tsqp", *map(str, arguments)],
@@ -196,6 +199,7 @@ class Commands:
                 stderr=processes.PIPE,
                 cwd=self.folder,
                 env=kept | PLAIN_OUTPUT | self.tag | dict(env or {}),
+                mounts=mounts,
             )
         running = Running(process)
         self._started.append(running)
