@@ -58,6 +58,7 @@ def preload() -> None:
         kernel.compile()
     fork_local_workers()
     gc.collect()
+    LIBC.malloc_trim(0)  # so that a fork that needs memory grows by it
     gc.freeze()  # what is there now stays: no fork need look at it, and so copy it
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads are not forked"
 

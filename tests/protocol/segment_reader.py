@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Self
 
+ENOUGH = 3000  # looks at places
 LOOKS_AT_PLACES = 100  # for one at everything, which takes longer
 
 
@@ -49,9 +50,14 @@ class Reader:
         assert self._process.stdout.readline() == "reading\n"
         return self
 
+    def has_looked(self) -> bool:
+        """Whether it has looked often enough, since it began."""
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout], [], [], 0)[0])
+
     def __exit__(self, *_: object) -> None:
         said, _ = self._process.communicate(timeout=30)
-        self.seen = json.loads(said)
+        self.seen = json.loads(said.splitlines()[-1])
 
 
 def read(memory: mmap.mmap, task: dict[str, Any]) -> dict[str, int]:
@@ -59,12 +65,16 @@ def read(memory: mmap.mmap, task: dict[str, Any]) -> dict[str, int]:
     content = bytes.fromhex(task["content"])
     secrets = [bytes.fromhex(secret) for secret in task["secrets"]]
     looks = others = leaks = 0
+    has_said = False
     print("reading", flush=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
         for place in task["places"] * LOOKS_AT_PLACES:
             looks += 1
             others += memory[place : place + len(content)] != content
         everything = memory[:]
+        if looks >= ENOUGH and not has_said:
+            has_said = True
+            print("looked", flush=True)
         leaks += any(secret in everything for secret in secrets)
     return {"looks": looks, "others": others, "leaks": leaks}
 

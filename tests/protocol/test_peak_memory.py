@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import processes
 from tsqp.errors import CheckpointError
 from tsqp.model import demo
 from tsqp.model.footprint import trusted_bytes, worker_bytes
@@ -16,7 +16,6 @@ from tsqp.model.random_weights import GEOMETRIES
 
 MIB = 2**20
 TRANSIENT = 64 * MIB  # stated in docs/memory.md, which grants the trusted side of pad twice as much
-DEADLINE_S = 110
 
 # Of SmolLM2-135M: everything is a linear weight or the embedding, which are one, but 0.03 %.
 PARAMETERS = 134_515_008
@@ -24,7 +23,6 @@ EMBEDDING = 49_152 * 576
 
 PROGRAM = """
 import json, sys
-import psutil
 from tsqp import LLM, SamplingParams
 from tsqp.bench.startup import peak_bytes
 from tsqp.tee.text.tokenizer import Tokenizer
@@ -33,7 +31,8 @@ model, options = sys.argv[1], json.loads(sys.argv[2])
 none = Tokenizer("random:tiny")  # a tokenizer is no weight
 with LLM(model, tokenizer=none, dtype="float32", threads=2, prefill_chunk=32, **options) as llm:
     llm.generate([[1] * 32], SamplingParams(0, max_tokens=2, ignore_eos=True))
-    workers = [peak_bytes(child.pid) for child in psutil.Process().children()]
+    local = [worker._local for worker in llm._workers if worker._local is not None]
+    workers = [peak_bytes(worker._process.pid) for worker in local]
     print(json.dumps([peak_bytes(), *workers]))
 """
 
@@ -49,15 +48,14 @@ MODES: dict[str, tuple[dict[str, object], list[int]]] = {
 
 def peaks(model: str, options: dict[str, object], cache: Path) -> list[int]:
     """Of the trusted side, and of its worker if there is one."""
-    run = subprocess.run(
+    process = processes.start(
         [sys.executable, "-c", PROGRAM, model, json.dumps(options)],
         env=os.environ | {"TSQP_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
+        stdout=processes.PIPE,
     )
-    assert run.returncode == 0, run.stderr
-    found: list[int] = json.loads(run.stdout)
+    with process:
+        assert process.stdout is not None
+        found: list[int] = json.loads(process.stdout.read())
     return found
 
 

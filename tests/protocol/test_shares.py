@@ -130,16 +130,23 @@ def test_whole_answers_of_worker_processes_equal_the_fixed_point_reference(
         assert llm.transport == SHARED
 
 
-@pytest.mark.timeout(110)
-@pytest.mark.parametrize("field", ["compact", pytest.param("wide", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("field", "prompts"),
+    [
+        ("compact", [[5, 6, 7], list(range(100, 130))]),
+        pytest.param("compact", PROMPTS, marks=pytest.mark.slow),
+        pytest.param("wide", PROMPTS, marks=pytest.mark.slow),
+    ],
+    ids=["compact-few", "compact", "wide"],
+)
 def test_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
-    field: str, demo_path: Path
+    field: str, prompts: list[list[int]], demo_path: Path
 ) -> None:
     options = {"field": field, "dtype": "float32", "prefill_chunk": 100}
     with LLM("demo", privacy="tee", fixed_point=True, **options) as reference:
-        right = tokens(reference)
+        right = tokens(reference, prompts)
     with private(["local", "local"], "demo", **options) as llm:
-        assert tokens(llm) == right
+        assert tokens(llm, prompts) == right
 
 
 @BOTH
