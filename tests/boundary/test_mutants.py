@@ -1,7 +1,6 @@
 """The table of mutants fits the code, and `scripts/mutants` tells what it finds.
 
-See docs/testing.md.
-The changes are made and tested by `scripts/mutants`, not here: that takes minutes.
+`scripts/mutants` itself makes the changes, which takes minutes; see docs/testing.md.
 """
 
 import subprocess
@@ -89,6 +88,7 @@ FAILED = "FAILED tests/wire/test_a.py::test_b - AssertionError: no\n"
         (1, f"E   assert 1 == 2\n{FAILED}", "killed"),
         (-7, "", "killed"),
         (None, "", "killed by timeout"),
+        (1, f"E   Failed: Timeout (>30.0s) from pytest-timeout.\n{FAILED}", "killed by timeout"),
         (1, f"E   NameError: name 'x' is not defined\n{FAILED}", "ERROR"),
         (1, f"E   numba.core.errors.TypingError: Failed\n{FAILED}", "ERROR"),
         (2, "1 error during collection", "ERROR"),

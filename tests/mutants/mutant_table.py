@@ -1,6 +1,5 @@
-"""The table of mutants: changes to the code, each of which breaks a claim.
+"""The table of mutants: changes to the code that break a claim, and that some test must notice.
 
-Some test must notice each of them.
 The entries are in the TOML files of this folder, one file for each kind of claim. `scripts/mutants`
 makes the changes and runs the tests; see docs/testing.md.
 """

@@ -227,6 +227,7 @@ def test_a_forked_process_has_none_of_its_parents_pads(pool: PadPool) -> None:
             os.write(writer, f"{left} left, refused".encode())
         finally:
             os._exit(0)
+    os.close(writer)
     os.waitpid(child, 0)
     assert os.read(reader, 100) == b"0 left, refused"
     assert pool.take(QKV, 1).r_ND.shape == (1, 2)

@@ -2,6 +2,7 @@
 
 import errno
 import mmap
+import random
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,28 @@ def test_places_never_overlap_and_all_come_back(
     first = -(-start // ALIGNMENT) * ALIGNMENT
     whole = (size - first) // ALIGNMENT * ALIGNMENT
     assert arena.take(max(whole, 1)) == (first if whole > 0 else None)
+
+
+def test_places_in_gaps_between_others_never_overlap() -> None:
+    """An arena that is nearly full all the time, as most places then lie between two others."""
+    dice = random.Random(0)
+    lines = 64
+    arena, taken = Arena(lines * ALIGNMENT), dict[int, set[int]]()
+    gaps = 0
+    for _ in range(5000):
+        length = dice.randint(1, 8 * ALIGNMENT)
+        offset = arena.take(length)
+        if offset is None:
+            given_back = dice.choice(sorted(taken))
+            arena.give_back(given_back)
+            del taken[given_back]
+            continue
+        place = set(range(offset // ALIGNMENT, -(-(offset + length) // ALIGNMENT)))
+        assert max(place) < lines
+        assert all(place.isdisjoint(other) for other in taken.values())
+        gaps += offset < max(taken, default=0)
+        taken[offset] = place
+    assert gaps > 1000
 
 
 def test_a_full_arena_has_no_room() -> None:
