@@ -25,7 +25,7 @@ KEPT: list[Any] = []
 
 def make(worker: str = "inproc") -> LLM:
     """Its thread has pads to make for much longer than the program runs."""
-    llm = LLM("random:tiny", worker=worker, threads=1)
+    llm = LLM("random:tiny", worker=worker, threads=1, pad_memory=2**28)
     llm.generate([[1, 2, 3]], FEW)
     return llm
 

@@ -34,7 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 FEW = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-MANY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+MANY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True)
 PROMPT = [1, 2, 3]
 
@@ -55,7 +55,7 @@ def is_blank(llm: LLM) -> bool:
 
 
 def test_threads_that_share_an_llm_get_their_own_answers(llm: LLM) -> None:
-    prompts = [[1, 2, number] for number in range(3, 9)]
+    prompts = [[1, 2, number] for number in range(3, 7)]
     expected = [llm.generate([prompt], MANY) for prompt in prompts]
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda each: llm.generate([each], MANY), prompts)) == expected
@@ -277,8 +277,8 @@ def test_a_real_interrupt_leaves_a_session_that_answers_or_says_that_it_ended(mo
     expected = llm.generate([PROMPT], FEW)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        for number in range(5):
-            signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.009 * number)
+        for number in range(3):
+            signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.02 * number)
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([PROMPT], ENDLESS)
             try:
