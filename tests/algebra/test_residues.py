@@ -1,5 +1,6 @@
 """Digits, products and bytes of residues, against Python's big integers."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -94,7 +95,7 @@ def big_product(c: list[int], weights: list[list[int]], p: int) -> list[int]:
 
 @BOTH
 @pytest.mark.parametrize("rows", [1, 3, 130])
-@pytest.mark.parametrize("shape", [(5, 7), (64, 576), (40, 1536)])
+@pytest.mark.parametrize("shape", [(5, 7), (64, 576), (40, 1536), (5, 1), (1, 7), (1, 1)])
 def test_products_of_residues_are_those_of_big_integers(
     field: Field, rows: int, shape: tuple[int, int]
 ) -> None:
@@ -120,6 +121,17 @@ def test_the_widest_product_does_not_overflow(field: Field, weight: int) -> None
     int8_product.residue_product(c_TD, weight_FD, field, z_TF)
     assert z_TF.tolist() == [[weight * worst * MAX_WIDTH % field.p] * 2]
     assert digits_of_worst
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_products_of_tiny_matrices_are_exact(by_columns: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, features in itertools.product((1, 2, 3, 17, 33), repeat=3):
+        a_MD = torch.randint(-128, 128, (rows, width), generator=generator)
+        b_DF = torch.randint(-127, 128, (width, features), generator=generator)
+        b = b_DF.t().to(torch.int8).t() if by_columns else b_DF.to(torch.int8)
+        found_MF = int8_product.int8_product(a_MD.to(torch.int8), b)
+        assert torch.equal(found_MF.long(), a_MD @ b_DF), (rows, width, features)
 
 
 def test_the_fallback_is_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:

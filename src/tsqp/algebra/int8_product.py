@@ -54,7 +54,8 @@ def int8_product(a_MD: Tensor, b_DF: Tensor) -> Tensor:
         a_MD, b_DF: int8 on the CPU; entries of b in [-127, 127].
     """
     assert a_MD.shape[1] <= MAX_WIDTH
-    if fast_product_is_exact():
+    # A dimension of one element has any stride, by which `_int_mm` mistakes rows for columns.
+    if min(*a_MD.shape, *b_DF.shape) > 1 and fast_product_is_exact():
         return torch._int_mm(a_MD, b_DF)
     return (a_MD.double() @ b_DF.double()).to(torch.int32)  # below 2^31, and double has 53 bits
 
