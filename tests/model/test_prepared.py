@@ -1,40 +1,32 @@
-"""Prepared files and the cache of them: whole, changed, and where the disk says no."""
+"""Prepared files: whole, changed, and where the disk says no."""
 
-import errno
 import json
+import math
 import os
 import struct
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from model_helpers import make_model
+from prepared_helpers import (
+    change_byte,
+    check,
+    expected,
+    header_end,
+    without_a_largest,
+    write_changed,
+)
 from safetensors.torch import load_file, save_file
 
 from tsqp.errors import CheckpointError, UsageError
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.gpu.weights import read_prepared
 from tsqp.model.digest import WeightsDigest
-from tsqp.model.files import bytes_of
-from tsqp.model.integer_cache import load_integers
 from tsqp.model.prepared import SUFFIX, PreparedFile, prepare
-from tsqp.model.quantize import IntegerWeights, add_to_digest, quantize_all
-from tsqp.model.safetensors_file import SafetensorsCheckpoint
-
-Key = tuple[int, str]
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, which a first start has yet to make."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("TSQP_CACHE", str(folder))
-    return folder
+from tsqp.model.quantize import IntegerWeights, add_to_digest
 
 
 @pytest.fixture
@@ -42,38 +34,6 @@ def prepared(directory: Path, tmp_path: Path) -> Path:
     path = tmp_path / f"small{SUFFIX}"
     prepare(str(directory), path)
     return path
-
-
-def expected(model: Path) -> dict[Key, IntegerWeights]:
-    return dict(quantize_all(open_checkpoint(str(model))))
-
-
-def check(found: dict[Key, IntegerWeights], model: Path) -> None:
-    right = expected(model)
-    assert list(found) == list(right)
-    for key, weights in right.items():
-        assert torch.equal(found[key].weight_FD, weights.weight_FD), key
-        assert torch.equal(found[key].scale_F, weights.scale_F), key
-
-
-def load(model: Path) -> tuple[dict[Key, IntegerWeights], str]:
-    found: dict[Key, IntegerWeights] = {}
-    digest = load_integers(open_checkpoint(str(model)), found.__setitem__)
-    return found, digest
-
-
-def refuse_to_quantize(checkpoint: Checkpoint, *_: object) -> None:
-    raise AssertionError("computed again")
-
-
-def header_end(path: Path) -> int:
-    return 8 + int(struct.unpack("<Q", path.read_bytes()[:8])[0])
-
-
-def change_byte(path: Path, place: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[place] ^= 1
-    path.write_bytes(raw)
 
 
 def test_a_prepared_file_holds_the_integers_of_the_checkpoint(
@@ -147,6 +107,60 @@ def test_an_existing_file_is_left_alone(prepared: Path, directory: Path) -> None
     assert prepared.read_bytes() == before
 
 
+def with_the_least_int8(weights: IntegerWeights) -> None:
+    weights.weight_FD[3, 2] = -128
+
+
+def with_scale(scale: float) -> Callable[[IntegerWeights], None]:
+    def change(weights: IntegerWeights) -> None:
+        weights.scale_F[3] = scale
+
+    return change
+
+
+def with_a_scaled_zero(weights: IntegerWeights) -> None:
+    weights.weight_FD[3] = 0
+
+
+NOT_OURS = {
+    "no 127 in a row": without_a_largest,
+    "-128": with_the_least_int8,
+    "NaN": with_scale(math.nan),
+    "infinity": with_scale(math.inf),
+    "minus infinity": with_scale(-math.inf),
+    "zero": with_scale(0.0),
+    "negative": with_scale(-0.01),
+    "too small": with_scale(1e-38),
+    "a row of zeros with a scale": with_a_scaled_zero,
+}
+
+
+@pytest.mark.parametrize("what", NOT_OURS)
+def test_integers_that_no_quantisation_makes_are_refused(
+    what: str, directory: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / f"x{SUFFIX}"
+    write_changed(directory, path, NOT_OURS[what])
+    with pytest.raises(
+        CheckpointError, match=r"for layers\.1\.down\.weight that TSQP does not make"
+    ):
+        list(PreparedFile(path).groups())
+    with pytest.raises(
+        CheckpointError, match=r"for layers\.1\.down\.weight that TSQP does not make"
+    ):
+        read_prepared(path, torch.device("cpu"))
+
+
+def test_a_row_of_zeros_is_kept(directory: Path, tmp_path: Path) -> None:
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][3] = 0
+    save_file(tensors, weights)
+    path = tmp_path / f"x{SUFFIX}"
+    prepare(str(directory), path)
+    check(dict(PreparedFile(path).groups()), directory)
+
+
 def test_a_name_that_no_worker_would_know_is_refused(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end in \.tsqp\.safetensors"):
         prepare(str(directory), tmp_path / "model.int8")
@@ -181,153 +195,3 @@ def test_no_space_left_is_an_error_of_its_own(
     with pytest.raises(CheckpointError, match="No space left on device; free some space"):
         prepare(str(directory), tmp_path / f"x{SUFFIX}")
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
-
-
-def test_a_second_start_reads_the_cache(
-    cache: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, digest = load(directory)
-    check(first, directory)
-    (cached,) = (cache / "prepared").iterdir()
-    monkeypatch.setattr("tsqp.model.integer_cache.quantize_all", refuse_to_quantize)
-    second, again = load(directory)
-    assert digest == again
-    assert list(second) == list(first)
-    assert list((cache / "prepared").iterdir()) == [cached]
-
-
-def test_a_damaged_cache_is_passed_over_and_written_again(cache: Path, directory: Path) -> None:
-    _, digest = load(directory)
-    (cached,) = (cache / "prepared").iterdir()
-    whole = cached.read_bytes()
-    change_byte(cached, len(whole) - 1)
-    found, again = load(directory)
-    assert again == digest
-    check(found, directory)
-    assert cached.read_bytes() == whole
-
-
-def test_a_cache_of_another_model_is_passed_over(
-    cache: Path, directory: Path, tmp_path: Path
-) -> None:
-    _, digest = load(directory)
-    (cached,) = (cache / "prepared").iterdir()
-    make_model(num_hidden_layers=1).save_pretrained(tmp_path / "shallow")
-    other = tmp_path / f"other{SUFFIX}"
-    prepare(str(tmp_path / "shallow"), other)
-    other.rename(cached)
-    found, again = load(directory)
-    assert again == digest
-    check(found, directory)
-
-
-def test_a_changed_checkpoint_has_another_place(cache: Path, directory: Path) -> None:
-    load(directory)
-    weights = directory / "model.safetensors"
-    change_byte(weights, weights.stat().st_size - 1)
-    load(directory)
-    assert len(list((cache / "prepared").iterdir())) == 2
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each tensor of a checkpoint was read."""
-    names: Counter[str] = Counter()
-    read = SafetensorsCheckpoint.read
-
-    def counted(self: SafetensorsCheckpoint, name: str, *what: Any) -> torch.Tensor:
-        names[name] += 1
-        return read(self, name, *what)
-
-    monkeypatch.setattr(SafetensorsCheckpoint, "read", counted)
-    return names
-
-
-def test_a_checkpoint_with_nan_is_refused_the_first_time(
-    cache: Path, directory: Path, reads: Counter[str]
-) -> None:
-    weights = directory / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["lm_head.weight"][3, 5] = float("nan")  # of the last group
-    save_file(tensors, weights)
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight of .* holds NaN"):
-        load(directory)
-    assert set(reads.values()) == {1}
-    assert list((cache / "prepared").iterdir()) == []
-
-
-@pytest.mark.parametrize("fails_at", [0, 7, None], ids=["first-tensor", "middle", "end"])
-def test_a_full_disk_costs_no_second_quantisation(
-    fails_at: int | None,
-    cache: Path,
-    directory: Path,
-    reads: Counter[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    written: list[torch.Tensor] = []
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def write(tensor: torch.Tensor) -> memoryview:
-        if len(written) == fails_at:
-            full()
-        written.append(tensor)
-        return bytes_of(tensor)
-
-    monkeypatch.setattr("tsqp.model.prepared.bytes_of", write)
-    if fails_at is None:
-        monkeypatch.setattr(os, "fsync", full)
-    found, digest = load(directory)
-    assert set(reads.values()) == {1}
-    check(found, directory)
-    assert list((cache / "prepared").iterdir()) == []
-    monkeypatch.undo()
-    monkeypatch.setenv("TSQP_CACHE", str(cache))
-    assert load(directory)[1] == digest
-    assert len(list((cache / "prepared").iterdir())) == 1
-
-
-def replace_by_another_model(directory: Path) -> None:
-    """Other weights in the same file, of the same size and with the same time."""
-    weights = directory / "model.safetensors"
-    before = weights.stat()
-    tensors = {name: tensor.flip(0) for name, tensor in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert weights.stat().st_size == before.st_size
-
-
-def test_another_model_of_the_same_size_and_time_gets_its_own_integers(
-    cache: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tsqp.model.integer_cache.PAGE_BYTES", 8)  # the header's length alone
-    monkeypatch.setattr("tsqp.model.integer_cache.PAGES", 1)
-    load(directory)
-    replace_by_another_model(directory)
-    check(load(directory)[0], directory)
-
-
-def test_another_model_is_known_where_inodes_and_times_are_made_up(
-    cache: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def made_up(descriptor: int) -> SimpleNamespace:
-        size = os.lseek(descriptor, 0, os.SEEK_END)
-        return SimpleNamespace(st_ino=1, st_ctime_ns=0, st_mtime_ns=0, st_size=size)
-
-    monkeypatch.setattr(os, "fstat", made_up)
-    load(directory)
-    replace_by_another_model(directory)
-    check(load(directory)[0], directory)
-
-
-def test_files_that_cannot_be_looked_at_cost_the_cache_alone(cache: Path, directory: Path) -> None:
-    (directory / "folder.json").mkdir()
-    found, _ = load(directory)
-    check(found, directory)
-
-
-def test_without_a_cache_folder_it_works_all_the_same(cache: Path, directory: Path) -> None:
-    cache.write_text("not a folder")
-    found, _ = load(directory)
-    check(found, directory)

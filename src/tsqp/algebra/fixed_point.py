@@ -37,6 +37,25 @@ def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     return integers_FD, scale_F
 
 
+def are_quantized_rows(integers_FD: Tensor, scale_F: Tensor) -> bool:
+    """Whether `quantize_rows` can have made these integers and scales [P1].
+
+    The largest entry of a row is 127 or -127, unless the row is zero and its scale is 1.
+
+    Args:
+        integers_FD: int8.
+        scale_F: float32.
+    """
+    if integers_FD.shape[1] == 0:
+        return False
+    largest_F = torch.maximum(integers_FD.amax(dim=1).short(), -integers_FD.amin(dim=1).short())
+    is_zero_F = largest_F == 0
+    lowest, highest = torch.tensor([TINY, torch.finfo(torch.float32).max]) / 127
+    is_scale_F = (scale_F >= lowest) & (scale_F <= highest)  # NaN is not
+    right_F = torch.where(is_zero_F, scale_F == 1, (largest_F == 127) & is_scale_F)
+    return bool(right_F.all())
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """How large |Wq · x| can get: exact properties of a group's integer weights [P2].

@@ -56,6 +56,7 @@ class BinaryFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as exc:
             raise CheckpointError(f"Cannot open {path}: {exc.strerror}.") from exc
+        self.resolved_path = path.resolve()  # now, as its name may lead elsewhere later
         self.size = self.stat().st_size
 
     def stat(self) -> os.stat_result:

@@ -66,6 +66,8 @@ def load_integers(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_prepared(checkpoint, path, groups, digest)
+            if _cached_file(checkpoint) != path:  # the files were changed while they were read
+                path.unlink(missing_ok=True)
         except (WriteError, OSError) as exc:
             log.warning("keeping no cache: %s", exc)
     for key, weights in groups:  # those that have not been written
@@ -101,7 +103,7 @@ def _cached_file(checkpoint: Checkpoint) -> Path | None:
     if not sources:
         return None  # made anew each time, and never written to disk
     try:
-        states = {str(file.path.resolve()): _state(file) for file in set(sources.values())}
+        states = {str(file.resolved_path): _state(file) for file in set(sources.values())}
         folder = cache_folder()
     except (OSError, CheckpointError) as exc:
         log.warning("using no cache: %s", exc)

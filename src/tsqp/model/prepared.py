@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tsqp.algebra.fixed_point import are_quantized_rows
 from tsqp.algebra.params import MAX_WIDTH
 from tsqp.errors import CheckpointError, UsageError
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
@@ -94,8 +95,11 @@ class PreparedFile:
                 raise self._changed()
             weight_FD = self._file.read(weight_name, shape, stored="I8")
             scale_F = self._file.read(scale_name, shape[:1], stored="F32")
-            if weight_FD.numel() and weight_FD.min() < -127:
-                raise self._changed()
+            if not are_quantized_rows(weight_FD, scale_F):
+                raise CheckpointError(
+                    f"{self._path} holds integers or scales for {weight_name} that TSQP does not"
+                    " make; write it again with `tsqp prepare`."
+                )
             weights = IntegerWeights(weight_FD, scale_F)
             add_to_digest(digest, *key, weights)
             yield key, weights
