@@ -54,7 +54,7 @@ def load_weights(
         progress: called with the bytes done and their total.
 
     Raises:
-        CheckpointError: a tensor is missing, cut short or of another shape.
+        CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
         OutOfMemory: the weights would not fit.
     """
     config = checkpoint.config

@@ -84,7 +84,7 @@ def weights_digest(
         progress: called with the bytes done and their total.
 
     Raises:
-        CheckpointError: a tensor is missing, cut short or of another shape.
+        CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
     """
     digest = WeightsDigest() if digest is None else digest
 
@@ -92,8 +92,8 @@ def weights_digest(
         name, shape = item
         if name not in digest:
             found = TensorHash(name, shape, dtype)
-            for _, rows in read_blocks(checkpoint, name, shape):
-                found.update(rows.to(dtype).contiguous())
+            for _, rows in read_blocks(checkpoint, name, shape, dtype):
+                found.update(rows)
             digest.add(found)
         return math.prod(shape) * dtype.itemsize
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tsqp.algebra.fixed_point import quantize_rows
 from tsqp.algebra.params import MAX_WIDTH
-from tsqp.errors import CheckpointError, UnsupportedModel
+from tsqp.errors import UnsupportedModel
 from tsqp.model.blocks import read_blocks
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import Key, ModelConfig, linear_groups, parts
@@ -66,10 +66,8 @@ def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWei
     start = 0
     for part in parts(checkpoint.config, layer, group):
         name = f"{part.name}.weight"
-        for rows, block in read_blocks(checkpoint, name, (part.out_features, width)):
-            floats_ND = block.float()
-            if not floats_ND.sum().isfinite() and not floats_ND.isfinite().all():
-                raise CheckpointError(f"Tensor {name} of {checkpoint.name} holds NaN or infinity.")
+        shape = part.out_features, width
+        for rows, floats_ND in read_blocks(checkpoint, name, shape, torch.float32):
             place = slice(start + rows.start, start + rows.stop)
             weight_FD[place], scale_F[place] = quantize_rows(floats_ND)
         start += part.out_features

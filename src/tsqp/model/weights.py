@@ -61,7 +61,7 @@ def read_linear(
     Holds a block of rows besides. The biases stay on the CPU.
 
     Raises:
-        CheckpointError: a tensor is missing, cut short or of another shape.
+        CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
     """
     group_parts = parts(checkpoint.config, layer, group)
     features = sum(part.out_features for part in group_parts)
@@ -151,14 +151,13 @@ def _read_into(
     """Read, convert, hash and place one tensor, a block of rows at a time."""
     shape = tuple(target.shape)
     found = None if digest is None else TensorHash(name, shape, target.dtype)
-    for rows, block in read_blocks(checkpoint, name, shape):
-        converted = block.to(target.dtype).contiguous()
+    for rows, block in read_blocks(checkpoint, name, shape, target.dtype):
         if found is not None:
-            found.update(converted)
+            found.update(block)
         if target.dim() == 2 and target.stride(0) == 1:  # whole pieces of columns
-            target.t()[:, rows].copy_(converted.t().contiguous())
+            target.t()[:, rows].copy_(block.t().contiguous())
         else:
-            target[rows].copy_(converted)
+            target[rows].copy_(block)
     if digest is not None and found is not None:
         digest.add(found)
 
