@@ -61,9 +61,13 @@ ARCHITECTURES = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
 def write_gguf(
-    path: Path, model: Any, architecture: str, metadata: dict[str, int | float | str] | None = None
+    path: Path,
+    model: Any,
+    architecture: str,
+    metadata: dict[str, int | float | str] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write a transformers model as llama.cpp's converter does."""
+    """Write a transformers model as llama.cpp's converter does, and `tensors` besides."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
@@ -97,6 +101,8 @@ def write_gguf(
         if "gemma" in architecture and name.endswith("norm.weight"):
             values = values + np.float32(1)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), values)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

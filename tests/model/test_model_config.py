@@ -99,7 +99,9 @@ def test_llama_1_has_as_many_kv_heads_as_heads_and_splits_the_hidden_size() -> N
 
 def test_the_generation_config_decides_what_ends_an_answer() -> None:
     assert from_hf(LLAMA_1_7B, {"eos_token_id": [7, 8, 7]}).eos_token_ids == (7, 8)
-    assert from_hf(LLAMA_1_7B, {"eos_token_id": None}).eos_token_ids == (1,)
+    assert from_hf(LLAMA_1_7B, {"eos_token_id": None}).eos_token_ids == ()
+    assert from_hf(LLAMA_1_7B, {}).eos_token_ids == ()
+    assert from_hf(LLAMA_1_7B, None).eos_token_ids == (1,)
 
 
 @pytest.mark.parametrize(

@@ -136,11 +136,23 @@ def test_a_tensor_that_its_shard_lacks_is_named(sharded: Path) -> None:
         open_checkpoint(str(sharded))
 
 
-@pytest.mark.parametrize("bad", ["../model.safetensors", "/model.safetensors", "a/b.safetensors"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "../model.safetensors",
+        "/model.safetensors",
+        "a/../../model.safetensors",
+        "./model.safetensors",
+        "a//b.safetensors",
+        "a\0.safetensors",
+        "model.bin",
+        "",
+    ],
+)
 def test_an_index_that_points_outside_is_refused(sharded: Path, bad: str) -> None:
     shutil.copy(next(sharded.glob("*.safetensors")), sharded.parent / "model.safetensors")
     edit_json(sharded / "model.safetensors.index.json", weight_map={NORM: bad})
-    with pytest.raises(CheckpointError, match="not a safetensors file beside it"):
+    with pytest.raises(CheckpointError, match="not a safetensors file in the same folder"):
         open_checkpoint(str(sharded))
 
 

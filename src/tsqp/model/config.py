@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from tsqp.errors import CheckpointError
 from tsqp.model.rope import DynamicScaling, Rope
 
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"  # the output projection, of a model that does not tie it
+
 LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
 
 Key = tuple[int, str]  # of a group of linear layers: (layer, group); (-1, "lm_head") is the last
@@ -32,6 +36,8 @@ class ModelConfig:
         layers: what differs between layers, in their order.
         head_dim: features of one head, even; num_heads · head_dim need not equal hidden_size.
         max_positions: the longest sequence the model was made for, in tokens.
+        tie_word_embeddings: the output projection is the embedding; where a checkpoint holds both,
+            it is not, whatever its config says.
         attention_scale: by which q·k is multiplied before the softmax.
         attention_softcap, logits_softcap: cap · tanh(x / cap) bounds attention scores, or logits.
         biases: the groups of linear layers that have a bias.
@@ -126,8 +132,8 @@ def parts(config: ModelConfig, layer: int, group: str) -> tuple[Part, ...]:
     hidden, inner = config.hidden_size, config.intermediate_size
     if group == "lm_head":
         assert layer == -1, layer
-        name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        return (Part(name, config.vocab_size, hidden, False),)
+        name = EMBEDDING if config.tie_word_embeddings else HEAD
+        return (Part(name.removesuffix(".weight"), config.vocab_size, hidden, False),)
     assert 0 <= layer < config.num_layers, layer
     q = config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
@@ -154,17 +160,12 @@ def linear_groups(config: ModelConfig) -> list[Key]:
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all linear weights, biases and the embedding by name; a tied one once."""
     linears = [part for key in linear_groups(config) for part in parts(config, *key)]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size)
-    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for part in linears:
         shapes[f"{part.name}.weight"] = (part.out_features, part.in_features)
         if part.bias:
             shapes[f"{part.name}.bias"] = (part.out_features,)
     return shapes
-
-
-FINAL_NORM = "model.norm.weight"
 
 
 def layer_norms(config: ModelConfig, layer: int) -> dict[str, str]:

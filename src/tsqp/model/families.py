@@ -33,7 +33,8 @@ class Family:
 
     Attributes:
         fields: as described above; the config has its defaults, and nothing of it was checked.
-        architectures: the names of its language models.
+        architectures: the names of its language models, and last of the model below the output
+            projection, which AutoModel saves.
         defaults: what transformers takes for keys that are absent; where one is null, null counts.
     """
 
@@ -198,13 +199,13 @@ _SMOLLM3: Json = {"num_key_value_heads": 4, "max_position_embeddings": 32_768}
 _SMOLLM3 |= {"tie_word_embeddings": True}
 
 FAMILIES = {
-    "llama": Family(_llama, ("LlamaForCausalLM", "LLaMAForCausalLM"), {}),
-    "mistral": Family(_mistral, ("MistralForCausalLM",), _MISTRAL),
-    "qwen2": Family(_qwen2, ("Qwen2ForCausalLM",), _QWEN),
-    "qwen3": Family(_qwen3, ("Qwen3ForCausalLM",), _QWEN | {"head_dim": 128}),
-    "gemma2": Family(_gemma2, ("Gemma2ForCausalLM",), _GEMMA | _GEMMA2),
-    "gemma3_text": Family(_gemma3, ("Gemma3ForCausalLM",), _GEMMA | _GEMMA3),
-    "phi3": Family(_phi3, ("Phi3ForCausalLM",), _PHI3),
-    "smollm3": Family(_smollm3, ("SmolLM3ForCausalLM",), _SMOLLM3),
-    "granite": Family(_granite, ("GraniteForCausalLM",), {}),
+    "llama": Family(_llama, ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"), {}),
+    "mistral": Family(_mistral, ("MistralForCausalLM", "MistralModel"), _MISTRAL),
+    "qwen2": Family(_qwen2, ("Qwen2ForCausalLM", "Qwen2Model"), _QWEN),
+    "qwen3": Family(_qwen3, ("Qwen3ForCausalLM", "Qwen3Model"), _QWEN | {"head_dim": 128}),
+    "gemma2": Family(_gemma2, ("Gemma2ForCausalLM", "Gemma2Model"), _GEMMA | _GEMMA2),
+    "gemma3_text": Family(_gemma3, ("Gemma3ForCausalLM", "Gemma3TextModel"), _GEMMA | _GEMMA3),
+    "phi3": Family(_phi3, ("Phi3ForCausalLM", "Phi3Model"), _PHI3),
+    "smollm3": Family(_smollm3, ("SmolLM3ForCausalLM", "SmolLM3Model"), _SMOLLM3),
+    "granite": Family(_granite, ("GraniteForCausalLM", "GraniteModel"), {}),
 }

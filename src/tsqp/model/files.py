@@ -10,27 +10,13 @@ from torch import Tensor
 
 from tsqp.errors import CheckpointError
 
-MAX_JSON_BYTES = 64 * 2**20
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        CheckpointError: unreadable, larger than MAX_JSON_BYTES, not JSON, or not an object.
-    """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except OSError as exc:
-        raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than the {MAX_JSON_BYTES} bytes TSQP accepts.")
-    return parse_json(text, path)
-
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `text`; `path` is for the message only."""
+    """The JSON object in `text`; `path` is for the message only.
+
+    Raises:
+        CheckpointError: not JSON, or not an object.
+    """
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError

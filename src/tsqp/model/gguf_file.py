@@ -12,6 +12,7 @@ from tsqp.model.config import ModelConfig, norm_shapes, tensor_shapes
 from tsqp.model.files import BinaryFile, check_shape
 from tsqp.model.gguf_config import ARCHITECTURES, ROPE_FREQS, read_config
 from tsqp.model.gguf_reader import GGUFHeader, StoredTensor, read_header
+from tsqp.model.json_fields import show
 
 
 class GGUFCheckpoint:
@@ -26,6 +27,7 @@ class GGUFCheckpoint:
         self._file = BinaryFile(path)
         try:
             self.header = header = read_header(self._file)
+            _check_whole(header, self.name)
             rope_freqs = header.tensors.get(ROPE_FREQS)
             self.config = read_config(
                 header, None if rope_freqs is None else self._load(rope_freqs, slice(None))
@@ -75,6 +77,17 @@ class GGUFCheckpoint:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _check_whole(header: GGUFHeader, name: str) -> None:
+    """Refuse a part of a model that llama.cpp's gguf-split has cut."""
+    parts = header.metadata.get("split.count")
+    if parts in (None, 0, 1):
+        return
+    raise UnsupportedModel(
+        f"{name} is one of the {show(parts)} parts of a split GGUF file: join them with"
+        " `llama-gguf-split --merge FIRST_PART OUT.gguf`, and give OUT.gguf."
+    )
 
 
 def _by_hf_name(header: GGUFHeader, config: ModelConfig) -> dict[str, StoredTensor]:

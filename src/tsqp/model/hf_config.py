@@ -5,29 +5,21 @@ from tsqp.model.config import ModelConfig
 from tsqp.model.families import FAMILIES, Family
 from tsqp.model.json_fields import Json, boolean, choice, integer, number, show, wrong_type
 
-SUPPORTED_DTYPES = ("float32", "float16", "bfloat16")
+# What a checkpoint is stored in: what to compute with.
+DTYPES = {d: d for d in ("float32", "float16", "bfloat16")} | {"float64": "float32"}
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Models of text and images: the family of their text part, and what they are called.
-WRAPPERS = {"gemma3": ("gemma3_text", "Gemma3ForConditionalGeneration")}
-
-
-# Before the names of a language model's tensors in such a checkpoint, and what stands there else.
-WRAPPER_PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
-
-
-def plain_name(name: str) -> str:
-    """The name that a wrapper's tensor would have in a checkpoint of the language model alone."""
-    for prefix, plain in WRAPPER_PREFIXES.items():
-        if name.startswith(prefix):
-            return plain + name.removeprefix(prefix)
-    return name
+WRAPPERS = {"gemma3": ("gemma3_text", ("Gemma3ForConditionalGeneration", "Gemma3Model"))}
 
 
 def from_hf(config: Json, generation_config: Json | None) -> ModelConfig:
     """Check a Hugging Face config.json, in its old or its transformers-5 spelling.
 
     Of a model that reads images too, its language model.
+
+    Args:
+        generation_config: of generation_config.json, or None where there is none.
 
     Raises:
         UnsupportedModel: a family, activation, rotary scaling, dtype or quantization that is not
@@ -54,11 +46,13 @@ def from_hf(config: Json, generation_config: Json | None) -> ModelConfig:
         "num_kv_heads": integer(config, "num_key_value_heads", 1, 2**14, heads),
         "head_dim": head_dim,
         "rms_norm_eps": number(config, "rms_norm_eps", 1e-30, 1.0, 1e-6),
-        "tie_word_embeddings": boolean(config, "tie_word_embeddings"),
+        "tie_word_embeddings": boolean(
+            config, "tie_word_embeddings", family.defaults.get("tie_word_embeddings", False)
+        ),
         "attention_scale": head_dim**-0.5,
         "hidden_act": choice(config, "hidden_act", tuple(ACTIVATIONS), "silu"),
         "bos_token_id": _token_id(config.get("bos_token_id"), "bos_token_id", vocab),
-        "eos_token_ids": _eos_token_ids(config, generation_config or {}, vocab),
+        "eos_token_ids": _eos_token_ids(config, generation_config, vocab),
         "dtype": _dtype(config),
     }
     fields = common | family.fields(config)
@@ -76,12 +70,12 @@ def _family(config: Json) -> tuple[Json, Family]:
     _check_quantization(config)
     architectures: tuple[str, ...] = ()
     if model_type in WRAPPERS:
-        model_type, wrapper = WRAPPERS[model_type]
-        architectures = (wrapper,)
+        model_type, architectures = WRAPPERS[model_type]
         text = config.get("text_config")
         if not isinstance(text, dict):
             raise wrong_type("text_config", "an object", text)
-        config = config | {k: v for k, v in text.items() if v is not None or k not in config}
+        own = {k: v for k, v in text.items() if k != "tie_word_embeddings"}  # the wrapper's counts
+        config = config | {k: v for k, v in own.items() if v is not None or k not in config}
         _check_quantization(config)
     family = FAMILIES[model_type]
     _check_architectures(config, (*family.architectures, *architectures))
@@ -111,13 +105,13 @@ def _check_quantization(config: Json) -> None:
 
 def _dtype(config: Json) -> str:
     key = "torch_dtype" if config.get("dtype") is None else "dtype"
-    return choice(config, key, SUPPORTED_DTYPES, "float32")
+    return DTYPES[choice(config, key, tuple(DTYPES), "float32")]
 
 
-def _eos_token_ids(config: Json, generation_config: Json, vocab: int) -> tuple[int, ...]:
-    found = generation_config.get("eos_token_id")
-    if found is None:
-        found = config.get("eos_token_id")
+def _eos_token_ids(config: Json, generation_config: Json | None, vocab: int) -> tuple[int, ...]:
+    found = config.get("eos_token_id")
+    if generation_config is not None:  # it decides, also where it says nothing
+        found = generation_config.get("eos_token_id")
     ids = found if isinstance(found, list) else [found]
     checked = (_token_id(each, "eos_token_id", vocab) for each in ids)
     return tuple(dict.fromkeys(each for each in checked if each is not None))

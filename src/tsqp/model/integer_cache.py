@@ -8,6 +8,7 @@ enclaves, and the number of the device is left out because it changes whenever a
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def _cached_file(checkpoint: Checkpoint) -> Path | None:
     except (OSError, CheckpointError) as exc:
         log.warning("using no cache: %s", exc)
         return None
-    places = {name: file.path.name for name, file in sources.items()}
+    folder_of_all = os.path.commonpath([file.path.parent for file in sources.values()])
+    places = {name: str(file.path.relative_to(folder_of_all)) for name, file in sources.items()}
     told = json.dumps([FORMAT, repr(checkpoint.config), places, states], sort_keys=True)
     key = hashlib.sha256(told.encode()).hexdigest()[:32]
     return folder / "prepared" / f"{key}{SUFFIX}"

@@ -42,6 +42,8 @@ class ModelFiles:
 
 def _content(path: Path) -> bytes | None:
     try:
+        if path.exists() and not path.is_file():  # a pipe would block for ever
+            raise CheckpointError(f"Cannot read {path}: it is not a file.")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):

@@ -2,20 +2,22 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import torch
 from torch import Tensor
 
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.config import ModelConfig, tensor_shapes
-from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json, read_json
-from tsqp.model.hf_config import WRAPPERS, from_hf, plain_name
+from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json
+from tsqp.model.hf_config import WRAPPERS, from_hf
+from tsqp.model.model_files import ModelFiles
+from tsqp.model.tensor_places import find_tensors
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"F64": torch.float64}  # which every use rounds, as transformers does
 _STORED = {"I8": torch.int8, "I32": torch.int32, **_DTYPES}
 
 
@@ -119,7 +121,8 @@ def _corrupt(file: BinaryFile) -> CheckpointError:
     return CheckpointError(f"{file.path} is cut short or not a safetensors file: fetch it again.")
 
 
-Places = dict[str, tuple[SafetensorsFile, str]]  # the file of a tensor, and its name there
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class SafetensorsCheckpoint:
@@ -127,48 +130,67 @@ class SafetensorsCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.name = str(directory)
-        config_path = directory / "config.json"
-        if not config_path.is_file():
+        self.model_files = ModelFiles(directory)
+        text = self.model_files.read(CONFIG)
+        if text is None:
             raise CheckpointError(
                 f"{directory} has no config.json, so it is not a checkpoint directory."
             )
-        generation_path = directory / "generation_config.json"
-        generation = read_json(generation_path) if generation_path.is_file() else None
-        config = read_json(config_path)
-        self.config = from_hf(config, generation)
-        self.files: dict[str, SafetensorsFile] = {}
+        config = parse_json(text, directory / CONFIG)
+        if config.get("transformers_weights") is not None:
+            raise UnsupportedModel(
+                f"{directory / CONFIG} names the file of the weights (transformers_weights), and"
+                f" TSQP reads {WEIGHTS} or {INDEX} only: rename it."
+            )
+        self.config = from_hf(config, self._generation_config())
+        self._files: dict[str, SafetensorsFile] = {}
         try:
             where = self._locate(directory)
-            self._where = {name: (file, name) for name, file in where.items()}
-            if config["model_type"] in WRAPPERS:
-                self._where = _plain(self._where, self.name)
-            _check_places(self._where, self.config, self.name)
+            names, self.config = find_tensors(
+                where, self.config, self.name, is_wrapper=config["model_type"] in WRAPPERS
+            )
+            self._where = {name: (where[stored], stored) for name, stored in names.items()}
         except BaseException:
             self.close()
             raise
 
+    def _generation_config(self) -> dict[str, Any] | None:
+        text = self.model_files.read(GENERATION_CONFIG)
+        if text is None or not text.strip():  # an empty one counts as absent in transformers too
+            return None
+        return parse_json(text, self.model_files.folder / GENERATION_CONFIG)
+
     def _locate(self, directory: Path) -> dict[str, SafetensorsFile]:
         """Which file holds each tensor, by the name it has there."""
-        single = directory / "model.safetensors"
-        if single.is_file():
-            file = self._open(single)
+        if (directory / WEIGHTS).is_file():
+            file = self._open(directory, WEIGHTS)
             return dict.fromkeys(file.names(), file)
-        index_path = directory / "model.safetensors.index.json"
-        if not index_path.is_file():
+        text = self.model_files.read(INDEX)
+        if text is None:
             raise _no_weights(directory)
-        where = {}
-        for name, shard in _weight_map(index_path).items():
-            where[name] = file = self._open(directory / shard)
-            if not file.has(name):
+        weight_map = _weight_map(text, directory / INDEX)
+        where: dict[str, SafetensorsFile] = {}
+        # What a shard holds beside what the index says is in it counts too, as in transformers.
+        for shard in sorted(set(weight_map.values())):
+            file = self._open(directory, shard)
+            for name in file.names():
+                if name in where:
+                    raise CheckpointError(
+                        f"Both {where[name].file.path} and {file.file.path} hold tensor"
+                        f" {name[:200]!a}: fetch the checkpoint again."
+                    )
+                where[name] = file
+        for name, shard in weight_map.items():
+            if not self._files[shard].has(name):
                 raise CheckpointError(f"{directory / shard} lacks tensor {name[:200]!a}.")
         return where
 
-    def _open(self, path: Path) -> SafetensorsFile:
-        if path.name not in self.files:
-            if not path.is_file():
-                raise CheckpointError(f"The checkpoint lacks its file {path}: fetch it again.")
-            self.files[path.name] = SafetensorsFile(path)
-        return self.files[path.name]
+    def _open(self, directory: Path, name: str) -> SafetensorsFile:
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"The checkpoint lacks its file {path}: fetch it again.")
+        file = self._files[name] = SafetensorsFile(path)
+        return file
 
     @property
     def sources(self) -> dict[str, BinaryFile]:
@@ -183,54 +205,27 @@ class SafetensorsCheckpoint:
         return file.read(stored_name, shape, rows=rows)
 
     def close(self) -> None:
-        for file in self.files.values():
+        for file in self._files.values():
             file.close()
 
 
-def _plain(where: Places, checkpoint: str) -> Places:
-    """The same tensors by the names that they would have in a language model alone."""
-    found: Places = {}
-    for name, place in where.items():
-        plain = plain_name(name)
-        if plain in found:
-            both = f"{found[plain][1][:200]!a} and {name[:200]!a}"
-            raise CheckpointError(
-                f"{checkpoint} has tensors {both}, which mean the same weights: remove one."
-            )
-        found[plain] = place
-    return found
-
-
-def _check_places(where: Places, config: ModelConfig, checkpoint: str) -> None:
-    """Refuse tensors of layers that the config leaves out: without them it is another model.
-
-    What is outside the layers may be a part that reads images, or an output projection that the
-    config ties to the embedding.
-    """
-    known = tensor_shapes(config)
-    for name in where:
-        in_layers = name.startswith("model.layers.") or name == "lm_head.bias"
-        # Older checkpoints hold frequencies, which follow from the config.
-        if in_layers and name not in known and not name.endswith(".rotary_emb.inv_freq"):
-            raise CheckpointError(
-                f"{checkpoint} holds tensor {name[:200]!a}, for which its config.json has no"
-                " place: fetch both again."
-            )
-
-
-def _weight_map(index_path: Path) -> dict[str, str]:
+def _weight_map(text: bytes, path: Path) -> dict[str, str]:
     try:
-        index = msgspec.convert(read_json(index_path), _Index)
+        index = msgspec.convert(parse_json(text, path), _Index)
     except msgspec.ValidationError as exc:
-        raise CheckpointError(f"{index_path} has no valid weight_map: fetch it again.") from exc
+        raise CheckpointError(f"{path} has no valid weight_map: fetch it again.") from exc
     for shard in index.weight_map.values():
-        # The index is not trusted: only plain names, so that it cannot point outside.
-        if not shard.endswith(".safetensors") or "\0" in shard or Path(shard).name != shard:
+        if not shard.endswith(".safetensors") or not _is_inside(shard):
             raise CheckpointError(
-                f"{index_path} names the file {shard[:200]!a}, which is not a safetensors file"
-                " beside it."
+                f"{path} names the file {shard[:200]!a}, which is not a safetensors file in the"
+                " same folder or below it."
             )
     return index.weight_map
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name from an index, which is not trusted, leads to a file below its folder."""
+    return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def _no_weights(directory: Path) -> CheckpointError:

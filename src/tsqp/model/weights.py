@@ -11,7 +11,7 @@ from torch import Tensor
 from tsqp.errors import ModelError, OutOfMemory
 from tsqp.model.blocks import read_blocks
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import LAYER_GROUPS, ModelConfig, Part, norm_shapes, parts
+from tsqp.model.config import EMBEDDING, LAYER_GROUPS, ModelConfig, Part, norm_shapes, parts
 from tsqp.model.digest import TensorHash, WeightsDigest
 from tsqp.model.memory import available_bytes
 
@@ -127,7 +127,7 @@ def read_embedding(
         table = empty_matrix(*shape, dtype, device)
     else:
         table = torch.empty(shape, dtype=dtype, device=device)
-    _read_into(table, checkpoint, "model.embed_tokens.weight", digest)
+    _read_into(table, checkpoint, EMBEDDING, digest)
     return table
 
 
