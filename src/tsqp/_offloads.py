@@ -1,5 +1,6 @@
 """Where linear layers run: builds the offload of each privacy mode."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,11 +9,12 @@ from tsqp._options import Options
 from tsqp._sessions import WorkerProcess
 from tsqp.gpu.worker import ATTENTION_ABILITY, LAYER_ABILITY
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.config import LAYER_GROUPS, Key, linear_groups
+from tsqp.model.config import LAYER_GROUPS, Key, linear_groups, trusted_shapes
 from tsqp.model.digest import WeightsDigest, weights_digest
 from tsqp.model.footprint import trusted_bytes
 from tsqp.model.integer_cache import load_integers
 from tsqp.model.memory import available_bytes
+from tsqp.model.model_digest import check_expected, model_digest
 from tsqp.model.progress import Progress, part_of, silent
 from tsqp.model.quantize import IntegerWeights, group_shape, integer_bytes
 from tsqp.model.weights import (
@@ -36,6 +38,8 @@ from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.channel import Channel
 
+log = logging.getLogger("tsqp")
+
 MIN_SHM = 2**20
 MAX_SHM = 2**30
 HEAD_ROWS = 8  # sequences whose logits travel in one call; more are split
@@ -48,6 +52,9 @@ class Builder:
     Args:
         norms: holds the model's norms, if they were read already.
         progress: called while weights are read, with the bytes done and their total.
+
+    Attributes:
+        model_digest: see `tsqp.model.model_digest`; empty until `build` knows it.
     """
 
     def __init__(
@@ -62,14 +69,19 @@ class Builder:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._dtype = dtype
-        self._norms = WeightsDigest() if norms is None else norms
+        # Of what was read: each tensor once, so that what is used is what is hashed.
+        self._read = WeightsDigest() if norms is None else norms
         self._progress = progress
+        self.model_digest = ""
 
     def build(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
         """The offload; and the pool of pads, where there is one.
 
         Args:
             workers: the worker processes of the options' endpoints, not yet connected.
+
+        Raises:
+            UnexpectedModel: not the model that the options ask for; no worker was asked anything.
         """
         if workers:
             process_limit.check()
@@ -82,13 +94,16 @@ class Builder:
             return self._masked(workers)
         if options.privacy == "open":
             return self._open(workers[0]), None
-        return LocalOffload(self._checkpoint, self._dtype, self._progress), None
+        offload = LocalOffload(self._checkpoint, self._dtype, self._progress, self._read)
+        self._identify(weights_digest(self._checkpoint, self._dtype, digest=self._read))
+        return offload, None
 
     def _open(self, worker: WorkerProcess) -> Offload:
-        biases_F = self._biases_F(self._norms)  # read once: what is used is what is hashed
+        biases_F = self._biases_F()
         digest = weights_digest(
-            self._checkpoint, self._dtype, digest=self._norms, progress=self._progress
+            self._checkpoint, self._dtype, digest=self._read, progress=self._progress
         )
+        self._identify(digest)
         options, config, dtype = self._options, self._config, self._dtype
         kind: type[OpenOffload | OpenAttentionOffload | OpenLayersOffload] = OpenOffload
         abilities = []
@@ -110,8 +125,13 @@ class Builder:
             key: MaskedGroup(key, weights, biases_F.get(key), field)
             for key, weights in integers.items()
         }
-        embedding_VD = read_embedding(self._checkpoint, self._dtype)
+        embedding_VD = read_embedding(self._checkpoint, self._dtype, self._read)
         self._progress(total, total)
+        of_trusted = trusted_shapes(self._config)
+        trusted = weights_digest(
+            self._checkpoint, self._dtype, shapes=of_trusted, digest=self._read
+        )
+        self._identify(digest, trusted)
         prepare(field, shares=options.privacy == "shares")
         rows = RowPool(options.threads or torch.get_num_threads())
         if options.privacy == "tee":
@@ -131,9 +151,16 @@ class Builder:
         )
         return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
 
-    def _biases_F(self, digest: WeightsDigest | None = None) -> dict[Key, torch.Tensor]:
+    def _identify(self, weights: str, trusted: str | None = None) -> None:
+        """Compute the model's digest, and refuse another one than the options ask for."""
+        files = self._checkpoint.file_digests()
+        self.model_digest = model_digest(files, self._dtype, weights, trusted)
+        log.info("model digest %s", self.model_digest)
+        check_expected(self.model_digest, self._options.expect_model, self._checkpoint.name)
+
+    def _biases_F(self) -> dict[Key, torch.Tensor]:
         found = {
-            (layer, group): read_bias(self._checkpoint, layer, group, self._dtype, digest)
+            (layer, group): read_bias(self._checkpoint, layer, group, self._dtype, self._read)
             for layer in range(self._config.num_layers)
             for group in LAYER_GROUPS
         }

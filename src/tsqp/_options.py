@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tsqp._links import Link, check_links
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.errors import UsageError
+from tsqp.model.model_digest import check_digest
 
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
 ATTENTION_SIDES = ("tee", "gpu")
@@ -32,6 +33,7 @@ class Options:
         shm: share memory with workers on this machine.
         insecure_same_host: let the workers of `shares` be on one host.
         lanes: parts of a batch that take turns.
+        expect_model: the digest that the model must have, or None for any.
     """
 
     privacy: str
@@ -48,6 +50,7 @@ class Options:
     shm: bool
     insecure_same_host: bool
     lanes: int
+    expect_model: str | None
 
     @property
     def masked(self) -> bool:
@@ -82,6 +85,7 @@ def check_options(
     insecure: bool,
     insecure_same_host: bool,
     lanes: int,
+    expect_model: str | None = None,
 ) -> Options:
     """The options, or UsageError with the one that is wrong."""
     if privacy not in PRIVACY_MODES:
@@ -129,6 +133,7 @@ def check_options(
         shm=shm,
         insecure_same_host=insecure_same_host,
         lanes=lanes,
+        expect_model=None if expect_model is None else check_digest(expect_model),
     )
 
 

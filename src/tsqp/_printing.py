@@ -19,10 +19,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from tsqp._options import PRIVACY_MODES
 from tsqp._wiring import LLM
+from tsqp.errors import UsageError
 from tsqp.model import demo
+from tsqp.model.checkpoint import open_checkpoint
+from tsqp.model.model_digest import compute_digest
 from tsqp.model.prepared import PreparedFile, prepare
 from tsqp.model.progress import Rate
+from tsqp.model.weights import parse_dtype
 from tsqp.tee.sampling import Completion
 from tsqp.tee.stats import KINDS, OPERATIONS
 
@@ -79,6 +84,7 @@ def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
     return {
         "outputs": [_output(completion, several) for completion in completions],
         "privacy": llm.privacy,
+        "model_digest": llm.model_digest,
         "transport": llm.transport,
         "transport_reason": llm.transport_reason,
         "timings": llm.stats.timings(),
@@ -250,6 +256,23 @@ def fetch_demo_model() -> None:
             bar.update(task, completed=done, total=total, visible=True)
 
         demo.fetch(progress)
+
+
+def print_digest(model: str, privacy: str, dtype: str) -> None:
+    """Compute a model's digest with a progress bar, and print it."""
+    if privacy not in PRIVACY_MODES:
+        raise UsageError(
+            f"There is no privacy mode {privacy!r}; choose {', '.join(PRIVACY_MODES)}."
+        )
+    with loading_progress("Hashing") as hashing, closing(open_checkpoint(model)) as checkpoint:
+        digest = compute_digest(
+            checkpoint,
+            checkpoint.file_digests(),
+            parse_dtype(dtype, checkpoint.config),
+            integers=privacy in ("pad", "shares"),
+            progress=hashing,
+        )
+    print(digest)
 
 
 def prepare_model(model: str, out: Path) -> None:

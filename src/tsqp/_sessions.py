@@ -34,12 +34,15 @@ class WorkerProcess:
         dtype: torch.dtype,
         threads: int | None = None,
         device: str = "auto",
+        look_first: bool = True,
     ) -> None:
         """Start a local worker, or find out whether another one is there.
 
         Args:
             dtype: of the weights that the session needs; int8 for the private modes.
             threads, device: for a local worker.
+            look_first: find that out now, before weights are loaded for nothing; else `connect`
+                is the first to reach another process.
 
         Raises:
             WorkerUnavailable: nobody serves the endpoint.
@@ -58,7 +61,7 @@ class WorkerProcess:
             arguments += [] if threads is None else ["--threads", str(threads)]
             arguments += ["--device", device]
             self._local = LocalWorker(arguments)
-        elif endpoint.scheme != "inproc":
+        elif endpoint.scheme != "inproc" and look_first:
             check_reachable(endpoint, link.key)
 
     def connect(

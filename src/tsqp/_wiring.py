@@ -72,6 +72,7 @@ class LLM:
         insecure: bool = False,
         insecure_same_host: bool = False,
         lanes: int = 1,
+        expect_model: str | None = None,
         tokenizer: Tokenizer | None = None,
         rpc_log: str | Path | None = None,
         on_load: Callable[[int, int], None] | None = None,
@@ -107,6 +108,8 @@ class LLM:
             insecure_same_host: for testing: let the workers of "shares" be on one host, over any
                 kind of link, where they could add up what they receive.
             lanes: parts of a batch that take turns, so that both sides work at once.
+            expect_model: the digest that the model must have, as `model_digest` gives it; another
+                model is refused before anything is sent to a worker.
             tokenizer: the model's, where it has been read already.
             rpc_log: a new file for where the time of every call went, see docs/instruments.md.
             on_load: called while this side reads weights: how many bytes of them it has, and how
@@ -114,7 +117,7 @@ class LLM:
 
         Raises:
             UsageError: options that are unknown or contradict each other, or a log that exists.
-            ModelError: the checkpoint cannot be used.
+            ModelError: the checkpoint cannot be used, or is not the one that was expected.
             WorkerError: there is no worker, or it serves something else.
         """
         self._options = check_options(
@@ -134,6 +137,7 @@ class LLM:
             insecure=insecure,
             insecure_same_host=insecure_same_host,
             lanes=lanes,
+            expect_model=expect_model,
         )
         if threads is not None:
             torch.set_num_threads(threads)
@@ -293,6 +297,14 @@ class LLM:
         return self._turns.run(lambda: self._engine.score(ids))
 
     @property
+    def model_digest(self) -> str:
+        """Of every byte of the model that this side uses: "sha256:" and 64 digits.
+
+        The same for all modes that compute in one form (docs/models.md).
+        """
+        return self._model_digest
+
+    @property
     def stats(self) -> Stats:
         """Where the time of this side went since it was loaded."""
         return self._engine.stats
@@ -370,8 +382,11 @@ class LLM:
             self.config = checkpoint.config
             self.dtype = parse_dtype(dtype, self.config)
             weights_dtype = torch.int8 if options.masked else self.dtype
+            look_first = options.expect_model is None
             for link in options.links:
-                process = WorkerProcess(link, model, weights_dtype, options.threads, options.device)
+                process = WorkerProcess(
+                    link, model, weights_dtype, options.threads, options.device, look_first
+                )
                 self._workers.append(process)
                 self._turns.at_end(process.close)
             if self._workers:
@@ -381,6 +396,7 @@ class LLM:
             builder = Builder(options, checkpoint, self.dtype, norms, progress)
             self._offload, self._pads = builder.build(self._workers)
             self._turns.at_end(self._offload.close)
+            self._model_digest = builder.model_digest
             decoder = Decoder(
                 checkpoint,
                 self.dtype,

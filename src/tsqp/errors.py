@@ -6,6 +6,7 @@
     ├── ModelError                 a checkpoint cannot be used
     │   ├── UnsupportedModel       an architecture, option or format we do not implement
     │   ├── CheckpointError        a file is missing, cut, or contradicts the config
+    │   ├── UnexpectedModel        another model than --expect-model asks for
     │   └── TokenizerError         no tokenizer or no chat template where one is needed
     ├── NumericalError             an activation that is not a finite number
     ├── PromptError                an empty prompt, or an impossible parameter
@@ -48,6 +49,10 @@ class UnsupportedModel(ModelError):
 
 class CheckpointError(ModelError):
     """A checkpoint file is missing, cut short, or contradicts its config."""
+
+
+class UnexpectedModel(ModelError):
+    """The model does not have the digest that was asked for; nothing was sent or computed."""
 
 
 class TokenizerError(ModelError):

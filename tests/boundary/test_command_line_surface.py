@@ -5,27 +5,27 @@ from command_line_helpers import surface
 COMMANDS = {
     "": "--config",
     "generate": """
-        --attention --chat --debug --device --dtype --field --fixed-point --frequency-penalty
-        --fuse --ignore-eos --insecure --insecure-same-host --json --logit-bias --logprobs
-        --max-tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk
+        --attention --chat --debug --device --dtype --expect-model --field --fixed-point
+        --frequency-penalty --fuse --ignore-eos --insecure --insecure-same-host --json --logit-bias
+        --logprobs --max-tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk
         --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs --prompts
         --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --temperature
         --threads
         --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "chat": """
-        --attention --debug --device --dtype --field --fixed-point --frequency-penalty --fuse
-        --insecure --insecure-same-host --logit-bias --max-tokens --min-p --no-shm --pad-memory
-        --prefill-chunk --presence-penalty --privacy --repetition-penalty --rpc-log --seed
-        --split-special --stop
-        --stop-token-id --system --temperature --threads --timeout --top-k --top-p --worker
-        --worker-key MODEL
+        --attention --debug --device --dtype --expect-model --field --fixed-point
+        --frequency-penalty --fuse --insecure --insecure-same-host --logit-bias --max-tokens --min-p
+        --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy --repetition-penalty
+        --rpc-log --seed --split-special --stop --stop-token-id --system --temperature --threads --timeout --top-k
+        --top-p --worker --worker-key MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --no-shm --record --serve
         --supervised --threads MODEL
     """,
     "prepare": "--debug MODEL OUT",
+    "digest": "--debug --dtype --privacy MODEL",
     "keygen": "--debug FOLDER",
     "doctor": "--debug --dtype --insecure --json --threads --worker --worker-key MODEL",
     "demo": "--debug --fetch --prompt",

@@ -47,7 +47,7 @@ def test_json_has_every_field(answer: Result) -> None:
     result = answer.json
     assert set(result) == {
         "outputs", "privacy", "transport", "transport_reason", "timings", "operations", "pads",
-        "placement", "rpc",
+        "placement", "rpc", "model_digest",
     }  # fmt: skip
     assert result["privacy"] == "open"
     assert result["transport"] == SHARED

@@ -27,7 +27,8 @@ TRUSTED = (
 
 # As a newcomer meets them; a command that is not here comes last.
 ORDER = (
-    "demo", "generate", "chat", "worker", "prepare", "keygen", "doctor", "audit", "bench", "report",
+    "demo", "generate", "chat", "worker", "prepare", "digest", "keygen", "doctor", "audit", "bench",
+    "report",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from tsqp.cli.flags import (
     Debug,
     Device,
     Dtype,
+    ExpectModel,
     Field,
     FixedPoint,
     FrequencyPenalty,
@@ -78,6 +79,7 @@ def chat(
     no_shm: NoShm = False,
     insecure: Insecure = False,
     insecure_same_host: InsecureSameHost = False,
+    expect_model: ExpectModel = None,
     rpc_log: RpcLog = None,
     debug: Debug = False,
 ) -> None:

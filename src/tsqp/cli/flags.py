@@ -88,6 +88,14 @@ InsecureSameHost = Annotated[
         "they could add up what they receive.",
     ),
 ]
+ExpectModel = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TSQP_EXPECT_MODEL",
+        metavar="DIGEST",
+        help="Refuse a model that does not have this digest, as `tsqp digest` prints it.",
+    ),
+]
 JsonOutput = Annotated[
     bool,
     typer.Option(

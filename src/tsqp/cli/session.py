@@ -29,6 +29,7 @@ _PASSED_ON = (
     "timeout",
     "insecure",
     "insecure_same_host",
+    "expect_model",
     "rpc_log",
 )
 

@@ -31,6 +31,17 @@ class Checkpoint(Protocol):
         """The open file that holds each tensor; empty where weights do not come from files."""
         ...
 
+    def file_digests(self) -> dict[str, str]:
+        """The SHA-256 of what is used beside the tensors, by the name of its file.
+
+        Of a directory its config and tokenizer files, of a GGUF file its header, of random weights
+        what they are called.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        ...
+
     def read(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         """One tensor in private memory, floating point.
 

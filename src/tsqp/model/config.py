@@ -197,6 +197,12 @@ def norm_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {FINAL_NORM: (config.hidden_size,)}
 
 
+def trusted_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of what no worker of the private modes has: norms, biases and the embedding."""
+    shapes = tensor_shapes(config)
+    return {name: shape for name, shape in shapes.items() if name == EMBEDDING or len(shape) == 1}
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the model."""
     return linear_shapes(config) | norm_shapes(config)

@@ -7,7 +7,9 @@ holds them all.
 import hashlib
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import tensor_shapes
 from tsqp.model.files import bytes_of
 from tsqp.model.progress import Counter, Progress, silent
+
+SMALL_BYTES = 2**16  # hashed sooner than another thread has taken it
 
 
 class TensorHash:
@@ -36,6 +40,34 @@ class TensorHash:
 
     def digest(self) -> bytes:
         return self._hash.digest()
+
+
+@contextmanager
+def hashing(found: TensorHash | None) -> Iterator[Callable[[Tensor], None]]:
+    """Hash blocks of rows on another thread while the caller goes on to the next one.
+
+    Yields:
+        what takes the next rows, which must not change any more; nothing is hashed where there is
+        no `found`. All have been hashed at the end of the block.
+    """
+    if found is None:
+        yield lambda rows: None
+        return
+    last: Future[None] | None = None
+
+    def update(rows: Tensor) -> None:
+        nonlocal last
+        if last is not None:
+            last.result()  # one block waits at most
+        elif rows.nbytes < SMALL_BYTES:
+            found.update(rows)
+            return
+        last = pool.submit(found.update, rows)
+
+    with ThreadPoolExecutor(1) as pool:
+        yield update
+        if last is not None:
+            last.result()
 
 
 class WeightsDigest:
@@ -72,14 +104,16 @@ def weights_digest(
     dtype: torch.dtype,
     threads: int = 2,
     *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     digest: WeightsDigest | None = None,
     progress: Progress = silent,
 ) -> str:
-    """The digest of all tensors of a model, converted to `dtype`.
+    """The digest of a model's tensors, converted to `dtype`.
 
     Holds one block of rows a thread at a time.
 
     Args:
+        shapes: of the tensors by name; None for all of the model.
         digest: holds tensors that were read already, which are not read again.
         progress: called with the bytes done and their total.
 
@@ -97,7 +131,7 @@ def weights_digest(
             digest.add(found)
         return math.prod(shape) * dtype.itemsize
 
-    shapes = tensor_shapes(checkpoint.config)
+    shapes = tensor_shapes(checkpoint.config) if shapes is None else shapes
     done = Counter(sum(map(math.prod, shapes.values())) * dtype.itemsize, progress)
     with ThreadPoolExecutor(threads) as pool:
         for nbytes in pool.map(add, shapes.items()):

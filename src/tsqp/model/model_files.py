@@ -5,6 +5,18 @@ from pathlib import Path
 
 from tsqp.errors import CheckpointError
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 MAX_FILE_BYTES = 64 * 2**20  # the largest tokenizer.json takes half of it
 
 
@@ -38,6 +50,18 @@ class ModelFiles:
             for name, content in sorted(self._read.items())
             if content is not None
         }
+
+
+def read_tokenizer_files(files: ModelFiles) -> None:
+    """Read everything that a tokenizer and its chat template can come from, so that it is hashed.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    for name in TOKENIZER_FILES:
+        files.read(name)
+    for path in sorted((files.folder / "additional_chat_templates").glob("*.jinja")):
+        files.read(f"additional_chat_templates/{path.name}")
 
 
 def _content(path: Path) -> bytes | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.files import BinaryFile, bytes_of, check_shape, parse_json
 from tsqp.model.hf_config import WRAPPERS, from_hf
-from tsqp.model.model_files import ModelFiles
+from tsqp.model.model_files import ModelFiles, read_tokenizer_files
 from tsqp.model.tensor_places import find_tensors
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -196,6 +196,11 @@ class SafetensorsCheckpoint:
     def sources(self) -> dict[str, BinaryFile]:
         """See `checkpoint.Checkpoint`."""
         return {name: file.file for name, (file, _) in self._where.items()}
+
+    def file_digests(self) -> dict[str, str]:
+        """See `checkpoint.Checkpoint`; the index says only where tensors lie, and is left out."""
+        read_tokenizer_files(self.model_files)
+        return {k: v for k, v in self.model_files.sha256().items() if k != INDEX}
 
     def read(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         """See `checkpoint.Checkpoint`."""

@@ -12,7 +12,7 @@ from tsqp.errors import ModelError, OutOfMemory
 from tsqp.model.blocks import read_blocks
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import EMBEDDING, LAYER_GROUPS, ModelConfig, Part, norm_shapes, parts
-from tsqp.model.digest import TensorHash, WeightsDigest
+from tsqp.model.digest import TensorHash, WeightsDigest, hashing
 from tsqp.model.memory import available_bytes
 
 CPU = torch.device("cpu")
@@ -151,13 +151,13 @@ def _read_into(
     """Read, convert, hash and place one tensor, a block of rows at a time."""
     shape = tuple(target.shape)
     found = None if digest is None else TensorHash(name, shape, target.dtype)
-    for rows, block in read_blocks(checkpoint, name, shape, target.dtype):
-        if found is not None:
-            found.update(block)
-        if target.dim() == 2 and target.stride(0) == 1:  # whole pieces of columns
-            target.t()[:, rows].copy_(block.t().contiguous())
-        else:
-            target[rows].copy_(block)
+    with hashing(found) as add:
+        for rows, block in read_blocks(checkpoint, name, shape, target.dtype):
+            add(block)
+            if target.dim() == 2 and target.stride(0) == 1:  # whole pieces of columns
+                target.t()[:, rows].copy_(block.t().contiguous())
+            else:
+                target[rows].copy_(block)
     if digest is not None and found is not None:
         digest.add(found)
 

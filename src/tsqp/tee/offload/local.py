@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from tsqp.model.attention import CachedAttention
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import Key, linear_groups
+from tsqp.model.digest import WeightsDigest
 from tsqp.model.footprint import float_bytes
 from tsqp.model.progress import Counter, Progress, silent
 from tsqp.model.weights import LinearWeights, read_embedding, read_linear
@@ -20,25 +21,30 @@ class LocalOffload:
     most_scores = 0
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress = silent
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        progress: Progress = silent,
+        digest: WeightsDigest | None = None,
     ) -> None:
         """Read all weights.
 
         Args:
+            digest: gets every tensor that is read.
             progress: called with the bytes done and their total.
         """
         config = checkpoint.config
         self.attention = CachedAttention(config, dtype)
         tied = config.tie_word_embeddings
         done = Counter(float_bytes(config, dtype), progress)
-        self._embedding_VD = read_embedding(checkpoint, dtype, multiplies=tied)
+        self._embedding_VD = read_embedding(checkpoint, dtype, digest, multiplies=tied)
         done.add(self._embedding_VD.nbytes)
         self._linear: dict[Key, LinearWeights] = {}
         for key in linear_groups(config):
             if tied and key[0] == LM_HEAD:  # one copy in memory serves both
                 self._linear[key] = LinearWeights(self._embedding_VD, None)
             else:
-                self._linear[key] = read_linear(checkpoint, *key, dtype)
+                self._linear[key] = read_linear(checkpoint, *key, dtype, digest)
                 done.add(self._linear[key].nbytes)
 
     def start(self, request: Request) -> Ready:

@@ -1,0 +1,14 @@
+"""`tsqp digest`."""
+
+from tsqp.cli.app import app
+from tsqp.cli.flags import Debug, Dtype, Model, Privacy
+
+
+@app.command()
+def digest(
+    model: Model, privacy: Privacy = "pad", dtype: Dtype = "auto", debug: Debug = False
+) -> None:
+    """Print the digest of a model, for --expect-model: of all that the trusted side uses of it."""
+    from tsqp._printing import print_digest
+
+    print_digest(model, privacy, dtype)

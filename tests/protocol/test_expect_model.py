@@ -1,0 +1,53 @@
+"""The digest of a model on the command line: printed, computed, expected."""
+
+import re
+from pathlib import Path
+
+import pytest
+from protocol_helpers import Main, write_ids
+
+OTHER = "sha256:" + "0" * 64
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    return write_ids(tmp_path / "ids.json", [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        ("pad", ["--privacy", "tee", "--fixed-point"]),
+        ("shares", ["--privacy", "tee", "--fixed-point"]),
+        ("tee", ["--privacy", "tee"]),
+        ("open", ["--privacy", "tee"]),
+    ],
+)
+def test_a_run_has_the_digest_that_is_printed_without_one(
+    form: str, mode: list[str], main: Main, ids: Path
+) -> None:
+    printed = main("digest", "random:tiny", "--privacy", form)
+    assert (printed.status, printed.stderr) == (0, "")
+    digest = printed.stdout.strip()
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+    run = ["generate", "random:tiny", "--prompt-ids", ids, "--max-tokens", "1", "--json", *mode]
+    result = main(*run, env={"TSQP_EXPECT_MODEL": digest})
+    assert result.status == 0
+    assert result.json["model_digest"] == digest
+    assert result.stderr.count(f"model digest {digest}\n") == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_another_model_is_one_sentence(command: str, main: Main, speaking: Path, ids: Path) -> None:
+    prompt = ["--prompt-ids", ids] if command == "generate" else []
+    result = main(command, speaking, "--privacy", "tee", "--expect-model", OTHER, *prompt)
+    assert (result.status, result.stdout) == (1, "")
+    assert re.search(
+        rf"has the digest sha256:.{{64}}, and --expect-model asks for {OTHER}", result.error
+    )
+
+
+def test_a_mode_without_a_name_is_refused(main: Main) -> None:
+    result = main("digest", "random:tiny", "--privacy", "none")
+    assert (result.status, result.stdout) == (2, "")
+    assert "no privacy mode 'none'" in result.error
