@@ -375,7 +375,8 @@ class LLM:
         options = self._options
         if options.privacy == "open":
             log.warning("privacy open: the worker reads every prompt and every answer")
-        checkpoint = open_checkpoint(model)
+        # One reading of each file: what the tokenizer uses is what the digest covers.
+        checkpoint = open_checkpoint(model, self._tokenizer.files)
         try:
             if isinstance(checkpoint, GGUFCheckpoint):
                 self._tokenizer.use_header(checkpoint.header)
@@ -389,8 +390,8 @@ class LLM:
                 )
                 self._workers.append(process)
                 self._turns.at_end(process.close)
-            if self._workers:
-                self._tokenizer.preload()  # while the workers load
+            if self._workers or self._tokenizer.files is not None:
+                self._tokenizer.preload()  # while the workers load, and before the digest is taken
             norms = WeightsDigest()  # read once: what is used is what is hashed
             layers = Layers(checkpoint, self.dtype, norms)
             builder = Builder(options, checkpoint, self.dtype, norms, progress)

@@ -17,8 +17,8 @@ COMMANDS = {
         --attention --debug --device --dtype --expect-model --field --fixed-point
         --frequency-penalty --fuse --insecure --insecure-same-host --logit-bias --max-tokens --min-p
         --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy --repetition-penalty
-        --rpc-log --seed --split-special --stop --stop-token-id --system --temperature --threads --timeout --top-k
-        --top-p --worker --worker-key MODEL
+        --rpc-log --seed --split-special --stop --stop-token-id --system --temperature --threads
+        --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --no-shm --record --serve

@@ -11,6 +11,7 @@ from tsqp.model import demo
 from tsqp.model.config import ModelConfig
 from tsqp.model.files import BinaryFile
 from tsqp.model.gguf_file import GGUFCheckpoint
+from tsqp.model.model_files import ModelFiles
 from tsqp.model.random_weights import RandomCheckpoint
 from tsqp.model.safetensors_file import SafetensorsCheckpoint
 
@@ -62,8 +63,11 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, files: ModelFiles | None = None) -> Checkpoint:
     """Open "demo", "random:NAME[:SEED]", a .gguf file, or a Hugging Face directory.
+
+    Args:
+        files: those of a directory, if the tokenizer reads them too.
 
     Raises:
         UnsupportedModel: a kind of model that TSQP does not implement.
@@ -75,14 +79,14 @@ def open_checkpoint(model: str) -> Checkpoint:
         return RandomCheckpoint.parse(model)
     path = Path(model).expanduser()
     try:
-        return _open_path(path)
+        return _open_path(path, files)
     except OSError as exc:
         raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
 
 
-def _open_path(path: Path) -> Checkpoint:
+def _open_path(path: Path, files: ModelFiles | None) -> Checkpoint:
     if path.is_dir():
-        return SafetensorsCheckpoint(path)
+        return SafetensorsCheckpoint(path, files)
     if not path.is_file():
         raise CheckpointError(
             f"There is no checkpoint at {path}: give a directory, a .gguf file, random:NAME or"

@@ -128,9 +128,10 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 class SafetensorsCheckpoint:
     """A directory as transformers writes it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: ModelFiles | None = None) -> None:
+        """Args: files: the directory's, if something else reads them too."""
         self.name = str(directory)
-        self.model_files = ModelFiles(directory)
+        self.model_files = ModelFiles(directory) if files is None else files
         text = self.model_files.read(CONFIG)
         if text is None:
             raise CheckpointError(
