@@ -1,0 +1,75 @@
+"""Exact arithmetic mod a prime q < 2^46 in float64, for loops that numba vectorises.
+
+A product of two residues has 92 bits. `h = x·w` keeps the upper 53 of them and `l = fma(x, w, -h)`
+is exactly the rest; subtracting b·q from both, for an integer b near x·w/q, leaves a small exact
+remainder. That takes six vector operations and no integer multiplication (the method of FLINT's
+fft_small). All values are integers; every step states the range of what it takes and gives.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import types
+from numba.extending import intrinsic
+
+from tsqp.algebra.native import inlined
+
+MAX_BITS = 46  # of q: sums of 64 residues stay below 2^52
+
+
+def _instruction(signature: Any, build: Callable[..., Any]) -> Any:
+    """A function of one LLVM instruction; numba's own may be calls that are not vectorised."""
+    arity = len(signature.args)
+    if arity == 1:
+        return intrinsic(lambda _context, a: (signature, build))
+    return intrinsic(lambda _context, a, b, c: (signature, build))
+
+
+# a · b + c, rounded once
+_fma = _instruction(
+    types.float64(types.float64, types.float64, types.float64),
+    lambda _context, builder, _signature, arguments: builder.fma(*arguments),
+)
+# the nearest integer, ties to even
+_nearest = _instruction(
+    types.float64(types.float64),
+    lambda _context, builder, _signature, arguments: builder.call(
+        builder.module.declare_intrinsic("llvm.nearbyint", [arguments[0].type]), arguments
+    ),
+)
+# how many bits of a 32-bit word are one
+ones = _instruction(
+    types.uint32(types.uint32),
+    lambda _context, builder, _signature, arguments: builder.ctpop(*arguments),
+)
+
+
+@inlined
+def multiply(x: float, w: float, w_over_q: float, q: float) -> Any:
+    """r ≡ x · w (mod q).
+
+    Args:
+        x: |x| ≤ 2^52.
+        w: |w| ≤ q / 2.
+        w_over_q: w · (1 / q) in float64.
+
+    Returns:
+        |r| ≤ (1/2 + 3/4 · 2^-52 · |x|) q, which is 0.52 q for |x| ≤ 2^46 and 1.25 q at most: the
+        quotient is at most |x| / 2, and rounded three times.
+    """
+    h = x * w
+    low = _fma(x, w, -h)
+    b = _nearest(x * w_over_q)
+    return _fma(-b, q, h) + low
+
+
+@inlined
+def reduce(x: float, q: float, one_over_q: float) -> Any:
+    """r ≡ x (mod q), |r| ≤ (1/2 + 2^-40) q, for |x| ≤ 2^52 and q > 2^39."""
+    return _fma(-_nearest(x * one_over_q), q, x)
+
+
+@inlined
+def canonical(x: float, q: float) -> Any:
+    """The residue in [0, q), for |x| < q."""
+    return x + q if x < 0.0 else x
