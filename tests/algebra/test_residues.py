@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tsqp.algebra import digits, int8_product, residue_bytes
-from tsqp.algebra.params import CHECK_MODULUS, COMPACT, FIELDS, MAX_WIDTH, WIDE, Field
+from tsqp.algebra.params import CHECK_MODULUS, COMPACT, LATTICE, MAX_WIDTH, WIDE, Field
 
-BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+EVERY = (WIDE, COMPACT, LATTICE)
+EACH = pytest.mark.parametrize("field", EVERY, ids=[field.name for field in EVERY])
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
@@ -25,26 +26,41 @@ def value_of(digits_LN: NDArray[np.int8]) -> list[int]:
 
 
 def split(residues: list[int] | NDArray[np.int32], field: Field) -> NDArray[np.int8]:
-    residues_N = np.asarray(residues, np.int32)
+    residues_N = np.asarray(residues, field.dtype)
     digits_LN = np.empty((field.digits, residues_N.size), np.int8)
     digits.split(residues_N, field, digits_LN)
     return digits_LN
 
 
 def is_prime(n: int) -> bool:
-    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+    divisors = torch.arange(3, int(n**0.5) + 1, 2)
+    return n == 2 or (n % 2 == 1 and bool((n % divisors).all()))
 
 
-@BOTH
-def test_p_is_prime_and_at_most_the_check_modulus(field: Field) -> None:
+@EACH
+def test_p_is_prime(field: Field) -> None:
     assert is_prime(field.p)
-    assert field.p <= CHECK_MODULUS
+
+
+def test_the_check_modulus_is_prime_and_no_smaller_than_the_fields_that_it_checks() -> None:
     assert is_prime(CHECK_MODULUS)
+    assert max(WIDE.p, COMPACT.p) <= CHECK_MODULUS
 
 
-@BOTH
+def test_the_lattice_field_has_roots_of_unity_for_its_transform() -> None:
+    assert (LATTICE.p - 1) % (2 * 2048) == 0
+
+
+@EACH
 def test_the_largest_digits_are_those_of_the_protocol(field: Field) -> None:
-    assert field.largest_digits == {"wide": 2_139_062_143, "compact": 8_355_711}[field.name]
+    assert (
+        field.largest_digits
+        == {
+            "wide": 2_139_062_143,
+            "compact": 8_355_711,
+            "lattice": 127 * (256**6 - 1) // 255,
+        }[field.name]
+    )
 
 
 def test_every_compact_residue_is_its_digits() -> None:
@@ -55,16 +71,17 @@ def test_every_compact_residue_is_its_digits() -> None:
     assert (values_N == expected_N).all()
 
 
-def test_wide_residues_around_every_edge_are_their_digits() -> None:
-    edges = [0, WIDE.largest_digits, WIDE.half, WIDE.p - 1]
-    edges += [byte << 8 * level for level in range(4) for byte in (1, 127, 128, 255)]
-    residues = sorted({e + d for e in edges for d in range(-300, 301) if 0 <= e + d < WIDE.p})
-    for value, residue in zip(value_of(split(residues, WIDE)), residues, strict=True):
-        expected = residue if residue <= WIDE.largest_digits else residue - WIDE.p
+@EACH
+def test_residues_around_every_edge_are_their_digits(field: Field) -> None:
+    edges = [0, field.largest_digits, field.half, field.p - 1]
+    edges += [byte << 8 * level for level in range(field.digits) for byte in (1, 127, 128, 255)]
+    residues = sorted({e + d for e in edges for d in range(-300, 301) if 0 <= e + d < field.p})
+    for value, residue in zip(value_of(split(residues, field)), residues, strict=True):
+        expected = residue if residue <= field.largest_digits else residue - field.p
         assert value == expected
 
 
-@BOTH
+@EACH
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_joined_products_are_the_sum_mod_p(field: Field, data: st.DataObject) -> None:
@@ -72,18 +89,18 @@ def test_joined_products_are_the_sum_mod_p(field: Field, data: st.DataObject) ->
         st.lists(st.lists(INT32, min_size=field.digits, max_size=field.digits), min_size=1)
     )
     products_LN = np.ascontiguousarray(np.array(columns, np.int32).T)
-    residues_N = np.empty(len(columns), np.int32)
+    residues_N = np.empty(len(columns), field.dtype)
     digits.join(products_LN, field, residues_N)
     assert residues_N.tolist() == [
         sum(256**level * p for level, p in enumerate(column)) % field.p for column in columns
     ]
 
 
-@BOTH
+@EACH
 def test_the_most_extreme_products_are_joined(field: Field) -> None:
     for extreme in (-(2**31), 2**31 - 1):
         products_LN = np.full((field.digits, 40), extreme, np.int32)
-        residues_N = np.empty(40, np.int32)
+        residues_N = np.empty(40, field.dtype)
         digits.join(products_LN, field, residues_N)
         expected = extreme * sum(256**level for level in range(field.digits)) % field.p
         assert set(residues_N.tolist()) == {expected}
@@ -93,7 +110,7 @@ def big_product(c: list[int], weights: list[list[int]], p: int) -> list[int]:
     return [sum(w * x for w, x in zip(row, c, strict=True)) % p for row in weights]
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("rows", [1, 3, 130])
 @pytest.mark.parametrize("shape", [(5, 7), (64, 576), (40, 1536), (5, 1), (1, 7), (1, 1)])
 def test_products_of_residues_are_those_of_big_integers(
@@ -102,22 +119,24 @@ def test_products_of_residues_are_those_of_big_integers(
     generator = torch.Generator().manual_seed(rows)
     weight_FD = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
     size = (rows, shape[1])
-    c_TD = torch.randint(0, field.p, size, generator=generator, dtype=torch.int32)
-    z_TF = torch.empty(rows, shape[0], dtype=torch.int32)
+    dtype = torch.int32 if field.dtype == np.int32 else torch.int64
+    c_TD = torch.randint(0, field.p, size, generator=generator, dtype=dtype)
+    z_TF = torch.empty(rows, shape[0], dtype=dtype)
     int8_product.residue_product(c_TD, weight_FD, field, z_TF)
     for t in {0, rows // 2, rows - 1}:
         assert z_TF[t].tolist() == big_product(c_TD[t].tolist(), weight_FD.tolist(), field.p)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("weight", [127, -127])
 def test_the_widest_product_does_not_overflow(field: Field, weight: int) -> None:
     # The residue whose every digit is -128, the largest in size.
     worst = -128 * sum(256**level for level in range(field.digits)) % field.p
     digits_of_worst = set(split([worst], field).reshape(-1).tolist())
-    c_TD = torch.full((1, MAX_WIDTH), worst, dtype=torch.int32)
+    dtype = torch.int32 if field.dtype == np.int32 else torch.int64
+    c_TD = torch.full((1, MAX_WIDTH), worst, dtype=dtype)
     weight_FD = torch.full((2, MAX_WIDTH), weight, dtype=torch.int8)
-    z_TF = torch.empty(1, 2, dtype=torch.int32)
+    z_TF = torch.empty(1, 2, dtype=dtype)
     int8_product.residue_product(c_TD, weight_FD, field, z_TF)
     assert z_TF.tolist() == [[weight * worst * MAX_WIDTH % field.p] * 2]
     assert digits_of_worst
@@ -183,9 +202,9 @@ def test_an_exact_product_passes_the_self_test(monkeypatch: pytest.MonkeyPatch) 
     assert int8_product.fast_product_is_exact.__wrapped__()
 
 
-@BOTH
+@EACH
 def test_bytes_come_back_as_they_were(field: Field) -> None:
-    residues_TN = np.array([[0, 1, 255], [256, field.p - 1, field.half]], np.int32)
+    residues_TN = np.array([[0, 1, 255], [256, field.p - 1, field.half]], field.dtype)
     bytes_TB = np.empty((2, 3 * field.residue_bytes), np.uint8)
     back_TN = np.empty_like(residues_TN)
     residue_bytes.pack(residues_TN, field, bytes_TB)
@@ -197,3 +216,9 @@ def test_compact_rows_are_three_planes_of_bytes() -> None:
     bytes_TB = np.empty((1, 6), np.uint8)
     residue_bytes.pack(np.array([[0x010203, 0x040506]], np.int32), COMPACT, bytes_TB)
     assert bytes_TB.tolist() == [[3, 6, 2, 5, 1, 4]]
+
+
+def test_lattice_rows_are_low_words_and_then_high_halves() -> None:
+    bytes_TB = np.empty((1, 12), np.uint8)
+    residue_bytes.pack(np.array([[0x010203040506, 0x0708090A0B0C]], np.int64), LATTICE, bytes_TB)
+    assert bytes_TB.tolist() == [[6, 5, 4, 3, 12, 11, 10, 9, 2, 1, 8, 7]]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tsqp.algebra.native import compiled, inlined
 from tsqp.algebra.params import Field
 
-Residues = NDArray[np.int32]
+Residues = NDArray[Any]  # of the dtype of their field
 
 
 def split(residues_N: Residues, field: Field, digits_LN: NDArray[np.int8]) -> None:
@@ -21,24 +21,26 @@ def split(residues_N: Residues, field: Field, digits_LN: NDArray[np.int8]) -> No
         residues_N: in [0, p); other values give digits of something else, and no error.
         digits_LN: receives values in [-128, 127].
     """
-    _split(residues_N, field.largest_digits, field.p, digits_LN)
+    split_all = _split if field.dtype == np.int32 else _split_long
+    split_all(residues_N, field.largest_digits, field.p, digits_LN)
 
 
 def join(products_LN: NDArray[np.int32], field: Field, residues_N: Residues) -> None:
     """Write Σ 256^l · products[l] mod p, in [0, p). The products may be any int32."""
-    _join(products_LN, field.bits, field.gap, residues_N)
+    join_all = _join if field.dtype == np.int32 else _join_long
+    join_all(products_LN, field.bits, field.gap, residues_N)
 
 
-def prepare() -> None:
-    """Compile both."""
-    _split.compile()
-    _join.compile()
+def prepare(field: Field) -> None:
+    """Compile both for residues of this field."""
+    for kernel in (_split, _join) if field.dtype == np.int32 else (_split_long, _join_long):
+        kernel.compile()
 
 
-@compiled("void(int32[::1], int64, int64, int8[:, ::1])")
-def _split(residues_N: Residues, largest: int, p: int, digits_LN: NDArray[np.int8]) -> None:
+@inlined
+def _split_all(residues_N: Residues, largest: int, p: int, digits_LN: NDArray[np.int8]) -> None:
     # Adding 128 to every digit makes balanced digits plain bytes, without a carry to pass on.
-    shift = np.int64(0x80808080)
+    shift = np.int64(0x808080808080) >> np.int64(8 * (6 - digits_LN.shape[0]))
     for level in range(digits_LN.shape[0]):
         row_N = digits_LN[level]
         move = np.int64(8 * level)
@@ -47,6 +49,16 @@ def _split(residues_N: Residues, largest: int, p: int, digits_LN: NDArray[np.int
             if c > largest:
                 c -= p
             row_N[i] = np.int8(((c + shift) >> move) & 255 ^ 128)
+
+
+@compiled("void(int32[::1], int64, int64, int8[:, ::1])")
+def _split(residues_N: Residues, largest: int, p: int, digits_LN: NDArray[np.int8]) -> None:
+    _split_all(residues_N, largest, p, digits_LN)
+
+
+@compiled("void(int64[::1], int64, int64, int8[:, ::1])")
+def _split_long(residues_N: Residues, largest: int, p: int, digits_LN: NDArray[np.int8]) -> None:
+    _split_all(residues_N, largest, p, digits_LN)
 
 
 @inlined
@@ -72,3 +84,21 @@ def _join(products_LN: NDArray[np.int32], bits: int, gap: int, residues_N: Resid
         value = ((np.int64(p3_N[i]) & with_fourth) << 24) + (np.int64(p2_N[i]) << 16)
         value += (np.int64(p1_N[i]) << 8) + np.int64(p0_N[i])
         residues_N[i] = np.int32(_reduce(value, bits, gap))
+
+
+@compiled("void(int32[:, ::1], int64, int64, int64[::1])")
+def _join_long(products_LN: NDArray[np.int32], bits: int, gap: int, residues_N: Residues) -> None:
+    """Horner's rule from the highest digit, as the whole sum would not fit in 64 bits."""
+    low = (np.int64(1) << bits) - 1
+    p = low + 1 - gap
+    levels = products_LN.shape[0]
+    for i in range(residues_N.size):
+        value = np.int64(products_LN[levels - 1, i])
+        for level in range(levels - 2, -1, -1):
+            value = (value << 8) + np.int64(products_LN[level, i])  # |value| < 2^47 · 2^8 + 2^31
+            value = (value >> bits) * gap + (value & low)  # ≡ value; in [-2^26, 2^bits + 2^26)
+        if value < 0:
+            value += p
+        if value >= p:
+            value -= p
+        residues_N[i] = value

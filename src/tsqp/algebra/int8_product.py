@@ -64,9 +64,10 @@ def residue_product(c_TD: Tensor, weight_FD: Tensor, field: Field, z_TF: Tensor)
     """Write z = W · c mod p, in [0, p).
 
     Args:
-        c_TD: int32 in [0, p), contiguous. Anything else gives a wrong answer, and no error.
+        c_TD: in [0, p), of the field's dtype, contiguous. Anything else gives a wrong answer, and
+            no error.
         weight_FD: int8 in [-127, 127].
-        z_TF: int32, contiguous.
+        z_TF: of the field's dtype, contiguous.
     """
     width = c_TD.shape[1]
     for first in range(0, len(c_TD), BLOCK_ROWS):

@@ -1,9 +1,11 @@
-"""The two fields of the masking protocol, and the modulus of its check."""
+"""The fields of the masking protocol, and the modulus of its check."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-FieldName = Literal["wide", "compact"]
+import numpy as np
+
+FieldName = Literal["wide", "compact", "lattice"]
 
 CHECK_MODULUS = 2**31 - 1  # P of [P6] and [P7]: prime, and at least either p
 MAX_WIDTH = 131_072  # input features D: sums of int8 products stay below 2^31
@@ -29,6 +31,11 @@ class Field:
         return (1 << self.bits) - self.gap
 
     @property
+    def dtype(self) -> Any:
+        """Of arrays of residues: int32, or int64 where they do not fit."""
+        return np.int32 if self.bits < 32 else np.int64
+
+    @property
     def half(self) -> int:
         """The largest centred residue."""
         return (self.p - 1) // 2
@@ -41,4 +48,5 @@ class Field:
 
 WIDE = Field("wide", bits=31, gap=1, digits=4, residue_bytes=4)
 COMPACT = Field("compact", bits=24, gap=3, digits=3, residue_bytes=3)
+LATTICE = Field("lattice", bits=46, gap=110_591, digits=6, residue_bytes=6)
 FIELDS: dict[FieldName, Field] = {field.name: field for field in (WIDE, COMPACT)}

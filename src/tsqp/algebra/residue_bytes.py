@@ -1,8 +1,11 @@
 """Residues as they cross: rows of bytes.
 
 Where p is wide, a row is little-endian int32. Where it is compact, a row of N residues is three
-planes of N bytes, all low ones first: packed as tightly, and no harder to read than whole words.
+planes of N bytes, all low ones first: packed as tightly, and no harder to read than whole words. In
+the lattice field it is N words of the low 32 bits, and then N of the upper 16.
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +19,27 @@ Bytes = NDArray[np.uint8]
 _NO_WORDS: Int32 = np.empty((0, 0), np.int32)
 
 
-def pack(residues_TN: Int32, field: Field, bytes_TB: Bytes) -> None:
+def pack(residues_TN: NDArray[Any], field: Field, bytes_TB: Bytes) -> None:
     """Write rows of bytes, as many for each residue as the field has."""
     if field.residue_bytes == 3:
         _write_planes(residues_TN, bytes_TB)
+    elif field.residue_bytes == 6:
+        low_TN, high_TN = as_low_and_high(bytes_TB)
+        low_TN[:] = residues_TN & 0xFFFFFFFF
+        high_TN[:] = residues_TN >> 32
     else:
         bytes_TB.view(np.int32)[:] = residues_TN
 
 
-def unpack(bytes_TB: Bytes, field: Field, residues_TN: Int32) -> None:
+def unpack(bytes_TB: Bytes, field: Field, residues_TN: NDArray[Any]) -> None:
     """Read rows of bytes, each once; what is no residue comes as it is."""
     if field.residue_bytes == 3:
         _read_planes(bytes_TB, residues_TN)
+    elif field.residue_bytes == 6:
+        low_TN, high_TN = as_low_and_high(bytes_TB)
+        residues_TN[:] = high_TN
+        residues_TN <<= 32
+        residues_TN |= low_TN
     else:
         residues_TN[:] = bytes_TB.view(np.int32)
 
@@ -39,6 +51,12 @@ def as_words(bytes_TB: Bytes, field: Field) -> Int32:
         bytes_TB: begins at a multiple of 4 bytes.
     """
     return _NO_WORDS if field.residue_bytes == 3 else bytes_TB.view(np.int32)
+
+
+def as_low_and_high(bytes_TB: Bytes) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    """The two parts of rows of the lattice field, where they lie."""
+    words = 4 * (bytes_TB.shape[1] // 6)
+    return bytes_TB[:, :words].view("<u4"), bytes_TB[:, words:].view("<u2")
 
 
 def prepare(field: Field) -> None:

@@ -17,9 +17,9 @@ from tsqp.gpu import cuda_product
 
 def prepare() -> None:
     """Compile what products of residues need, sent or from a seed, before a client waits."""
-    digits.prepare()
-    words.prepare()
     for field in FIELDS.values():
+        digits.prepare(field)
+        words.prepare(field)
         residue_bytes.prepare(field)
     int8_product.fast_product_is_exact()
 

@@ -3,10 +3,12 @@
 The trusted side makes its pads and shares of it; a worker that is sent the seed of a share [P8]
 makes the share itself.
 
-The stream is AES-256 in counter mode from counter 0, read as little-endian 32-bit words. Of each
-word the lowest `bits` bits of the field are a candidate; candidates that are p or larger are
-skipped, so what remains is uniform on [0, p).
+The stream is AES-256 in counter mode from counter 0, read as little-endian words of 32 bits, or of
+64 in the lattice field. The lowest `bits` bits of the field in each word are a candidate; candidates
+that are p or larger are skipped, so what remains is uniform on [0, p).
 """
+
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -18,22 +20,22 @@ from tsqp.algebra.words import accept
 SEED_BYTES = 32
 CHUNK_WORDS = 2**16
 
-_ZEROS = bytes(4 * CHUNK_WORDS)
+_ZEROS = bytes(8 * CHUNK_WORDS)
 
 
-def expand(seed: bytes, residues_N: NDArray[np.int32], field: Field) -> None:
+def expand(seed: bytes, residues_N: NDArray[Any], field: Field) -> None:
     """Fill `residues_N` with the first residues of the stream.
 
     Args:
         seed: SEED_BYTES, never used for anything else.
-        residues_N: contiguous; receives values in [0, p).
+        residues_N: of the field's dtype, contiguous; receives values in [0, p).
     """
     assert len(seed) == SEED_BYTES
     stream = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
-    words = np.empty(CHUNK_WORDS, np.uint32)
+    words = np.empty(CHUNK_WORDS, np.uint32 if field.dtype == np.int32 else np.uint64)
     zeros = memoryview(_ZEROS)
     done = 0
     while done < residues_N.size:
         count = min(CHUNK_WORDS, residues_N.size - done)
-        stream.update_into(zeros[: 4 * count], words[:count].view(np.uint8).data)
+        stream.update_into(zeros[: words.itemsize * count], words[:count].view(np.uint8).data)
         done += accept(words[:count], field.bits, field.p, residues_N[done : done + count])

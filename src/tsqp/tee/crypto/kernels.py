@@ -156,8 +156,8 @@ def prepare(field: Field, *, shares: bool) -> None:
     if shares:
         _subtract.compile()
     residue_bytes.prepare(field)
-    digits.prepare()
-    words.prepare()
+    digits.prepare(field)
+    words.prepare(field)
 
 
 @inlined

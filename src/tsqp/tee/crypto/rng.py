@@ -5,6 +5,7 @@ process, or lies in a snapshot for longer.
 """
 
 import secrets
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,9 @@ def fresh_seed() -> bytes:
     return secrets.token_bytes(SEED_BYTES)
 
 
-def uniform(shape: tuple[int, ...], field: Field) -> NDArray[np.int32]:
-    """Independent residues, uniform on [0, p)."""
-    residues = np.empty(shape, np.int32)
+def uniform(shape: tuple[int, ...], field: Field) -> NDArray[Any]:
+    """Independent residues of the field's dtype, uniform on [0, p)."""
+    residues = np.empty(shape, field.dtype)
     expand(fresh_seed(), residues.reshape(-1), field)
     return residues
 
