@@ -13,6 +13,7 @@
     │   └── PromptTooLong          a prompt that leaves no room in the model's context
     ├── OutOfMemory                would not fit; names the bytes needed and the bytes there are
     ├── OutputError                standard output cannot be written
+    ├── LatticeError               a lattice mask whose own product is wrong: no worker's doing
     ├── RecordingError             what a worker received cannot be written down, or not be read
     ├── ReportError                a file is no call log and no result of a benchmark
     └── WorkerError                something between here and the worker
@@ -90,6 +91,10 @@ class OutOfMemory(TSQPError):
 
 class OutputError(TSQPError):
     """Standard output cannot be written, and with it the answer."""
+
+
+class LatticeError(TSQPError):
+    """A lattice mask does not fit its product: a wrong hint or program, and no worker's doing."""
 
 
 class RecordingError(TSQPError):

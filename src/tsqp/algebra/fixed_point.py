@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsqp.algebra.params import Field
+from tsqp.algebra.params import LATTICE, Field
 
 MIN_LEVELS = 2**6  # of a typical row's activations; below, the answer would be mostly rounding
 TINY = 2.0**-100  # a row of smaller weights counts as zeros
@@ -80,15 +80,29 @@ class Bounds:
             l2_squared = max(l2_squared, int(block.square().sum(dim=1, dtype=torch.int64).max()))
         return cls(l1, l2_squared, width)
 
+    def delta(self, field: Field) -> int:
+        """Δ of [P12], what the integers of the activations are multiplied by; 1 without noise.
+
+        A power of two. |Wq · e| reaches Δ/2 with probability below 2^-70, and products fit int32.
+        """
+        if field is not LATTICE:
+            return 1
+        wanted = max(20 * math.sqrt(8 * self.l2_squared), field.p / 2**31)
+        return 1 << math.ceil(math.log2(wanted))
+
     def room(self, field: Field) -> float:
-        """How large |Wq · xq| may get before rounding, [P2]: the scale is this over its bound.
+        """How large |Wq · xq| may get before rounding [P2], [P12]; over its bound, the scale.
 
         Raises:
             ValueError: the field is too small for these weights; says what it would keep.
         """
-        if self.l1 >= field.p - 1:
-            raise ValueError(f"a row's weights add up to {self.l1}, and p is {field.p}")
-        room = (1 - ROUNDING_MARGIN) * (field.p - 1 - self.l1) / 2
+        delta = self.delta(field)
+        largest = field.half - (delta // 2)  # of Δ · Wq · xq
+        if 2 * largest <= self.l1 * delta:
+            raise ValueError(
+                f"a row's weights add up to {self.l1}, and the field ends at {largest}"
+            )
+        room = (1 - ROUNDING_MARGIN) * (largest / delta - self.l1 / 2)
         if (levels := self._typical_levels(room)) < MIN_LEVELS:
             raise ValueError(
                 f"a typical row of {self.width} activations would keep {levels:.0f} levels, and "

@@ -139,7 +139,8 @@ def products_of_class(
             features in blocks, zeros after the last one.
         secret_N: from `ClassTransform.secret`.
         noise_GMB: 32 uniform bits for each coefficient, of which e is the number of ones among the
-            lower 16 minus that among the upper 16; an array of no blocks for e = 0.
+            lower 16 minus that among the upper 16, for the blocks from `first` on; an array of no
+            blocks for e = 0.
         work: from `work_space`.
         out_low_MD, out_high_MD: receive the coefficients, in the same two parts.
         first, stop: the blocks of features to do.
@@ -351,7 +352,7 @@ def _products_of_class(
             _stages(column_RB, w_M, chunks, 0, 1 + odd, q)
             for r in range(chunks):
                 t = j + r * chunk
-                _finish(column_RB[r], noise_GMB, g, t, q, low_B, high_B)
+                _finish(column_RB[r], noise_GMB, g - first, t, q, low_B, high_B)
                 out_low_D, out_high_D = out_low_MD[t, begin:], out_high_MD[t, begin:]
                 if width == BLOCK:
                     for b in range(BLOCK):

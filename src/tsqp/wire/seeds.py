@@ -4,7 +4,7 @@ The trusted side makes its pads and shares of it; a worker that is sent the seed
 makes the share itself.
 
 The stream is AES-256 in counter mode from counter 0, read as little-endian words of 32 bits, or of
-64 in the lattice field. The lowest `bits` bits of the field in each word are a candidate; candidates
+64 in the lattice field. The lowest `bits` bits of a word are a candidate; candidates
 that are p or larger are skipped, so what remains is uniform on [0, p).
 """
 

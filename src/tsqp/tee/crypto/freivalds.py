@@ -5,6 +5,7 @@ Shape suffixes: D input and F output features of a group.
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tsqp.algebra import digits
 from tsqp.algebra.int8_product import int8_product
-from tsqp.algebra.params import CHECK_MODULUS, MAX_WIDTH, WIDE
+from tsqp.algebra.params import MAX_WIDTH, WIDE, Field
 from tsqp.errors import IntegrityError
 from tsqp.tee.crypto.rng import uniform_check
 
@@ -37,25 +38,30 @@ class CheckVectors:
     def draw(cls, weight_FD: Tensor) -> "CheckVectors":
         """[P6] for int8 weights in [-127, 127]."""
         k_2F = uniform_check((VECTORS, weight_FD.shape[0]))
-        return cls(k_2F, _times(k_2F, weight_FD))
+        return cls(k_2F, times(k_2F, weight_FD, WIDE))
 
 
-def _times(k_2F: NDArray[np.int32], weight_FD: Tensor) -> NDArray[np.int32]:
-    """k · Wq mod P by exact digit products, over at most MAX_WIDTH output features at once."""
+def times(k_VF: NDArray[Any], weight_FD: Tensor, field: Field) -> NDArray[Any]:
+    """k · Wq mod p by exact digit products, over at most MAX_WIDTH output features at once.
+
+    Args:
+        k_VF: vectors of residues of the field.
+        weight_FD: int8 in [-127, 127].
+    """
     features, width = weight_FD.shape
-    levels = WIDE.digits
-    total_2D = np.zeros((VECTORS, width), np.int64)
-    part_2D = np.empty((VECTORS, width), np.int32)
+    levels, vectors = field.digits, len(k_VF)
+    total_VD = np.zeros((vectors, width), np.int64)
+    part_VD = np.empty((vectors, width), field.dtype)
     for first in range(0, features, MAX_WIDTH):
         rows = slice(first, first + MAX_WIDTH)
-        some_2F = np.ascontiguousarray(k_2F[:, rows])
-        digits_LN = np.empty((levels, some_2F.size), np.int8)
-        digits.split(some_2F.reshape(-1), WIDE, digits_LN)
-        digits_MF = torch.from_numpy(digits_LN).view(levels * VECTORS, -1)
+        some_VF = np.ascontiguousarray(k_VF[:, rows])
+        digits_LN = np.empty((levels, some_VF.size), np.int8)
+        digits.split(some_VF.reshape(-1), field, digits_LN)
+        digits_MF = torch.from_numpy(digits_LN).view(levels * vectors, -1)
         products_MD = int8_product(digits_MF, weight_FD[rows])
-        digits.join(products_MD.view(levels, -1).numpy(), WIDE, part_2D.reshape(-1))
-        total_2D += part_2D
-    return (total_2D % CHECK_MODULUS).astype(np.int32)
+        digits.join(products_MD.view(levels, -1).numpy(), field, part_VD.reshape(-1))
+        total_VD += part_VD
+    return np.asarray(total_VD % field.p, field.dtype)
 
 
 class FailureLimit:

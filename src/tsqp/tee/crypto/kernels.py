@@ -161,7 +161,7 @@ def prepare(field: Field, *, shares: bool) -> None:
 
 
 @inlined
-def _fold(value: Any) -> Any:
+def fold(value: Any) -> Any:
     """≡ value mod P, and smaller than 2^33 in size."""
     return (value & np.int64(CHECK_MODULUS)) + (value >> np.int64(31))
 
@@ -181,7 +181,7 @@ def _measure(x_D: Float32, bits_D: Int32) -> tuple[Any, Any]:
 
 
 @inlined
-def _quantize_row(
+def quantize_row(
     x_D: Float32, bits_D: Int32, l1: float, l2: float, room: float, xq_D: Int32
 ) -> Any:
     """[P2]: write xq and return 1/a; negative where x is not finite."""
@@ -210,12 +210,12 @@ def _pad_row(xq_D: Int32, r_D: Int32, p: int, c_D: Int32) -> None:
 
 
 @inlined
-def _low(pair: Any) -> Any:
+def low_of(pair: Any) -> Any:
     return np.int64(np.int32(pair))
 
 
 @inlined
-def _high(pair: Any) -> Any:
+def high_of(pair: Any) -> Any:
     return pair >> np.int64(32)
 
 
@@ -223,9 +223,9 @@ def _high(pair: Any) -> Any:
 def _dot_block(k1_P: Int64, k2_P: Int64, xq_P: Int64) -> tuple[Any, Any]:
     sum1, sum2 = np.int64(0), np.int64(0)
     for i in range(xq_P.size):
-        low, high = _low(xq_P[i]), _high(xq_P[i])
-        sum1 += _low(k1_P[i]) * low + _high(k1_P[i]) * high
-        sum2 += _low(k2_P[i]) * low + _high(k2_P[i]) * high
+        low, high = low_of(xq_P[i]), high_of(xq_P[i])
+        sum1 += low_of(k1_P[i]) * low + high_of(k1_P[i]) * high
+        sum2 += low_of(k2_P[i]) * low + high_of(k2_P[i]) * high
     return sum1, sum2
 
 
@@ -236,8 +236,8 @@ def _check_input(check_2P: Int64, xq_P: Int64, expected_2: Int64) -> None:
     for first in range(0, xq_P.size, BLOCK):
         some = slice(first, first + BLOCK)
         part1, part2 = _dot_block(check_2P[0, some], check_2P[1, some], xq_P[some])
-        sum1 += _fold(part1)
-        sum2 += _fold(part2)
+        sum1 += fold(part1)
+        sum2 += fold(part2)
     expected_2[0] = sum1 % CHECK_MODULUS
     expected_2[1] = sum2 % CHECK_MODULUS
 
@@ -268,17 +268,23 @@ def _check_answer(k_2P: Int64, yq_P: Int64, expected_2: Int64) -> Any:
     half = yq_P.size // 2
     for i in range(half):
         j = i + half
-        y0, y1, y2, y3 = _low(yq_P[i]), _high(yq_P[i]), _low(yq_P[j]), _high(yq_P[j])
-        sum1 += _fold(
-            _low(k1_P[i]) * y0 + _high(k1_P[i]) * y1 + _low(k1_P[j]) * y2 + _high(k1_P[j]) * y3
+        y0, y1, y2, y3 = low_of(yq_P[i]), high_of(yq_P[i]), low_of(yq_P[j]), high_of(yq_P[j])
+        sum1 += fold(
+            low_of(k1_P[i]) * y0
+            + high_of(k1_P[i]) * y1
+            + low_of(k1_P[j]) * y2
+            + high_of(k1_P[j]) * y3
         )
-        sum2 += _fold(
-            _low(k2_P[i]) * y0 + _high(k2_P[i]) * y1 + _low(k2_P[j]) * y2 + _high(k2_P[j]) * y3
+        sum2 += fold(
+            low_of(k2_P[i]) * y0
+            + high_of(k2_P[i]) * y1
+            + low_of(k2_P[j]) * y2
+            + high_of(k2_P[j]) * y3
         )
     for i in range(2 * half, yq_P.size):
-        y0, y1 = _low(yq_P[i]), _high(yq_P[i])
-        sum1 += _fold(_low(k1_P[i]) * y0 + _high(k1_P[i]) * y1)
-        sum2 += _fold(_low(k2_P[i]) * y0 + _high(k2_P[i]) * y1)
+        y0, y1 = low_of(yq_P[i]), high_of(yq_P[i])
+        sum1 += fold(low_of(k1_P[i]) * y0 + high_of(k1_P[i]) * y1)
+        sum2 += fold(low_of(k2_P[i]) * y0 + high_of(k2_P[i]) * y1)
     return sum1 % CHECK_MODULUS == expected_2[0] and sum2 % CHECK_MODULUS == expected_2[1]
 
 
@@ -309,7 +315,7 @@ def _quantize_and_pad(
     xq_D = xq_P.view(np.int32)[: x_TD.shape[1]]
     c_D = np.empty(x_TD.shape[1], np.int32)
     for t in range(first, stop):
-        unit_T[t] = _quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
+        unit_T[t] = quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
         if unit_T[t] < 0.0:
             return t
         _pad_row(xq_D, r_TD[t], p, c_D)

@@ -1,0 +1,183 @@
+"""One group of linear layers under lattice masks: what goes out, and what comes of the answer.
+
+Shape suffixes: T tokens; D input and F output features; P pairs of them; B bytes of a row.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tsqp.algebra.fixed_point import Bounds
+from tsqp.algebra.params import LATTICE
+from tsqp.algebra.residue_bytes import as_low_and_high
+from tsqp.errors import IntegrityError, LatticeError, NumericalError, UnsupportedModel
+from tsqp.model.config import Key
+from tsqp.model.quantize import IntegerWeights
+from tsqp.tee.crypto import kernels, lattice_kernels
+from tsqp.tee.crypto.freivalds import VECTORS, CheckVectors, times
+from tsqp.tee.crypto.kernels import ALL_ROWS
+from tsqp.tee.crypto.lattice import Masks
+from tsqp.tee.crypto.rng import uniform
+from tsqp.tee.crypto.row_pool import RowPool
+
+Q = float(LATTICE.p)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedRows:
+    """What the TEE keeps of rows that went out.
+
+    Attributes:
+        unit_T: size of one step of each row's integers.
+        expected_T2: k_iW · c mod q, what [P13] must find.
+        expected_after_T: kW · xq mod P, what [P7] must find after rounding.
+    """
+
+    unit_T: NDArray[np.float64]
+    expected_T2: NDArray[np.int64]
+    expected_after_T: NDArray[np.int64]
+
+
+class LatticeGroup:
+    """Check vectors, scales and bounds of one group; the weights themselves are not kept.
+
+    Attributes:
+        features, width: F and D.
+    """
+
+    field = LATTICE
+
+    def __init__(self, key: Key, weights: IntegerWeights, bias_F: Tensor | None) -> None:
+        """Draw check vectors [P6], [P13].
+
+        Raises:
+            UnsupportedModel: the field is too small for these weights.
+        """
+        self.layer, self.name = key
+        self.features, self.width = weights.weight_FD.shape
+        bounds = Bounds.of(weights.weight_FD)
+        self._l1, self._l2 = float(bounds.l1), math.sqrt(bounds.l2_squared)
+        self.delta = bounds.delta(LATTICE)
+        try:
+            self._room = bounds.room(LATTICE)
+        except ValueError as exc:
+            raise UnsupportedModel(
+                f"{self} does not fit the lattice field: {exc}; use --field wide, or another model."
+            ) from exc
+        self._scale_F = weights.scale_F.double().numpy()
+        self._bias_F = None if bias_F is None else bias_F.float()
+        k_2F = uniform((VECTORS, self.features), LATTICE)
+        self._k_2F = _centred(k_2F)
+        self._kw_2D = _centred(times(k_2F, weights.weight_FD, LATTICE))
+        after = CheckVectors.draw(weights.weight_FD)
+        self._after_F = kernels.as_pairs(after.k_2F)[0]
+        self._after_D = kernels.as_pairs(after.kw_2D)[0]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row's residues, both ways."""
+        return LATTICE.residue_bytes * (self.width + self.features)
+
+    def __str__(self) -> str:
+        return (
+            f"group {self.name}" if self.layer < 0 else f"group {self.name} of layer {self.layer}"
+        )
+
+    def mask(self, x_TD: Tensor, masks: Masks, c_TB: Tensor, rows: RowPool) -> MaskedRows:
+        """[P12]: write c = Δ · xq + r mod q, the only thing that leaves.
+
+        Args:
+            x_TD: float32, contiguous.
+            c_TB: uint8, may be shared memory.
+
+        Raises:
+            NumericalError: a row of x is not finite.
+        """
+        x_np = x_TD.numpy()
+        c_low_TD, c_high_TD = as_low_and_high(c_TB.numpy())
+        unit_T, expected_T2 = np.empty(len(x_np)), np.empty((len(x_np), VECTORS), np.int64)
+        expected_after_T = np.empty(len(x_np), np.int64)
+        kernel = partial(
+            lattice_kernels.quantize_and_mask,
+            x_np,
+            x_np.view(np.int32),
+            masks.r_low_MD,
+            masks.r_high_MD,
+            self._kw_2D,
+            self._after_D,
+            self._l1,
+            self._l2,
+            self._room,
+            float(self.delta),
+            Q,
+            c_low_TD,
+            c_high_TD,
+            unit_T,
+            expected_T2,
+            expected_after_T,
+        )
+        if rows.run(len(x_np), kernel) != ALL_ROWS:
+            raise NumericalError(
+                f"The input of {self} holds NaN or infinity; try --dtype float32, or check the "
+                "model."
+            )
+        return MaskedRows(unit_T, expected_T2, expected_after_T)
+
+    def unmask(
+        self,
+        z_TB: Tensor,
+        masks: Masks,
+        masked: MaskedRows,
+        y_TF: Tensor,
+        worker: str,
+        rows: RowPool,
+    ) -> None:
+        """[P13], and then [P12], [P7] and [P3]: write y, or raise.
+
+        Args:
+            y_TF: float32, contiguous, in private memory; worthless where this raises.
+            worker: whom to blame for a wrong answer, as a sentence begins.
+
+        Raises:
+            IntegrityError: some row is not the product; nothing was unmasked.
+            LatticeError: the mask's own product was wrong, which no worker can bring about.
+        """
+        z_low_TF, z_high_TF = as_low_and_high(kernels.aligned(z_TB))
+        z_TF = np.empty((len(y_TF), self.features))
+        verify = partial(
+            lattice_kernels.verify, z_low_TF, z_high_TF, self._k_2F, masked.expected_T2, Q, z_TF
+        )
+        if rows.run(len(y_TF), verify) != ALL_ROWS:
+            raise IntegrityError(
+                f"{worker} returned a wrong product for {self}; nothing of it was used, and "
+                "nothing more should be asked there."
+            )
+        unmask = partial(
+            lattice_kernels.unmask,
+            z_TF,
+            masks.u_low_MF,
+            masks.u_high_MF,
+            self._after_F,
+            self._scale_F,
+            masked.unit_T,
+            masked.expected_after_T,
+            Q,
+            self.delta.bit_length() - 1,
+            y_TF.numpy(),
+        )
+        if rows.run(len(y_TF), unmask) != ALL_ROWS:
+            raise LatticeError(
+                f"A mask of {self} does not fit its product, which no worker can bring about: its "
+                "hints or this program are wrong, so nothing is offloaded with lattice masks any "
+                "more; use --field wide, and report it."
+            )
+        if self._bias_F is not None:
+            y_TF.add_(self._bias_F)
+
+
+def _centred(residues: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.where(residues > LATTICE.half, residues - LATTICE.p, residues).astype(np.float64)

@@ -1,0 +1,263 @@
+"""Lattice masks and the loops around them, against Python's integers."""
+
+import numpy as np
+import pytest
+import torch
+from crypto_helpers import integer_weights, product
+
+from tsqp.algebra import residue_bytes
+from tsqp.algebra.int8_product import residue_product
+from tsqp.algebra.params import LATTICE
+from tsqp.algebra.ring import ClassTransform, Ring
+from tsqp.errors import CheckpointError, IntegrityError, LatticeError
+from tsqp.model.quantize import IntegerWeights
+from tsqp.tee.crypto import lattice
+from tsqp.tee.crypto.hints import Polynomials, check_hints, make_hints, public_polynomials
+from tsqp.tee.crypto.lattice import LatticeProvider, Masks
+from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.offload.lattice_group import LatticeGroup, MaskedRows
+
+KEY = (3, "qkv")
+Q = LATTICE.p
+RING = Ring.of(Q, lattice.DEGREE)
+
+
+class Layer:
+    """A group with its hints, and an honest worker."""
+
+    def __init__(self, weights: IntegerWeights, classes: int = 8) -> None:
+        self.weights = weights
+        width = weights.weight_FD.shape[1]
+        self.group = LatticeGroup(KEY, weights, None)
+        self.public = public_polynomials(RING, bytes(range(32)), width)
+        self.hints = make_hints(self.public, weights.weight_FD)
+        transform = ClassTransform.of(RING, classes)
+        self.provider = LatticeProvider(self.public, {KEY: self.hints}, {KEY: width}, transform)
+        self.rows = RowPool(2)
+
+    def take(self, rows: int) -> Masks:
+        masks = self.provider.make(KEY)
+        return Masks(
+            masks.r_low_MD[:rows],
+            masks.r_high_MD[:rows],
+            masks.u_low_MF[:rows],
+            masks.u_high_MF[:rows],
+        )
+
+    def mask(self, x_TD: torch.Tensor, masks: Masks) -> tuple[MaskedRows, torch.Tensor]:
+        """What the TEE keeps, and the residues that go out, int64."""
+        c_TB = torch.empty(len(x_TD), LATTICE.residue_bytes * self.group.width, dtype=torch.uint8)
+        masked = self.group.mask(x_TD, masks, c_TB, self.rows)
+        c_TD = torch.empty(tuple(x_TD.shape), dtype=torch.int64)
+        residue_bytes.unpack(c_TB.numpy(), LATTICE, c_TD.numpy())
+        return masked, c_TD
+
+    def answer(self, c_TD: torch.Tensor) -> torch.Tensor:
+        z_TF = torch.empty(len(c_TD), self.group.features, dtype=torch.int64)
+        residue_product(c_TD, self.weights.weight_FD, LATTICE, z_TF)
+        return z_TF
+
+    def unmask(self, z_TF: torch.Tensor, masks: Masks, masked: MaskedRows) -> torch.Tensor:
+        z_TB = torch.empty(
+            len(z_TF), LATTICE.residue_bytes * self.group.features, dtype=torch.uint8
+        )
+        residue_bytes.pack(z_TF.numpy(), LATTICE, z_TB.numpy())
+        y_TF = torch.full((len(z_TF), self.group.features), torch.nan)
+        self.group.unmask(z_TB, masks, masked, y_TF, "The worker", self.rows)
+        return y_TF
+
+
+def residues(low: np.ndarray, high: np.ndarray) -> list[list[int]]:
+    return (low.astype(np.int64) + (high.astype(np.int64) << 32)).tolist()
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    return Layer(integer_weights(40, 37))
+
+
+def rows_of(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    x_TD = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    x_TD[:, 3] *= 300
+    return x_TD
+
+
+def test_a_layer_equals_its_integers_in_exact_arithmetic(layer: Layer) -> None:
+    x_TD = rows_of(33, layer.group.width)
+    masks = layer.take(33)
+    masked, c_TD = layer.mask(x_TD, masks)
+    y_TF = layer.unmask(layer.answer(c_TD), masks, masked)
+    r_TD = residues(masks.r_low_MD, masks.r_high_MD)
+    for t in (0, 16, 32):
+        unit = masked.unit_T[t]
+        xq_D = [round(v / unit) for v in x_TD[t].double().tolist()]
+        assert c_TD[t].tolist() == [
+            (layer.group.delta * x + r) % Q for x, r in zip(xq_D, r_TD[t], strict=True)
+        ]
+        expected = product(layer.weights.weight_FD, xq_D)
+        scales = layer.weights.scale_F.double()
+        assert torch.equal(y_TF[t], (torch.tensor(expected).double() * scales * unit).float())
+
+
+def test_a_mask_and_its_product_differ_by_small_noise_only(layer: Layer) -> None:
+    masks = layer.provider.make(KEY)
+    r_MD, u_MF = (
+        residues(masks.r_low_MD, masks.r_high_MD),
+        residues(masks.u_low_MF, masks.u_high_MF),
+    )
+    l2 = layer.weights.weight_FD.double().square().sum(1).sqrt()
+    errors = []
+    for t in range(len(masks)):
+        z_F = product(layer.weights.weight_FD, r_MD[t])
+        errors.append([(z - u + Q // 2) % Q - Q // 2 for z, u in zip(z_F, u_MF[t], strict=True)])
+    found = torch.tensor(errors).double() / l2
+    assert float(found.std()) == pytest.approx(8**0.5, rel=0.05)
+    assert float(found.abs().max() * l2.max()) < layer.group.delta / 4
+
+
+@pytest.mark.parametrize("error", [1, -1, 2**31 - 1, 5 * (2**31 - 1), Q // 2, Q - 2])
+@pytest.mark.parametrize("row", [0, 7, 15])
+def test_a_wrong_row_is_refused_before_anything_is_unmasked(
+    layer: Layer, error: int, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> int:
+        raise AssertionError("unmasked")
+
+    masks = layer.take(16)
+    masked, c_TD = layer.mask(rows_of(16, layer.group.width), masks)
+    z_TF = layer.answer(c_TD)
+    z_TF[row, 11] = (z_TF[row, 11] + error) % Q
+    monkeypatch.setattr("tsqp.tee.crypto.lattice_kernels.unmask", never)
+    with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 3"):
+        layer.unmask(z_TF, masks, masked)
+
+
+@pytest.mark.parametrize("value", [Q, Q + 1, 2**48 - 1])
+def test_values_that_are_no_residues_are_refused(layer: Layer, value: int) -> None:
+    masks = layer.take(1)
+    masked, c_TD = layer.mask(rows_of(1, layer.group.width), masks)
+    z_TF = layer.answer(c_TD)
+    z_TF[0, 0] = value
+    with pytest.raises(IntegrityError):
+        layer.unmask(z_TF, masks, masked)
+
+
+def test_a_wrong_product_of_a_mask_is_another_error(layer: Layer) -> None:
+    masks = layer.take(4)
+    masked, c_TD = layer.mask(rows_of(4, layer.group.width), masks)
+    masks.u_high_MF[2, 5] ^= 0x100
+    with pytest.raises(LatticeError, match="no worker can bring about"):
+        layer.unmask(layer.answer(c_TD), masks, masked)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_noise_just_below_half_of_delta_rounds_right(layer: Layer, sign: int) -> None:
+    masks = layer.take(2)
+    x_TD = rows_of(2, layer.group.width)
+    masked, c_TD = layer.mask(x_TD, masks)
+    z_TF = layer.answer(c_TD)
+    expected = layer.unmask(z_TF, masks, masked)
+    r_TD = residues(masks.r_low_MD, masks.r_high_MD)
+    for t in range(2):
+        for f, value in enumerate(product(layer.weights.weight_FD, r_TD[t])):
+            u = (value - sign * (layer.group.delta // 2 - 1)) % Q
+            masks.u_low_MF[t, f], masks.u_high_MF[t, f] = u & 0xFFFFFFFF, u >> 32
+    assert torch.equal(layer.unmask(z_TF, masks, masked), expected)
+
+
+def test_hints_are_the_products_of_the_public_polynomials(layer: Layer) -> None:
+    a_ND = layer.public.at(slice(0, 2048)).tolist()
+    h_NF = layer.hints.at(slice(0, 2048)).tolist()
+    for n in (0, 1000, 2047):
+        assert h_NF[n] == [v % Q for v in product(layer.weights.weight_FD, a_ND[n])]
+    check_hints(layer.hints, layer.public, layer.weights.weight_FD, "group qkv")
+
+
+def changed(hints: Polynomials, g: int, n: int, b: int, low: int, high: int) -> Polynomials:
+    copy = Polynomials(hints.low_GNB.copy(), hints.high_GNB.copy(), hints.count)
+    copy.low_GNB[g, n, b] ^= low
+    copy.high_GNB[g, n, b] ^= high
+    return copy
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (0, 2047, 31), (1, 1023, 7)])
+@pytest.mark.parametrize("bits", [(1, 0), (2**31, 0), (0, 1), (0, 2**13)])
+def test_a_hint_with_one_wrong_bit_is_refused(
+    layer: Layer, place: tuple[int, int, int], bits: tuple[int, int]
+) -> None:
+    wrong = changed(layer.hints, *place, *bits)
+    with pytest.raises(CheckpointError, match="group qkv"):
+        check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv")
+
+
+def test_a_hint_that_is_no_residue_is_refused(layer: Layer) -> None:
+    wrong = changed(layer.hints, 0, 5, 5, 0, 0)
+    value = int(wrong.low_GNB[0, 5, 5]) + (int(wrong.high_GNB[0, 5, 5]) << 32) + Q
+    wrong.low_GNB[0, 5, 5], wrong.high_GNB[0, 5, 5] = value & 0xFFFFFFFF, value >> 32
+    with pytest.raises(CheckpointError, match="no residues"):
+        check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv")
+
+
+def test_hints_of_other_weights_or_another_seed_are_refused(layer: Layer) -> None:
+    width = layer.group.width
+    others = make_hints(layer.public, integer_weights(40, width, seed=1).weight_FD)
+    with pytest.raises(CheckpointError):
+        check_hints(others, layer.public, layer.weights.weight_FD, "group qkv")
+    elsewhere = public_polynomials(RING, bytes(32), width)
+    with pytest.raises(CheckpointError):
+        check_hints(layer.hints, elsewhere, layer.weights.weight_FD, "group qkv")
+
+
+def test_public_polynomials_differ_by_seed_label_degree_and_place() -> None:
+    def values(ring: Ring = RING, seed: bytes = bytes(32), label: bytes = b"a") -> list[list[int]]:
+        return public_polynomials(ring, seed, 2, label=label).at(slice(0, 8)).T.tolist()
+
+    first, second = values()
+    seen = [first, second, *values(Ring.of(Q, 1024))]
+    seen += [
+        *values(seed=bytes(31) + b"\1"),
+        *values(label=b"b"),
+        *values(Ring.of(2**40 - 36863, 2048)),
+    ]
+    assert len({tuple(each) for each in seen}) == len(seen)
+    assert all(0 <= value < Q for each in seen for value in each)
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_each_class_is_made_once_and_the_secret_is_erased_after_the_last(classes: int) -> None:
+    layer = Layer(integer_weights(8, 5), classes)
+    secrets = []
+    rows = []
+    for _ in range(2 * classes):
+        masks = layer.provider.make(KEY)
+        batch = layer.provider._batches[KEY]
+        if not secrets or secrets[-1] is not batch:
+            secrets.append(batch)
+        rows += residues(masks.r_low_MD, masks.r_high_MD)
+    assert len(secrets) == 2
+    assert not secrets[0]._s_N.any()
+    assert not any(secrets[0]._key)
+    assert len({tuple(row) for row in rows}) == 2 * 2048
+
+
+def test_classes_of_one_batch_are_the_rows_of_the_whole_transform(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lattice.secrets, "token_bytes", lambda size: bytes(range(size)))
+    whole, parts = Layer(integer_weights(8, 5), 1), Layer(integer_weights(8, 5), 4)
+    every = whole.provider.make(KEY)
+    for row_class in range(4):
+        masks = parts.provider.make(KEY)
+        assert residues(masks.u_low_MF, masks.u_high_MF) == residues(
+            every.u_low_MF[row_class::4], every.u_high_MF[row_class::4]
+        )
+
+
+def test_secrets_that_are_forgotten_are_erased() -> None:
+    layer = Layer(integer_weights(8, 5), 4)
+    layer.provider.make(KEY)
+    batch = layer.provider._batches[KEY]
+    assert batch._s_N.any()
+    layer.provider.forget()
+    assert not batch._s_N.any()
+    assert not any(batch._key)
