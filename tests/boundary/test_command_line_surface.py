@@ -10,8 +10,7 @@ COMMANDS = {
         --logprobs --max-tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk
         --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs --prompts
         --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --temperature
-        --threads
-        --timeout --top-k --top-p --worker --worker-key MODEL
+        --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "chat": """
         --attention --debug --device --dtype --expect-model --field --fixed-point

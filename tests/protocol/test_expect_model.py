@@ -1,10 +1,14 @@
 """The digest of a model on the command line: printed, computed, expected."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from protocol_helpers import Main, write_ids
+
+from tsqp import LLM
+from tsqp.errors import UnexpectedModel
 
 OTHER = "sha256:" + "0" * 64
 
@@ -46,6 +50,31 @@ def test_another_model_is_one_sentence(command: str, main: Main, speaking: Path,
     assert re.search(
         rf"has the digest sha256:.{{64}}, and --expect-model asks for {OTHER}", result.error
     )
+
+
+def test_what_is_hashed_is_what_the_tokenizer_uses(speaking: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(speaking, folder)
+    question = [{"role": "user", "content": "Why?"}]
+    with LLM(str(folder), privacy="tee") as llm:
+        before = llm.tokenize(question)
+    with LLM(str(folder), privacy="tee", expect_model=llm.model_digest) as again:
+        (folder / "chat_template.jinja").write_text("Something else")
+        (folder / "tokenizer.json").write_text("{}")
+        assert again.tokenize(question) == before
+    with pytest.raises(UnexpectedModel):
+        LLM(str(folder), privacy="tee", expect_model=llm.model_digest)
+
+
+def test_a_gguf_header_is_read_once(demo_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "demo.gguf"
+    shutil.copy(demo_path, path)
+    with LLM(str(path), privacy="tee") as llm, path.open("r+b") as file:
+        before = LLM("demo", privacy="tee")
+        file.write(b"\0" * 2**20)
+        assert llm.model_digest == before.model_digest
+        assert llm.tokenize("The sea") == before.tokenize("The sea")
+        before.close()
 
 
 def test_a_mode_without_a_name_is_refused(main: Main) -> None:

@@ -14,6 +14,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tsqp.errors import TokenizerError
+from tsqp.model.model_files import ModelFiles, read_tokenizer_files
 from tsqp.tee.text.tokenizer import Tokenizer
 
 LLAMA3_SPLIT = (
@@ -221,6 +222,25 @@ def test_what_was_used_can_be_hashed(backends: dict[str, Backend], tmp_path: Pat
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+@pytest.mark.parametrize("missing", [(), ("tokenizer.json",), ("tokenizer_config.json",)])
+def test_all_that_may_be_read_is_in_the_digest_of_the_model(
+    missing: tuple[str, ...], backends: dict[str, Backend], tmp_path: Path
+) -> None:
+    write_folder(tmp_path, backends["byte-level"], "qwen2", {"tokenizer_class": "Qwen2Tokenizer"})
+    backends["byte-level"].model.save(str(tmp_path))
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("x")
+    for name in missing:
+        (tmp_path / name).unlink()
+    files = ModelFiles(tmp_path)
+    files.read("config.json")
+    read_tokenizer_files(files)
+    before = set(files._read)
+    assert "additional_chat_templates/rag.jinja" in before
+    assert Tokenizer(str(tmp_path), files).exists
+    assert set(files._read) == before
 
 
 def test_a_decoder_that_cannot_be_streamed_is_named(

@@ -1,6 +1,5 @@
 """GGUF files, dequantised exactly to float32, and what their converter did undone."""
 
-import hashlib
 from pathlib import Path
 
 import gguf
@@ -14,8 +13,6 @@ from tsqp.model.files import BinaryFile, check_shape
 from tsqp.model.gguf_config import ARCHITECTURES, ROPE_FREQS, read_config
 from tsqp.model.gguf_reader import GGUFHeader, StoredTensor, read_header
 from tsqp.model.json_fields import show
-
-HASH_BYTES = 2**20  # read at once
 
 
 class GGUFCheckpoint:
@@ -36,7 +33,6 @@ class GGUFCheckpoint:
                 header, None if rope_freqs is None else self._load(rope_freqs, slice(None))
             )
             self._where = _by_hf_name(header, self.config)
-            self._header_sha256 = _header_sha256(self._file, header)
             self._norms = norm_shapes(self.config)
         except BaseException:
             self.close()
@@ -49,7 +45,7 @@ class GGUFCheckpoint:
 
     def file_digests(self) -> dict[str, str]:
         """See `checkpoint.Checkpoint`."""
-        return {"GGUF header": self._header_sha256}
+        return {"GGUF header": self.header.sha256}
 
     def read(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         stored = self._where.get(name)
@@ -85,15 +81,6 @@ class GGUFCheckpoint:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _header_sha256(file: BinaryFile, header: GGUFHeader) -> str:
-    """Of everything before the first tensor: metadata, config, tokenizer and chat template."""
-    end = min(tensor.offset for tensor in header.tensors.values())
-    sha256 = hashlib.sha256()
-    for start in range(0, end, HASH_BYTES):
-        sha256.update(file.read(start, min(HASH_BYTES, end - start)))
-    return sha256.hexdigest()
 
 
 def _check_whole(header: GGUFHeader, name: str) -> None:

@@ -1,6 +1,7 @@
 """The small files of a model's folder: config, tokenizer, chat template."""
 
 import hashlib
+import re
 from pathlib import Path
 
 from tsqp.errors import CheckpointError
@@ -13,10 +14,12 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES_FOLDER = "additional_chat_templates"
+MAX_TEMPLATES = 64
+_TEMPLATE = re.compile(r"[\w-]{1,64}\.jinja")
 MAX_FILE_BYTES = 64 * 2**20  # the largest tokenizer.json takes half of it
 
 
@@ -29,6 +32,7 @@ class ModelFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._read: dict[str, bytes | None] = {}
+        self._names: dict[str, list[str]] = {}
 
     def read(self, name: str) -> bytes | None:
         """The content of the file called `name`, the same on every call; None where there is none.
@@ -42,6 +46,21 @@ class ModelFiles:
         if name not in self._read:
             self._read[name] = _content(self.folder / name)
         return self._read[name]
+
+    def names(self, folder: str) -> list[str]:
+        """The sorted names in a folder below this one, the same on every call.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if folder not in self._names:
+            path = self.folder / folder
+            try:
+                found = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
+            except OSError as exc:
+                raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
+            self._names[folder] = found
+        return self._names[folder]
 
     def sha256(self) -> dict[str, str]:
         """The SHA-256 of every file that was read so far, by name; absent files are left out."""
@@ -58,10 +77,21 @@ def read_tokenizer_files(files: ModelFiles) -> None:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    for name in TOKENIZER_FILES:
-        files.read(name)
-    for path in sorted((files.folder / "additional_chat_templates").glob("*.jinja")):
-        files.read(f"additional_chat_templates/{path.name}")
+    for path in (*TOKENIZER_FILES, *additional_templates(files).values()):
+        files.read(path)
+
+
+def additional_templates(files: ModelFiles) -> dict[str, str]:
+    """The paths of the chat templates beside the default one, by their names.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or holds more than MAX_TEMPLATES.
+    """
+    names = [name for name in files.names(TEMPLATES_FOLDER) if _TEMPLATE.fullmatch(name)]
+    if len(names) > MAX_TEMPLATES:
+        folder = files.folder / TEMPLATES_FOLDER
+        raise CheckpointError(f"{folder} holds more than {MAX_TEMPLATES} templates.")
+    return {name.removesuffix(".jinja"): f"{TEMPLATES_FOLDER}/{name}" for name in names}
 
 
 def _content(path: Path) -> bytes | None:

@@ -1,15 +1,10 @@
 """The chat templates of a Hugging Face folder, as Jinja source."""
 
-import re
 from typing import Any
 
-from tsqp.errors import CheckpointError, TokenizerError
+from tsqp.errors import TokenizerError
 from tsqp.model.files import parse_json
-from tsqp.model.model_files import ModelFiles
-
-FOLDER = "additional_chat_templates"
-MAX_TEMPLATES = 64
-_NAME = re.compile(r"[\w-]{1,64}\.jinja")
+from tsqp.model.model_files import ModelFiles, additional_templates
 
 
 def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str] | None:
@@ -24,7 +19,7 @@ def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str
         TokenizerError: what should be a template is not text.
         CheckpointError: a file cannot be read.
     """
-    found = {name.removesuffix(".jinja"): f"{FOLDER}/{name}" for name in _additional(files)}
+    found = additional_templates(files)
     templates = {
         name: _text(raw, path)
         for name, path in ({"default": "chat_template.jinja"} | found).items()
@@ -35,19 +30,6 @@ def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str
     if not templates:
         return _configured(configured)
     return templates["default"] if templates.keys() == {"default"} else templates
-
-
-def _additional(files: ModelFiles) -> list[str]:
-    folder = files.folder / FOLDER
-    try:
-        if not folder.is_dir():
-            return []
-        names = sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    except OSError as exc:
-        raise CheckpointError(f"Cannot read {folder}: {exc.strerror}.") from exc
-    if len(names) > MAX_TEMPLATES:
-        raise TokenizerError(f"{folder} holds more than {MAX_TEMPLATES} templates.")
-    return names
 
 
 def _configured(value: object) -> str | dict[str, str] | None:
