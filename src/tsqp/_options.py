@@ -8,6 +8,7 @@ from tsqp._links import Link, check_links
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.errors import UsageError
 from tsqp.model.model_digest import check_digest
+from tsqp.tee.values import as_integer, as_number
 
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
 ATTENTION_SIDES = ("tee", "gpu")
@@ -95,17 +96,15 @@ def check_options(
         raise UsageError(f"There is no field {field!r}; choose {_or(tuple(FIELDS))}.")
     if fixed_point and privacy != "tee":
         raise UsageError("--fixed-point goes with --privacy tee; the private modes always use it.")
-    for name, number in (
-        ("prefill_chunk", prefill_chunk),
-        ("lanes", lanes),
-        ("threads", 1 if threads is None else threads),
-    ):
-        if number < 1:
-            raise UsageError(f"{name} is {number}; it must be 1 or more.")
-    if pad_memory is not None and not 0 <= pad_memory < math.inf:
-        raise UsageError(f"pad_memory is {pad_memory}; it must be a number of bytes, 0 or more.")
-    if not 0 < timeout < math.inf:
-        raise UsageError(f"timeout is {timeout}; it must be a number of seconds above 0.")
+    prefill_chunk = _integer("prefill_chunk", prefill_chunk, least=1)
+    lanes = _integer("lanes", lanes, least=1)
+    if threads is not None:
+        threads = _integer("threads", threads, least=1)
+    if pad_memory is not None:
+        pad_memory = _integer("pad_memory", pad_memory, least=0)
+    seconds = as_number(timeout)
+    if seconds is None or not 0 < seconds < math.inf:
+        raise UsageError("timeout must be a number of seconds above 0.")
     links = check_links(
         privacy,
         _several(worker),
@@ -129,7 +128,7 @@ def check_options(
         threads=threads,
         device=device,
         prefill_chunk=prefill_chunk,
-        timeout=timeout,
+        timeout=seconds,
         shm=shm,
         insecure_same_host=insecure_same_host,
         lanes=lanes,
@@ -160,6 +159,13 @@ def _check_split(privacy: str, attention: str | None, fuse: str) -> None:
         else "a product of two secrets cannot be masked by pads, which are made for known weights"
     )
     raise UsageError(f"{wanted} goes with --privacy open alone, not with {privacy}: {why}.")
+
+
+def _integer(name: str, value: object, least: int) -> int:
+    number = as_integer(value)
+    if number is None or number < least:
+        raise UsageError(f"{name} must be an integer, {least} or more.")
+    return number
 
 
 def _several(given: str | Sequence[str] | None) -> Sequence[str]:

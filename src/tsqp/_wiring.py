@@ -25,7 +25,7 @@ from tsqp.model.layers import Layers
 from tsqp.model.progress import Progress, silent
 from tsqp.model.weights import parse_dtype
 from tsqp.tee.call_log import CallLog
-from tsqp.tee.checks import one_params, several_prompts
+from tsqp.tee.checks import one_params, one_prompt, several_prompts
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.crypto.pads import PadPool, PadStats
 from tsqp.tee.decoder import Decoder
@@ -139,8 +139,8 @@ class LLM:
             lanes=lanes,
             expect_model=expect_model,
         )
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if self._options.threads is not None:
+            torch.set_num_threads(self._options.threads)
         self.privacy = privacy
         self._turns = Turns()
         weakref.finalize(self, self._turns.end).atexit = False  # Turns end at exit themselves
@@ -161,7 +161,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Iterable[str] | Iterable[int] | Iterable[Iterable[int]],
         sampling_params: SamplingParams | None = None,
         *,
         on_text: Callable[[int, str], None] | None = None,
@@ -171,7 +171,9 @@ class LLM:
         """Complete one or several prompts, all of them at once.
 
         Args:
-            prompts: texts, or token ids.
+            prompts: a text, token ids, or several of either. Token ids may be a list, a tuple, a
+                range, or an array or tensor of one dimension; one of two dimensions has a prompt
+                in each row.
             sampling_params: how to choose tokens; the same for all prompts.
             on_text: called with the place of an answer in what is returned, which is the number of
                 its prompt unless `n` is above 1, and each new piece of its text.
@@ -285,7 +287,7 @@ class LLM:
             prompt = [{"role": "user", "content": prompt}]
         return self._tokenizer.encode_chat(prompt, split_special=split_special)
 
-    def score(self, prompt: str | Sequence[int]) -> Scores:
+    def score(self, prompt: str | Iterable[int]) -> Scores:
         """How likely each token of a text, or of token ids, is after those before it.
 
         Raises:
@@ -293,7 +295,8 @@ class LLM:
             WorkerError: the worker failed.
             UsageError: see `generate`.
         """
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
+        given = one_prompt(prompt)
+        ids = self.tokenize(given) if isinstance(given, str) else given
         return self._turns.run(lambda: self._engine.score(ids))
 
     @property

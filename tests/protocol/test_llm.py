@@ -1,10 +1,12 @@
 """The Python class, on a worker process: what streams is what is returned."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from protocol_helpers import SHARED, Commands, eventually
 
 from tsqp import LLM, SamplingParams
@@ -118,13 +120,98 @@ def test_a_failing_prompt_leaves_the_session_usable(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompts",
-    [[1, 2, 3], {"prompt": "Hi"}, [{"prompt": "Hi"}], None, b"Hi", [b"Hi"], [[1], None]],
+    ("prompts", "named"),
+    [
+        ({"prompt": "Hi"}, "a dict"),
+        ({"input_ids": [1]}, 'a dict; give its "input_ids"'),
+        ([{"prompt": "Hi"}], "prompt 1 is a dict"),
+        ([{"role": "user", "content": "Hi"}], "a dict; a conversation is for `chat`"),
+        (None, "a NoneType"),
+        (5, "an int"),
+        (b"Hi", "a bytes"),
+        ([b"Hi"], "prompt 1 is a bytes"),
+        ([[1], None], "prompt 2 is a NoneType"),
+        ({"a", "b"}, "a set"),
+        ([1, "Hi"], "number 2 of the prompt is a str"),
+        ([1, [2]], "number 2 of the prompt is a list"),
+        ([[1], 2], "prompt 2 is an int"),
+        ([[1, 2.0]], "number 2 of prompt 1 is a float"),
+        ([[1, True]], "number 2 of prompt 1 is a bool"),
+        ([True, False], "prompt 1 is a bool"),
+        (np.array([1.0, 2.0]), "prompt 1 is a float"),
+        (torch.tensor([[1.5]]), "number 1 of prompt 1 is a float"),
+        (np.ones((1, 1, 1), np.int64), "number 1 of prompt 1 is a list"),
+        (torch.tensor(3), "a Tensor"),
+    ],
     ids=str,
 )
-def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
-    with pytest.raises(PromptError, match="Prompts must be a text, a list of texts, or a list of"):
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any, named: str) -> None:
+    with pytest.raises(PromptError, match=r"^(Prompts|Token ids) must be ") as caught:
         llm.generate(prompts)
+    assert named in str(caught.value)
+
+
+SERIES: list[Callable[[list[int]], Any]] = [
+    list, tuple, iter, np.array, torch.tensor,
+    lambda ids: np.array(ids, np.uint16), lambda ids: list(np.array(ids)),
+    lambda ids: list(torch.tensor(ids)), lambda ids: np.array([ids]),
+    lambda ids: torch.tensor([ids]), lambda ids: [np.array(ids)], lambda ids: (tuple(ids),),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", SERIES)
+def test_one_prompt_of_ids_comes_as_any_series(made: Callable[[list[int]], Any], llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    [expected] = llm.generate([[5, 6, 7]], params)
+    assert llm.generate(made([5, 6, 7]), params) == [expected]
+    assert llm.generate(range(5, 8), params) == [expected]
+
+
+def test_several_prompts_come_as_the_rows_of_an_array(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    expected = llm.generate([[5, 6], [7, 8]], params)
+    for made in (np.array, torch.tensor):
+        assert llm.generate(made([[5, 6], [7, 8]]), params) == expected  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "empty", [np.array([]), torch.tensor([], dtype=torch.int64), [[]]], ids=str
+)
+def test_an_array_without_ids_is_an_empty_prompt(empty: Any, llm: LLM) -> None:
+    with pytest.raises(PromptError, match="prompt is empty"):
+        llm.generate(empty)
+
+
+def test_scores_take_ids_as_any_series(llm: LLM) -> None:
+    expected = llm.score([5, 6, 7]).logprobs_T
+    for made in (tuple, iter, np.array, torch.tensor):
+        assert torch.equal(llm.score(made([5, 6, 7])).logprobs_T, expected)  # type: ignore[operator]
+    for wrong in (None, 5, [1.0, 2.0], [[5, 6]], {"prompt": "Hi"}, True):
+        with pytest.raises(PromptError, match=r"^(Prompts|Token ids) must be "):
+            llm.score(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], None, 5, np.array([1]), {"role": "user"}], ids=str)
+def test_what_can_not_be_tokenized_is_refused(wrong: Any, llm: LLM) -> None:
+    with pytest.raises(PromptError, match="A conversation is a list of"):
+        llm.tokenize(wrong)
+
+
+def test_texts_of_numpy_are_texts(llm: LLM) -> None:
+    assert llm.tokenize(np.str_(PROMPTS[0])) == llm.tokenize(PROMPTS[0])
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    assert llm.generate(np.array(PROMPTS), params) == llm.generate(PROMPTS, params)
+
+
+def test_options_take_numbers_of_numpy() -> None:
+    with LLM(
+        "random:tiny", privacy="tee", prefill_chunk=np.int64(8), lanes=torch.tensor(1),  # type: ignore[arg-type]
+        timeout=np.float32(5), threads=np.int8(1), pad_memory=np.uint8(0),
+    ) as llm:  # fmt: skip
+        assert llm.generate([1, 2], SamplingParams(max_tokens=1))
+    for wrong in ({"lanes": 1.0}, {"threads": True}, {"prefill_chunk": "8"}, {"timeout": "1"}):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))} must be "):
+            LLM("random:tiny", privacy="tee", **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("messages", ["Hi", ["Hi"], [[{"role": "user", "content": "Hi"}]]], ids=str)

@@ -1,7 +1,10 @@
 """What the sampler may draw, how often, and that nothing else decides it."""
 
+import json
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,7 +157,27 @@ def test_a_tiny_temperature_takes_the_largest() -> None:
         {"frequency_penalty": float("nan")},
         {"logit_bias": [1]},
         {"logit_bias": {-1: 0.0}},
-        {"logit_bias": {"1": 0.0}},
+        {"logit_bias": {"x": 0.0}},
+        {"logit_bias": {"-1": 0.0}},
+        {"logit_bias": {"1": 0.0, 1: 0.0}},
+        {"logit_bias": {1: "0"}},
+        {"logit_bias": {True: 0.0}},
+        {"max_tokens": 16.0},
+        {"max_tokens": np.float64(16)},
+        {"max_tokens": np.bool_(True)},
+        {"max_tokens": np.array([16])},
+        {"max_tokens": torch.tensor(True)},
+        {"max_tokens": "16"},
+        {"temperature": True},
+        {"temperature": np.array([1.0])},
+        {"temperature": 1j},
+        {"ignore_eos": 1},
+        {"stop_token_ids": {5}},
+        {"stop_token_ids": "5"},
+        {"stop_token_ids": np.array([[5]])},
+        {"stop_token_ids": np.array([5.0])},
+        {"stop": b"a"},
+        {"stop": {"a": 1}},
         {"logit_bias": {1: 100.5}},
         {"logit_bias": {1: float("nan")}},
         {"logprobs": -1},
@@ -180,3 +203,70 @@ def test_the_defaults_are_those_of_vllm() -> None:
     assert (params.repetition_penalty, params.presence_penalty) == (1.0, 0.0)
     assert (params.frequency_penalty, params.logit_bias) == (0.0, None)
     assert (params.logprobs, params.prompt_logprobs, params.stop_token_ids) == (None, None, None)
+
+
+def small_tensor(value: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    "made", [np.int64, np.int8, np.uint16, np.array, torch.tensor, small_tensor]
+)
+def test_integers_of_other_libraries_become_pythons(made: Callable[[int], Any]) -> None:
+    params = SamplingParams(
+        top_k=made(5), max_tokens=made(9), seed=made(7), n=made(2), logprobs=made(3),
+        min_tokens=made(1), stop_token_ids=[made(4)], logit_bias={made(6).item(): 1},
+    )  # fmt: skip
+    assert params == SamplingParams(
+        top_k=5, max_tokens=9, seed=7, n=2, logprobs=3, min_tokens=1, stop_token_ids=(4,),
+        logit_bias={6: 1.0},
+    )  # fmt: skip
+    assert type(params.top_k) is type(params.seed) is int
+
+
+@pytest.mark.parametrize("made", [np.float32, np.float64, np.array, torch.tensor, float])
+def test_numbers_of_other_libraries_become_pythons(made: Callable[[float], Any]) -> None:
+    params = SamplingParams(
+        temperature=made(0.5), top_p=made(0.25), min_p=made(0.125), repetition_penalty=made(2),
+        presence_penalty=made(1), frequency_penalty=made(-1.5), logit_bias={1: made(0.5)},
+    )  # fmt: skip
+    assert params == SamplingParams(
+        0.5, 0.25, 0, 16, None, None, False, 1, 0.125, 2, 1, -1.5, {1: 0.5}
+    )
+    assert type(params.temperature) is float
+
+
+@pytest.mark.parametrize(
+    "made", [list, tuple, np.array, torch.tensor, iter, lambda ids: np.array(ids, np.uint8)]
+)
+def test_stop_tokens_may_be_any_series(made: Callable[[list[int]], Any]) -> None:
+    assert SamplingParams(stop_token_ids=made([3, 1, 2])).stop_token_ids == (3, 1, 2)
+    assert SamplingParams(stop_token_ids=range(3)).stop_token_ids == (0, 1, 2)
+
+
+def test_stop_strings_and_flags_of_numpy_become_pythons() -> None:
+    params = SamplingParams(stop=np.array(["ab", "c"]), ignore_eos=np.True_)  # type: ignore[arg-type]
+    assert (params.stop, params.ignore_eos) == (("ab", "c"), True)
+    assert type(SamplingParams(stop=np.str_("ab")).stop) is str
+
+
+def test_keys_of_a_json_object_are_token_ids() -> None:
+    bias = json.loads('{"1": 2, "50256": -100, "7": 0.5}')
+    assert SamplingParams(logit_bias=bias).logit_bias == {1: 2.0, 50256: -100.0, 7: 0.5}
+    for key in ("", " 1", "1.0", "+1", "1_0", "٣", "9" * 5000):
+        with pytest.raises(PromptError, match="Each key of logit_bias must be a token id"):
+            SamplingParams(logit_bias={key: 1})  # type: ignore[dict-item]
+
+
+def test_parameters_do_not_change_with_what_they_were_made_from() -> None:
+    stop, bias = [5], {1: 2.0}
+    params = SamplingParams(stop_token_ids=stop, logit_bias=bias)
+    stop.append(6)
+    bias[2] = 3.0
+    assert (params.stop_token_ids, params.logit_bias) == ((5,), {1: 2.0})
+
+
+def test_a_value_of_another_type_is_named_and_not_shown() -> None:
+    with pytest.raises(PromptError) as caught:
+        SamplingParams(max_tokens="zyzzyva")  # type: ignore[arg-type]
+    assert str(caught.value) == "max_tokens must be an integer, not a str."

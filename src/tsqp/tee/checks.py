@@ -1,25 +1,71 @@
 """What a model must know of a request before it is queued."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from tsqp.errors import PromptError, PromptTooLong
 from tsqp.model.config import ModelConfig
 from tsqp.tee.sampling import SamplingParams
+from tsqp.tee.values import as_integer, as_integers, as_list, is_array, type_of
+
+_FORMS = "Prompts must be a text, token ids, or a list of either"
 
 
 def several_prompts(prompts: object) -> list[str | list[int]]:
-    """What a caller gave as prompts: each a text, or token ids that are not looked at yet.
+    """What a caller gave as prompts: each a text, or token ids that the model may not have.
+
+    Token ids by themselves are one prompt, as are an array or a tensor of one dimension; one of two
+    dimensions has a prompt in each row.
 
     Raises:
-        PromptError: it is neither a text, nor some of them, nor some lists of token ids.
+        PromptError: it is neither a text, nor token ids, nor some of either.
     """
     if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Iterable) and not isinstance(prompts, Mapping | bytes):
-        several = list(prompts)
-        if all(isinstance(each, Sequence) and not isinstance(each, bytes) for each in several):
-            return [each if isinstance(each, str) else list(each) for each in several]
-    raise PromptError("Prompts must be a text, a list of texts, or a list of token id lists.")
+        return [str(prompts)]
+    items = as_list(prompts)
+    if items is None:
+        raise PromptError(f"{_FORMS}, not {type_of(prompts)}{_advice(prompts)}.")
+    if (is_array(prompts) and prompts.ndim == 1 and not items) or (  # type: ignore[attr-defined]
+        items and as_integer(items[0]) is not None
+    ):
+        return [_token_ids(items, "the prompt")]
+    return [_one(item, f"prompt {number}") for number, item in enumerate(items, 1)]
+
+
+def one_prompt(prompt: object) -> str | list[int]:
+    """What a caller gave as one prompt.
+
+    Raises:
+        PromptError: it is neither a text nor token ids.
+    """
+    return _one(prompt, "the prompt")
+
+
+def _one(prompt: object, name: str) -> str | list[int]:
+    if isinstance(prompt, str):
+        return str(prompt)
+    items = as_list(prompt)
+    if items is None:
+        raise PromptError(f"{_FORMS}, and {name} is {type_of(prompt)}{_advice(prompt)}.")
+    return _token_ids(items, name)
+
+
+def _token_ids(items: Sequence[object], name: str) -> list[int]:
+    token_ids = as_integers(items)
+    if token_ids is None:
+        place, item = next((n, i) for n, i in enumerate(items, 1) if as_integer(i) is None)
+        raise PromptError(
+            f"Token ids must be integers, and number {place} of {name} is {type_of(item)}; give "
+            "each prompt as one text, or as one list of token ids."
+        )
+    return token_ids
+
+
+def _advice(value: object) -> str:
+    if isinstance(value, Mapping) and "input_ids" in value:
+        return '; give its "input_ids"'
+    if isinstance(value, Mapping) and "role" in value:
+        return "; a conversation is for `chat`"
+    return ""
 
 
 def one_params(params: object) -> SamplingParams:
@@ -31,7 +77,10 @@ def one_params(params: object) -> SamplingParams:
     if params is None:
         return SamplingParams()
     if not isinstance(params, SamplingParams):
-        raise PromptError("sampling_params must be one SamplingParams, which all prompts share.")
+        raise PromptError(
+            "sampling_params must be one SamplingParams, which all prompts share, not "
+            f"{type_of(params)}."
+        )
     return params
 
 

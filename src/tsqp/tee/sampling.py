@@ -1,12 +1,14 @@
 """What a request may ask for, and what it gets."""
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Self, TypeVar
 
 from tsqp.errors import PromptError
+from tsqp.tee.values import as_bool, as_integer, as_key, as_list, as_number, type_of
+
+T = TypeVar("T")
 
 MAX_SEED = 2**64
 
@@ -17,6 +19,10 @@ MAX_BIAS = 100.0
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Names and defaults are vLLM's.
+
+    Numbers may be Python's, numpy's, or arrays and tensors of no dimension; several may be a list,
+    a tuple, a range, or an array or tensor of one dimension. The attributes hold Python's own: an
+    integer, a float, a tuple, a dict. A bool is not an integer here, and neither is 16.0.
 
     The logits of a token go through `logit_bias`, `repetition_penalty`, `frequency_penalty` and
     `presence_penalty`, then `temperature`, then `top_k`, `top_p` and `min_p`, as in transformers.
@@ -37,7 +43,8 @@ class SamplingParams:
         presence_penalty: taken off the logit of every token that is in the answer so far; the
             prompt does not count. From -2 to 2.
         frequency_penalty: likewise, once for each time that it is there.
-        logit_bias: what to add to the logit of some token ids, from -100 to 100.
+        logit_bias: what to add to the logit of some token ids, from -100 to 100. An id may be a
+            string of digits, as keys of JSON objects are.
         logprobs: for each token of the answer, give its log-probability and that of so many
             likeliest tokens; None for none. They are of the model's own distribution, before
             any of the above, as vLLM's.
@@ -48,7 +55,7 @@ class SamplingParams:
             the answer.
 
     Raises:
-        PromptError: a value is impossible.
+        PromptError: a value is impossible, or of another type; the message does not show it.
     """
 
     temperature: float = 1.0
@@ -70,82 +77,55 @@ class SamplingParams:
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            own = _OWN.get(each.name)
+            value = getattr(self, each.name)
+            if own is not None and value is not each.default:
+                object.__setattr__(self, each.name, own(each.name, value))
+        _check(0 <= self.temperature < math.inf, "temperature must be a finite number, 0 or more.")
+        _check(0 < self.top_p <= 1, "top_p must be above 0 and at most 1.")
+        _check(self.top_k >= -1, "top_k must be how many tokens to keep, or 0 for all.")
+        _check(0 <= self.min_p <= 1, "min_p must be a number from 0 to 1.")
         _check(
-            _is_number(self.temperature) and 0 <= self.temperature < math.inf,
-            "The temperature must be a finite number, 0 or more.",
-        )
-        _check(
-            _is_number(self.top_p) and 0 < self.top_p <= 1,
-            "top_p must be above 0 and at most 1.",
-        )
-        _check(
-            _is_integer(self.top_k) and self.top_k >= -1,
-            "top_k must be an integer: how many tokens to keep, or 0 for all.",
-        )
-        _check(
-            _is_number(self.min_p) and 0 <= self.min_p <= 1,
-            "min_p must be a number from 0 to 1.",
-        )
-        _check(
-            self.seed is None or (_is_integer(self.seed) and abs(self.seed) < MAX_SEED),
+            self.seed is None or abs(self.seed) < MAX_SEED,
             "The seed must be an integer between -2^64 and 2^64, or None.",
         )
         self._check_lengths()
         self._check_penalties()
 
     def _check_lengths(self) -> None:
+        _check(self.max_tokens >= 1, "max_tokens must be 1 or more.")
+        _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens must be from 0 to max_tokens.")
+        _check(all(self.stop_strings), "Each stop string must have at least one character.")
         _check(
-            _is_integer(self.max_tokens) and self.max_tokens >= 1,
-            "max_tokens must be an integer, 1 or more.",
+            all(token_id >= 0 for token_id in self.stop_token_ids or ()),
+            "Each of the stop_token_ids must be 0 or more.",
         )
-        _check(
-            _is_integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens must be an integer from 0 to max_tokens.",
-        )
-        _check(
-            isinstance(self.stop, Sequence | None)
-            and all(isinstance(stop, str) and stop for stop in self.stop_strings),
-            "Each stop string must be a string of at least one character.",
-        )
-        _check(
-            self.stop_token_ids is None
-            or (
-                isinstance(self.stop_token_ids, Sequence)
-                and all(map(_is_count, self.stop_token_ids))
-            ),
-            "Each of the stop_token_ids must be an integer, 0 or more.",
-        )
-        _check(_is_integer(self.n) and self.n >= 1, "n must be an integer, 1 or more.")
+        _check(self.n >= 1, "n must be 1 or more.")
         _check(
             self.n == 1 or self.temperature > 0,
             "At temperature 0 all answers are the same: leave n at 1, or set a temperature.",
         )
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _check(
-                count is None or _is_count(count),
-                f"{name} must be an integer, how many tokens to give, or None.",
+                count is None or count >= 0,
+                f"{name} must be how many tokens to give, 0 or more, or None.",
             )
 
     def _check_penalties(self) -> None:
         _check(
-            _is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
+            0 < self.repetition_penalty < math.inf,
             "repetition_penalty must be a finite number above 0, and 1 for none.",
         )
         for name, penalty in (
             ("presence_penalty", self.presence_penalty),
             ("frequency_penalty", self.frequency_penalty),
         ):
-            _check(
-                _is_number(penalty) and -2 <= penalty <= 2, f"{name} must be a number from -2 to 2."
-            )
+            _check(-2 <= penalty <= 2, f"{name} must be a number from -2 to 2.")
         _check(
-            self.logit_bias is None
-            or (
-                isinstance(self.logit_bias, Mapping)
-                and all(
-                    _is_count(token_id) and _is_number(bias) and abs(bias) <= MAX_BIAS
-                    for token_id, bias in self.logit_bias.items()
-                )
+            all(
+                token_id >= 0 and abs(bias) <= MAX_BIAS
+                for token_id, bias in (self.logit_bias or {}).items()
             ),
             f"logit_bias must give token ids numbers from {-MAX_BIAS:.0f} to {MAX_BIAS:.0f}.",
         )
@@ -215,15 +195,69 @@ def _check(is_right: bool, sentence: str) -> None:
         raise PromptError(sentence)
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) <= sys.float_info.max
-    return isinstance(value, float)
+def _integer(name: str, value: object) -> int:
+    return _own(as_integer(value), name, "an integer", value)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _number(name: str, value: object) -> float:
+    return _own(as_number(value), name, "a number", value)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _bool(name: str, value: object) -> bool:
+    return _own(as_bool(value), name, "True or False", value)
+
+
+def _strings(name: str, value: object) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return str(value)
+    items = _own(as_list(value), name, "a string or a list of strings", value)
+    for item in items:
+        _own(item if isinstance(item, str) else None, f"Each {name}", "a string", item)
+    return tuple(map(str, items))
+
+
+def _integers(name: str, value: object) -> tuple[int, ...]:
+    items = _own(as_list(value), name, "a list of integers", value)
+    return tuple(_integer(f"Each of the {name}", item) for item in items)
+
+
+def _bias(name: str, value: object) -> dict[int, float]:
+    own: dict[int, float] = {}
+    for key, bias in _own(
+        value if isinstance(value, Mapping) else None,
+        name,
+        "a dict of token ids and numbers",
+        value,
+    ).items():
+        token_id = _own(as_key(key), f"Each key of {name}", "a token id", key)
+        _check(token_id not in own, f"{name} has a token id twice, as a number and as a string.")
+        own[token_id] = _number(f"Each value of {name}", bias)
+    return own
+
+
+def _own(own: T | None, name: str, wanted: str, value: object) -> T:
+    """What `value` was made into; an error that shows no value where it could not be."""
+    if own is None:
+        raise PromptError(f"{name} must be {wanted}, not {type_of(value)}.")
+    return own
+
+
+_OWN: dict[str, Callable[[str, object], object]] = {
+    "temperature": _number,
+    "top_p": _number,
+    "top_k": _integer,
+    "max_tokens": _integer,
+    "stop": _strings,
+    "seed": _integer,
+    "ignore_eos": _bool,
+    "n": _integer,
+    "min_p": _number,
+    "repetition_penalty": _number,
+    "presence_penalty": _number,
+    "frequency_penalty": _number,
+    "logit_bias": _bias,
+    "logprobs": _integer,
+    "prompt_logprobs": _integer,
+    "stop_token_ids": _integers,
+    "min_tokens": _integer,
+}
