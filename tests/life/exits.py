@@ -10,22 +10,42 @@ import signal
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import WIDE
+from tsqp.tee.crypto import pads
 from tsqp.tee.crypto.kernels import prepare
 
 FEW = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
 KEPT: list[Any] = []
+SQUARE = torch.ones(500, 500)
+MAKE = pads.DirectProvider.make
+
+
+class SlowEnd:
+    """Makes the end of Python long enough for a thread in native code to come back into it."""
+
+    def __del__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        sleep(1)
+
+
+def stay_busy(provider: pads.DirectProvider, key: tuple[int, str], rows: int) -> pads.Pads:
+    """Make pads; the thread that makes them ahead is in native code nearly all the time."""
+    if threading.current_thread().name == "tsqp-pads":
+        for _ in range(20):
+            torch.mm(SQUARE, SQUARE)
+    return MAKE(provider, key, rows)
 
 
 def make(worker: str = "inproc") -> LLM:
     """Its thread has pads to make for much longer than the program runs."""
-    llm = LLM("random:tiny", worker=worker, threads=1, pad_memory=2**28)
+    llm = LLM("random:tiny", worker=worker, threads=1)
     llm.generate([[1, 2, 3]], FEW)
     return llm
 
@@ -87,6 +107,9 @@ CASES = {
 }
 
 if __name__ == "__main__":
+    slow_end = SlowEnd()
+    pads.DirectProvider.make = stay_busy  # type: ignore[method-assign]
+    pads._give_way = lambda: None  # else a busy machine would keep the thread from its native code
     torch.set_num_threads(1)  # threads that torch starts would be missing in the forks
     prepare(WIDE, shares=False)  # loaded once, for all of them
     running = []
