@@ -56,6 +56,8 @@ def main(
     """The command line, in this process."""
     for name in filter(is_setting, list(os.environ)):
         monkeypatch.delenv(name)
+    # For good it would forbid core files to this process, and to what other tests start from it.
+    monkeypatch.setattr(sys.modules["tsqp.cli.app"], "harden_process", lambda: True)
 
     def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
         began = time.monotonic()

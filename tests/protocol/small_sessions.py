@@ -18,8 +18,8 @@ from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
 from tsqp.model.config import Key
 from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import FailureLimit
-from tsqp.tee.crypto.kernels import RowPool
 from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.masked import MaskedGroup
 from tsqp.tee.offload.pad import PadLinear

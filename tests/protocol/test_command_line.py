@@ -199,7 +199,7 @@ def test_debug_shows_the_traceback_and_still_ends_with_the_error(main: Main) -> 
 def test_an_error_that_nobody_foresaw_is_one_line_without_what_it_holds(
     main: Main, ids: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(model: str) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError("the prompt")
 
     monkeypatch.setattr("tsqp._wiring.open_checkpoint", fail)

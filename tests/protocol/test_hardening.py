@@ -17,7 +17,7 @@ from tsqp.cli.app import TRUSTED, app
 
 CANARY = "the-canary-of-this-prompt"
 CORES_ALLOWED = ["sh", "-c", 'ulimit -c unlimited; exec "$@"', "sh"]
-UNTRUSTED = {"worker", "prepare", "keygen", "report"}  # they see no prompt
+UNTRUSTED = {"digest", "worker", "prepare", "keygen", "report"}  # they see no prompt
 NOBODY = 65534
 PROBE = """
 import ctypes, json, os, resource, subprocess, sys
