@@ -254,10 +254,11 @@ class LLM:
 
     def conversation(self) -> Conversation:
         """A handle for `chat`, under which keys and values are kept from answer to answer."""
+        turns, engine = self._turns, self._engine  # not self, which a handle must not keep alive
 
         def forget(conversation: Conversation) -> None:
             with suppress(UsageError):  # closed, which frees everything, or busy
-                self._turns.run(lambda: self._engine.forget(conversation))
+                turns.run(lambda: engine.forget(conversation))
 
         return Conversation(forget)
 

@@ -248,6 +248,20 @@ def test_an_llm_that_is_dropped_frees_its_worker_and_its_threads(
     )
 
 
+def test_an_llm_that_is_dropped_after_a_conversation_ends_without_a_garbage_collection() -> None:
+    llm = make(privacy="tee")
+    turns, conversation = llm._turns, llm.conversation()
+    llm._engine.generate([[1, 2, 3]], FEW, conversation=conversation)
+    gc.disable()
+    try:
+        del llm
+        with pytest.raises(UsageError, match="closed"):
+            turns.check()
+    finally:
+        gc.enable()
+    conversation.close()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_interrupt_anywhere_leaves_a_session_that_answers_and_ends(threads: int) -> None:
     """At many opcodes of everything that pads, rows of one call, and turns go through."""
