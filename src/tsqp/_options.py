@@ -101,10 +101,10 @@ def check_options(
     if threads is not None:
         threads = _integer("threads", threads, least=1)
     if pad_memory is not None:
-        pad_memory = _integer("pad_memory", pad_memory, least=0)
+        pad_memory = _integer("pad_memory", pad_memory, least=0, what="a number of bytes")
     seconds = as_number(timeout)
     if seconds is None or not 0 < seconds < math.inf:
-        raise UsageError("timeout must be a number of seconds above 0.")
+        raise UsageError(f"timeout is {timeout!r}; it must be a number of seconds above 0.")
     links = check_links(
         privacy,
         _several(worker),
@@ -161,10 +161,10 @@ def _check_split(privacy: str, attention: str | None, fuse: str) -> None:
     raise UsageError(f"{wanted} goes with --privacy open alone, not with {privacy}: {why}.")
 
 
-def _integer(name: str, value: object, least: int) -> int:
+def _integer(name: str, value: object, least: int, what: str = "an integer") -> int:
     number = as_integer(value)
     if number is None or number < least:
-        raise UsageError(f"{name} must be an integer, {least} or more.")
+        raise UsageError(f"{name} is {value!r}; it must be {what}, {least} or more.")
     return number
 
 

@@ -194,7 +194,7 @@ def test_open_gives_the_tokens_of_transformers(
             assert together(llm, [prompts[number]], tokens) == reference([number], tokens)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answers]:
     """A small random model without a tokenizer, and what transformers answers to SMALL_PROMPTS."""
     folder = tmp_path_factory.mktemp("small")
@@ -213,7 +213,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answers]:
     return folder, greedy(model, SMALL_PROMPTS, FEW_TOKENS)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small_workers(small: tuple[Path, Answers], shared_commands: Commands) -> dict[str, str]:
     """Endpoints by kind."""
     folder, _ = small

@@ -43,13 +43,13 @@ class Encrypted:
         return socket_endpoint(self.running.says("serving ").stderr)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two(shared_commands: Commands) -> list[Encrypted]:
     """Two workers with keys."""
     return [Encrypted(shared_commands, f"keys-{number}") for number in range(2)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain(shared_commands: Commands) -> str:
     """The endpoint of a worker without a key, on tcp."""
     return socket_endpoint(shared_commands.worker("random:tiny", TCP).stderr)

@@ -15,11 +15,17 @@ from tsqp.errors import PromptError, UsageError
 PROMPTS = ["Once upon a time", "Il était une fois", "1, 2, 3"]
 
 
-@pytest.fixture(scope="module")
-def llm(speaking: Path, shared_commands: Commands) -> Iterator[LLM]:
+@pytest.fixture(scope="session")
+def speaking_worker(speaking: Path, shared_commands: Commands) -> str:
+    """Its endpoint. Once for the session, as tests of other modules may run in between."""
     endpoint = f"ipc://{shared_commands.folder}/speaking.sock"
     shared_commands.worker(speaking, endpoint)
-    with LLM(str(speaking), privacy="open", worker=endpoint) as llm:
+    return endpoint
+
+
+@pytest.fixture(scope="module")
+def llm(speaking: Path, speaking_worker: str) -> Iterator[LLM]:
+    with LLM(str(speaking), privacy="open", worker=speaking_worker) as llm:
         yield llm
 
 
@@ -210,7 +216,7 @@ def test_options_take_numbers_of_numpy() -> None:
     ) as llm:  # fmt: skip
         assert llm.generate([1, 2], SamplingParams(max_tokens=1))
     for wrong in ({"lanes": 1.0}, {"threads": True}, {"prefill_chunk": "8"}, {"timeout": "1"}):
-        with pytest.raises(UsageError, match=f"{next(iter(wrong))} must be "):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))} is .*; it must be "):
             LLM("random:tiny", privacy="tee", **wrong)  # type: ignore[arg-type]
 
 
