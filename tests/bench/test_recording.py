@@ -241,7 +241,6 @@ def test_a_folder_without_a_recording_is_named(tmp_path: Path) -> None:
             read(folder)
 
 
-@pytest.mark.timeout(20)
 def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / SESSION).mkdir()
     os.mkfifo(tmp_path / SESSION / INDEX)

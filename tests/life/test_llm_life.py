@@ -20,8 +20,6 @@ from tsqp.tee.crypto import pads, row_pool, stock
 from tsqp.tee.offload import masked, pad
 from tsqp.wire import channel
 
-pytestmark = pytest.mark.timeout(110)
-
 MODES: dict[str, dict[str, Any]] = {
     "tee": {"privacy": "tee"},
     "fixed point": {"privacy": "tee", "fixed_point": True},

@@ -14,8 +14,6 @@ from tsqp import _turns
 from tsqp._turns import Turns
 from tsqp.errors import UsageError
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def in_a_thread(call: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=call, daemon=True)

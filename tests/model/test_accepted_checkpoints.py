@@ -245,7 +245,6 @@ def test_weights_under_a_name_of_their_own_are_refused(directory: Path) -> None:
         open_checkpoint(str(directory))
 
 
-@pytest.mark.timeout(20)
 def test_a_pipe_in_place_of_a_config_is_refused(directory: Path) -> None:
     path = directory / "generation_config.json"
     path.unlink()

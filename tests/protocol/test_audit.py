@@ -118,7 +118,6 @@ def auditing(folder: Path, ids: Path, *arguments: object) -> list[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_real_prompt_is_read_in_open_and_is_not_in_pad(
     demo_path: Path, tmp_path: Path, main: Main
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from protocol_helpers import DEADLINE_S, IMPORT_S, Commands, Main, write_ids
+from protocol_helpers import START_S, Commands, Main, write_ids
 from safetensors.torch import load_file, save_file
 
 LLAMA_8B_FLOAT32_BYTES = 4 * (8_030_261_248 - 65 * 4096)  # without the norms
@@ -269,7 +269,7 @@ def check_that_both_sides_name(named: str, commands: Commands, model: Path, ids:
         commands.start("worker", model, "--listen", commands.ipc()),
     ]
     for each in running:
-        result = each.ends(2 * IMPORT_S + DEADLINE_S)  # there are two of them
+        result = each.ends(START_S)
         assert (result.status, result.stdout) == (1, "")
         assert named in result.error
 

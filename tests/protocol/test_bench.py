@@ -39,7 +39,6 @@ def small_context(speaking: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.timeout(110)
 def test_every_mode_is_compared_unless_some_are_named(main: Main, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     result = main(
@@ -77,7 +76,6 @@ def test_the_second_gpu_is_not_taken_for_the_first(
     assert [setting.device for setting in asked] == ["cuda:1"]
 
 
-@pytest.mark.timeout(110)
 def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
     result = main(
         "bench", "random:tiny", "--modes", "pad-inline, pad", "--rounds", 1,
@@ -102,7 +100,6 @@ def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(110)
 def test_starts_are_measured_without_and_with_the_cache(main: Main, speaking: Path) -> None:
     result = main(
         "bench", speaking, "--modes", "tee,pad-inline", "--rounds", 1, "--prompt-tokens", 5,
@@ -140,7 +137,6 @@ def expected(small_context: Path, text: Path) -> tuple[float, int]:
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
-@pytest.mark.timeout(110)
 def test_perplexity_is_that_of_transformers_and_pads_change_nothing(
     main: Main, small_context: Path, text: Path, expected: tuple[float, int]
 ) -> None:

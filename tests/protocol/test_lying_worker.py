@@ -48,7 +48,7 @@ from tsqp.tee.crypto.pads import DirectProvider, Pads
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.masked import MaskedGroup
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_is_left", "limit")]
+pytestmark = [pytest.mark.usefixtures("nothing_is_left", "limit")]
 
 GROUPS = [(layer, name) for layer in (0, 1) for name in ("qkv", "o", "gate_up", "down")]
 GROUPS.append((-1, "lm_head"))

@@ -60,7 +60,6 @@ def use(linear: PadLinear | SharesLinear) -> None:
 
 
 @pytest.mark.skipif(not CAN_POLL, reason="this processor reorders stores")
-@pytest.mark.timeout(60)
 @BOTH
 def test_pad_writes_nothing_but_residues_and_calls(
     field: Field, endpoints: list[Endpoint], monkeypatch: pytest.MonkeyPatch
@@ -75,7 +74,6 @@ def test_pad_writes_nothing_but_residues_and_calls(
 
 
 @pytest.mark.skipif(not CAN_POLL, reason="this processor reorders stores")
-@pytest.mark.timeout(60)
 @BOTH
 def test_shares_writes_nothing_but_residues_and_calls(
     field: Field, endpoints: list[Endpoint], monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from tsqp import LLM, SamplingParams
 from tsqp.errors import IntegrityError, ProtocolError, RemoteError, TSQPError, WorkerError
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("limit")]
+pytestmark = [pytest.mark.usefixtures("limit")]
 
 PROMPT = [3, 141, 59, 265, 358]
 TOKENS = 4

@@ -66,7 +66,7 @@ def test_a_signal_ends_an_idle_worker_with_status_zero(
 ) -> None:
     worker = commands.worker("random:tiny", commands.ipc())
     worker.send(number)
-    result = worker.ends(3)
+    result = worker.ends()
     assert result.status == 0
     assert "Traceback" not in result.stderr
     assert eventually(lambda: not commands.leftovers())
@@ -93,7 +93,7 @@ def test_a_signal_ends_a_busy_worker_and_its_client_sees_it(
         "--prompt", "Once upon a time", *ENDLESS,
     ).answers()  # fmt: skip
     worker.send(signal.SIGTERM)
-    assert worker.ends(3).status == 0
+    assert worker.ends().status == 0
     result = generate.ends()
     assert result.status == 1
     assert "is gone" in result.error

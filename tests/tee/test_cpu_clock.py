@@ -48,12 +48,10 @@ def seconds_of(work: Callable[[], None]) -> float:
     return seconds
 
 
-@pytest.mark.timeout(60)
 def test_only_the_marked_thread_counts() -> None:
     assert seconds_of(spin) == pytest.approx(SPIN_S, rel=0.2)
 
 
-@pytest.mark.timeout(60)
 def test_the_helpers_of_openmp_count() -> None:
     torch.set_num_threads(2)
     began = time.process_time()

@@ -354,7 +354,6 @@ TEXTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_real_model_answers_as_transformers(
     real: Engine, real_reference: LlamaForCausalLM, tokenizer: Tokenizer
 ) -> None:

@@ -50,7 +50,6 @@ def assert_no_row_comes_twice(taken: list[tuple[Key, Pads]], field: Field) -> No
         assert (pads.u_NF == pads.r_ND.astype(np.int64) @ weight_FD.T % field.p).all()
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("stock", "field"),
     [(0, FIELDS["wide"]), (100, FIELDS["compact"])],
@@ -67,7 +66,6 @@ def test_no_row_of_many_thousand_takes_comes_twice(stock: int, field: Field) -> 
     assert_no_row_comes_twice(taken, field)
 
 
-@pytest.mark.timeout(60)
 def test_no_row_comes_twice_to_threads_that_take_at_once() -> None:
     field = FIELDS["wide"]
     pads, together = pool(field, 50), threading.Barrier(4)

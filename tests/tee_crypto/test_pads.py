@@ -58,7 +58,6 @@ def pool() -> Iterator[PadPool]:
     made.close()
 
 
-@pytest.mark.timeout(30)
 @settings(max_examples=15, deadline=None)
 @given(
     takes=st.lists(st.tuples(st.sampled_from(list(SHAPES)), st.integers(1, 90)), max_size=80),
@@ -80,7 +79,6 @@ def test_no_pad_is_given_out_twice_to_any_of_many_threads(
         assert (pads.r_ND[:, 0] == pads.u_NF[:, 0]).all()  # r and u of one row stay together
 
 
-@pytest.mark.timeout(30)
 def test_a_provider_that_fails_loses_pads_and_repeats_none() -> None:
     pool = PadPool(NumberingProvider(fails_every=3), SHAPES, 0)
     numbers: list[int] = []
@@ -95,7 +93,6 @@ def test_a_provider_that_fails_loses_pads_and_repeats_none() -> None:
     assert len(numbers) == len(set(numbers)) == 160
 
 
-@pytest.mark.timeout(30)
 def test_a_stock_that_could_not_be_refilled_is_refilled_later(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,7 +121,6 @@ class WatchedProvider(NumberingProvider):
         self.alive -= nbytes
 
 
-@pytest.mark.timeout(30)
 def test_pads_never_take_more_than_their_memory_over_many_tokens() -> None:
     provider = WatchedProvider()
     pool = PadPool(provider, SHAPES, 100 * ROW_BYTES)
@@ -139,7 +135,6 @@ def test_pads_never_take_more_than_their_memory_over_many_tokens() -> None:
     pool.close()
 
 
-@pytest.mark.timeout(30)
 def test_the_stock_fills_its_memory_to_the_last_row(pool: PadPool) -> None:
     pool.fill()
     assert pool.nbytes == 100 * ROW_BYTES
@@ -148,7 +143,6 @@ def test_the_stock_fills_its_memory_to_the_last_row(pool: PadPool) -> None:
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (200, 0)
 
 
-@pytest.mark.timeout(30)
 def test_a_stock_that_was_used_is_refilled_while_nobody_asks_and_in_whole_batches(
     pool: PadPool,
 ) -> None:
@@ -162,14 +156,12 @@ def test_a_stock_that_was_used_is_refilled_while_nobody_asks_and_in_whole_batche
     assert eventually(lambda: pool.nbytes == 100 * ROW_BYTES)
 
 
-@pytest.mark.timeout(30)
 def test_a_full_stock_is_taken_from_before_anything_is_made_in_line(pool: PadPool) -> None:
     pool.fill()
     pool.take(QKV, 60)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (60, 0)
 
 
-@pytest.mark.timeout(30)
 def test_no_memory_means_every_pad_is_made_in_line() -> None:
     pool = PadPool(NumberingProvider(), SHAPES, ROW_BYTES - 1)
     pool.fill()
@@ -188,7 +180,6 @@ class SlowProvider(NumberingProvider):
         return super().make(key, rows)
 
 
-@pytest.mark.timeout(30)
 def test_the_time_of_pads_made_in_line_is_told_and_that_of_others_is_not() -> None:
     pool = PadPool(SlowProvider(), SHAPES, 100 * ROW_BYTES)
     pool.fill()
@@ -203,7 +194,6 @@ def test_the_time_of_pads_made_in_line_is_told_and_that_of_others_is_not() -> No
     pool.close()
 
 
-@pytest.mark.timeout(30)
 def test_a_closed_pool_gives_nothing(pool: PadPool) -> None:
     pool.fill()
     pool.close()
@@ -212,7 +202,6 @@ def test_a_closed_pool_gives_nothing(pool: PadPool) -> None:
         pool.take(QKV, 1)
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
 def test_a_forked_process_has_none_of_its_parents_pads(pool: PadPool) -> None:
     pool.fill()

@@ -11,8 +11,6 @@ from tsqp.tee.crypto import row_pool
 from tsqp.tee.crypto.kernels import ALL_ROWS
 from tsqp.tee.crypto.row_pool import RowPool
 
-pytestmark = pytest.mark.timeout(60)
-
 
 class Kernel:
     """Marks its rows, slowly enough to be caught in the act."""

@@ -117,7 +117,6 @@ def pool(provider: Numbered) -> Iterator[PadPool]:
     pool.close()
 
 
-@pytest.mark.timeout(60)
 def test_an_exception_at_any_opcode_of_a_pool_repeats_no_pad_and_leaves_it_usable(
     pool: PadPool, provider: Numbered
 ) -> None:
@@ -137,7 +136,6 @@ def test_an_exception_at_any_opcode_of_a_pool_repeats_no_pad_and_leaves_it_usabl
         pool.take(KEY, 1)
 
 
-@pytest.mark.timeout(60)
 def test_a_close_that_was_broken_off_anywhere_can_be_done_again() -> None:
     pools: list[PadPool] = []
 

@@ -128,7 +128,6 @@ ENDLESS = {
 }
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("attack", ENDLESS)
 def test_a_template_that_would_not_end_or_fit_is_stopped(
     attack: str, monkeypatch: pytest.MonkeyPatch
@@ -140,7 +139,6 @@ def test_a_template_that_would_not_end_or_fit_is_stopped(
     assert stopped.value.__context__ is None
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "attack", ["doubling by ~", "doubling a list", "many pieces", "many characters", "replacing"]
 )
@@ -179,7 +177,6 @@ HOSTILE_SOURCES = {
 }
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", HOSTILE_SOURCES)
 def test_the_parser_ends_soon_whatever_the_source(kind: str) -> None:
     with suppress(TokenizerError):

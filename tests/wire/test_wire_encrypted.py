@@ -18,7 +18,7 @@ from tsqp.wire.zmq import is_key, new_key_pair, public_key_of
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
-CONNECT_S = 3.0
+CONNECT_S = TIMEOUT
 MARK = b"nobody but the two ends may read this "
 
 PUBLIC, SECRET = new_key_pair()
@@ -36,16 +36,14 @@ def connect(endpoint: Endpoint, key: str | None, shm_bytes: int = 0) -> RemoteCh
 
 
 def refusals(endpoint: Endpoint, key: str | None) -> set[str]:
-    """What is said, which is soon, by the first look and by the session itself, several times."""
+    """What is said by the first look and by the session itself, several times."""
     said = set()
     for attempt in range(10):
-        began = time.monotonic()
         with pytest.raises(HandshakeError) as caught:
             if attempt % 2:
                 check_reachable(endpoint, key, CONNECT_S)
             else:
                 connect(endpoint, key)
-        assert time.monotonic() - began < CONNECT_S + 1
         said.add(str(caught.value))
     return said
 

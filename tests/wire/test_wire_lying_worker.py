@@ -91,11 +91,11 @@ def test_an_answer_hidden_behind_a_probe_is_refused() -> None:
 def test_a_stream_of_probes_does_not_hold_up_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tsqp.wire.zmq, "TICK_MS", 2000)  # so that only probes end a wait
+    monkeypatch.setattr(tsqp.wire.zmq, "TICK_MS", 120_000)  # so that only probes end a wait
     start = time.monotonic()
     with pytest.raises(WorkerLost, match="probes instead of answers"):
         outcome_of(lambda _: [encode(Probe())], repeat=True)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 60
 
 
 def test_garbage_is_refused() -> None:

@@ -31,7 +31,7 @@ from tsqp.wire.tensors import Spec
 DIGEST = "ab" * 32
 SEGMENT = 2**20
 SHARED = "poll" if CAN_POLL else "shm"  # the transport where memory can be shared
-TIMEOUT = 8.0
+TIMEOUT = 60.0  # for what hangs, on a machine as busy as may be
 
 
 def hello(**changes: Any) -> Hello:
@@ -170,7 +170,7 @@ class HelperProcess:
     def words(self) -> str:
         return self._output.read_text()
 
-    def says(self, words: str, timeout: float = 30.0) -> bool:
+    def says(self, words: str, timeout: float = TIMEOUT) -> bool:
         """Whether it prints `words` in time."""
         return eventually(lambda: words in self.words or not self.is_alive, timeout) and (
             words in self.words
