@@ -24,16 +24,18 @@ from tsqp.model.gguf_file import GGUFCheckpoint
 from tsqp.model.layers import Layers
 from tsqp.model.progress import Progress, silent
 from tsqp.model.weights import parse_dtype
+from tsqp.runtime.generate import generate
 from tsqp.tee.call_log import CallLog
 from tsqp.tee.checks import one_params, one_prompt, several_prompts
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.crypto.pads import PadPool, PadStats
 from tsqp.tee.decoder import Decoder
-from tsqp.tee.engine import Engine
+from tsqp.tee.engine.engine import Engine
+from tsqp.tee.engine.observer import Observer
+from tsqp.tee.engine.scoring import Scores
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.placement import Placement
 from tsqp.tee.sampling import Completion, SamplingParams
-from tsqp.tee.scoring import Scores
 from tsqp.tee.stats import Stats
 from tsqp.tee.text.tokenizer import Tokenizer
 from tsqp.wire.channel import Channel, Counters
@@ -197,7 +199,8 @@ class LLM:
         given = several_prompts(prompts)
         ids = [self.tokenize(each) if isinstance(each, str) else each for each in given]
         return self._turns.run(
-            lambda: self._engine.generate(
+            lambda: generate(
+                self._engine,
                 ids,
                 params,
                 on_text,
@@ -241,7 +244,8 @@ class LLM:
         self._turns.check()
         ids = self._tokenizer.encode_chat(messages, split_special=split_special)
         [completion] = self._turns.run(
-            lambda: self._engine.generate(
+            lambda: generate(
+                self._engine,
                 [ids],
                 params,
                 on_text,
@@ -416,10 +420,12 @@ class LLM:
             self._offload,
             self.config,
             self._tokenizer,
+            Observer(
+                cpu_clock=process_time if self._pads is None else self._pads.other_cpu_s,
+                call_log=self._call_log,
+            ),
             prefill_chunk=options.prefill_chunk,
-            lanes=options.lanes,
-            cpu_clock=process_time if self._pads is None else self._pads.other_cpu_s,
-            call_log=self._call_log,
+            microbatches=options.lanes,
         )
 
     def _begin_log(self, call_log: CallLog, model: str) -> None:

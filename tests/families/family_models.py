@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tsqp.model.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
-from tsqp.tee.lanes import run_lanes
+from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.stats import Stats
 
@@ -136,7 +136,7 @@ def logits_in_chunks(
         batch = Batch(ids, positions, segments, torch.arange(length))
         stats = Stats()
         with torch.inference_mode():
-            pieces += run_lanes(offload, [decoder.forward(batch, stats)], stats)
+            pieces += run_interleaved(offload, [decoder.forward(batch, stats)], stats)
         start += length
     offload.free(0)
     return torch.cat(pieces)

@@ -8,6 +8,7 @@ from family_models import random_ids, reference_logits, write_model
 
 from tsqp import LLM, SamplingParams
 from tsqp.model.ops import ATTENTION_BLOCK
+from tsqp.runtime.generate import generate
 
 ORIGINAL = 128
 PROMPT = random_ids(300)
@@ -108,5 +109,5 @@ def test_no_keys_are_kept_that_another_length_rotates_otherwise(
     with opened(model) as llm:
         conversation = llm.conversation()
         for length in (first, second):
-            llm._engine.generate([PROMPT[:length]], one, conversation=conversation)
+            generate(llm._engine, [PROMPT[:length]], one, conversation=conversation)
         assert llm.stats.reused_tokens == reused

@@ -15,8 +15,9 @@ from every_opcode import at_every_opcode
 from tsqp import LLM, SamplingParams, _turns
 from tsqp.errors import TSQPError, UsageError, WorkerLost
 from tsqp.model import kv_cache
-from tsqp.tee import engine, lanes
+from tsqp.runtime.generate import generate
 from tsqp.tee.crypto import pads, row_pool, stock
+from tsqp.tee.engine import engine, interleave, observer, scheduler
 from tsqp.tee.offload import masked, pad
 from tsqp.wire import channel
 
@@ -249,7 +250,7 @@ def test_an_llm_that_is_dropped_frees_its_worker_and_its_threads(
 def test_an_llm_that_is_dropped_after_a_conversation_ends_without_a_garbage_collection() -> None:
     llm = make(privacy="tee")
     turns, conversation = llm._turns, llm.conversation()
-    llm._engine.generate([[1, 2, 3]], FEW, conversation=conversation)
+    generate(llm._engine, [[1, 2, 3]], FEW, conversation=conversation)
     gc.disable()
     try:
         del llm
@@ -266,7 +267,8 @@ def test_an_interrupt_anywhere_leaves_a_session_that_answers_and_ends(threads: i
     prompt = list(range(1, 41))  # enough rows for two threads
     llm = LLM("random:tiny", privacy="pad", worker="inproc", threads=threads, pad_memory=10**6)
     expected = llm.generate([prompt], FEW)
-    modules = (_turns, engine, lanes, pads, stock, row_pool, masked, pad, channel, kv_cache)
+    loop = (engine, interleave, observer, scheduler)
+    modules = (_turns, *loop, pads, stock, row_pool, masked, pad, channel, kv_cache)
 
     def run() -> None:
         llm.generate([prompt], FEW)

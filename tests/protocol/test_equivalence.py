@@ -18,7 +18,7 @@ from tsqp import LLM, SamplingParams
 from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import open_checkpoint
 from tsqp.tee.decoder import Batch
-from tsqp.tee.lanes import run_lanes
+from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.stats import Stats
 from tsqp.tee.text.tokenizer import Tokenizer
 
@@ -274,7 +274,9 @@ def logits(llm: LLM, ids: list[int]) -> Tensor:
     stats = Stats()
     engine._offload.alloc(0, length)
     with torch.inference_mode():
-        [logits_TV] = run_lanes(engine._offload, [engine._decoder.forward(batch, stats)], stats)
+        [logits_TV] = run_interleaved(
+            engine._offload, [engine._decoder.forward(batch, stats)], stats
+        )
     engine._offload.free(0)
     return logits_TV.float()
 

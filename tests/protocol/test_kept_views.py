@@ -10,8 +10,9 @@ from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.model.digest import weights_digest
+from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
-from tsqp.tee.engine import Engine
+from tsqp.tee.engine.engine import Engine
 from tsqp.tee.offload.open import OpenOffload
 from tsqp.tee.offload.open_attention import OpenAttentionOffload
 from tsqp.tee.offload.open_layers import OpenLayersOffload
@@ -74,8 +75,8 @@ def tokens(
     channel.max_call_bytes = max_call_bytes
     offload = split(channel, config, dtype, {}, 1.0)
     decoder = Decoder(checkpoint, dtype, None, offload.placement, offload.most_scores)
-    engine = Engine(decoder, offload, config, prefill_chunk=20, lanes=lanes)
-    return [completion.token_ids for completion in engine.generate(PROMPTS, GREEDY)]
+    engine = Engine(decoder, offload, config, prefill_chunk=20, microbatches=lanes)
+    return [completion.token_ids for completion in generate(engine, PROMPTS, GREEDY)]
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from tsqp.errors import CheckpointError
 from tsqp.model import demo
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
-from tsqp.tee.engine import Engine
+from tsqp.tee.engine.engine import Engine
 from tsqp.tee.text.tokenizer import Tokenizer
 
 

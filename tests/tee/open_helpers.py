@@ -12,7 +12,7 @@ from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS
 from tsqp.model.weights import read_bias
 from tsqp.tee.decoder import Batch, Decoder
-from tsqp.tee.lanes import run_lanes
+from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.open_attention import OpenAttentionOffload
 from tsqp.tee.offload.open_layers import OpenLayersOffload
@@ -72,7 +72,7 @@ class Side:
     ) -> list[Tensor]:
         """Logits of several batches that take turns."""
         lanes = [self.decoder.forward(batch_of(parts, wanted), self.stats) for parts in batches]
-        return run_lanes(self.offload, lanes, self.stats)
+        return run_interleaved(self.offload, lanes, self.stats)
 
 
 def batch_of(

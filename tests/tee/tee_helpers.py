@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint
 from tsqp.tee.decoder import Batch, Decoder
-from tsqp.tee.engine import Engine
-from tsqp.tee.lanes import run_lanes
+from tsqp.tee.engine.engine import Engine
+from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.stats import Stats
@@ -54,7 +54,7 @@ def all_logits(decoder: Decoder, offload: Offload, token_ids: Sequence[int], chu
         rows = torch.arange(len(ids))
         batch = Batch(torch.tensor(ids), positions, [Segment(0, start, len(ids))], rows)
         stats = Stats()
-        pieces += run_lanes(offload, [decoder.forward(batch, stats)], stats)
+        pieces += run_interleaved(offload, [decoder.forward(batch, stats)], stats)
     offload.free(0)
     return torch.cat(pieces)
 

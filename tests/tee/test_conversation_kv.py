@@ -9,9 +9,10 @@ from transformers import LlamaForCausalLM
 
 from tsqp.errors import OutOfMemory, WorkerLost
 from tsqp.model.checkpoint import Checkpoint
+from tsqp.runtime.generate import generate
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
-from tsqp.tee.engine import Engine
+from tsqp.tee.engine.engine import Engine
 from tsqp.tee.offload.base import Linear, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
 from tsqp.tee.sampling import Completion, SamplingParams
@@ -28,7 +29,7 @@ def ask(
     params: SamplingParams = GREEDY,
     conversation: Conversation = TALK,
 ) -> Completion:
-    [answer] = engine.generate([prompt], params, conversation=conversation)
+    [answer] = generate(engine, [prompt], params, conversation=conversation)
     return answer
 
 
@@ -49,7 +50,7 @@ def reused(fresh: Engine) -> Reused:
         stats = engine.stats
         computed, kept = stats.prefill_tokens, stats.reused_tokens
         answer = ask(engine, prompt, params)
-        check(answer, fresh.generate([prompt], GREEDY)[0])
+        check(answer, generate(fresh, [prompt], GREEDY)[0])
         kept = stats.reused_tokens - kept
         assert stats.prefill_tokens - computed == len(prompt) - kept
         return kept
@@ -124,14 +125,14 @@ def test_a_rated_prompt_is_computed_as_a_whole(tiny: Tiny, reused: Reused) -> No
 def test_a_stopped_answer_leaves_its_keys_and_values(tiny: Tiny, reused: Reused) -> None:
     engine, _ = make_engine(tiny[0])
     asked = iter([False] * 3 + [True])
-    [answer] = engine.generate([FIRST], GREEDY, should_stop=lambda: next(asked), conversation=TALK)
+    [answer] = generate(engine, [FIRST], GREEDY, should_stop=lambda: next(asked), conversation=TALK)
     assert len(answer.token_ids) == 3
     assert reused(engine, [*FIRST, *answer.token_ids, 1]) == len(FIRST) + 2
 
 
 def test_anything_else_frees_it(tiny: Tiny, reused: Reused) -> None:
     engine, offload = make_engine(tiny[0])
-    for use in (lambda: engine.generate([[1]], GREEDY), lambda: engine.score([1, 2])):
+    for use in (lambda: generate(engine, [[1]], GREEDY), lambda: engine.score([1, 2])):
         ask(engine, FIRST)
         assert offload.attention.reserved_bytes > 0
         use()

@@ -13,7 +13,7 @@ from tsqp.errors import WorkerError
 from tsqp.model.attention import Segment
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.tee.decoder import Batch, Decoder
-from tsqp.tee.lanes import run_lanes
+from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.offload.base import LM_HEAD, Linear, Pending, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
 from tsqp.tee.stats import Stats
@@ -81,7 +81,7 @@ def test_only_the_wanted_rows_are_returned(
     batch = Batch(torch.tensor(ids), torch.arange(20), [Segment(3, 0, 20)], rows)
     stats = Stats()
     lane = Decoder(checkpoint, torch.float32).forward(batch, stats)
-    [logits] = run_lanes(offload, [lane], stats)
+    [logits] = run_interleaved(offload, [lane], stats)
     torch.testing.assert_close(logits, reference_logits(model, ids)[rows], atol=1e-4, rtol=0)
 
 
@@ -94,7 +94,9 @@ def test_a_batch_without_wanted_rows_asks_for_no_lm_head(
     nothing = torch.empty(0, dtype=torch.int64)
     batch = Batch(torch.tensor([1, 2, 3]), torch.arange(3), [Segment(0, 0, 3)], nothing)
     stats = Stats()
-    [logits] = run_lanes(offload, [Decoder(checkpoint, torch.float32).forward(batch, stats)], stats)
+    [logits] = run_interleaved(
+        offload, [Decoder(checkpoint, torch.float32).forward(batch, stats)], stats
+    )
     assert logits.shape == (0, 101)
     assert len(offload.linear) > 0
     assert (LM_HEAD, "lm_head") not in offload.linear

@@ -12,8 +12,9 @@ from transformers import LlamaForCausalLM
 from references import greedy_tokens, reference_model
 from tsqp.errors import OutOfMemory, PromptError, WorkerLost
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
-from tsqp.tee.engine import Engine
+from tsqp.tee.engine.engine import Engine
 from tsqp.tee.offload.base import Attention, Linear, Pending, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
 from tsqp.tee.sampling import Completion, SamplingParams
@@ -32,7 +33,7 @@ def tokens(completions: list[Completion]) -> list[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def one_by_one(tiny: Tiny) -> list[tuple[int, ...]]:
     engine, _ = make_engine(tiny[0])
-    return [engine.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS]
+    return [generate(engine, [prompt], GREEDY)[0].token_ids for prompt in PROMPTS]
 
 
 def test_greedy_tokens_are_those_of_transformers(
@@ -47,10 +48,10 @@ def test_greedy_tokens_are_those_of_transformers(
         {},
         {"prefill_chunk": 16},
         {"prefill_chunk": 1},
-        {"max_sequences": 2},
-        {"lanes": 2},
-        {"lanes": 2, "prefill_chunk": 16},
-        {"lanes": 8, "max_sequences": 3},
+        {"max_num_seqs": 2},
+        {"microbatches": 2},
+        {"microbatches": 2, "prefill_chunk": 16},
+        {"microbatches": 8, "max_num_seqs": 3},
     ],
     ids=str,
 )
@@ -58,7 +59,7 @@ def test_a_batch_answers_as_one_by_one(
     options: dict[str, int], tiny: Tiny, one_by_one: list[tuple[int, ...]]
 ) -> None:
     engine, offload = make_engine(tiny[0], **options)
-    assert tokens(engine.generate(PROMPTS, GREEDY)) == one_by_one
+    assert tokens(generate(engine, PROMPTS, GREEDY)) == one_by_one
     assert offload.attention.reserved_bytes == 0
 
 
@@ -78,7 +79,7 @@ def test_prompts_are_cut_alike_in_any_company(tiny: Tiny) -> None:
         decoder = Decoder(checkpoint, torch.float32)
         offload = Watching(checkpoint, torch.float32)
         engine = Engine(decoder, offload, checkpoint.config, prefill_chunk=16)
-        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=1))
+        generate(engine, prompts, SamplingParams(temperature=0, max_tokens=1))
         mine = len(prompts) - 1  # ids are given in order
         return [length for step in seen for sequence, length in step if sequence == mine]
 
@@ -102,8 +103,8 @@ def test_a_late_request_does_not_change_an_early_one(
 def test_a_seeded_request_draws_the_same_in_company(tiny: Tiny) -> None:
     params = SamplingParams(temperature=0.9, seed=4, max_tokens=10, ignore_eos=True, top_p=0.9)
     engine, _ = make_engine(tiny[0])
-    [alone] = engine.generate([PROMPTS[2]], params)
-    together = engine.generate([PROMPTS[0], PROMPTS[2], PROMPTS[4]], params)
+    [alone] = generate(engine, [PROMPTS[2]], params)
+    together = generate(engine, [PROMPTS[0], PROMPTS[2], PROMPTS[4]], params)
     assert together[1] == alone
 
 
@@ -114,8 +115,8 @@ def test_the_answer_ends_with_the_eos_token(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.config.eos_token_ids == (eos,)
     engine, offload = make_engine(checkpoint)
-    [answer] = engine.generate([PROMPTS[1]], SamplingParams(temperature=0, max_tokens=12))
-    [full] = engine.generate([PROMPTS[1]], GREEDY)
+    [answer] = generate(engine, [PROMPTS[1]], SamplingParams(temperature=0, max_tokens=12))
+    [full] = generate(engine, [PROMPTS[1]], GREEDY)
     assert answer.finish_reason == "stop"
     assert answer.token_ids[-1] == eos
     assert answer.token_ids == full.token_ids[: len(answer.token_ids)]
@@ -126,14 +127,14 @@ def test_the_answer_ends_with_the_eos_token(tmp_path: Path) -> None:
 def test_an_answer_ends_at_the_context_limit(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
     params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
-    [answer] = engine.generate([[3] * 630], params)
+    [answer] = generate(engine, [[3] * 630], params)
     assert (len(answer.token_ids), answer.finish_reason) == (10, "length")
     assert answer.prompt_tokens == 630
 
 
 def test_a_prompt_that_leaves_room_for_one_token_gets_one(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
-    [answer] = engine.generate([[3] * 639], GREEDY)
+    [answer] = generate(engine, [[3] * 639], GREEDY)
     assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
 
 
@@ -161,7 +162,7 @@ def test_prompts_that_cannot_be_served_are_refused(
 def test_one_bad_prompt_leaves_nothing_queued(tiny: Tiny) -> None:
     engine, offload = make_engine(tiny[0])
     with pytest.raises(PromptError):
-        engine.generate([[1], []], GREEDY)
+        generate(engine, [[1], []], GREEDY)
     assert not engine.has_unfinished
     assert offload.attention.reserved_bytes == 0
 
@@ -188,7 +189,7 @@ def test_memory_is_freed_as_soon_as_an_answer_ends(tiny: Tiny) -> None:
 def test_an_aborted_sequence_is_freed_and_the_others_go_on(
     tiny: Tiny, one_by_one: list[tuple[int, ...]]
 ) -> None:
-    engine, offload = make_engine(tiny[0], max_sequences=2)
+    engine, offload = make_engine(tiny[0], max_num_seqs=2)
     ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS[:4]]
     engine.step()
     engine.abort(ids[0])
@@ -222,14 +223,14 @@ def test_a_lost_worker_frees_everything_and_the_engine_can_go_on(
     checkpoint = tiny[0]
     offload = Failing(checkpoint, torch.float32)
     decoder = Decoder(checkpoint, torch.float32)
-    engine = Engine(decoder, offload, checkpoint.config, lanes=lanes, max_sequences=3)
+    engine = Engine(decoder, offload, checkpoint.config, microbatches=lanes, max_num_seqs=3)
     offload.calls_left = calls
     with pytest.raises(WorkerLost):
-        engine.generate(PROMPTS, GREEDY)
+        generate(engine, PROMPTS, GREEDY)
     assert not engine.has_unfinished
     assert offload.attention.reserved_bytes == 0
     offload.calls_left = 10_000
-    assert tokens(engine.generate(PROMPTS, GREEDY)) == one_by_one
+    assert tokens(generate(engine, PROMPTS, GREEDY)) == one_by_one
 
 
 class Later(LocalOffload):
@@ -264,9 +265,9 @@ class Later(LocalOffload):
 def test_the_later_part_of_a_long_prompt_follows_the_earlier_in_another_lane(tiny: Tiny) -> None:
     checkpoint, model = tiny
     offload = Later(checkpoint, torch.float32)
-    engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config, lanes=2)
+    engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config, microbatches=2)
     prompt = [n % 101 for n in range(500)]
-    assert tokens(engine.generate([prompt], GREEDY)) == [greedy_tokens(model, prompt, 12)]
+    assert tokens(generate(engine, [prompt], GREEDY)) == [greedy_tokens(model, prompt, 12)]
     assert offload.order[:6] == [(layer, start) for layer in range(3) for start in (0, 256)]
 
 
@@ -287,9 +288,9 @@ def test_lanes_are_closed_when_one_of_them_fails(tiny: Tiny) -> None:
 
     offload = FailingLater(checkpoint, torch.float32)
     offload.calls_left = 7
-    engine = Engine(Watched(checkpoint, torch.float32), offload, checkpoint.config, lanes=2)
+    engine = Engine(Watched(checkpoint, torch.float32), offload, checkpoint.config, microbatches=2)
     with pytest.raises(WorkerLost):
-        engine.generate(PROMPTS[:2], GREEDY)
+        generate(engine, PROMPTS[:2], GREEDY)
     assert closed == [1, 1]
 
 
@@ -308,7 +309,7 @@ def test_a_sequence_waits_until_there_is_memory(
     checkpoint = tiny[0]
     offload = Small(checkpoint, torch.float32)
     engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config)
-    assert tokens(engine.generate(PROMPTS, GREEDY)) == one_by_one
+    assert tokens(generate(engine, PROMPTS, GREEDY)) == one_by_one
 
 
 def test_a_sequence_that_never_fits_is_an_error(tiny: Tiny) -> None:
@@ -316,13 +317,13 @@ def test_a_sequence_that_never_fits_is_an_error(tiny: Tiny) -> None:
     offload = Small(checkpoint, torch.float32)
     engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config)
     with pytest.raises(OutOfMemory):
-        engine.generate([[1] * 299], GREEDY)
+        generate(engine, [[1] * 299], GREEDY)
     assert not engine.has_unfinished
 
 
 def test_the_times_of_an_answer_add_up(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
-    engine.generate(PROMPTS, GREEDY)
+    generate(engine, PROMPTS, GREEDY)
     stats = engine.stats
     assert stats.prefill_tokens == sum(map(len, PROMPTS))
     assert stats.decode_tokens == 11 * len(PROMPTS)
@@ -358,7 +359,7 @@ def test_the_real_model_answers_as_transformers(
     real: Engine, real_reference: LlamaForCausalLM, tokenizer: Tokenizer
 ) -> None:
     prompts = [tokenizer.encode(text) for text in TEXTS]
-    answers = real.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
+    answers = generate(real, prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
     assert tokens(answers) == [greedy_tokens(real_reference, prompt, 16) for prompt in prompts]
     assert [a.text for a in answers] == [tokenizer.decode(a.token_ids) for a in answers]
 
@@ -368,7 +369,7 @@ def test_the_real_model_knows_the_capital_of_france(real: Engine, tokenizer: Tok
     prompt = tokenizer.encode_chat([{"role": "user", "content": question}])
     pieces: list[str] = []
     collect: Callable[[int, str], None] = lambda _, text: pieces.append(text)  # noqa: E731
-    [answer] = real.generate([prompt], SamplingParams(temperature=0, max_tokens=32), collect)
+    [answer] = generate(real, [prompt], SamplingParams(temperature=0, max_tokens=32), collect)
     assert answer.text == "The capital of France is Paris."
     assert answer.finish_reason == "stop"
     assert "".join(pieces) == answer.text
@@ -377,11 +378,11 @@ def test_the_real_model_knows_the_capital_of_france(real: Engine, tokenizer: Tok
 
 def test_a_stop_string_ends_the_answer_before_it(real: Engine, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode(TEXTS[0])
-    [whole] = real.generate([prompt], SamplingParams(temperature=0, max_tokens=16))
+    [whole] = generate(real, [prompt], SamplingParams(temperature=0, max_tokens=16))
     stop = whole.text[9:16]  # begins and ends inside tokens
     params = SamplingParams(temperature=0, max_tokens=16, stop=["never to be seen", stop])
     pieces: list[str] = []
-    [answer] = real.generate([prompt], params, lambda _, text: pieces.append(text))
+    [answer] = generate(real, [prompt], params, lambda _, text: pieces.append(text))
     assert answer.text == whole.text[: whole.text.index(stop)]
     assert answer.finish_reason == "stop"
     assert "".join(pieces) == answer.text

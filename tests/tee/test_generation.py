@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 
 from tsqp.errors import PromptError
 from tsqp.model.checkpoint import Checkpoint
-from tsqp.tee.engine import Engine
+from tsqp.runtime.generate import generate
+from tsqp.tee.engine.engine import Engine
 from tsqp.tee.sampling import SamplingParams
 from tsqp.tee.text.tokenizer import Tokenizer
 
@@ -20,13 +21,13 @@ def sampled(seed: int, **options: int) -> SamplingParams:
     return SamplingParams(temperature=0.9, seed=seed, max_tokens=8, ignore_eos=True, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{}, {"lanes": 3}, {"max_sequences": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"microbatches": 3}, {"max_num_seqs": 2}], ids=str)
 def test_each_of_n_answers_is_that_of_the_next_seed(options: dict[str, int], tiny: Tiny) -> None:
     engine, offload = make_engine(tiny[0], **options)
-    answers = engine.generate(PROMPTS, sampled(5, n=3))
+    answers = generate(engine, PROMPTS, sampled(5, n=3))
     assert [answer.index for answer in answers] == [0, 1, 2] * 3
     alone = [
-        engine.generate([prompt], sampled(5 + index))[0].token_ids
+        generate(engine, [prompt], sampled(5 + index))[0].token_ids
         for prompt in PROMPTS
         for index in range(3)
     ]
@@ -38,7 +39,7 @@ def test_each_of_n_answers_is_that_of_the_next_seed(options: dict[str, int], tin
 def test_unseeded_answers_to_one_prompt_differ(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
     params = SamplingParams(n=3, max_tokens=16, ignore_eos=True)
-    assert len({answer.token_ids for answer in engine.generate([[5]], params)}) == 3
+    assert len({answer.token_ids for answer in generate(engine, [[5]], params)}) == 3
 
 
 def test_text_comes_with_the_place_of_its_answer(real: Engine, tokenizer: Tokenizer) -> None:
@@ -48,7 +49,7 @@ def test_text_comes_with_the_place_of_its_answer(real: Engine, tokenizer: Tokeni
     def collect(place: int, text: str) -> None:
         pieces[place] = pieces.get(place, "") + text
 
-    answers = real.generate(prompts, sampled(1, n=2), collect)
+    answers = generate(real, prompts, sampled(1, n=2), collect)
     assert pieces == {place: answer.text for place, answer in enumerate(answers)}
     assert len(pieces) == 4
 
@@ -56,11 +57,11 @@ def test_text_comes_with_the_place_of_its_answer(real: Engine, tokenizer: Tokeni
 def test_a_stop_token_ends_the_answer_and_is_its_last_token(tiny: Tiny) -> None:
     engine, offload = make_engine(tiny[0])
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    [whole] = engine.generate([PROMPTS[2]], params)
+    [whole] = generate(engine, [PROMPTS[2]], params)
     stop = whole.token_ids[4]
     first = whole.token_ids.index(stop)
     params = replace(params, stop_token_ids=[99, stop])
-    [answer] = engine.generate([PROMPTS[2]], params)
+    [answer] = generate(engine, [PROMPTS[2]], params)
     assert answer.token_ids == whole.token_ids[: first + 1]
     assert answer.finish_reason == "stop"
     assert offload.attention.reserved_bytes == 0
@@ -68,11 +69,11 @@ def test_a_stop_token_ends_the_answer_and_is_its_last_token(tiny: Tiny) -> None:
 
 def test_a_stop_token_gives_no_text(real: Engine, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("The capital of France is")
-    [whole] = real.generate([prompt], SamplingParams(temperature=0, max_tokens=6))
+    [whole] = generate(real, [prompt], SamplingParams(temperature=0, max_tokens=6))
     last = whole.token_ids[2]
     assert last not in whole.token_ids[:2]
     params = SamplingParams(temperature=0, max_tokens=6, stop_token_ids=(last,))
-    [answer] = real.generate([prompt], params)
+    [answer] = generate(real, [prompt], params)
     assert answer.token_ids == whole.token_ids[:3]
     assert answer.text == tokenizer.decode(whole.token_ids[:2]) != whole.text
 
@@ -80,9 +81,9 @@ def test_a_stop_token_gives_no_text(real: Engine, tokenizer: Tokenizer) -> None:
 def test_an_answer_has_its_least_length(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
     always = {7: 100.0}  # the end-of-sequence token
-    [short] = engine.generate([[5]], SamplingParams(logit_bias=always, max_tokens=9))
+    [short] = generate(engine, [[5]], SamplingParams(logit_bias=always, max_tokens=9))
     assert (short.token_ids, short.finish_reason) == ((7,), "stop")
-    [long] = engine.generate([[5]], SamplingParams(logit_bias=always, max_tokens=9, min_tokens=5))
+    [long] = generate(engine, [[5]], SamplingParams(logit_bias=always, max_tokens=9, min_tokens=5))
     assert 7 not in long.token_ids[:5]
     assert (long.token_ids[5:], long.finish_reason) == ((7,), "stop")
 
@@ -90,7 +91,7 @@ def test_an_answer_has_its_least_length(tiny: Tiny) -> None:
 def test_a_bias_holds_in_every_step(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logit_bias={42: 100})
-    assert engine.generate([[5]], params)[0].token_ids == (42,) * 5
+    assert generate(engine, [[5]], params)[0].token_ids == (42,) * 5
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_ids_that_the_model_does_not_have_are_refused(
 def test_progress_ends_where_all_prompts_are_read(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0], prefill_chunk=16)
     seen: list[tuple[int, int]] = []
-    engine.generate(PROMPTS, sampled(1), on_progress=lambda *each: seen.append(each))
+    generate(engine, PROMPTS, sampled(1), on_progress=lambda *each: seen.append(each))
     assert [total for _, total in seen] == [44] * len(seen)
     done = [count for count, _ in seen]
     assert done == sorted(set(done))
@@ -122,16 +123,16 @@ def test_progress_ends_where_all_prompts_are_read(tiny: Tiny) -> None:
 
 
 def test_a_stopped_answer_keeps_what_it_has(tiny: Tiny) -> None:
-    engine, offload = make_engine(tiny[0], max_sequences=2)
-    whole = engine.generate(PROMPTS, sampled(1))
+    engine, offload = make_engine(tiny[0], max_num_seqs=2)
+    whole = generate(engine, PROMPTS, sampled(1))
     asked = iter([False] * 4 + [True])
-    answers = engine.generate(PROMPTS, sampled(1), should_stop=lambda: next(asked))
+    answers = generate(engine, PROMPTS, sampled(1), should_stop=lambda: next(asked))
     assert [answer.finish_reason for answer in answers] == ["abort"] * 3
     assert [len(answer.token_ids) for answer in answers] == [4, 4, 0]
     for answer, complete in zip(answers, whole, strict=True):
         assert answer.token_ids == complete.token_ids[: len(answer.token_ids)]
     assert offload.attention.reserved_bytes == 0
-    assert engine.generate(PROMPTS, sampled(1)) == whole
+    assert generate(engine, PROMPTS, sampled(1)) == whole
 
 
 def test_a_stopped_answer_releases_the_text_it_held(real: Engine, tokenizer: Tokenizer) -> None:
@@ -139,7 +140,7 @@ def test_a_stopped_answer_releases_the_text_it_held(real: Engine, tokenizer: Tok
     params = SamplingParams(temperature=0, max_tokens=6, stop=" Paris, the city that never")
     pieces: list[str] = []
     asked = iter([False] * 2 + [True])
-    [answer] = real.generate(
-        [prompt], params, lambda _, text: pieces.append(text), should_stop=lambda: next(asked)
+    [answer] = generate(
+        real, [prompt], params, lambda _, text: pieces.append(text), should_stop=lambda: next(asked)
     )
     assert answer.text == "".join(pieces) == tokenizer.decode(answer.token_ids) != ""

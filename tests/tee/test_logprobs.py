@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from tsqp.errors import PromptError
 from tsqp.model.checkpoint import Checkpoint
+from tsqp.runtime.generate import generate
 from tsqp.tee.sampling import SamplingParams, TokenLogprobs
 
 Tiny = tuple[Checkpoint, LlamaForCausalLM]
@@ -48,11 +49,11 @@ def check(given: TokenLogprobs, expected_V: Tensor, token_id: int, count: int) -
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"prefill_chunk": 16}, {"prefill_chunk": 1}, {"lanes": 2}], ids=str
+    "options", [{}, {"prefill_chunk": 16}, {"prefill_chunk": 1}, {"microbatches": 2}], ids=str
 )
 def test_they_are_those_of_the_raw_distribution(options: dict[str, int], tiny: Tiny) -> None:
     engine, offload = make_engine(tiny[0], **options)
-    answers = engine.generate([OTHERS[0], PROMPT, OTHERS[1]], PARAMS)
+    answers = generate(engine, [OTHERS[0], PROMPT, OTHERS[1]], PARAMS)
     answer = answers[1]
     logprobs_TV = reference(tiny[1], [*PROMPT, *answer.token_ids])
     assert answer.logprobs is not None
@@ -74,7 +75,7 @@ def test_asking_for_them_changes_no_token(tiny: Tiny) -> None:
     rated = SamplingParams(
         temperature=0.7, seed=3, max_tokens=8, ignore_eos=True, logprobs=0, prompt_logprobs=0
     )
-    [answer], [other] = engine.generate([PROMPT], plain), engine.generate([PROMPT], rated)
+    [answer], [other] = generate(engine, [PROMPT], plain), generate(engine, [PROMPT], rated)
     assert answer.token_ids == other.token_ids
     assert (answer.logprobs, answer.prompt_logprobs) == (None, None)
     assert other.logprobs is not None
@@ -84,7 +85,7 @@ def test_asking_for_them_changes_no_token(tiny: Tiny) -> None:
 def test_the_greedy_token_has_rank_one(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
-    [answer] = engine.generate([PROMPT], params)
+    [answer] = generate(engine, [PROMPT], params)
     assert answer.logprobs is not None
     assert [each.rank for each in answer.logprobs] == [1] * 8
     assert [each.top[0].token_id for each in answer.logprobs] == list(answer.token_ids)
@@ -92,7 +93,7 @@ def test_the_greedy_token_has_rank_one(tiny: Tiny) -> None:
 
 def test_the_score_of_a_text_is_what_its_prompt_logprobs_say(tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
-    [answer] = engine.generate([PROMPT], SamplingParams(prompt_logprobs=0, max_tokens=1))
+    [answer] = generate(engine, [PROMPT], SamplingParams(prompt_logprobs=0, max_tokens=1))
     assert answer.prompt_logprobs is not None
     rated = [each.logprob for each in answer.prompt_logprobs[1:] if each is not None]
     assert rated == pytest.approx(engine.score(PROMPT).logprobs_T.tolist(), abs=1e-4)
@@ -101,7 +102,7 @@ def test_the_score_of_a_text_is_what_its_prompt_logprobs_say(tiny: Tiny) -> None
 @pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
 def test_more_than_the_vocabulary_is_refused(name: str, tiny: Tiny) -> None:
     engine, _ = make_engine(tiny[0])
-    assert engine.generate([[1, 2]], SamplingParams(**{name: 101}, max_tokens=1))  # type: ignore[arg-type]
+    assert generate(engine, [[1, 2]], SamplingParams(**{name: 101}, max_tokens=1))  # type: ignore[arg-type]
     with pytest.raises(PromptError, match=f"{name} asks for 102 tokens of a vocabulary of 101"):
         engine.add([1], SamplingParams(**{name: 102}))  # type: ignore[arg-type]
     assert not engine.has_unfinished

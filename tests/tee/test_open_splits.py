@@ -14,9 +14,10 @@ from references import reference_model
 from tsqp.errors import OutOfMemory, ProtocolError, WorkerError
 from tsqp.gpu.worker import Worker
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.runtime.generate import generate
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
-from tsqp.tee.engine import Engine
+from tsqp.tee.engine.engine import Engine
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.sampling import SamplingParams
 from tsqp.wire.channel import kind_of
@@ -174,12 +175,12 @@ def test_an_engine_gives_the_tokens_of_tee(
     local = LocalOffload(checkpoint, torch.float32)
     config = checkpoint.config
     tee = Engine(Decoder(checkpoint, torch.float32), local, config, prefill_chunk=280)
-    expected = [answer.token_ids for answer in tee.generate(prompts, greedy)]
+    expected = [answer.token_ids for answer in generate(tee, prompts, greedy)]
     assert len({token for answer in expected for token in answer}) > 10
     for lanes in (1, 2):
         side = Side(worker, checkpoint, split)
-        engine = Engine(side.decoder, side.offload, config, prefill_chunk=280, lanes=lanes)
-        assert [answer.token_ids for answer in engine.generate(prompts, greedy)] == expected
+        engine = Engine(side.decoder, side.offload, config, prefill_chunk=280, microbatches=lanes)
+        assert [answer.token_ids for answer in generate(engine, prompts, greedy)] == expected
         assert kept_bytes(worker) == 0
 
 
@@ -195,8 +196,8 @@ def test_a_conversation_goes_on_with_what_the_worker_kept(
     ids = some_ids(50)
     conversation = Conversation(engine.forget)
     for turn in range(3):
-        [answer] = engine.generate([ids], greedy, conversation=conversation)
-        assert answer.token_ids == tee.generate([ids], greedy)[0].token_ids
+        [answer] = generate(engine, [ids], greedy, conversation=conversation)
+        assert answer.token_ids == generate(tee, [ids], greedy)[0].token_ids
         ids = [*ids, *answer.token_ids[:5], *some_ids(10, turn)]
     assert side.channel.counters.calls["allocate"] < 3
     assert side.channel.counters.calls["truncate"] > 0
@@ -297,7 +298,7 @@ def test_a_full_worker_makes_a_sequence_wait_for_another(
     monkeypatch.setattr(worker._store.cache, "_check", check)
     engine = Engine(side.decoder, side.offload, checkpoint.config)
     greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    answers = engine.generate([[1, 2], [3]], greedy)
+    answers = generate(engine, [[1, 2], [3]], greedy)
     assert [len(answer.token_ids) for answer in answers] == [3, 3]
     assert side.channel.counters.calls["embed"] == 6  # one after the other
 

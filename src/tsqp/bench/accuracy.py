@@ -17,7 +17,7 @@ from tsqp.bench.modes import TIMEOUT_S
 from tsqp.bench.output import new_table
 from tsqp.errors import PromptError, TokenizerError
 from tsqp.model.checkpoint import open_checkpoint
-from tsqp.tee.scoring import Scores
+from tsqp.tee.engine.scoring import Scores
 from tsqp.tee.text.tokenizer import Tokenizer
 
 MIN_TOKENS = 2

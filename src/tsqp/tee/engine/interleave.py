@@ -1,4 +1,4 @@
-"""Several forward passes in turn, so that this side works on one while the worker has another."""
+"""Forward passes in turn: the TEE computes for one while a worker computes for another."""
 
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -9,16 +9,16 @@ from torch import Tensor
 from tsqp.tee.offload.base import Embedding, Layer, Linear, Offload, Pending, Ready, Request
 from tsqp.tee.stats import Stats, Timer
 
-Lane = Generator[Request, Tensor, Tensor]
+ForwardPass = Generator[Request, Tensor, Tensor]
 
 
-def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Tensor]:
-    """Drive several forward passes at once, in turn, and return what each returns.
+def run_interleaved(offload: Offload, passes: Sequence[ForwardPass], stats: Stats) -> list[Tensor]:
+    """Run several forward passes in turn, and return what each of them returns.
 
-    The request of one lane is started before the answer of another is waited for; a lane whose
-    answer is there at once goes on at once. A lane is never ahead of one before it, so a prompt's
-    later tokens may follow its earlier ones in the next lane. Whatever is raised, by a lane or by
-    the offload, closes all lanes, gives up the answers that are out, and goes on to the caller.
+    The request of one pass is started before the answer of another is waited for. A pass whose
+    answer is there at once goes on at once. No pass gets ahead of one before it, so the next pass
+    may hold the later tokens of the same prompt. An exception, of a pass or of the offload, closes
+    all passes, cancels the answers that are out, and goes on to the caller.
     """
     results: dict[int, Tensor] = {}
     started: deque[tuple[int, Timer, Pending]] = deque()
@@ -28,7 +28,7 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
         with timer:
             return timer, offload.start(request)
 
-    def advance(lane: int, timer: Timer, pending: Pending) -> None:
+    def advance(number: int, timer: Timer, pending: Pending) -> None:
         """Wait for an answer, and go on until the next that is not there at once."""
         while True:
             began = perf_counter()
@@ -36,30 +36,30 @@ def run_lanes(offload: Offload, lanes: Sequence[Lane], stats: Stats) -> list[Ten
                 timer.seconds += perf_counter() - began
                 stats.wait_s += pending.waited_s
                 try:
-                    request = lanes[lane].send(answer)
+                    request = passes[number].send(answer)
                 except StopIteration as end:
-                    results[lane] = end.value
+                    results[number] = end.value
                     return
                 timer, pending = start(request)
                 if not isinstance(pending, Ready):
-                    started.append((lane, timer, pending))
+                    started.append((number, timer, pending))
                     return
 
     try:
-        for lane, generator in enumerate(lanes):
-            timer, pending = start(next(generator))
+        for number, forward in enumerate(passes):
+            timer, pending = start(next(forward))
             if isinstance(pending, Ready):
-                advance(lane, timer, pending)
+                advance(number, timer, pending)
             else:
-                started.append((lane, timer, pending))
+                started.append((number, timer, pending))
         while started:
             advance(*started.popleft())
     finally:
         for _, _, pending in started:
             pending.cancel()
-        for generator in lanes:
-            generator.close()
-    return [results[lane] for lane in range(len(lanes))]
+        for forward in passes:
+            forward.close()
+    return [results[number] for number in range(len(passes))]
 
 
 def _kind(request: Request) -> str:

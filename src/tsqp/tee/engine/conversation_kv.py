@@ -5,8 +5,8 @@ from itertools import takewhile
 from tsqp.errors import OutOfMemory
 from tsqp.model.config import ModelConfig
 from tsqp.tee.conversation import Conversation
+from tsqp.tee.engine.sequence import Sequence
 from tsqp.tee.offload.base import Offload
-from tsqp.tee.sequence import Sequence
 
 
 class ConversationKv:

@@ -1,4 +1,4 @@
-"""One request's state, and how the next tokens of several become one batch.
+"""One request's state, from the prompt to the answer.
 
 Shape suffixes: R rows of logits; V vocabulary.
 """
@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tsqp.model.attention import Segment
+from tsqp.errors import TSQPError
 from tsqp.model.ops import ATTENTION_BLOCK
 from tsqp.tee.conversation import Conversation
-from tsqp.tee.decoder import Batch
 from tsqp.tee.logprobs import rate
 from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import Completion, FinishReason, SamplingParams, TokenLogprobs
@@ -36,6 +35,7 @@ class Sequence:
     conversation: Conversation | None = None  # whose next sequence gets this one's KV
     reserved: int = 0  # tokens for which there is room in the cache
     computed: int = 0  # tokens whose KV is in the cache
+    restarts: int = 0  # how often its worker was lost
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
@@ -59,9 +59,15 @@ class Sequence:
         count = self.params.prompt_logprobs
         assert count is not None
         first = self.computed + 1
-        known = self.token_ids[first : first + len(logits_RV)]
-        rows_RV = logits_RV[: len(known)]  # what follows the last token is not known
+        known = self.token_ids[first : min(first + len(logits_RV), self.prompt_tokens)]
+        rows_RV = logits_RV[: len(known)]  # what follows the prompt is not the prompt's
         self.prompt_logprobs += rate(rows_RV, torch.tensor(known, dtype=torch.int64), count)
+
+    def restart(self) -> None:
+        """Compute everything again, under KV of its own; what was chosen stays chosen."""
+        self.kv_id, self.conversation, self.reserved = self.id, None, 0
+        self.computed = 0
+        self.prompt_logprobs = [None]
 
     def choose(self, logits_V: Tensor) -> int:
         """Choose the next token."""
@@ -107,12 +113,14 @@ class Output:
         token_id: the token that was chosen; None where the sequence was ended before one.
         text: the text that became certain, which may be empty.
         completion: the whole answer, if it has ended.
+        error: why there will be no answer; then there is nothing else. The sequence has ended.
     """
 
     sequence: int
-    token_id: int | None
-    text: str
-    completion: Completion | None
+    token_id: int | None = None
+    text: str = ""
+    completion: Completion | None = None
+    error: TSQPError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,41 +150,3 @@ class Chunk:
         if self.sequence.rates_prompt:
             return range(self.length)
         return range(self.length - self.ends_known_tokens, self.length)
-
-
-def share_out(chunks: list[Chunk], lanes: int, *, may_cut: bool = True) -> list[list[Chunk]]:
-    """What each lane does in a step; the later part of a long prompt goes to a later lane.
-
-    Args:
-        may_cut: whether two lanes may share a prompt.
-    """
-    works: list[list[Chunk]] = [[] for _ in range(lanes)]
-    for chunk in chunks:
-        parts = chunk.split(lanes if may_cut else 1)
-        if len(parts) == 1:
-            min(works, key=lambda work: sum(each.length for each in work)).append(chunk)
-        else:
-            for work, part in zip(works, parts, strict=False):
-                work.append(part)
-    return [work for work in works if work]
-
-
-def flat_batch(chunks: list[Chunk]) -> Batch:
-    """The tokens of these chunks as the decoder takes them."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    segments: list[Segment] = []
-    logits_rows: list[int] = []
-    for chunk in chunks:
-        sequence, start = chunk.sequence, chunk.start
-        end = start + chunk.length
-        logits_rows += [len(token_ids) + row for row in chunk.wanted]
-        token_ids += sequence.token_ids[start:end]
-        positions += range(start, end)
-        segments.append(Segment(sequence.kv_id, start, chunk.length, known=len(sequence.token_ids)))
-    return Batch(
-        torch.tensor(token_ids, dtype=torch.int64),
-        torch.tensor(positions, dtype=torch.int64),
-        segments,
-        torch.tensor(logits_rows, dtype=torch.int64),
-    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tsqp.model.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
-from tsqp.tee.lanes import run_lanes
+from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.logprobs import in_blocks
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.stats import Stats
@@ -55,7 +55,7 @@ def score(
             [Segment(sequence, first, length, known=len(ids_T))],
             logits_rows_R=torch.arange(length),
         )
-        [logits_RV] = run_lanes(offload, [decoder.forward(batch, stats)], stats)
+        [logits_RV] = run_interleaved(offload, [decoder.forward(batch, stats)], stats)
         parts.append(_rate(logits_RV, ids_T[first + 1 : first + length + 1]))
     return Scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 

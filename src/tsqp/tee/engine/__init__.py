@@ -1,0 +1,1 @@
+"""Requests, steps and batches: `Scheduler` chooses, `Engine` runs, `Observer` measures."""

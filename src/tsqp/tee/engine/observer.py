@@ -1,0 +1,77 @@
+"""The clocks and the log of an engine's steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter, process_time
+
+from tsqp.tee.call_log import CallLog
+from tsqp.tee.engine.sequence import Chunk
+from tsqp.tee.stats import Stats
+
+
+class Step:
+    """What one step computes, once that is known; a step that fails counts for nothing."""
+
+    def __init__(self, stats: Stats, call_log: CallLog | None) -> None:
+        self._stats = stats
+        self._call_log = call_log
+        self.prompt_tokens = 0
+        self.decode_tokens = 0
+        self.failed = False
+
+    def begin(self, chunks: Sequence[Chunk]) -> None:
+        """The chunks are known. A step with any tokens of a prompt counts as prefill."""
+        self.prompt_tokens = sum(c.length for c in chunks if c.sequence.in_prompt)
+        self.decode_tokens = 0 if self.prompt_tokens else len(chunks)
+        if self._call_log is not None:
+            self._call_log.begin_step("prefill" if self.prompt_tokens else "decode", self._stats)
+
+
+class Observer:
+    """Measures the steps of an engine.
+
+    Args:
+        stats: where times and tokens are added up.
+        cpu_clock: seconds of processor time that count as work of the steps.
+        call_log: told of each step.
+    """
+
+    def __init__(
+        self,
+        stats: Stats | None = None,
+        cpu_clock: Callable[[], float] = process_time,
+        call_log: CallLog | None = None,
+    ) -> None:
+        self.stats = Stats() if stats is None else stats
+        self._cpu_clock = cpu_clock
+        self._call_log = call_log
+
+    @contextmanager
+    def step(self) -> Iterator[Step]:
+        """Measure what is done in the `with` block."""
+        log, stats = self._call_log, self.stats
+        if log is not None:
+            log.flush()
+        began, cpu_began = perf_counter(), self._cpu_clock()
+        step = Step(stats, log)
+        try:
+            yield step
+        except BaseException:
+            step.failed = True
+            raise
+        finally:
+            seconds, cpu_seconds = perf_counter() - began, self._cpu_clock() - cpu_began
+            if step.failed:
+                tokens = 0
+            elif step.prompt_tokens:
+                tokens = step.prompt_tokens
+                stats.prefill_tokens += tokens
+                stats.prefill_s += seconds
+                stats.prefill_cpu_s += cpu_seconds
+            else:
+                tokens = step.decode_tokens
+                stats.decode_tokens += tokens
+                stats.decode_s += seconds
+                stats.decode_cpu_s += cpu_seconds
+            if log is not None:
+                log.end_step(stats, seconds, cpu_seconds, tokens)
