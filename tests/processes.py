@@ -28,7 +28,7 @@ import tsqp  # noqa: F401  before torch: it tells OpenMP not to spin, in the env
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 Stream = int | IO[Any] | None
 Command = Sequence[str]
-TAG = "TESTS_TAG"  # in the environment of a process: whose it is
+TAG = "LC_TESTS_TAG"  # whose a process is; local workers inherit LC_*
 
 # Read when an interpreter starts, or when torch loads: a fork comes too late for them.
 READ_ONCE = ("PYTHON", "OMP_", "GOMP_", "MKL_", "NUMBA_", "LANG", "LC_", "LD_")
@@ -62,7 +62,7 @@ def fork_name(tag: str) -> str:
 def may_fork(command: Command, env: Mapping[str, str]) -> bool:
     """Whether this Python is to run this, with variables that mean the same in a fork."""
     once = [
-        {name: value for name, value in each.items() if name.startswith(READ_ONCE)}
+        {name: value for name, value in each.items() if name.startswith(READ_ONCE) and name != TAG}
         for each in (env, _born_with)
     ]
     return _forks and command[0] == sys.executable and once[0] == once[1]

@@ -10,12 +10,21 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tsqp.errors import WorkerUnavailable
 from tsqp.gpu.serve import READY
 
 STOP_S = 5.0
+
+# All that the child gets of this process's environment. The rest may hold prompts, keys and tokens.
+# PYTHONPATH is among it, so that the child imports the same tsqp; what else makes Python or the
+# dynamic linker run code is not.
+_INHERITED = {
+    "HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONNOUSERSITE", "PYTHONPATH", "TMPDIR",
+    "TSQP_CACHE", "TZ", "VIRTUAL_ENV", "XDG_CACHE_HOME",
+}  # fmt: skip
+_INHERITED_PREFIXES = ("CUDA_", "KMP_", "LC_", "MKL_", "NVIDIA_", "OMP_")
 
 
 class LocalWorker:
@@ -44,6 +53,7 @@ class LocalWorker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=inherited(os.environ),
             start_new_session=True,  # Ctrl-C is for this process, which then stops the child
         )
         self._pid = os.getpid()
@@ -95,6 +105,15 @@ class LocalWorker:
             for line in stream:
                 if line.strip():
                     self._last_words.append(line.strip())
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that a local worker needs: places, locale and devices."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
 
 
 _workers: weakref.WeakSet[LocalWorker] = weakref.WeakSet()

@@ -90,10 +90,10 @@ def check_options(
 ) -> Options:
     """The options, or UsageError with the one that is wrong."""
     if privacy not in PRIVACY_MODES:
-        raise UsageError(f"There is no privacy mode {privacy!r}; choose {_or(PRIVACY_MODES)}.")
+        raise UsageError(f"There is no such privacy mode; choose {_or(PRIVACY_MODES)}.")
     _check_split(privacy, attention, fuse)
     if field not in FIELDS:
-        raise UsageError(f"There is no field {field!r}; choose {_or(tuple(FIELDS))}.")
+        raise UsageError(f"There is no such field; choose {_or(tuple(FIELDS))}.")
     if fixed_point and privacy != "tee":
         raise UsageError("--fixed-point goes with --privacy tee; the private modes always use it.")
     prefill_chunk = _integer("prefill_chunk", prefill_chunk, least=1)
@@ -104,7 +104,7 @@ def check_options(
         pad_memory = _integer("pad_memory", pad_memory, least=0, what="a number of bytes")
     seconds = as_number(timeout)
     if seconds is None or not 0 < seconds < math.inf:
-        raise UsageError(f"timeout is {timeout!r}; it must be a number of seconds above 0.")
+        raise UsageError(f"timeout is {_number(timeout)}; it must be a number of seconds above 0.")
     links = check_links(
         privacy,
         _several(worker),
@@ -138,11 +138,9 @@ def check_options(
 
 def _check_split(privacy: str, attention: str | None, fuse: str) -> None:
     if attention is not None and attention not in ATTENTION_SIDES:
-        raise UsageError(
-            f"There is no attention mode {attention!r}; choose {_or(ATTENTION_SIDES)}."
-        )
+        raise UsageError(f"There is no such attention mode; choose {_or(ATTENTION_SIDES)}.")
     if fuse not in FUSIONS:
-        raise UsageError(f"There is no fusion {fuse!r}; choose {_or(FUSIONS)}.")
+        raise UsageError(f"There is no such fusion; choose {_or(FUSIONS)}.")
     if fuse == "layer" and attention == "tee":
         raise UsageError(
             "--fuse layer runs attention on the worker too, and --attention tee keeps it here; "
@@ -164,8 +162,13 @@ def _check_split(privacy: str, attention: str | None, fuse: str) -> None:
 def _integer(name: str, value: object, least: int, what: str = "an integer") -> int:
     number = as_integer(value)
     if number is None or number < least:
-        raise UsageError(f"{name} is {value!r}; it must be {what}, {least} or more.")
+        raise UsageError(f"{name} is {_number(value)}; it must be {what}, {least} or more.")
     return number
+
+
+def _number(value: object) -> str:
+    """A wrong number as a message repeats it; of anything else, only what it is."""
+    return repr(value) if isinstance(value, int | float) else f"of type {type(value).__name__}"
 
 
 def _several(given: str | Sequence[str] | None) -> Sequence[str]:

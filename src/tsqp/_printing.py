@@ -261,9 +261,7 @@ def fetch_demo_model() -> None:
 def print_digest(model: str, privacy: str, dtype: str) -> None:
     """Compute a model's digest with a progress bar, and print it."""
     if privacy not in PRIVACY_MODES:
-        raise UsageError(
-            f"There is no privacy mode {privacy!r}; choose {', '.join(PRIVACY_MODES)}."
-        )
+        raise UsageError(f"There is no such privacy mode; choose {', '.join(PRIVACY_MODES)}.")
     with loading_progress("Hashing") as hashing, closing(open_checkpoint(model)) as checkpoint:
         digest = compute_digest(
             checkpoint,

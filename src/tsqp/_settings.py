@@ -1,20 +1,27 @@
 """The settings file: TOML whose keys are option names, the defaults below flags and variables."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import typer
 from typer.core import TyperGroup
 
+from tsqp.errors import UsageError, shown
+
 
 def read_settings(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the settings file the defaults of every command's options."""
+    """Make the settings file the defaults of every command's options.
+
+    Raises:
+        UsageError: it cannot be read, or sets an option that no command has.
+    """
     if path is None:
         return None
     try:
         settings = tomllib.loads(path.read_text())
     except (OSError, ValueError) as exc:
-        raise typer.BadParameter(f"cannot read the settings file {path}: {exc}") from exc
+        raise UsageError(f"Cannot read the settings file {shown(path)}: {_reason(exc)}.") from None
     assert isinstance(context.command, TyperGroup)
     shared = {key: value for key, value in settings.items() if not isinstance(value, dict)}
     known: set[str] = set()
@@ -23,7 +30,9 @@ def read_settings(context: typer.Context, path: Path | None) -> Path | None:
         options = {option.lstrip("-"): p for p in command.params for option in p.opts}
         own = settings[name] if isinstance(settings.get(name), dict) else {}
         for key in own.keys() - options.keys():
-            raise typer.BadParameter(f"{path}: {name} has no option {key!r}")
+            raise UsageError(
+                f"{path}: {name} has no option{_named(key)}; see `tsqp {name} --help`."
+            )
         known |= options.keys()
         mine = {key: value for key, value in (shared | own).items() if key in options}
         defaults[name] = {
@@ -33,8 +42,25 @@ def read_settings(context: typer.Context, path: Path | None) -> Path | None:
             for key, value in mine.items()
         }
     for key in shared.keys() - known:
-        raise typer.BadParameter(f"{path}: no command has an option {key!r}")
+        raise UsageError(
+            f"{path}: no command has an option{_named(key)}; see `tsqp COMMAND --help`."
+        )
     for key in settings.keys() - shared.keys() - defaults.keys():
-        raise typer.BadParameter(f"{path}: there is no command {key!r}")
+        raise UsageError(f"{path}: there is no command{_named(key)}; see `tsqp --help`.")
     context.default_map = defaults
     return path
+
+
+def _named(key: str) -> str:
+    """A key as a message repeats it: not what cannot be a misspelt name, and may be a prompt."""
+    return f" {key!r}" if re.fullmatch(r"[A-Za-z0-9_-]{1,32}", key) else " of a name it sets"
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """What is wrong with a file, without its words: it may set a prompt."""
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not valid UTF-8"
+    where = re.search(r"\((at [^()]*)\)$", str(error))
+    return f"it is not valid TOML{f', {where[1]}' if where else ''}"

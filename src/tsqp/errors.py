@@ -25,8 +25,23 @@
         └── RemoteError            the worker reported a failure; carries its traceback
 
 Each message is one sentence: what happened, to which thing, and what to do about it.
-No message holds a prompt, an answer or a token id.
+No message holds a prompt, an answer or a token id. What a user typed may be a prompt in the wrong
+place, so a message names the option and what it takes, and repeats a value only if it is a path.
 """
+
+import os
+
+
+def shown(path: str | os.PathLike[str], instead: str = "that file") -> str:
+    """How a message names a path that a user gave.
+
+    Args:
+        instead: what to say where the path does not exist and does not look like one, because it
+            has no slash or has spaces: it may be part of a prompt.
+    """
+    text = os.fspath(path)
+    is_path = "/" in text and not any(character.isspace() for character in text)
+    return text if is_path or os.path.exists(text) else instead  # noqa: PTH110, any text at all
 
 
 class TSQPError(Exception):

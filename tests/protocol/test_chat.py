@@ -147,9 +147,9 @@ def test_commands_change_the_conversation(talk: Talk, speaking: Path, tmp_path: 
         "The last message and its answer are taken back; 1 remain.",
         "The conversation begins anew.",
         "There is no system message now.",
-        "three.json exists, and is not overwritten: name a new file.",
+        "That file exists, and is not overwritten: name a new file.",
         "/save needs the name of a new file.",
-        "Cannot write /no/such/folder/x: ",
+        "Cannot write that file: No such file or directory.",
         "/retry         answer the last message once more",
         "[cut off: --max-tokens or the model's context allows no more]",
     ):

@@ -2,11 +2,15 @@
 
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from protocol_helpers import SHM, START_S, Commands, Main, eventually, socket_endpoint, write_ids
+
+from tsqp._local_worker import LocalWorker
+from tsqp.errors import WorkerUnavailable
 
 ENDLESS = ["--ignore-eos", "--max-tokens", "50000", "--temperature", "1", "--seed", "1"]
 TCP = "tcp://127.0.0.1:0"
@@ -57,7 +61,7 @@ def test_a_socket_path_without_folder_is_named(commands: Commands) -> None:
 def test_a_device_that_is_not_here_is_named(device: str, main: Main) -> None:
     result = main("worker", "random:tiny", "--listen", "ipc:///unused", "--device", device)
     assert result.status == 2
-    assert (f"no device {device!r}" if device != "cuda:999" else "torch sees") in result.error
+    assert ("no such device" if device != "cuda:999" else "torch sees") in result.error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -215,3 +219,27 @@ def test_a_prepared_file_is_no_model_for_the_tee(main: Main, tmp_path: Path) -> 
     result = main("generate", path, "--privacy", "tee", "--prompt", "hi")
     assert result.status == 1
     assert "which only a worker of the private modes can use" in result.error
+
+
+def test_a_local_worker_inherits_nothing_that_may_be_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executable = tmp_path / "python"  # stands for the worker, and writes down what it was given
+    executable.write_text(f"#!/bin/sh\ntr '\\0' '\\n' < /proc/self/environ > {tmp_path}/environ\n")
+    executable.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(executable))
+    secrets = ("TSQP_GENERATE_PROMPT", "TSQP_KEYFILE", "HF_TOKEN", "API_KEY", "PROMPT", "LLAMA_X")
+    dangerous = ("LD_PRELOAD_X", "PYTHONSTARTUP", "PYTHONINSPECT", "NUMBA_DISABLE_JIT")
+    needed = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TSQP_CACHE", "LC_ALL", "PYTHONPATH")
+    for name in (*secrets, *dangerous, *needed):
+        monkeypatch.setenv(name, "zyzzyva")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    worker = LocalWorker(["random:tiny"])
+    with pytest.raises(WorkerUnavailable):
+        worker.await_ready()
+    worker.close()
+    given = dict(
+        line.split("=", 1) for line in (tmp_path / "environ").read_text().splitlines() if line
+    )
+    assert {name for name, value in given.items() if value == "zyzzyva"} == set(needed)
+    assert "PATH" in given

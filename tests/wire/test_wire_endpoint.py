@@ -96,7 +96,7 @@ def test_a_bad_endpoint_is_refused_with_the_form_to_use(text: str) -> None:
 
 
 def test_an_address_to_connect_from_is_refused_by_name() -> None:
-    with pytest.raises(WorkerUnavailable, match="names two addresses; write only the worker's"):
+    with pytest.raises(WorkerUnavailable, match="names one address, the worker's"):
         parse_endpoint("tcp://[::]:0;[2001:db8::1]:5555")
 
 

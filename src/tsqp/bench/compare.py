@@ -131,7 +131,7 @@ def parse_modes(text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in MODES:
-            raise UsageError(f"There is no mode {name!r} to compare; choose {', '.join(MODES)}.")
+            raise UsageError(f"There is no such mode to compare; choose {', '.join(MODES)}.")
     if not names:
         raise UsageError(f"--modes names nothing to compare; choose {', '.join(MODES)}.")
     return names
@@ -144,7 +144,7 @@ def parse_field(name: str) -> FieldName:
         UsageError: there is no such field.
     """
     if name not in FIELDS:
-        raise UsageError(f"There is no field {name!r}; choose {' or '.join(FIELDS)}.")
+        raise UsageError(f"There is no such field; choose {' or '.join(FIELDS)}.")
     return FIELDS[name].name
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tsqp.bench.figures import Figure
-from tsqp.errors import UsageError
+from tsqp.errors import UsageError, shown
 
 
 def check_out(out: Path | None, option: str = "--out") -> None:
@@ -25,7 +25,8 @@ def check_out(out: Path | None, option: str = "--out") -> None:
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; name a new file, or remove it.")
     if out is not None and not out.parent.is_dir():
-        raise UsageError(f"There is no folder {out.parent} for {option}; make it first.")
+        folder = shown(f"{out.parent}/", "of that name")
+        raise UsageError(f"There is no folder {folder} for {option}; make it first.")
 
 
 def print_result(

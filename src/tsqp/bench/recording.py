@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tsqp.algebra.params import FIELDS, Field
-from tsqp.errors import CheckpointError, RecordingError
+from tsqp.errors import CheckpointError, RecordingError, shown
 from tsqp.gpu.record import INDEX, TENSOR, RecordedCall
 from tsqp.model.config import Key, ModelConfig, linear_groups
 from tsqp.model.quantize import group_shape
@@ -171,10 +171,11 @@ def session_folder(folder: Path) -> Path:
         indices = folder.glob(f"session-*/{INDEX}")
         found = sorted(index.parent for index in indices if index.is_file())
     except OSError as exc:
-        raise RecordingError(f"Cannot read {folder}: {exc.strerror}.") from exc
+        raise RecordingError(f"Cannot read {shown(folder)}: {exc.strerror}.") from exc
     if not found:
         raise RecordingError(
-            f"{folder} holds no recording; name a folder that `tsqp worker --record` wrote."
+            f"{shown(folder, 'That folder')} holds no recording; name a folder that "
+            "`tsqp worker --record` wrote."
         )
     if len(found) > 1:
         raise RecordingError(f"{folder} holds {len(found)} sessions; name one, as {found[0]}.")

@@ -59,10 +59,10 @@ def parse_widths(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 0 < int(part) <= 2**14 for part in parts):
-        raise UsageError(f"--widths {text!r} is no list of sizes up to {2**14}; write 256,512.")
+        raise UsageError(f"--widths takes sizes up to {2**14} with commas between; write 256,512.")
     widths = sorted({int(part) for part in parts})
     if len(widths) < 2 or any(width % HEAD_DIM for width in widths):
-        raise UsageError(f"--widths takes two multiples of {HEAD_DIM} or more, not {text!r}.")
+        raise UsageError(f"--widths takes two multiples of {HEAD_DIM} or more.")
     return widths
 
 

@@ -6,7 +6,6 @@ file of --config: see docs/settings.md.
 
 import logging
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,8 @@ from typer.core import TyperGroup
 
 from tsqp._hardening import harden_process
 from tsqp._settings import read_settings
-from tsqp.cli.conditions import describe
+from tsqp._tracebacks import without_foreign_messages
+from tsqp.cli import conditions, usage
 from tsqp.cli.streams import open_streams
 from tsqp.errors import RemoteError, TSQPError, UsageError
 
@@ -78,21 +78,29 @@ def main() -> None:
     state: dict[str, bool] = {}
     try:
         try:
-            app(obj=state, auto_envvar_prefix="TSQP")
+            status = app(obj=state, auto_envvar_prefix="TSQP", standalone_mode=False)
         finally:
             sys.stdout.flush()  # here, where a failure is still told
+    except usage.WrongUsage as exc:
+        if type(exc).__name__ != "NoArgsIsHelpError":  # which has printed the help
+            print(usage.describe(exc), file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        print("error: Standard input ended too soon; run it again.", file=sys.stderr)
+        sys.exit(1)
     except TSQPError as exc:
         if state.get("debug"):
-            traceback.print_exc()
+            print(without_foreign_messages(exc), end="", file=sys.stderr)
             if isinstance(exc, RemoteError) and exc.remote_traceback:
                 print(f"The worker's traceback:\n{exc.remote_traceback}", file=sys.stderr)
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(2 if isinstance(exc, UsageError) else 1)
     except Exception as exc:
         if state.get("debug"):
-            traceback.print_exc()
-        error = describe(exc) or (
+            print(without_foreign_messages(exc), end="", file=sys.stderr)
+        error = conditions.describe(exc) or (
             f"Unexpected {type(exc).__name__}; run again with --debug, and report it."
         )
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    sys.exit(status or 0)

@@ -18,7 +18,12 @@ def demo(
     fetch: Annotated[
         bool, typer.Option("--fetch", help="Download the demo model first, if need be.")
     ] = False,
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = DEMO_PROMPT,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="What to ask; other users of this machine can read it in the list of processes."
+        ),
+    ] = DEMO_PROMPT,
     debug: Debug = False,
 ) -> None:
     """A real model answers through a TEE process and a worker process; then, what the GPU saw."""

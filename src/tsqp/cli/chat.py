@@ -52,7 +52,9 @@ def chat(
     privacy: Privacy = "pad",
     worker: WorkerEndpoint = None,
     worker_key: WorkerKey = None,
-    system: Annotated[str, typer.Option(help="A message before the conversation.")] = "",
+    system: Annotated[
+        str, typer.Option(help="A message before the conversation; or use /system in the chat.")
+    ] = "",
     split_special: SplitSpecial = False,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
@@ -87,8 +89,10 @@ def chat(
     params = read_sampling(context)
     from tsqp._printing import say
     from tsqp.cli.repl import Repl
+    from tsqp.model.checkpoint import check_exists
     from tsqp.tee.text.tokenizer import Tokenizer
 
+    check_exists(model)  # a model that is not there has no tokenizer either
     tokenizer = Tokenizer(model)
     tokenizer.check_chat()  # before a worker is started for nothing
     interactive = sys.stdin.isatty() and sys.stdout.isatty()

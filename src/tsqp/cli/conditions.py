@@ -6,7 +6,7 @@ Most such failures are caught where they happen and say more. This is for the re
 import errno
 import os
 
-from tsqp.errors import OutOfMemory, TSQPError
+from tsqp.errors import OutOfMemory, TSQPError, shown
 
 WHAT_TO_DO = {
     errno.EACCES: "change its permissions, or name another place",
@@ -35,7 +35,7 @@ NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 def describe(exc: Exception) -> TSQPError | None:
     """The error to show for an ordinary condition of the system; None for a fault of ours."""
     if isinstance(exc, OSError) and exc.errno is not None:
-        what = f"{os.fsdecode(exc.filename)}: " if _is_path(exc.filename) else ""
+        what = f"{shown(os.fsdecode(exc.filename))}: " if _is_path(exc.filename) else ""
         reason = exc.strerror or type(exc).__name__
         advice = WHAT_TO_DO.get(exc.errno)
         return TSQPError(f"{what}{reason}{f'; {advice}' if advice else ''}.")

@@ -57,7 +57,10 @@ def generate(
     worker_key: WorkerKey = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt, or - for standard input; may be repeated."),
+        typer.Option(
+            help="A prompt, which other users of this machine can read in the list of processes; "
+            "or -, better, for standard input. May be repeated."
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,

@@ -3,13 +3,14 @@
 import codecs
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tsqp.errors import PromptError, UsageError
+from tsqp.errors import PromptError, UsageError, shown
 
 if TYPE_CHECKING:
     from tsqp import LLM
@@ -51,10 +52,9 @@ def read_prompts(
 
 
 def _read_stdin() -> str:
-    try:
+    with suppress(UnicodeDecodeError):  # which holds the prompt, so it is not kept as a cause
         return sys.stdin.read()
-    except UnicodeDecodeError as exc:
-        raise PromptError("Standard input is not valid UTF-8; convert the prompt first.") from exc
+    raise PromptError("Standard input is not valid UTF-8; convert the prompt first.")
 
 
 def read_ids(path: Path) -> list[list[int]]:
@@ -62,7 +62,8 @@ def read_ids(path: Path) -> list[list[int]]:
     try:
         ids = msgspec.json.decode(path.read_bytes(), type=list[int | list[int]])
     except (OSError, msgspec.DecodeError) as exc:
-        raise PromptError(f"Cannot read token ids from {path}: {exc}.") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise PromptError(f"Cannot read token ids from {shown(path)}: {reason}.") from exc
     several = [each for each in ids if isinstance(each, list)]
     if several and len(several) < len(ids):
         raise PromptError(f"{path} mixes token ids and lists of them; give one list, or lists.")
@@ -84,22 +85,26 @@ def read_texts(path: Path) -> list[str | Messages]:
         PromptError: the file cannot be read or holds none, or a line, which it names, is wrong.
     """
     if path.suffix not in (".txt", ".jsonl"):
-        raise PromptError(f"{path} is neither a .txt file, a prompt a line, nor a .jsonl file.")
+        name = shown(path, "--prompts")
+        raise PromptError(f"{name} is neither a .txt file, a prompt a line, nor a .jsonl file.")
     decode: Callable[[bytes], str | Messages] = bytes.decode
     if path.suffix == ".jsonl":
         decode = _from_json
     prompts: list[str | Messages] = []
     for number, line in _lines(path):
+        reason = ""
         try:
             prompts.append(decode(line))
         except UnicodeDecodeError:
-            raise PromptError(f"{path}, line {number}: this is not valid UTF-8.") from None
+            reason = "this is not valid UTF-8"
         except msgspec.DecodeError as exc:
-            raise PromptError(f"{path}, line {number}: {_reason(exc)}.") from None
+            reason = _reason(exc)
         except RecursionError:
-            raise PromptError(f"{path}, line {number}: this is nested too deep.") from None
+            reason = "this is nested too deep"
         except PromptError as exc:
-            raise PromptError(f"{path}, line {number}: {exc}") from None
+            reason = str(exc).removesuffix(".")
+        if reason:  # raised here, without a cause that would hold the line
+            raise PromptError(f"{path}, line {number}: {reason}.")
     if not prompts:
         raise PromptError(f"{path} holds no prompt: write one a line.")
     return prompts
@@ -109,7 +114,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         content = path.read_bytes()
     except OSError as exc:
-        raise PromptError(f"Cannot read prompts from {path}: {exc.strerror}.") from exc
+        raise PromptError(f"Cannot read prompts from {shown(path)}: {exc.strerror}.") from exc
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     return ((n, line.removesuffix(b"\r")) for n, line in enumerate(lines, 1) if line.strip())
 

@@ -216,11 +216,12 @@ class Repl:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(content)
         except FileExistsError:
-            say(f"{name} exists, and is not overwritten: name a new file.")
+            say("That file exists, and is not overwritten: name a new file.")
         except (OSError, ValueError) as exc:
-            say(f"Cannot write {name}: {exc}.")
+            reason = exc.strerror if isinstance(exc, OSError) else "no file can have this name"
+            say(f"Cannot write that file: {reason}.")
         else:
-            say(f"The conversation is in {name}, for whoever can read this disk.")
+            say("The conversation is saved, for whoever can read this disk.")
 
 
 def _say_unknown(_: str) -> None:

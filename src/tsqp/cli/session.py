@@ -1,6 +1,7 @@
 """What `generate` and `chat` make of the options that they share."""
 
 import math
+from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -73,12 +74,9 @@ def read_sampling(context: typer.Context) -> "SamplingParams":
 
 def _bias(text: str) -> tuple[int, float]:
     token_id, _, bias = text.partition("=")
-    try:
+    with suppress(ValueError):  # whose message has the user's words
         return int(token_id), float(bias)
-    except ValueError:
-        raise UsageError(
-            "--logit-bias takes TOKEN_ID=BIAS, a token id and a number from -100 to 100."
-        ) from None
+    raise UsageError("--logit-bias takes TOKEN_ID=BIAS, a token id and a number from -100 to 100.")
 
 
 def _bytes(gibibytes: float) -> int:

@@ -53,8 +53,7 @@ def worker(
             dtype=dtype,
             threads=threads,
             max_shm_bytes=0 if no_shm else 2**30,
-            # A local worker inherits settings meant for others.
-            keyfile=None if supervised else keyfile,
+            keyfile=keyfile,
             insecure=insecure,
             record=record,
             supervised=supervised,

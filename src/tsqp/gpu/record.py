@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tsqp.algebra.params import FieldName
-from tsqp.errors import RecordingError, UsageError
+from tsqp.errors import RecordingError, UsageError, shown
 from tsqp.gpu.worker import Worker
 from tsqp.wire.channel import kind_of
 from tsqp.wire.messages import (
@@ -129,7 +129,9 @@ class Recorder:
 
     def _failed(self, exc: OSError) -> RecordingError:
         hint = "free some space" if exc.errno == errno.ENOSPC else "record in another folder"
-        return RecordingError(f"Cannot record in {self._folder}: {exc.strerror}; {hint}.")
+        return RecordingError(
+            f"Cannot record in {shown(self._folder, 'that folder')}: {exc.strerror}; {hint}."
+        )
 
 
 def _place(operation: Operation) -> tuple[int | None, str | None, FieldName | None]:

@@ -111,7 +111,7 @@ def _prepare_to_load(
 ) -> Callable[[], Worker]:
     """Check what was asked for; what is returned loads it."""
     if serve not in SERVE:
-        raise UsageError(f"There is nothing called {serve!r} to serve; choose {', '.join(SERVE)}.")
+        raise UsageError(f"--serve does not take this; choose {', '.join(SERVE)}.")
     if model.endswith(SUFFIX):
         if serve == "open":
             raise UsageError(f"{model} holds integer weights alone; leave --serve open out.")
@@ -159,7 +159,7 @@ def parse_device(name: str) -> torch.device:
         return torch.device("cpu")
     kind, _, number = name.partition(":")
     if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
-        raise UsageError(f"There is no device {name!r}; choose auto, cpu, cuda or cuda:NUMBER.")
+        raise UsageError("There is no such device; choose auto, cpu, cuda or cuda:NUMBER.")
     if not torch.cuda.is_available():
         raise UsageError(
             "torch sees no CUDA device here; use --device cpu, or install its CUDA build."

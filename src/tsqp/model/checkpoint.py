@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tsqp.errors import CheckpointError
+from tsqp.errors import CheckpointError, shown
 from tsqp.model import demo
 from tsqp.model.config import ModelConfig
 from tsqp.model.files import BinaryFile
@@ -79,19 +79,30 @@ def open_checkpoint(model: str, files: ModelFiles | None = None) -> Checkpoint:
         return RandomCheckpoint.parse(model)
     path = Path(model).expanduser()
     try:
+        _check_path(path)
         return _open_path(path, files)
     except OSError as exc:
-        raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
+        raise _unreadable(path, exc) from exc
+
+
+def check_exists(model: str) -> None:
+    """Find out whether there is a file or folder of that name, without opening it.
+
+    Raises:
+        CheckpointError: there is not.
+    """
+    if model == "demo" or model.startswith("random:"):
+        return
+    path = Path(model).expanduser()
+    try:
+        _check_path(path)
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
 
 
 def _open_path(path: Path, files: ModelFiles | None) -> Checkpoint:
     if path.is_dir():
         return SafetensorsCheckpoint(path, files)
-    if not path.is_file():
-        raise CheckpointError(
-            f"There is no checkpoint at {path}: give a directory, a .gguf file, random:NAME or"
-            " demo."
-        )
     if path.name.endswith(".tsqp.safetensors"):
         raise CheckpointError(
             f"{path} is a prepared file, which only a worker of the private modes can use: give "
@@ -102,3 +113,15 @@ def _open_path(path: Path, files: ModelFiles | None) -> Checkpoint:
             f"{path} is not a .gguf file: give a directory with config.json, or a .gguf file."
         )
     return GGUFCheckpoint(path)
+
+
+def _check_path(path: Path) -> None:
+    if not path.is_dir() and not path.is_file():
+        raise CheckpointError(
+            f"There is no checkpoint at {shown(path, 'that path')}: give a directory, a .gguf file,"
+            " random:NAME or demo."
+        )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"Cannot read {shown(path)}: {error.strerror}.")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tsqp.algebra.fixed_point import are_quantized_rows
 from tsqp.algebra.params import MAX_WIDTH
-from tsqp.errors import CheckpointError, UsageError
+from tsqp.errors import CheckpointError, UsageError, shown
 from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.model.config import Key, linear_groups
 from tsqp.model.digest import WeightsDigest
@@ -130,7 +130,9 @@ def prepare(model: str, path: Path, progress: Progress = silent) -> str:
         CheckpointError: the checkpoint cannot be used, or the file not be written.
     """
     if not path.name.endswith(SUFFIX):
-        raise UsageError(f"{path} must end in {SUFFIX}, by which a worker knows such a file.")
+        raise UsageError(
+            f"{shown(path, 'OUT')} must end in {SUFFIX}, by which a worker knows such a file."
+        )
     if path.exists():
         raise UsageError(f"{path} exists; name a new file, or remove it.")
     checkpoint = open_checkpoint(model)
@@ -169,7 +171,7 @@ def write_prepared(
             file.write(header.replace(_NO_DIGEST.encode(), digest.hexdigest().encode()))
     except OSError as exc:
         hint = "free some space" if exc.errno == errno.ENOSPC else "choose another place"
-        raise WriteError(f"Cannot write {path}: {exc.strerror}; {hint}.") from exc
+        raise WriteError(f"Cannot write {shown(path)}: {exc.strerror}; {hint}.") from exc
 
 
 _NO_DIGEST = "0" * 64  # in its place until it is known

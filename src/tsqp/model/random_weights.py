@@ -130,12 +130,12 @@ class RandomCheckpoint:
         _, geometry, *rest = model.split(":", 2)
         if geometry not in GEOMETRIES:
             raise UnsupportedModel(
-                f"There is no random model {geometry!r}: choose one of {', '.join(GEOMETRIES)}."
+                f"There is no such random model: choose one of {', '.join(GEOMETRIES)}."
             )
         seed = rest[0] if rest else "0"
         if not (seed.isascii() and seed.isdecimal() and len(seed) <= 20 and int(seed) < 2**64):
             raise CheckpointError(
-                f"The seed of {model!r} must be a decimal number from 0 to 2^64 - 1."
+                f"The seed of random:{geometry}:SEED must be a decimal number from 0 to 2^64 - 1."
             )
         return cls(geometry, int(seed))
 

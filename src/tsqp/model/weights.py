@@ -44,7 +44,7 @@ def parse_dtype(name: str, config: ModelConfig) -> torch.dtype:
     """
     dtype = DTYPES.get(config.dtype if name == "auto" else name)
     if dtype is None:
-        raise ModelError(f"There is no dtype {name!r}: choose auto, {', '.join(DTYPES)}.")
+        raise ModelError(f"There is no such dtype: choose auto, {', '.join(DTYPES)}.")
     return dtype
 
 

@@ -80,7 +80,7 @@ def parse_endpoint(text: str) -> Endpoint:
         return Endpoint("ipc", _checked_path(address))
     if separator and scheme == "tcp":
         return Endpoint("tcp", _checked_host_and_port(address))
-    raise WorkerUnavailable(f"{text!r} is not an endpoint; use {FORMS}.")
+    raise WorkerUnavailable(f"This is not an endpoint; use {FORMS}.")
 
 
 def _checked_path(path: str) -> str:
@@ -90,8 +90,8 @@ def _checked_path(path: str) -> str:
         )
     if len(path.encode()) > MAX_SOCKET_PATH:
         raise WorkerUnavailable(
-            f"The socket path {path} is longer than the {MAX_SOCKET_PATH} bytes that Unix sockets "
-            "allow; use a shorter one, in /tmp or /run."
+            f"The socket path has {len(path.encode())} bytes, and Unix sockets allow "
+            f"{MAX_SOCKET_PATH}; use a shorter one, in /tmp or /run."
         )
     return path
 
@@ -99,14 +99,13 @@ def _checked_path(path: str) -> str:
 def _checked_host_and_port(address: str) -> str:
     if ";" in address:  # libzmq's, for the address to connect from
         raise WorkerUnavailable(
-            f"{'tcp://' + address!r} names two addresses; write only the worker's, as "
-            "tcp://127.0.0.1:5555."
+            "A tcp endpoint names one address, the worker's; write it as tcp://127.0.0.1:5555."
         )
     host, _, port = address.rpartition(":")
     is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535
     if not host.isprintable() or not is_port or HOST.fullmatch(host) is None:
         raise WorkerUnavailable(
-            f"{'tcp://' + address!r} lacks a host or a port from 0 to 65535; "
+            "A tcp endpoint needs a host, and a port from 0 to 65535; "
             "write it as tcp://127.0.0.1:5555 or tcp://[::1]:5555."
         )
     return address

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from tsqp.errors import TSQPError, UsageError
+from tsqp.errors import TSQPError, UsageError, shown
 from tsqp.wire.zmq import is_key, new_key_pair
 
 SECRET_FILE = "worker.key"
@@ -61,7 +61,8 @@ def write_key_pair(folder: Path) -> tuple[Path, Path, str]:
         ) from exc
     except OSError as exc:
         raise TSQPError(
-            f"Cannot write keys to {folder}: {exc.strerror}; name another folder, or make room."
+            f"Cannot write keys to {shown(folder, 'that folder')}: {exc.strerror}; name another "
+            "folder, or make room."
         ) from exc
     return secret_path, public_path, public
 
@@ -102,8 +103,8 @@ def _read(path: Path, kind: Kind) -> str:
             content = file.read(MAX_FILE)
     except OSError as exc:
         raise UsageError(
-            f"Cannot read a key from {path}: {exc.strerror}; name a file that `tsqp keygen` made, "
-            "or correct the key."
+            f"Cannot read a key from {shown(path)}: {exc.strerror}; name a file that `tsqp keygen` "
+            "made, or correct the key."
         ) from exc
     lines = content.decode("ascii", "replace").splitlines()
     words = [line.split() for line in lines if line.strip() and not line.startswith("#")]

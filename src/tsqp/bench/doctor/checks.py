@@ -1,11 +1,11 @@
 """One check after the other: each says what it found, or what is wrong and what to do."""
 
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
+from tsqp._tracebacks import without_foreign_messages
 from tsqp.errors import RemoteError, TSQPError
 
 State = Literal["ok", "bad", "skipped"]
@@ -50,5 +50,6 @@ def run_check(name: str, check: Callable[[], str]) -> Check:
         return ended("bad", exc, exc.remote_traceback)
     except (Wrong, TSQPError) as exc:
         return ended("bad", exc)
-    except Exception:
-        return ended("bad", "This check failed in a way nobody foresaw.", traceback.format_exc())
+    except Exception as exc:
+        trace = without_foreign_messages(exc)
+        return ended("bad", "This check failed in a way nobody foresaw.", trace)

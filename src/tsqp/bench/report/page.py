@@ -9,7 +9,7 @@ from tsqp.bench.report.bottleneck import group_seconds
 from tsqp.bench.report.methods import LogReport
 from tsqp.bench.report.plots import breakdown, bytes_by_method, latencies, time_line
 from tsqp.bench.report.table import METHOD_COLUMNS, bottleneck_text, method_cells, title
-from tsqp.errors import UsageError
+from tsqp.errors import UsageError, shown
 from tsqp.wire.codec import printable
 
 STYLE = """
@@ -40,7 +40,7 @@ def write_page(path: Path, reports: Sequence[LogReport]) -> None:
     except FileExistsError as exc:
         raise UsageError(f"{path} exists; name a new file, or remove it.") from exc
     except OSError as exc:
-        raise UsageError(f"Cannot write {path}: {exc.strerror}.") from exc
+        raise UsageError(f"Cannot write {shown(path)}: {exc.strerror}.") from exc
 
 
 def page(reports: Sequence[LogReport]) -> str:
