@@ -1,6 +1,9 @@
-"""Loops are compiled for those who use them, and when they say so."""
+"""Loops are compiled for those who use them, when they say so, and with nobody else's settings."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,11 +64,11 @@ class Watch:
         compile_kernel, call_kernel = Kernel.compile, Kernel.__call__
 
         def compile_it(kernel: Kernel) -> None:
-            self.ready.add(name_of(kernel))
+            self.ready.add(kernel.name)
             compile_kernel(kernel)
 
         def call(kernel: Kernel, *arguments: object) -> object:
-            self.used.add(name_of(kernel))
+            self.used.add(kernel.name)
             return call_kernel(kernel, *arguments)
 
         monkeypatch.setattr(Kernel, "compile", compile_it)
@@ -76,10 +79,6 @@ class Watch:
         ready = self.ready | self.used  # in an earlier test one may have been compiled by a call
         self.used.clear()
         return ready
-
-
-def name_of(kernel: Kernel) -> str:
-    return f"{kernel._dispatcher.__module__}.{kernel._dispatcher.__name__}"
 
 
 @pytest.mark.parametrize("field", list(FIELDS))
@@ -116,3 +115,65 @@ def test_a_worker_compiles_nothing_once_it_is_loaded(
     worker.run(Product(0, "o", field.name), [torch.zeros_like(out_TB)], [out_TB])
     assert watch.used
     assert watch.used <= ready
+
+
+HOSTILE = """
+disable_jit: 1
+boundscheck: 1
+opt: 0
+dump_llvm: 1
+cpu_name: generic
+chrome_trace: trace.json
+debug: 1
+"""
+COMPILE = """
+import os, sys
+import numpy as np
+if len(sys.argv) > 1:
+    import yaml  # as something else may have done
+from tsqp.algebra import words
+assert "numba" not in sys.modules
+print(words.accept(np.array([1, 2, 3], np.uint32), 2, 3, np.empty(3, np.int32)))
+import numba
+names = "DISABLE_JIT BOUNDSCHECK OPT DUMP_LLVM CPU_NAME CHROME_TRACE DEBUG"
+found = {name: getattr(numba.config, name) for name in names.split()}
+print(found | {"OPT": int(found["OPT"])})
+assert words._accept._run.nopython_signatures
+assert os.environ["NUMBA_OPT"] == "0"
+import yaml
+assert yaml.safe_load("a: 1") == {"a": 1}
+"""
+DEFAULTS = {
+    "DISABLE_JIT": 0, "BOUNDSCHECK": None, "OPT": 3, "DUMP_LLVM": 0, "CPU_NAME": None,
+    "CHROME_TRACE": "", "DEBUG": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [[], ["yaml"]], ids=["first", "yaml is there already"])
+def test_settings_of_numba_have_no_effect_wherever_they_are(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".numba_config.yaml").write_text(HOSTILE)
+    for line in HOSTILE.split("\n")[1:-1]:
+        name, value = line.split(": ")
+        monkeypatch.setenv(f"NUMBA_{name.upper()}", value)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPILE, *arguments],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (0, f"2\n{DEFAULTS}\n"), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".numba_config.yaml"]
+
+
+@pytest.mark.parametrize(("privacy", "worker"), [("tee", None), ("open", "inproc")])
+def test_modes_without_residues_do_not_import_numba(privacy: str, worker: str | None) -> None:
+    code = (
+        "import sys; from tsqp import LLM\n"
+        f"with LLM('random:tiny', privacy={privacy!r}, worker={worker!r}) as llm:\n"
+        "    assert llm.generate([1, 2, 3])\n"
+        "print({'numba', 'matplotlib', 'sympy', 'pandas'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
+    )
+    assert result.stdout == "set()\n"

@@ -6,42 +6,25 @@ remainder. That takes six vector operations and no integer multiplication (the m
 fft_small). All values are integers; every step states the range of what it takes and gives.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from numba import types
-from numba.extending import intrinsic
-
-from tsqp.algebra.native import inlined
+from tsqp.algebra.native import Instruction, inlined
 
 MAX_BITS = 46  # of q: sums of 64 residues stay below 2^52
 
-
-def _instruction(signature: Any, build: Callable[..., Any]) -> Any:
-    """A function of one LLVM instruction; numba's own may be calls that are not vectorised."""
-    arity = len(signature.args)
-    if arity == 1:
-        return intrinsic(lambda _context, a: (signature, build))
-    return intrinsic(lambda _context, a, b, c: (signature, build))
-
-
 # a · b + c, rounded once
-_fma = _instruction(
-    types.float64(types.float64, types.float64, types.float64),
-    lambda _context, builder, _signature, arguments: builder.fma(*arguments),
+_fma = Instruction(
+    "float64(float64, float64, float64)", lambda builder, arguments: builder.fma(*arguments)
 )
 # the nearest integer, ties to even
-_nearest = _instruction(
-    types.float64(types.float64),
-    lambda _context, builder, _signature, arguments: builder.call(
+_nearest = Instruction(
+    "float64(float64)",
+    lambda builder, arguments: builder.call(
         builder.module.declare_intrinsic("llvm.nearbyint", [arguments[0].type]), arguments
     ),
 )
 # how many bits of a 32-bit word are one
-ones = _instruction(
-    types.uint32(types.uint32),
-    lambda _context, builder, _signature, arguments: builder.ctpop(*arguments),
-)
+ones = Instruction("uint32(uint32)", lambda builder, arguments: builder.ctpop(*arguments))
 
 
 @inlined

@@ -1,16 +1,17 @@
 """How loops over whole arrays become machine code: numba, compiled once, when a loop is needed.
 
-Compiling takes tenths of a second a loop, so modes that do not use one do not wait for it, and
-those that do call `Kernel.compile` while they load. No cache on disk, which would be unpickled
-code; no parallel loops, two of which at once abort the process: callers split rows over a thread
-pool, for which every kernel releases the interpreter.
+Compiling takes tenths of a second a loop, and so does importing numba. Modes that use no loop wait
+for neither, and those that do call `Kernel.compile` while they load. No cache on disk, which would
+be unpickled code; no parallel loops, two of which at once abort the process: callers split rows
+over a thread pool, for which every kernel releases the interpreter.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
-import numba
+from tsqp.algebra.compiler import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,6 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 _INLINED = _KERNEL | {"no_cpython_wrapper": True, "forceinline": True}
 _REORDERED = _INLINED | {"fastmath": {"reassoc"}}
+
+_COMPILING = threading.Lock()  # numba has one for all threads, too
 
 
 class Kernel:
@@ -27,9 +30,10 @@ class Kernel:
     """
 
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
-        self._dispatcher = numba.njit(**_KERNEL)(function)
+        self.name = f"{function.__module__}.{function.__name__}: {signature}"
+        self._function = function
         self._signature = signature
-        self._lock = threading.Lock()
+        self._compiled = False
         self._run: Callable[..., Any] = self._compile_and_run
 
     def __call__(self, *arguments: object) -> Any:
@@ -37,15 +41,68 @@ class Kernel:
 
     def compile(self) -> None:
         """Compile it now; does nothing the second time."""
-        with self._lock:
-            if self._run is not self._dispatcher:
-                self._dispatcher.compile(self._signature)
-                self._dispatcher.disable_compile()
-                self._run = self._dispatcher
+        with _COMPILING:
+            if not self._compiled:
+                dispatcher = numba().njit(**_KERNEL)(self._function)
+                dispatcher.compile(self._signature)
+                dispatcher.disable_compile()
+                self._run = dispatcher
+                self._compiled = True
 
     def _compile_and_run(self, *arguments: object) -> Any:
         self.compile()
         return self._run(*arguments)
+
+
+class Inlined:
+    """A function that is compiled into the kernels that call it, and cannot be called otherwise."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        self._function = function
+        self._options = options
+
+    @cached_property
+    def _dispatcher(self) -> Any:
+        return numba().njit(**self._options)(self._function)
+
+    @property
+    def _numba_type_(self) -> Any:
+        """Asked for by numba where a kernel that it compiles names this object."""
+        return self._dispatcher._numba_type_
+
+
+class Instruction:
+    """One LLVM instruction in a kernel, where numba has a call that is not vectorised.
+
+    Args:
+        signature: numba's, as "float64(float64)".
+        build: makes the instruction from an LLVM builder and the values of the arguments.
+    """
+
+    def __init__(self, signature: str, build: Callable[[Any, Sequence[Any]], Any]) -> None:
+        self._signature = signature
+        self._build = build
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError("An instruction is for kernels only.")
+
+    @cached_property
+    def _numba_type_(self) -> Any:
+        """As in `Inlined`."""
+        types, result = numba().core.sigutils.normalize_signature(self._signature)
+        signature = result(*types)
+
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return self._build(builder, arguments)
+
+        define = {
+            1: lambda _context, a: (signature, generate),
+            3: lambda _context, a, b, c: (signature, generate),
+        }[len(types)]
+        made = numba().extending.intrinsic(define)
+        typing = numba().core.registry.cpu_target.typing_context
+        typing.refresh()  # it gets to know what was made since
+        return typing.resolve_value_type(made)
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
@@ -55,9 +112,9 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
 
 def inlined(function: F) -> F:
     """Compile a function into the kernels that call it."""
-    return cast(F, numba.njit(**_INLINED)(function))
+    return cast(F, Inlined(function, _INLINED))
 
 
 def reordered(function: F) -> F:
     """Like `inlined`; sums may be added up in any order, which changes their rounding."""
-    return cast(F, numba.njit(**_REORDERED)(function))
+    return cast(F, Inlined(function, _REORDERED))

@@ -56,6 +56,8 @@ def quantize_and_pad(
         the first row with NaN or Inf, or ALL_ROWS. Rows from there on are to be discarded.
     """
     c_words_TD, bits_TD = as_words(c_TB, field), x_TD.view(np.int32)
+    xq_P, xq_D = _pairs(x_TD.shape[1])
+    c_D = np.empty(x_TD.shape[1], np.int32)
     return int(
         _quantize_and_pad(
             x_TD,
@@ -72,6 +74,9 @@ def quantize_and_pad(
             expected_T2,
             first,
             stop,
+            xq_P,
+            xq_D,
+            c_D,
         )
     )
 
@@ -103,6 +108,8 @@ def unpad_and_check(
         the first row that holds a residue outside [0, p) or fails the check, or ALL_ROWS.
     """
     z_words_TF = as_words(z_TB, field)
+    z_F = np.empty(u_TF.shape[1], np.int32)
+    yq_P, yq_F = _pairs(u_TF.shape[1])
     return int(
         _unpad_and_check(
             z_words_TF,
@@ -116,6 +123,9 @@ def unpad_and_check(
             y_TF,
             first,
             stop,
+            z_F,
+            yq_P,
+            yq_F,
         )
     )
 
@@ -129,7 +139,8 @@ def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
     Returns:
         the first row that holds a residue outside [0, p), or ALL_ROWS.
     """
-    return int(_subtract(as_words(z_TB, field), z_TB, field.p, u_TF))
+    z_F, rest_F = np.empty((2, u_TF.shape[1]), np.int32)
+    return int(_subtract(as_words(z_TB, field), z_TB, field.p, u_TF, z_F, rest_F))
 
 
 def aligned(z_TB: Tensor) -> Bytes:
@@ -143,6 +154,12 @@ def as_pairs(k_2N: Int32) -> Int64:
     Multiplied as pairs, 32 bits need not be spread to 64 first, which takes as long.
     """
     return np.pad(k_2N, ((0, 0), (0, k_2N.shape[1] % 2))).view(np.int64)
+
+
+def _pairs(width: int) -> tuple[Int64, Int32]:
+    """Memory for the pairs of a row, the last filled up with a 0, and the row in it."""
+    row_P = np.zeros(-(-width // 2), np.int64)
+    return row_P, row_P.view(np.int32)[:width]
 
 
 def prepare(field: Field, *, shares: bool) -> None:
@@ -288,12 +305,14 @@ def _check_answer(k_2P: Int64, yq_P: Int64, expected_2: Int64) -> Any:
     return sum1 % CHECK_MODULUS == expected_2[0] and sum2 % CHECK_MODULUS == expected_2[1]
 
 
-# Every loop writes to another array than it reads: a loop in place would not be vectorised.
+# Every loop writes to another array than it reads: a loop in place would not be vectorised. Arrays
+# for one row come from outside, as numba takes most of a second to compile their allocation.
 
 
 @compiled(
     "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], int64[:, ::1], float64, float64,"
-    " float64, int64, int32[:, ::1], uint8[:, ::1], float64[::1], int64[:, ::1], int64, int64)"
+    " float64, int64, int32[:, ::1], uint8[:, ::1], float64[::1], int64[:, ::1], int64, int64,"
+    " int64[::1], int32[::1], int32[::1])"
 )
 def _quantize_and_pad(
     x_TD: Float32,
@@ -310,10 +329,10 @@ def _quantize_and_pad(
     expected_T2: Int64,
     first: int,
     stop: int,
+    xq_P: Int64,
+    xq_D: Int32,
+    c_D: Int32,
 ) -> int:
-    xq_P = np.zeros(check_2P.shape[1], np.int64)
-    xq_D = xq_P.view(np.int32)[: x_TD.shape[1]]
-    c_D = np.empty(x_TD.shape[1], np.int32)
     for t in range(first, stop):
         unit_T[t] = quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
         if unit_T[t] < 0.0:
@@ -326,7 +345,7 @@ def _quantize_and_pad(
 
 @compiled(
     "int64(int32[:, ::1], uint8[:, ::1], int32[:, ::1], int64[:, ::1], float64[::1], float64[::1],"
-    " int64[:, ::1], int64, float32[:, ::1], int64, int64)"
+    " int64[:, ::1], int64, float32[:, ::1], int64, int64, int32[::1], int64[::1], int32[::1])"
 )
 def _unpad_and_check(
     z_words_TF: Int32,
@@ -340,10 +359,10 @@ def _unpad_and_check(
     y_TF: Float32,
     first: int,
     stop: int,
+    z_F: Int32,
+    yq_P: Int64,
+    yq_F: Int32,
 ) -> int:
-    z_F = np.empty(u_TF.shape[1], np.int32)
-    yq_P = np.zeros(k_2P.shape[1], np.int64)
-    yq_F = yq_P.view(np.int32)[: u_TF.shape[1]]
     for t in range(first, stop):
         read_row(z_words_TF, z_TB, t, z_F)
         if not _unpad_row(z_F, u_TF[t], p, yq_F):
@@ -356,10 +375,10 @@ def _unpad_and_check(
     return ALL_ROWS
 
 
-@compiled("int64(int32[:, ::1], uint8[:, ::1], int64, int32[:, ::1])")
-def _subtract(z_words_TF: Int32, z_TB: Bytes, p: int, u_TF: Int32) -> int:
-    z_F = np.empty(u_TF.shape[1], np.int32)
-    rest_F = np.empty(u_TF.shape[1], np.int32)
+@compiled("int64(int32[:, ::1], uint8[:, ::1], int64, int32[:, ::1], int32[::1], int32[::1])")
+def _subtract(
+    z_words_TF: Int32, z_TB: Bytes, p: int, u_TF: Int32, z_F: Int32, rest_F: Int32
+) -> int:
     p32 = np.int32(p)
     for t in range(u_TF.shape[0]):
         u_F = u_TF[t]
