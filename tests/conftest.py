@@ -10,11 +10,11 @@ import processes
 
 @pytest.fixture(scope="session", autouse=True)
 def _local_workers_are_forks() -> Iterator[None]:
-    from tsqp import _local_worker
+    from tsqp.runtime import local_worker
 
     before = processes.fork_local_workers()
     yield
-    _local_worker.subprocess = before
+    local_worker.subprocess = before
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # They make a console of the environment that they find when they are imported.
-NOT_PRELOADED = ("tsqp._printing", "tsqp.cli.repl", "tsqp.bench.demo")
+NOT_PRELOADED = ("tsqp.cli.printing", "tsqp.cli.repl", "tsqp.cli.demo_run")
 PROGRAMS = ("tsqp.__main__", "tsqp.bench.start_once")
 # What commands import late.
 PRELOADED = ("gguf", "rich._emoji_codes", "rich.progress", "transformers", "typer._adapters",

@@ -120,10 +120,10 @@ def start(
 
 def fork_local_workers() -> types.ModuleType:
     """Let `local` workers start as forks; returns what started them before."""
-    from tsqp import _local_worker
+    from tsqp.runtime import local_worker
 
-    before = _local_worker.subprocess
-    _local_worker.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
+    before = local_worker.subprocess
+    local_worker.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
         Popen=start, PIPE=PIPE, TimeoutExpired=subprocess.TimeoutExpired
     )
     return before

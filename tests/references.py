@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tsqp.bench.hf_model import hf_config
-from tsqp.model.checkpoint import Checkpoint
+from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.model.config import tensor_shapes
 
 

@@ -16,8 +16,8 @@ from tsqp.errors import TSQPError
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
-    from tsqp._hardening import harden_process
-    from tsqp._wiring import LLM
+    from tsqp.runtime.hardening import harden_process
+    from tsqp.runtime.llm import LLM
     from tsqp.tee.conversation import Conversation
     from tsqp.tee.sampling import Completion, SamplingParams
 
@@ -37,11 +37,11 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # torch takes a second to import; `tsqp --help` should not.
     if name == "LLM":
-        from tsqp._wiring import LLM
+        from tsqp.runtime.llm import LLM
 
         return LLM
     if name == "harden_process":
-        from tsqp._hardening import harden_process
+        from tsqp.runtime.hardening import harden_process
 
         return harden_process
     if name == "Conversation":

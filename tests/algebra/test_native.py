@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.native import Kernel, compiled
 from tsqp.algebra.params import FIELDS, Field
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import Worker
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.wire.messages import Product, SeedProduct
 
 TWO_TOKENS = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

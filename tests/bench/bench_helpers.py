@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tsqp.algebra.params import FIELDS, Field
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.quantize import group_shape
 from tsqp.gpu.record import Recorder
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import linear_groups
-from tsqp.model.quantize import group_shape
 from tsqp.wire.messages import Linear, Product
 
 MODEL = "random:tiny"

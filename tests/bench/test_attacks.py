@@ -25,12 +25,12 @@ from bench_helpers import (
 from torch import Tensor
 
 from tsqp.algebra.params import Field
-from tsqp.bench import audit
-from tsqp.bench.attacks import Vocabulary, match_in_any_order, match_in_place, match_row_space
-from tsqp.bench.audit import Auditor, Report
-from tsqp.bench.finding import Finding
-from tsqp.bench.noise import Agreement, Related, Repeats, Uniformity
-from tsqp.model.checkpoint import open_checkpoint
+from tsqp.audit import auditor as audit
+from tsqp.audit.attacks import Vocabulary, match_in_any_order, match_in_place, match_row_space
+from tsqp.audit.auditor import Auditor, Report
+from tsqp.audit.finding import Finding
+from tsqp.audit.uniformity import Agreement, Related, Repeats, Uniformity
+from tsqp.checkpoint.checkpoint import open_checkpoint
 
 SEED = 5
 SIMULATIONS = 300

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tsqp.bench.baseline import Transformers
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import UsageError
-from tsqp.model.checkpoint import open_checkpoint
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from tsqp.bench.figures import Figure, ratios
 from tsqp.bench.floors import floor
 from tsqp.bench.modes import MODES, Setting, stock_bytes
 from tsqp.bench.timing import seconds
-from tsqp.model.checkpoint import open_checkpoint
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.quantize import group_shape
 from tsqp.model.config import ModelConfig, linear_groups, tensor_shapes
-from tsqp.model.quantize import group_shape
 from tsqp.tee.crypto.pads import PadPool, Pads
 
 RATE_NAMES = ("matmul_flops", "int8_ops", "read_bytes_per_s", "copy_bytes_per_s")

@@ -10,7 +10,7 @@ import torch
 from bench_helpers import COMPACT, WIDE, farthest_from_uniform, uniform
 
 from tsqp.algebra.params import Field
-from tsqp.bench import chance
+from tsqp.audit import p_values as chance
 
 FIELDS = pytest.mark.parametrize("field", [WIDE, COMPACT])
 

@@ -20,8 +20,8 @@ from bench_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from tsqp.bench.audit import Auditor
-from tsqp.bench.recording import Recording, add, open_recording
+from tsqp.audit.auditor import Auditor
+from tsqp.audit.recording import Recording, add, open_recording
 from tsqp.errors import PromptError, RecordingError, UsageError
 from tsqp.gpu.record import INDEX, Recorder
 from tsqp.wire.messages import (

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from report_helpers import call, decoding, header, run, write
 from rich.console import Console
 
-from tsqp.bench.report.bottleneck import GROUPS, bottleneck, group_seconds
-from tsqp.bench.report.figures import bench_notes, bench_ratios, bench_tables, numbers
-from tsqp.bench.report.methods import LogReport, ratios
-from tsqp.bench.report.phases import phases_of
-from tsqp.bench.report.read import BenchFile, LogFile, read_file
 from tsqp.errors import ReportError
+from tsqp.report.bench_tables import bench_notes, bench_ratios, bench_tables, numbers
+from tsqp.report.bottleneck import GROUPS, bottleneck, group_seconds
+from tsqp.report.methods import LogReport, ratios
+from tsqp.report.phases import phases_of
+from tsqp.report.read import BenchFile, LogFile, read_file
 from tsqp.tee.call_lines import Method
 from tsqp.wire.messages import Operation
 

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from report_helpers import START, call, header, run, write
 
-from tsqp.bench.report.methods import LogReport
-from tsqp.bench.report.page import page, write_page
-from tsqp.bench.report.plots import STYLES, spans, typical_step
-from tsqp.bench.report.read import LogFile, read_file
 from tsqp.errors import UsageError
+from tsqp.report.methods import LogReport
+from tsqp.report.page import page, write_page
+from tsqp.report.plots import STYLES, spans, typical_step
+from tsqp.report.read import LogFile, read_file
 from tsqp.tee.call_lines import Stage
 
 SVG = "http://www.w3.org/2000/svg"

@@ -46,7 +46,7 @@ def test_the_search_finds_what_is_there() -> None:
     assert "wire/zmq.py" in users("zmq.Context")
     assert "tee/decoder.py" in users("torch.Tensor")
     assert "gpu/serve.py" in users("torch.cuda")
-    assert users("numpy.random.Philox") == ["model/random_weights.py"]
+    assert users("numpy.random.Philox") == ["checkpoint/random_weights.py"]
 
 
 @pytest.mark.parametrize("name", ["pickle", "marshal", "torch.load", "shelve", "joblib", "dill"])

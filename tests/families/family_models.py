@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tsqp.model.attention import Segment
+from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.offload.base import Offload

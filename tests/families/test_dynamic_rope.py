@@ -7,7 +7,7 @@ import torch
 from family_models import random_ids, reference_logits, write_model
 
 from tsqp import LLM, SamplingParams
-from tsqp.model.ops import ATTENTION_BLOCK
+from tsqp.nn.ops import ATTENTION_BLOCK
 from tsqp.runtime.generate import generate
 
 ORIGINAL = 128

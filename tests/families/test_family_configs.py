@@ -25,8 +25,8 @@ from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneratio
 from tsqp import LLM
 from tsqp.bench.baseline import Transformers
 from tsqp.bench.hf_model import hf_config
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import CheckpointError, ModelError, TokenizerError, UnsupportedModel
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import Layer, tensor_shapes
 from tsqp.model.hf_config import from_hf
 from tsqp.model.rope import LinearScaling, Rope

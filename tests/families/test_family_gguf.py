@@ -17,12 +17,12 @@ from family_models import FULL, SLIDING, logits_in_chunks, make_model, random_id
 from transformers import AutoModelForCausalLM
 
 from tsqp import LLM, SamplingParams
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.demo_model import cache_folder
+from tsqp.checkpoint.files import BinaryFile
+from tsqp.checkpoint.gguf_config import read_config
+from tsqp.checkpoint.gguf_reader import GGUFHeader, read_header
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.demo import cache_folder
-from tsqp.model.files import BinaryFile
-from tsqp.model.gguf_config import read_config
-from tsqp.model.gguf_reader import GGUFHeader, read_header
 from tsqp.model.rope import LinearScaling, YarnScaling
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.offload.local import LocalOffload

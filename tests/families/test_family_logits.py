@@ -18,7 +18,7 @@ from family_models import (
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import FIELDS
-from tsqp.model.checkpoint import open_checkpoint
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.offload.local import LocalOffload
 

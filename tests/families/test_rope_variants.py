@@ -11,8 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tsqp import LLM
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.hf_config import from_hf
 from tsqp.model.rope import Rope, frequencies
 from tsqp.tee.decoder import Decoder

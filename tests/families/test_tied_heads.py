@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from tsqp import LLM, SamplingParams
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
+from tsqp.checkpoint.quantize import quantize_group
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.prepared import SUFFIX, PreparedFile, prepare
-from tsqp.model.quantize import quantize_group
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.offload.local import LocalOffload
 

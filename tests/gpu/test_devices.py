@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from tsqp import LLM, SamplingParams
-from tsqp._local_worker import LocalWorker
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.gpu import cuda_product
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.runtime.local_worker import LocalWorker
 from tsqp.wire.messages import Embed, Linear, Product, SeedProduct
 
 BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.digest import weights_digest
 from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import MAX_ROWS, Worker
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.model.config import LAYER_GROUPS
-from tsqp.model.digest import weights_digest
 from tsqp.wire.messages import Embed, Hello, Linear, Operation
 from tsqp.wire.tensors import Spec
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.session import MAX_SEQUENCES
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker, WorkerSession
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.wire.messages import (
     Allocate,
     AttentionScores,
@@ -282,7 +282,7 @@ def test_a_layer_of_more_tokens_than_there_is_memory_for_is_refused(
     monkeypatch.setattr("tsqp.gpu.session.MANY_TOKENS", 5)
     ask(session, Allocate(0, 20))
     ask(session, Layer(0, (Span(0, 0, 5),)), random(1, 5, HIDDEN), answer=[5, HIDDEN])
-    monkeypatch.setattr("tsqp.model.weights.available_bytes", lambda: 10_000)
+    monkeypatch.setattr("tsqp.checkpoint.weights.available_bytes", lambda: 10_000)
     with pytest.raises(OutOfMemory, match="A layer of this call would take"):
         ask(session, Layer(0, (Span(0, 5, 5),)), random(2, 5, HIDDEN), answer=[5, HIDDEN])
     ask(session, Layer(0, (Span(0, 5, 2),)), random(2, 2, HIDDEN), answer=[2, HIDDEN])

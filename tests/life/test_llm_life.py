@@ -12,9 +12,10 @@ import pytest
 from protocol_helpers import Commands, eventually
 
 from every_opcode import at_every_opcode
-from tsqp import LLM, SamplingParams, _turns
+from tsqp import LLM, SamplingParams
 from tsqp.errors import TSQPError, UsageError, WorkerLost
-from tsqp.model import kv_cache
+from tsqp.nn import kv_cache
+from tsqp.runtime import turns
 from tsqp.runtime.generate import generate
 from tsqp.tee.crypto import pads, row_pool, stock
 from tsqp.tee.engine import engine, interleave, observer, scheduler
@@ -268,7 +269,7 @@ def test_an_interrupt_anywhere_leaves_a_session_that_answers_and_ends(threads: i
     llm = LLM("random:tiny", privacy="pad", worker="inproc", threads=threads, pad_memory=10**6)
     expected = llm.generate([prompt], FEW)
     loop = (engine, interleave, observer, scheduler)
-    modules = (_turns, *loop, pads, stock, row_pool, masked, pad, channel, kv_cache)
+    modules = (turns, *loop, pads, stock, row_pool, masked, pad, channel, kv_cache)
 
     def run() -> None:
         llm.generate([prompt], FEW)

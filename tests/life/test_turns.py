@@ -10,9 +10,9 @@ import pytest
 from protocol_helpers import eventually
 
 from every_opcode import at_every_opcode
-from tsqp import _turns
-from tsqp._turns import Turns
 from tsqp.errors import UsageError
+from tsqp.runtime import turns as turns_module
+from tsqp.runtime.turns import Turns
 
 
 def in_a_thread(call: Callable[[], object]) -> threading.Thread:
@@ -114,7 +114,7 @@ def test_the_end_inside_a_call_comes_when_the_call_has_ended() -> None:
 
 
 def test_an_end_that_waits_in_vain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_turns, "END_S", 0.1)
+    monkeypatch.setattr("tsqp.runtime.turns.END_S", 0.1)
     turns, go = Turns(), threading.Event()
     thread = in_a_thread(lambda: turns.run(lambda: go.wait(10)))
     assert eventually(lambda: len(turns._queue) == 1)
@@ -137,7 +137,7 @@ def test_everything_is_closed_whatever_one_closer_raises() -> None:
 def test_an_interrupt_at_any_opcode_keeps_nobody_waiting() -> None:
     turns = Turns()
     opcodes = 0
-    for _ in at_every_opcode(lambda: turns.run(lambda: None), _turns):
+    for _ in at_every_opcode(lambda: turns.run(lambda: None), turns_module):
         opcodes += 1
         assert not turns._queue
         assert turns.run(lambda: 3) == 3
@@ -157,7 +157,7 @@ def test_an_end_that_was_interrupted_at_any_opcode_can_be_done_again() -> None:
         turns.end()
 
     opcodes = 0
-    for _ in at_every_opcode(run, _turns):
+    for _ in at_every_opcode(run, turns_module):
         opcodes += 1
         turns.at_end(close)
         before = closed[0]

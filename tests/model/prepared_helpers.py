@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.digest import WeightsDigest
-from tsqp.model.prepared import write_prepared
-from tsqp.model.quantize import IntegerWeights, quantize_all
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.digest import WeightsDigest
+from tsqp.checkpoint.prepared import write_prepared
+from tsqp.checkpoint.quantize import IntegerWeights, quantize_all
 
 Key = tuple[int, str]
 

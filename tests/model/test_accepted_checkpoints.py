@@ -12,13 +12,13 @@ from model_helpers import WriteGGUF, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.digest import weights_digest
+from tsqp.checkpoint.integer_cache import load_integers
+from tsqp.checkpoint.quantize import quantize_all
+from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import tensor_shapes
-from tsqp.model.digest import weights_digest
-from tsqp.model.integer_cache import load_integers
-from tsqp.model.quantize import quantize_all
-from tsqp.model.weights import parse_dtype
 
 INDEX = "model.safetensors.index.json"
 

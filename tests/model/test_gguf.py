@@ -14,11 +14,11 @@ from model_helpers import LLAMA3_ROPE, WriteGGUF, make_model, rope_freqs
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from tsqp.checkpoint import demo_model
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.files import BinaryFile
+from tsqp.checkpoint.gguf_reader import StoredTensor, StringArray, read_header
 from tsqp.errors import CheckpointError, ModelError, UnsupportedModel
-from tsqp.model import demo
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.files import BinaryFile
-from tsqp.model.gguf_reader import StoredTensor, StringArray, read_header
 from tsqp.model.hf_config import from_hf
 from tsqp.model.rope import Llama3Scaling, Rope
 
@@ -305,7 +305,7 @@ def test_a_large_vocabulary_is_read_without_an_object_for_each_token(
 @pytest.fixture(scope="module")
 def demo_file() -> Path:
     try:
-        return demo.locate()
+        return demo_model.locate()
     except CheckpointError as error:
         pytest.skip(str(error))
 

@@ -22,13 +22,13 @@ from prepared_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.files import bytes_of
+from tsqp.checkpoint.integer_cache import load_integers
+from tsqp.checkpoint.prepared import SUFFIX, prepare
+from tsqp.checkpoint.quantize import IntegerWeights
+from tsqp.checkpoint.safetensors_file import SafetensorsCheckpoint
 from tsqp.errors import CheckpointError
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
-from tsqp.model.files import bytes_of
-from tsqp.model.integer_cache import load_integers
-from tsqp.model.prepared import SUFFIX, prepare
-from tsqp.model.quantize import IntegerWeights
-from tsqp.model.safetensors_file import SafetensorsCheckpoint
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_second_start_reads_the_cache(
     first, digest = load(directory)
     check(first, directory)
     (cached,) = (cache / "prepared").iterdir()
-    monkeypatch.setattr("tsqp.model.integer_cache.quantize_all", refuse_to_quantize)
+    monkeypatch.setattr("tsqp.checkpoint.integer_cache.quantize_all", refuse_to_quantize)
     second, again = load(directory)
     assert digest == again
     assert list(second) == list(first)
@@ -153,7 +153,7 @@ def test_a_full_disk_costs_no_second_quantisation(
         written.append(tensor)
         return bytes_of(tensor)
 
-    monkeypatch.setattr("tsqp.model.prepared.bytes_of", write)
+    monkeypatch.setattr("tsqp.checkpoint.prepared.bytes_of", write)
     if fails_at is None:
         monkeypatch.setattr(os, "fsync", full)
     found, digest = load(directory)
@@ -179,8 +179,8 @@ def replace_by_another_model(directory: Path) -> None:
 def test_another_model_of_the_same_size_and_time_gets_its_own_integers(
     cache: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqp.model.integer_cache.PAGE_BYTES", 8)  # the header's length alone
-    monkeypatch.setattr("tsqp.model.integer_cache.PAGES", 1)
+    monkeypatch.setattr("tsqp.checkpoint.integer_cache.PAGE_BYTES", 8)  # the header's length alone
+    monkeypatch.setattr("tsqp.checkpoint.integer_cache.PAGES", 1)
     load(directory)
     replace_by_another_model(directory)
     check(load(directory)[0], directory)
@@ -191,7 +191,7 @@ def test_a_link_that_is_turned_after_opening_gives_no_integers_to_the_new_model(
     made_up: bool, cache: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if made_up:  # only the path tells both models apart
-        monkeypatch.setattr("tsqp.model.integer_cache._state", lambda file: ())
+        monkeypatch.setattr("tsqp.checkpoint.integer_cache._state", lambda file: ())
     new = directory.with_name("new")
     shutil.copytree(directory, new)
     replace_by_another_model(new)

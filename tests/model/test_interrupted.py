@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.integer_cache import load_integers
-from tsqp.model.prepared import SUFFIX, PreparedFile, prepare
-from tsqp.model.quantize import IntegerWeights, quantize_all
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.integer_cache import load_integers
+from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
+from tsqp.checkpoint.quantize import IntegerWeights, quantize_all
 
 DEADLINE_S = 60
 PAUSED = """
 import sys
 from pathlib import Path
-from tsqp.model.prepared import prepare
+from tsqp.checkpoint.prepared import prepare
 
 def progress(done, total):
     if done > total / 2:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import OutOfMemory
-from tsqp.model.kv_cache import KvCache
+from tsqp.nn.kv_cache import KvCache
 
 LAYERS, KV_HEADS, FEATURES = 2, 3, 4
 

@@ -13,10 +13,10 @@ from model_helpers import WriteGGUF, make_model
 from safetensors.torch import load_file, save_file
 
 from tsqp import LLM
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.digest import weights_digest
+from tsqp.checkpoint.model_digest import compute_digest
 from tsqp.errors import UnexpectedModel, UsageError
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.digest import weights_digest
-from tsqp.model.model_digest import compute_digest
 
 MODES: dict[str, list[dict[str, Any]]] = {
     "float": [

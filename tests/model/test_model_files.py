@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tsqp.checkpoint import model_files
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import CheckpointError
-from tsqp.model import model_files
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.model_files import ModelFiles
 from tsqp.tee.text.tokenizer import Tokenizer
 
 SMALL = {

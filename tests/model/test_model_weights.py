@@ -8,12 +8,10 @@ import pytest
 import torch
 from model_helpers import WriteGGUF
 
-from tsqp.errors import ModelError, OutOfMemory
-from tsqp.model import memory
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.config import LAYER_GROUPS
-from tsqp.model.random_weights import GEOMETRIES
-from tsqp.model.weights import (
+from tsqp.checkpoint import memory
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.random_weights import GEOMETRIES
+from tsqp.checkpoint.weights import (
     check_memory,
     embedding_bytes,
     linear_bytes,
@@ -22,6 +20,8 @@ from tsqp.model.weights import (
     read_linear,
     read_norm,
 )
+from tsqp.errors import ModelError, OutOfMemory
+from tsqp.model.config import LAYER_GROUPS
 
 PARTS = {
     "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -83,12 +83,12 @@ def test_auto_is_the_dtype_of_the_checkpoint() -> None:
 
 
 def test_an_unknown_dtype_is_named_with_the_choices() -> None:
-    with pytest.raises(ModelError, match=r"'int4'.*float32, float16, bfloat16"):
+    with pytest.raises(ModelError, match=r"no such dtype.*float32, float16, bfloat16"):
         parse_dtype("int4", GEOMETRIES["tiny"])
 
 
 def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tsqp.model.weights.available_bytes", lambda: 1000)
+    monkeypatch.setattr("tsqp.checkpoint.weights.available_bytes", lambda: 1000)
     check_memory(1000, "The weights")
     with pytest.raises(OutOfMemory, match=r"The weights would take 1001 bytes.*1000"):
         check_memory(1001, "The weights")

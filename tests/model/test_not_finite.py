@@ -14,10 +14,10 @@ from model_helpers import WriteGGUF, make_model
 from safetensors.torch import load_file, save_file
 
 from tsqp import LLM
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.digest import weights_digest
 from tsqp.errors import CheckpointError
 from tsqp.gpu.weights import load_integers, load_weights
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
-from tsqp.model.digest import weights_digest
 
 CPU = torch.device("cpu")
 TENSORS = {

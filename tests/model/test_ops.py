@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from tsqp.model import ops
 from tsqp.model.rope import Llama3Scaling, Rope, frequencies
+from tsqp.nn import ops
 
 GENERATOR_SEED = 3
 

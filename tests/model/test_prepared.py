@@ -22,11 +22,11 @@ from prepared_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+from tsqp.checkpoint.digest import WeightsDigest
+from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
+from tsqp.checkpoint.quantize import IntegerWeights, add_to_digest
 from tsqp.errors import CheckpointError, UsageError
 from tsqp.gpu.weights import read_prepared
-from tsqp.model.digest import WeightsDigest
-from tsqp.model.prepared import SUFFIX, PreparedFile, prepare
-from tsqp.model.quantize import IntegerWeights, add_to_digest
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(directory: Path, tmp_path: Pat
     program = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from tsqp.model.prepared import prepare\n"
+        "from tsqp.checkpoint.prepared import prepare\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "prepare(sys.argv[1], Path(sys.argv[2]))\n"

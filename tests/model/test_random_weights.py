@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tsqp.bench.hf_model import hf_config
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.digest import weights_digest
+from tsqp.checkpoint.random_weights import GEOMETRIES
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import tensor_shapes
-from tsqp.model.digest import weights_digest
 from tsqp.model.hf_config import from_hf
-from tsqp.model.random_weights import GEOMETRIES
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -103,7 +103,7 @@ def test_a_geometry_is_what_the_config_of_transformers_says(name: str) -> None:
 
 
 def test_an_unknown_geometry_is_named_with_the_choices() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'gpt-5'.*tiny"):
+    with pytest.raises(UnsupportedModel, match=r"no such random model.*tiny"):
         open_checkpoint("random:gpt-5")
 
 

@@ -11,8 +11,8 @@ import torch
 from model_helpers import make_model
 from safetensors.torch import load_file, save_file
 
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import CheckpointError, UnsupportedModel
-from tsqp.model.checkpoint import open_checkpoint
 
 NORM = "model.norm.weight"
 

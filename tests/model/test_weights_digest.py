@@ -8,10 +8,10 @@ import torch
 from gguf import GGMLQuantizationType
 from model_helpers import WriteGGUF
 
-from tsqp.model.checkpoint import open_checkpoint
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.digest import WeightsDigest, weights_digest
+from tsqp.checkpoint.weights import read_embedding, read_linear, read_norm
 from tsqp.model.config import LAYER_GROUPS, norm_shapes
-from tsqp.model.digest import WeightsDigest, weights_digest
-from tsqp.model.weights import read_embedding, read_linear, read_norm
 
 TENSOR = torch.arange(12.0).view(3, 4)
 

@@ -20,9 +20,10 @@ from protocol_helpers import (
 from torch import Tensor, manual_seed
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tsqp import _offloads, cli
+from tsqp import cli
+from tsqp.checkpoint import demo_model
 from tsqp.errors import CheckpointError
-from tsqp.model import demo
+from tsqp.runtime import build
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.sampler import Sampler
 
@@ -84,7 +85,7 @@ def ids(tmp_path: Path) -> Path:
 def demo_path() -> Path:
     """SmolLM2-135M-Instruct."""
     try:
-        return demo.locate()
+        return demo_model.locate()
     except CheckpointError as exc:
         pytest.skip(str(exc))
 
@@ -146,7 +147,7 @@ def demo_tcp(demo_path: Path, shared_commands: Commands) -> str:
 def limit(monkeypatch: pytest.MonkeyPatch) -> FailureLimit:
     """The limit of the process, for tests that reach it, or come near."""
     limit = FailureLimit()
-    monkeypatch.setattr(_offloads, "process_limit", limit)
+    monkeypatch.setattr(build, "process_limit", limit)
     return limit
 
 

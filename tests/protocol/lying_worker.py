@@ -23,9 +23,9 @@ from torch import Tensor
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.wire.channel import kind_of
 from tsqp.wire.codec import HEADER, encode
 from tsqp.wire.endpoint import parse_endpoint

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.quantize import group_shape
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import Worker
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import linear_groups
-from tsqp.model.quantize import group_shape
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Hello, Operation, Product

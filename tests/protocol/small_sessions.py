@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tsqp.algebra.params import Field
+from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.gpu.weights import IntegerModel
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
 from tsqp.model.config import Key
-from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.pads import DirectProvider, PadPool
 from tsqp.tee.crypto.row_pool import RowPool

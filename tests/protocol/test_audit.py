@@ -13,14 +13,14 @@ import torch
 from protocol_helpers import START_S, Commands, Main, Result, eventually, write_ids
 
 from tsqp import LLM, SamplingParams
-from tsqp._local_worker import LocalWorker
 from tsqp.algebra.params import FIELDS
-from tsqp.bench import audit
-from tsqp.bench.audit import Auditor, Report
-from tsqp.bench.noise import Uniformity
-from tsqp.bench.recording import open_recording
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.safetensors_file import SafetensorsFile
+from tsqp.audit import auditor as audit
+from tsqp.audit.auditor import Auditor, Report
+from tsqp.audit.recording import open_recording
+from tsqp.audit.uniformity import Uniformity
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.safetensors_file import SafetensorsFile
+from tsqp.runtime.local_worker import LocalWorker
 
 TEXT = (
     "The old harbour master walked slowly along the quay every morning before sunrise, counting "

@@ -9,7 +9,7 @@ import torch
 from protocol_helpers import Main, Result
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tsqp.bench import compare, kernels
+from tsqp.bench import compare, kernel_times
 from tsqp.bench.modes import Setting
 from tsqp.errors import UsageError
 from tsqp.gpu import serve
@@ -164,9 +164,9 @@ def test_perplexity_is_that_of_transformers_and_pads_change_nothing(
 def test_kernels_are_timed_in_both_fields(
     main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kernels, "SHAPES", {"o": (64, 32)})
-    monkeypatch.setattr(kernels, "TOKENS", (1, 130))
-    monkeypatch.setattr(kernels, "ROUNDS", 2)
+    monkeypatch.setattr(kernel_times, "SHAPES", {"o": (64, 32)})
+    monkeypatch.setattr(kernel_times, "TOKENS", (1, 130))
+    monkeypatch.setattr(kernel_times, "ROUNDS", 2)
     result = main("bench", "kernels", "--out", tmp_path / "kernels.json")
     assert result.status == 0, result.stderr
     found = result.json["kernels"]

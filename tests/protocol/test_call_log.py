@@ -19,11 +19,11 @@ from torch import manual_seed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tsqp import LLM, SamplingParams
-from tsqp.bench.report.methods import LogReport
-from tsqp.bench.report.phases import call_parts_us, phases_of
-from tsqp.bench.report.read import LogFile, read_file
 from tsqp.errors import RemoteError, UsageError
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
+from tsqp.report.methods import LogReport
+from tsqp.report.phases import call_parts_us, phases_of
+from tsqp.report.read import LogFile, read_file
 from tsqp.tee.call_lines import CallLine, Phase, Stage
 from tsqp.tee.stats import KINDS
 from tsqp.wire.channel import InprocChannel

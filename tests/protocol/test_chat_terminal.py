@@ -17,7 +17,7 @@ from rich.console import Console
 
 import processes
 from processes import Process
-from tsqp._printing import prompt_progress
+from tsqp.cli.printing import prompt_progress
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 ERASED = b"\x1b[1A\x1b[2K"  # the bar, before the first text
@@ -108,7 +108,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What standard error shows, as if it were a terminal."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, force_interactive=True, width=120)
-    monkeypatch.setattr("tsqp._printing._stderr", console)
+    monkeypatch.setattr("tsqp.cli.printing._stderr", console)
     return shown
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from protocol_helpers import SHARED, START_S, Commands, Main, Result, Running, write_ids
 
-from tsqp._printing import say
+from tsqp.cli.printing import say
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 ANSWER = "The capital of France is Paris."
@@ -204,7 +204,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_without_what_it_holds(
     def fail(*_: object) -> None:
         raise ZeroDivisionError(held)
 
-    monkeypatch.setattr("tsqp._wiring.open_checkpoint", fail)
+    monkeypatch.setattr("tsqp.runtime.llm.open_checkpoint", fail)
     result = main(*TINY, "--prompt-ids", ids)
     assert result.status == 1
     assert result.stderr == (

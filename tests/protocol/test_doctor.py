@@ -10,10 +10,10 @@ from lying_worker import Order
 from protocol_helpers import Commands, Main
 from test_without_shared_memory import MISSING, inside, may_mount, tmpfs
 
-from tsqp.bench.doctor import machine
-from tsqp.bench.doctor.checks import Check, run_check
-from tsqp.bench.doctor.run import print_checks
-from tsqp.bench.doctor.session import Target, session_checks
+from tsqp.doctor import machine_checks as machine
+from tsqp.doctor.check import Check, run_check
+from tsqp.doctor.diagnose import print_checks
+from tsqp.doctor.session_checks import Target, session_checks
 from tsqp.errors import RemoteError
 from tsqp.tee.crypto.freivalds import FailureLimit
 
@@ -190,7 +190,7 @@ def test_cores_are_those_that_this_process_may_use() -> None:
 def test_a_model_without_its_worker_is_said_to_be_passed_over(
     main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqp.bench.doctor.run.examine", lambda threads, target: [])
+    monkeypatch.setattr("tsqp.doctor.diagnose.examine", lambda threads, target: [])
     result = main("doctor", "random:tiny")
     assert result.status == 0
     assert "random:tiny was not looked at: that takes a --worker that serves it" in result.stderr

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pairwise import pairs
 from references import reference_model
 from tsqp import LLM, SamplingParams
-from tsqp.model.attention import Segment
-from tsqp.model.checkpoint import open_checkpoint
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch
 from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.stats import Stats

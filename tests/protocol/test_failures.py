@@ -11,9 +11,9 @@ import pytest
 from fake_workers import deaf_socket, fake_worker, newer_version, silence, silence_after_welcome
 from protocol_helpers import DEADLINE_S, START_S, Commands, Running, socket_endpoint, write_ids
 
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.digest import weights_digest
-from tsqp.model.weights import parse_dtype
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.digest import weights_digest
+from tsqp.checkpoint.weights import parse_dtype
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Hello

@@ -12,8 +12,9 @@ import pytest
 import typer
 from protocol_helpers import Commands, Main
 
-from tsqp import _hardening, harden_process
+from tsqp import harden_process
 from tsqp.cli.app import TRUSTED, app
+from tsqp.runtime import hardening
 
 CANARY = "the-canary-of-this-prompt"
 CORES_ALLOWED = ["sh", "-c", 'ulimit -c unlimited; exec "$@"', "sh"]
@@ -72,8 +73,8 @@ def test_what_cannot_be_forbidden_is_said(
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(_hardening, "_forbid_core_files", lambda: None)
-    monkeypatch.setattr(_hardening, "_forbid_dumps", refuse)
+    monkeypatch.setattr(hardening, "_forbid_core_files", lambda: None)
+    monkeypatch.setattr(hardening, "_forbid_dumps", refuse)
     assert not harden_process()
     [message] = [record.getMessage() for record in caplog.records]
     assert message.startswith("this system does not let debuggers be forbidden (")

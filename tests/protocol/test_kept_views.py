@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.digest import weights_digest
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
-from tsqp.model.digest import weights_digest
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine

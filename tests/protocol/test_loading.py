@@ -9,7 +9,7 @@ from protocol_helpers import Commands, Main, write_ids
 from rich.console import Console
 
 from tsqp import LLM
-from tsqp._printing import loading_progress
+from tsqp.cli.printing import loading_progress
 
 MIB = 2**20
 LINE = r"^loaded 2 layers, 1 MiB in \d+\.\d s \([\d,]+ MiB/s\)$"
@@ -61,7 +61,7 @@ def test_a_terminal_shows_a_bar_with_bytes_and_rate_that_goes_away(
 ) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, force_interactive=True, width=120)
-    monkeypatch.setattr("tsqp._printing._stderr", terminal)
+    monkeypatch.setattr("tsqp.cli.printing._stderr", terminal)
     with loading_progress() as loading:
         loading(100 * MIB, 300 * MIB)
         loading(200 * MIB, 300 * MIB)

@@ -26,10 +26,13 @@ from lying_worker import MODEL, WRONG_MESSAGES, WRONG_PRODUCTS, WRONG_WELCOMES, 
 from protocol_helpers import DEADLINE_S, SHARED, Commands, eventually, segments, write_ids
 from torch import Tensor
 
-from tsqp import LLM, SamplingParams, _offloads
+from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import FIELDS, Field
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.integer_cache import load_integers
+from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import (
     HandshakeError,
     IntegrityError,
@@ -39,10 +42,8 @@ from tsqp.errors import (
     WorkerError,
     WorkerLost,
 )
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import Key
-from tsqp.model.integer_cache import load_integers
-from tsqp.model.quantize import IntegerWeights
+from tsqp.runtime import build
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.pads import DirectProvider, Pads
 from tsqp.tee.crypto.row_pool import RowPool
@@ -285,7 +286,7 @@ def test_one_bit_flipped_anywhere_is_noticed(
     sampled: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_offloads, "process_limit", FailureLimit())  # one for each example
+    monkeypatch.setattr(build, "process_limit", FailureLimit())  # one for each example
     order = Order("one bit flipped", *target, after=after, bit=bit)
     message = fails(worker, order, IntegrityError, sampled, max_tokens=6, field=field, shm=shm)
     assert name(*target) in message
@@ -338,7 +339,7 @@ def test_memory_that_changes_after_the_answer_gives_right_tokens_or_none(
 ) -> None:
     noticed = 0
     for bit in range(40):
-        monkeypatch.setattr(_offloads, "process_limit", FailureLimit())
+        monkeypatch.setattr(build, "process_limit", FailureLimit())
         with private(worker, Order("changes its answer afterwards", 0, "down", bit=bit)) as llm:
             assert llm.transport == SHARED
             try:

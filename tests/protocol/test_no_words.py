@@ -16,10 +16,10 @@ import pytest
 import typer.main
 from protocol_helpers import Main
 
-from tsqp._tracebacks import without_foreign_messages
 from tsqp.cli import app
 from tsqp.cli.prompts import read_ids, read_texts
 from tsqp.errors import PromptError, TSQPError, shown
+from tsqp.runtime.tracebacks import without_foreign_messages
 
 CANARY = "zyzzyva"
 WORDS = f"my {CANARY} words"

@@ -9,10 +9,10 @@ import torch
 from protocol_helpers import DEADLINE_S, SHARED, Commands, eventually
 
 from tsqp import LLM, SamplingParams
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import HandshakeError
 from tsqp.gpu import worker as gpu_worker
 from tsqp.gpu.weights import load_weights
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.server import Server
 

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
+from tsqp.checkpoint.quantize import group_shape
 from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel, WorkerLost
 from tsqp.gpu.worker import Worker
 from tsqp.model.config import Key, linear_groups
-from tsqp.model.quantize import group_shape
 from tsqp.tee.crypto import pads
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.pads import PadPool, Pads
@@ -338,7 +338,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(small: Path, tmp_path: 
 def test_a_session_ends_with_a_wrong_answer_and_forgets_its_check_vectors(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqp._offloads.process_limit", FailureLimit())
+    monkeypatch.setattr("tsqp.runtime.build.process_limit", FailureLimit())
     run = Worker.run
 
     def lie(worker: Worker, operation: object, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -372,7 +372,7 @@ def living_groups() -> set[int]:
 def test_a_wrong_row_of_any_block_gives_up_all_of_the_answer(
     block: int, field: str, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqp._offloads.process_limit", limit := FailureLimit())
+    monkeypatch.setattr("tsqp.runtime.build.process_limit", limit := FailureLimit())
     run, calls = Worker.run, iter(range(3))
 
     def lie(worker: Worker, operation: object, inputs: list[Tensor], outputs: list[Tensor]) -> None:

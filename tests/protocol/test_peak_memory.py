@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import processes
+from tsqp.checkpoint import demo_model
+from tsqp.checkpoint.footprint import trusted_bytes, worker_bytes
+from tsqp.checkpoint.random_weights import GEOMETRIES
 from tsqp.errors import CheckpointError
-from tsqp.model import demo
-from tsqp.model.footprint import trusted_bytes, worker_bytes
-from tsqp.model.random_weights import GEOMETRIES
 
 MIB = 2**20
 TRANSIENT = 64 * MIB  # stated in docs/memory.md, which grants the trusted side of pad twice as much
@@ -62,7 +62,7 @@ def peaks(model: str, options: dict[str, object], cache: Path) -> list[int]:
 @pytest.fixture
 def demo_file() -> str:
     try:
-        return str(demo.locate())
+        return str(demo_model.locate())
     except CheckpointError as error:
         pytest.skip(str(error))
 

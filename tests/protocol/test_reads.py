@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tsqp import LLM, SamplingParams
-from tsqp._sessions import WorkerProcess
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.checkpoint.safetensors_file import SafetensorsCheckpoint
 from tsqp.gpu.worker import Worker
-from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.safetensors_file import SafetensorsCheckpoint
+from tsqp.runtime.worker_link import WorkerProcess
 
 EMBEDDING = "model.embed_tokens.weight"
 TWO_TOKENS = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

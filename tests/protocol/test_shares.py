@@ -15,10 +15,10 @@ from torch import Tensor
 from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import NumericalError, ProtocolError, RemoteError, WorkerLost
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import MAX_ROWS, Worker
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.tee.offload import shares
 from tsqp.tee.offload.base import Linear
 from tsqp.wire.channel import InprocChannel

@@ -9,8 +9,8 @@ import psutil
 import pytest
 from protocol_helpers import SHM, START_S, Commands, Main, eventually, socket_endpoint, write_ids
 
-from tsqp._local_worker import LocalWorker
 from tsqp.errors import WorkerUnavailable
+from tsqp.runtime.local_worker import LocalWorker
 
 ENDLESS = ["--ignore-eos", "--max-tokens", "50000", "--temperature", "1", "--seed", "1"]
 TCP = "tcp://127.0.0.1:0"

@@ -7,9 +7,9 @@ import pytest
 from tee_helpers import make_engine, write_llama
 from transformers import LlamaForCausalLM
 
+from tsqp.checkpoint import demo_model
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import CheckpointError
-from tsqp.model import demo
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.tee.engine.engine import Engine
 from tsqp.tee.text.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkpoint,
 def smollm() -> Iterator[Checkpoint]:
     """SmolLM2-135M-Instruct."""
     try:
-        demo.locate()
+        demo_model.locate()
     except CheckpointError as exc:
         pytest.skip(str(exc))
     checkpoint = open_checkpoint("demo")

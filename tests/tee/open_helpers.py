@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.checkpoint.weights import read_bias
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
-from tsqp.model.attention import Segment
-from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS
-from tsqp.model.weights import read_bias
+from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.offload.base import Offload

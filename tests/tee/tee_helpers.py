@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tsqp.model.attention import Segment
-from tsqp.model.checkpoint import Checkpoint
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.engine import Engine
 from tsqp.tee.engine.interleave import run_interleaved

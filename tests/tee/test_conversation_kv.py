@@ -7,8 +7,8 @@ import torch
 from tee_helpers import make_engine
 from transformers import LlamaForCausalLM
 
+from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import OutOfMemory, WorkerLost
-from tsqp.model.checkpoint import Checkpoint
 from tsqp.runtime.generate import generate
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from references import reference_model
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import WorkerError
-from tsqp.model.attention import Segment
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
+from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.offload.base import LM_HEAD, Linear, Pending, Request

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from references import greedy_tokens, reference_model
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import OutOfMemory, PromptError, WorkerLost
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tee_helpers import make_engine
 
+from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import (
     IntegrityError,
     NumericalError,
@@ -15,7 +16,6 @@ from tsqp.errors import (
     WorkerLost,
     WorkerUnavailable,
 )
-from tsqp.model.checkpoint import Checkpoint
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine

@@ -6,8 +6,8 @@ import pytest
 from tee_helpers import make_engine
 from transformers import LlamaForCausalLM
 
+from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import PromptError
-from tsqp.model.checkpoint import Checkpoint
 from tsqp.runtime.generate import generate
 from tsqp.tee.engine.engine import Engine
 from tsqp.tee.sampling import SamplingParams

@@ -8,8 +8,8 @@ from tee_helpers import make_engine
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import PromptError
-from tsqp.model.checkpoint import Checkpoint
 from tsqp.runtime.generate import generate
 from tsqp.tee.sampling import SamplingParams, TokenLogprobs
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from references import reference_model
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import OutOfMemory, ProtocolError, WorkerError
 from tsqp.gpu.worker import Worker
-from tsqp.model.checkpoint import Checkpoint, open_checkpoint
 from tsqp.runtime.generate import generate
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
@@ -341,7 +341,7 @@ def test_kept_keys_and_values_count_against_free_memory(
 ) -> None:
     side = Side(worker, checkpoint, "attention")
     tokens = 3 * 2 * 2 * 8 * 4  # bytes: layers, k and v, heads, features, float32
-    monkeypatch.setattr("tsqp.model.weights.available_bytes", lambda: 150 * tokens)
+    monkeypatch.setattr("tsqp.checkpoint.weights.available_bytes", lambda: 150 * tokens)
     side.offload.alloc(0, 100)
     with pytest.raises(OutOfMemory, match=f"would take {200 * tokens} bytes"):
         side.offload.alloc(1, 100)

@@ -5,8 +5,8 @@ import torch
 from tee_helpers import make_engine
 from transformers import LlamaForCausalLM
 
+from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import PromptError
-from tsqp.model.checkpoint import Checkpoint
 
 Tiny = tuple[Checkpoint, LlamaForCausalLM]
 TEXT = [1, *((37 * i + i * i) % 101 for i in range(80))]

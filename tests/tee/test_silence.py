@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import TSQPError
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.tee.checks import check_params, check_prompt, one_params, several_prompts
+from tsqp.tee.request_checks import check_params, check_prompt, one_params, several_prompts
 from tsqp.tee.sampling import SamplingParams
 
 ID, WORD = 7_654_321, "unspeakable"

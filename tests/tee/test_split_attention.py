@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from open_helpers import Side, make_worker
 from transformers import LlamaForCausalLM
 
-from tsqp.model.attention import Segment
-from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.ops import ATTENTION_BLOCK, attention_weights
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.nn.attention import Segment
+from tsqp.nn.ops import ATTENTION_BLOCK, attention_weights
 from tsqp.tee.split_attention import MAX_SEGMENTS, blocks
 
 lengths = st.lists(st.tuples(st.integers(0, 700), st.integers(1, 600)), min_size=1, max_size=6)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, Field
-from tsqp.model.quantize import IntegerWeights
+from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.masked import Masked, MaskedGroup

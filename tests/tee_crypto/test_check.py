@@ -12,8 +12,8 @@ import torch
 from crypto_helpers import Int32, Layer, chi_square_p, integer_weights, rows_of_every_kind
 
 from tsqp.algebra.params import CHECK_MODULUS, FIELDS, Field
+from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError
-from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.offload.masked import Masked, MaskedGroup

@@ -15,8 +15,8 @@ from crypto_helpers import (
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, FIELDS, Field
+from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, NumericalError
-from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.kernels import ALL_ROWS
 from tsqp.tee.crypto.row_pool import RowPool

@@ -9,8 +9,8 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
+from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import CheckpointError, IntegrityError, LatticeError
-from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.hints import Polynomials, check_hints, make_hints, public_polynomials
 from tsqp.tee.crypto.lattice import LatticeProvider, Masks

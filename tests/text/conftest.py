@@ -6,8 +6,8 @@ import pytest
 from text_helpers import byte_level, sentencepiece_like, unigram
 from tokenizers import Tokenizer as Backend
 
+from tsqp.checkpoint import demo_model
 from tsqp.errors import CheckpointError
-from tsqp.model import demo
 from tsqp.tee.text.tokenizer import Tokenizer
 
 
@@ -15,7 +15,7 @@ from tsqp.tee.text.tokenizer import Tokenizer
 def demo_file() -> Path:
     """SmolLM2-135M-Instruct."""
     try:
-        return demo.locate()
+        return demo_model.locate()
     except CheckpointError as error:
         pytest.skip(str(error))
 

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tsqp.checkpoint.files import BinaryFile
+from tsqp.checkpoint.gguf_reader import read_header
 from tsqp.errors import CheckpointError, TokenizerError
-from tsqp.model.files import BinaryFile
-from tsqp.model.gguf_reader import read_header
 from tsqp.tee.text.gguf_pre_types import _BY_NAME, find_pre_type
 from tsqp.tee.text.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tsqp.checkpoint.model_files import ModelFiles, read_tokenizer_files
 from tsqp.errors import TokenizerError
-from tsqp.model.model_files import ModelFiles, read_tokenizer_files
 from tsqp.tee.text.tokenizer import Tokenizer
 
 LLAMA3_SPLIT = (

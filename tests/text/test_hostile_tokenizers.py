@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from text_helpers import Json, write_folder
 from tokenizers import Tokenizer as Backend
 
+from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import PromptError, TokenizerError
-from tsqp.model.model_files import ModelFiles
 from tsqp.tee.text import hf_folder
 from tsqp.tee.text.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def test_text_needs_no_transformers(backends: dict[str, Backend], tmp_path: Path
     write_folder(tmp_path, backends["byte-level"], "rag", {"tokenizer_class": "RagTokenizer"})
     code = (
         "import sys; sys.modules['transformers'] = None\n"
-        "import tsqp, tsqp._printing, tsqp.cli.repl\n"
+        "import tsqp, tsqp.cli.printing, tsqp.cli.repl\n"
         "from tsqp.tee.text.tokenizer import Tokenizer\n"
         f"t = Tokenizer({str(tmp_path)!r}); print(t.decode(t.encode('The sea')))\n"
         "print(sorted({'huggingface_hub', 'sentencepiece'} & set(sys.modules)), sys.stdin.read())\n"

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from tsqp import LLM
 from tsqp.algebra.params import FIELDS
-from tsqp.bench.machine import describe_machine
+from tsqp.bench.host import describe_machine
 from tsqp.bench.modes import TIMEOUT_S
 from tsqp.bench.output import new_table
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import PromptError, TokenizerError, shown
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.tee.engine.scoring import Scores
 from tsqp.tee.text.tokenizer import Tokenizer
 

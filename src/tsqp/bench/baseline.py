@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tsqp.bench.hf_model import hf_config
+from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import UsageError
-from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import tensor_shapes
 
 CPU = torch.device("cpu")

@@ -16,14 +16,14 @@ from tsqp.bench.ceilings import (
 )
 from tsqp.bench.figures import Figure, ratios
 from tsqp.bench.floors import Floor, floor
-from tsqp.bench.machine import describe_machine
+from tsqp.bench.host import describe_machine
 from tsqp.bench.modes import MODES, LlmRunner, Runner, Sample, Setting
 from tsqp.bench.startup import Start, measure_starts
 from tsqp.bench.sustained import Sustained, sustain
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import ModelConfig
-from tsqp.model.weights import parse_dtype
 
 Samples = dict[str, list[Sample]]  # by mode
 

@@ -11,9 +11,9 @@ import torch
 from tsqp.algebra.params import FIELDS
 from tsqp.bench.ceilings import Ceilings, DeviceCeilings
 from tsqp.bench.modes import Setting
+from tsqp.checkpoint.quantize import group_shape, integer_bytes
+from tsqp.checkpoint.weights import linear_bytes, parse_dtype
 from tsqp.model.config import ModelConfig, linear_groups
-from tsqp.model.quantize import group_shape, integer_bytes
-from tsqp.model.weights import linear_bytes, parse_dtype
 
 # Products with each weight in the private modes, by who computes them.
 WORKER_PRODUCTS = {"pad": 1, "pad-inline": 1, "shares": 2}

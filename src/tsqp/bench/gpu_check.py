@@ -15,7 +15,7 @@ from time import perf_counter
 
 import torch
 
-from tsqp.bench.machine import describe_machine
+from tsqp.bench.host import describe_machine
 
 BUDGET_S = 460.0
 LEAST_S = 5.0  # below, a step would end before it began

@@ -11,12 +11,12 @@ import torch
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import FieldName
 from tsqp.bench.baseline import Transformers
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.memory import available_bytes
+from tsqp.checkpoint.quantize import group_shape
+from tsqp.checkpoint.weights import parse_dtype
 from tsqp.gpu.serve import parse_device
-from tsqp.model.checkpoint import open_checkpoint
 from tsqp.model.config import ModelConfig, linear_groups
-from tsqp.model.memory import available_bytes
-from tsqp.model.quantize import group_shape
-from tsqp.model.weights import parse_dtype
 
 TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from tsqp.bench.figures import Figure
-from tsqp.bench.machine import describe_machine
+from tsqp.bench.host import describe_machine
 from tsqp.bench.modes import MODES, Sample, Setting
 from tsqp.bench.output import new_table
 from tsqp.errors import UsageError

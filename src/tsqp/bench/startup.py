@@ -11,8 +11,8 @@ from pathlib import Path
 from time import perf_counter
 
 from tsqp.bench.modes import Setting
+from tsqp.checkpoint import demo_model
 from tsqp.errors import TSQPError
-from tsqp.model import demo
 
 PREPARED = ("pad", "pad-inline", "shares")  # modes that keep integer weights in a cache
 
@@ -42,7 +42,7 @@ class Start:
 def measure_starts(modes: list[str], setting: Setting) -> Iterator[Start]:
     """Start every mode in turn; those that keep a cache first without, then with it."""
     # By its path: the cache that these processes get does not have the demo model.
-    model = str(demo.locate()) if setting.model == "demo" else setting.model
+    model = str(demo_model.locate()) if setting.model == "demo" else setting.model
     own = {**asdict(setting), "model": model}
     for mode in modes:
         keeps_cache = mode in PREPARED and not model.startswith("random:")

@@ -14,14 +14,14 @@ from typing import Self
 import torch
 from rich.table import Table
 
-from tsqp._links import Link
-from tsqp._local_worker import LocalWorker
-from tsqp._sessions import WorkerProcess
 from tsqp.bench.ceilings import copy_bytes_per_s
-from tsqp.bench.machine import describe_machine
+from tsqp.bench.host import describe_machine
 from tsqp.bench.output import new_table
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.digest import weights_digest
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.digest import weights_digest
+from tsqp.runtime.links import Link
+from tsqp.runtime.local_worker import LocalWorker
+from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.wire.channel import Channel
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Embed

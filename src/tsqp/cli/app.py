@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tsqp._hardening import harden_process
-from tsqp._settings import read_settings
-from tsqp._tracebacks import without_foreign_messages
 from tsqp.cli import conditions, usage
+from tsqp.cli.settings import read_settings
 from tsqp.cli.streams import open_streams
 from tsqp.errors import RemoteError, TSQPError, UsageError
+from tsqp.runtime.hardening import harden_process
+from tsqp.runtime.tracebacks import without_foreign_messages
 
 # They hold prompts, answers or pads. A worker knows nothing that this would protect.
 TRUSTED = (

@@ -27,8 +27,8 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """A real model answers through a TEE process and a worker process; then, what the GPU saw."""
-    from tsqp._printing import fetch_demo_model
-    from tsqp.bench.demo import run_demo
+    from tsqp.cli.demo_run import run_demo
+    from tsqp.cli.printing import fetch_demo_model
 
     if fetch:
         fetch_demo_model()
@@ -61,8 +61,8 @@ def audit(
     prompts = read_ids(prompt_ids)
     if len(prompts) != 1:
         raise PromptError(f"{prompt_ids} holds {len(prompts)} prompts; an audit takes one.")
-    from tsqp.bench.audit import Auditor
-    from tsqp.bench.audit_table import print_report
+    from tsqp.audit.audit_table import print_report
+    from tsqp.audit.auditor import Auditor
 
     report = Auditor(model).audit(recording, prompts[0], again=again, shares=shares or ())
     print_report(report, model, json_output=json_output)

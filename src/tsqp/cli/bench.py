@@ -39,8 +39,8 @@ def bench(
 
     output.check_out(out)
     from tsqp.bench.compare import compare, default_modes, parse_field, parse_modes
+    from tsqp.bench.mode_table import notes, tables
     from tsqp.bench.modes import Setting
-    from tsqp.bench.table import notes, tables
     from tsqp.gpu.serve import parse_device
 
     setting = Setting(
@@ -64,7 +64,7 @@ def bench_kernels(out: Out = None, debug: Debug = False) -> None:
     from tsqp.bench import output
 
     output.check_out(out)
-    from tsqp.bench.kernels import measure_kernels, notes, tables
+    from tsqp.bench.kernel_times import measure_kernels, notes, tables
 
     result = measure_kernels()
     output.print_result(result.as_json(), tables(result), notes(result), out)

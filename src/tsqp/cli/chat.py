@@ -87,9 +87,9 @@ def chat(
 ) -> None:
     """Talk with a model: a line is a message, and /help lists the commands."""
     params = read_sampling(context)
-    from tsqp._printing import say
+    from tsqp.checkpoint.checkpoint import check_exists
+    from tsqp.cli.printing import say
     from tsqp.cli.repl import Repl
-    from tsqp.model.checkpoint import check_exists
     from tsqp.tee.text.tokenizer import Tokenizer
 
     check_exists(model)  # a model that is not there has no tokenizer either

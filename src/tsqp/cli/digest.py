@@ -9,6 +9,6 @@ def digest(
     model: Model, privacy: Privacy = "pad", dtype: Dtype = "auto", debug: Debug = False
 ) -> None:
     """Print the digest of a model, for --expect-model: of all that the trusted side uses of it."""
-    from tsqp._printing import print_digest
+    from tsqp.cli.printing import print_digest
 
     print_digest(model, privacy, dtype)

@@ -35,9 +35,9 @@ def doctor(
     """Check this machine, the ways to a worker, and a worker: what is wrong, and what to do."""
     if worker is not None and model is None:
         raise UsageError("--worker needs MODEL, the model that it serves, to check its products.")
-    from tsqp._printing import say
-    from tsqp.bench.doctor.run import examine, print_checks
-    from tsqp.bench.doctor.session import Target
+    from tsqp.cli.printing import say
+    from tsqp.doctor.diagnose import examine, print_checks
+    from tsqp.doctor.session_checks import Target
 
     logging.getLogger("tsqp").setLevel(logging.WARNING)  # every check says its own
     target = None

@@ -122,7 +122,7 @@ def generate(
     is_asked = split_special and is_from_command_line(context, "split_special")
     if is_asked and not given.are_conversations(chat):
         raise UsageError("--split-special is for conversations: add --chat, or leave it out.")
-    from tsqp._printing import Printer, prompt_progress
+    from tsqp.cli.printing import Printer, prompt_progress
 
     with open_llm(context) as llm:
         ids = given.encode(llm, chat, split_special)

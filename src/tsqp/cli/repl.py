@@ -13,9 +13,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 
-from tsqp._printing import print_statistics, prompt_progress, say
-from tsqp._wiring import LLM
+from tsqp.cli.printing import print_statistics, prompt_progress, say
 from tsqp.errors import PromptTooLong, TSQPError, WorkerError
+from tsqp.runtime.llm import LLM
 from tsqp.tee.sampling import Completion, SamplingParams
 
 HELP = """\

@@ -27,6 +27,6 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Say where the time of a run went, what held it up, and what would help."""
-    from tsqp.bench.report.run import print_reports
+    from tsqp.report.render import print_reports
 
     print_reports(files, against=against, html=html, json_output=json_output)

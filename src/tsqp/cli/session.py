@@ -38,7 +38,7 @@ _PASSED_ON = (
 def open_llm(context: typer.Context, tokenizer: "Tokenizer | None" = None) -> "LLM":
     """The model and its workers, as the command's options describe them; shows its loading."""
     from tsqp import LLM
-    from tsqp._printing import loading_progress
+    from tsqp.cli.printing import loading_progress
 
     given = context.params
     arguments = {name: given[name] for name in _PASSED_ON}

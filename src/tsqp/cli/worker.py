@@ -41,7 +41,7 @@ def worker(
     debug: Debug = False,
 ) -> None:
     """Serve a model's linear layers to TEE processes. Runs on the machine with the GPU."""
-    from tsqp._printing import loading_progress
+    from tsqp.cli.printing import loading_progress
     from tsqp.gpu.serve import serve as serve_model
 
     with loading_progress() as loading:
@@ -70,7 +70,7 @@ def prepare(
     debug: Debug = False,
 ) -> None:
     """Write the int8 weights of the private modes, which are all that a worker needs for them."""
-    from tsqp._printing import prepare_model
+    from tsqp.cli.printing import prepare_model
 
     prepare_model(model, out)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tsqp.gpu.weights import Weights
-from tsqp.model.attention import CachedAttention, Segment
-from tsqp.model.kv_cache import KvCache
-from tsqp.model.layers import Tables
+from tsqp.nn.attention import CachedAttention, Segment
+from tsqp.nn.kv_cache import KvCache
+from tsqp.nn.layers import Tables
 
 
 class FusedLayers:

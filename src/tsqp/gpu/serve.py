@@ -10,6 +10,12 @@ from types import FrameType
 
 import torch
 
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.footprint import worker_bytes
+from tsqp.checkpoint.prepared import SUFFIX
+from tsqp.checkpoint.progress import Progress, Rate, part_of, silent
+from tsqp.checkpoint.quantize import integer_bytes
+from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
 from tsqp.gpu.record import Recorder
 from tsqp.gpu.weights import (
@@ -19,12 +25,6 @@ from tsqp.gpu.weights import (
     read_prepared,
 )
 from tsqp.gpu.worker import Worker
-from tsqp.model.checkpoint import open_checkpoint
-from tsqp.model.footprint import worker_bytes
-from tsqp.model.prepared import SUFFIX
-from tsqp.model.progress import Progress, Rate, part_of, silent
-from tsqp.model.quantize import integer_bytes
-from tsqp.model.weights import parse_dtype
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.keys import read_secret_key
 from tsqp.wire.server import Server

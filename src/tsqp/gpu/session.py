@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import ProtocolError
-from tsqp.gpu import kernels
+from tsqp.gpu import product
 from tsqp.gpu.layer import FusedLayers
 from tsqp.gpu.weights import Weights, check_room
-from tsqp.model.attention import Segment
-from tsqp.model.kv_cache import KvCache
-from tsqp.model.layers import Tables
+from tsqp.nn.attention import Segment
+from tsqp.nn.kv_cache import KvCache
+from tsqp.nn.layers import Tables
 from tsqp.wire.messages import (
     Allocate,
     AttentionScores,
@@ -179,19 +179,19 @@ class KvSession:
         for span, q_THK, k_TJK, v_TJK, out_HTS in zip(spans, *parts, strict=True):
             key = self._keys[span.sequence]
             k_JSK, _ = self._cache.append(key, layer, span.start, k_TJK, v_TJK)
-            kernels.attention_scores(q_THK, k_JSK, out_HTS)
+            product.attention_scores(q_THK, k_JSK, out_HTS)
 
     def _weighted_values(
         self, layer: int, weighted: Sequence[Weighted], weights_N: Tensor, out_TF: Tensor
     ) -> None:
         shapes = [(self._config.num_heads, each.rows, each.length) for each in weighted]
         values = [
-            kernels.weighted_values(
+            product.weighted_values(
                 weights_HTS, self._cache.values(self._keys[each.sequence], layer, each.length)
             )
             for each, weights_HTS in zip(weighted, _parts(weights_N, shapes), strict=True)
         ]
-        kernels.linear(torch.cat(values), self._store.weights.linear_FD[layer, "o"], out_TF)
+        product.linear(torch.cat(values), self._store.weights.linear_FD[layer, "o"], out_TF)
 
     def _layer(self, layer: int, spans: Sequence[Span], x_TD: Tensor, out_TD: Tensor) -> None:
         layers = self._store.layers

@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint import integer_cache
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.checkpoint.digest import WeightsDigest
+from tsqp.checkpoint.footprint import float_bytes
+from tsqp.checkpoint.prepared import PreparedFile
+from tsqp.checkpoint.progress import Counter, Progress, silent
+from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
+from tsqp.checkpoint.weights import check_memory, read_embedding, read_linear
 from tsqp.errors import OutOfMemory
-from tsqp.model import integer_cache
-from tsqp.model.checkpoint import Checkpoint
 from tsqp.model.config import LAYER_GROUPS, ModelConfig
-from tsqp.model.digest import WeightsDigest
-from tsqp.model.footprint import float_bytes
-from tsqp.model.layers import Layers
-from tsqp.model.prepared import PreparedFile
-from tsqp.model.progress import Counter, Progress, silent
-from tsqp.model.quantize import IntegerWeights, integer_bytes
-from tsqp.model.weights import check_memory, read_embedding, read_linear
+from tsqp.nn.layers import Layers
 
 
 @dataclass(frozen=True)

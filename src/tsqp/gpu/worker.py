@@ -8,7 +8,7 @@ from torch import Tensor
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS
 from tsqp.errors import HandshakeError, ProtocolError
-from tsqp.gpu import kernels
+from tsqp.gpu import product
 from tsqp.gpu.session import KvSession, KvStore
 from tsqp.gpu.weights import IntegerModel, Weights
 from tsqp.wire.channel import kind_of
@@ -50,7 +50,7 @@ class Worker:
         self._integers = integers
         self._store = None if weights is None else KvStore(weights)
         if integers is not None:
-            kernels.prepare()
+            product.prepare()
 
     @property
     def layers(self) -> int:
@@ -126,13 +126,13 @@ class Worker:
         """
         match operation:
             case Linear(layer, group):
-                kernels.linear(inputs[0], self._float_weight(layer, group), outputs[0])
+                product.linear(inputs[0], self._float_weight(layer, group), outputs[0])
             case Embed():
                 self._embed(inputs[0], outputs[0])
             case Product(layer, group, field_name) | SeedProduct(layer, group, field_name):
                 field, weight_FD = FIELDS[field_name], self._integer_weight(layer, group)
                 c_TD = self._residues(operation, inputs)
-                kernels.residue_product(c_TD, weight_FD, field, outputs[0])
+                product.residue_product(c_TD, weight_FD, field, outputs[0])
 
     def _residues(self, operation: Product | SeedProduct, inputs: Sequence[Tensor]) -> Tensor:
         """c, int32 [T, D]: sent, where what is no residue comes as it is, or expanded."""
@@ -187,7 +187,7 @@ class Worker:
         table_VD = self._open_weights.embedding_VD
         if token_ids_T.min() < 0 or token_ids_T.max() >= len(table_VD):
             raise ProtocolError("A token id lies outside the vocabulary.")
-        kernels.embed(token_ids_T, table_VD, out_TD)
+        product.embed(token_ids_T, table_VD, out_TD)
 
 
 class WorkerSession:

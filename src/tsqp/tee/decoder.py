@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import WorkerError
-from tsqp.model import ops
-from tsqp.model.attention import Segment
-from tsqp.model.checkpoint import Checkpoint
-from tsqp.model.layers import Layers
+from tsqp.nn import ops
+from tsqp.nn.attention import Segment
+from tsqp.nn.layers import Layers
 from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Layer, Linear, Request
 from tsqp.tee.placement import IN_TEE, Placement
 from tsqp.tee.split_attention import split_attention

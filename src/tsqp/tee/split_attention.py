@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tsqp.model.attention import Segment
 from tsqp.model.config import ModelConfig
-from tsqp.model.ops import ATTENTION_BLOCK, attention_weights
+from tsqp.nn.attention import Segment
+from tsqp.nn.ops import ATTENTION_BLOCK, attention_weights
 from tsqp.tee.offload.base import Attention, AttentionScores, Request, WeightedValues
 from tsqp.tee.stats import Stats
 

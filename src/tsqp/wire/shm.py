@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint.memory import available_bytes
 from tsqp.errors import ProtocolError, WorkerUnavailable
-from tsqp.model.memory import available_bytes
 
 SHM_FOLDER = Path("/dev/shm")
 ALIGNMENT = 64  # a cache line

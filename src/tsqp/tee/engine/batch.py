@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tsqp.model.attention import Segment
+from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch
 from tsqp.tee.engine.sequence import Chunk
 

@@ -18,7 +18,6 @@ from tsqp.errors import (
     WorkerLost,
 )
 from tsqp.model.config import ModelConfig
-from tsqp.tee.checks import check_params, check_prompt
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.batch import flat_batch, split_into_microbatches
@@ -29,6 +28,7 @@ from tsqp.tee.engine.scheduler import Scheduler
 from tsqp.tee.engine.scoring import Scores, score
 from tsqp.tee.engine.sequence import Chunk, Output, Sequence
 from tsqp.tee.offload.base import Offload
+from tsqp.tee.request_checks import check_params, check_prompt
 from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import SamplingParams
 from tsqp.tee.stats import Stats

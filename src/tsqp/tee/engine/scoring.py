@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsqp.model.attention import Segment
+from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.logprobs import in_blocks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import TSQPError
-from tsqp.model.ops import ATTENTION_BLOCK
+from tsqp.nn.ops import ATTENTION_BLOCK
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.logprobs import rate
 from tsqp.tee.sampler import Sampler

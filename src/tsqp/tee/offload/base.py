@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tsqp.model.attention import CachedAttention, Segment
+from tsqp.nn.attention import CachedAttention, Segment
 from tsqp.tee.placement import Placement
 
 LM_HEAD = -1  # the "layer" of the output projection

@@ -14,9 +14,9 @@ from torch import Tensor
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import LATTICE
 from tsqp.algebra.residue_bytes import as_low_and_high
+from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, LatticeError, NumericalError, UnsupportedModel
 from tsqp.model.config import Key
-from tsqp.model.quantize import IntegerWeights
 from tsqp.tee.crypto import kernels, lattice_kernels
 from tsqp.tee.crypto.freivalds import VECTORS, CheckVectors, times
 from tsqp.tee.crypto.kernels import ALL_ROWS

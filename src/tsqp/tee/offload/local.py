@@ -3,13 +3,13 @@
 import torch
 from torch.nn import functional as F
 
-from tsqp.model.attention import CachedAttention
-from tsqp.model.checkpoint import Checkpoint
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.checkpoint.digest import WeightsDigest
+from tsqp.checkpoint.footprint import float_bytes
+from tsqp.checkpoint.progress import Counter, Progress, silent
+from tsqp.checkpoint.weights import LinearWeights, read_embedding, read_linear
 from tsqp.model.config import Key, linear_groups
-from tsqp.model.digest import WeightsDigest
-from tsqp.model.footprint import float_bytes
-from tsqp.model.progress import Counter, Progress, silent
-from tsqp.model.weights import LinearWeights, read_embedding, read_linear
+from tsqp.nn.attention import CachedAttention
 from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Ready, Request, attend_here
 from tsqp.tee.placement import IN_TEE
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import Field
 from tsqp.algebra.residue_bytes import Int32
+from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel, WorkerLost
-from tsqp.model.attention import CachedAttention
 from tsqp.model.config import Key, ModelConfig
-from tsqp.model.quantize import IntegerWeights
+from tsqp.nn.attention import CachedAttention
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.row_pool import RowPool

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tsqp.model.attention import CachedAttention
 from tsqp.model.config import Key, ModelConfig, linear_groups, parts
+from tsqp.nn.attention import CachedAttention
 from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Request, attend_here
 from tsqp.tee.placement import OPEN
 from tsqp.wire import messages

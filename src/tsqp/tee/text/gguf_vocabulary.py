@@ -8,8 +8,8 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
+from tsqp.checkpoint.gguf_reader import GGUFHeader, StringArray
 from tsqp.errors import TokenizerError
-from tsqp.model.gguf_reader import GGUFHeader, StringArray
 from tsqp.model.json_fields import show
 from tsqp.tee.text.gguf_pre_types import PreType, find_pre_type
 from tsqp.tee.text.pieces import Kind, Pieces, add_whole_tokens, bpe_backend, finish

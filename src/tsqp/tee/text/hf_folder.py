@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models
 
+from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import TokenizerError
-from tsqp.model.model_files import ModelFiles
 from tsqp.tee.text.hf_classes import find_class
 from tsqp.tee.text.hf_templates import read_templates
 from tsqp.tee.text.hf_tokens import add_tokens, read_object

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from tsqp.checkpoint.files import parse_json
+from tsqp.checkpoint.model_files import ModelFiles, additional_templates
 from tsqp.errors import TokenizerError
-from tsqp.model.files import parse_json
-from tsqp.model.model_files import ModelFiles, additional_templates
 
 
 def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str] | None:

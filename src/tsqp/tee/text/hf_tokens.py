@@ -10,8 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from tsqp.model.files import parse_json
-from tsqp.model.model_files import ModelFiles
+from tsqp.checkpoint.files import parse_json
+from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.tee.text.vocabulary import NAMED_TOKENS
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -5,11 +5,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tsqp.checkpoint import demo_model
+from tsqp.checkpoint.files import BinaryFile
+from tsqp.checkpoint.gguf_reader import GGUFHeader, read_header
+from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import CheckpointError, ModelError, TokenizerError
-from tsqp.model import demo
-from tsqp.model.files import BinaryFile
-from tsqp.model.gguf_reader import GGUFHeader, read_header
-from tsqp.model.model_files import ModelFiles
 from tsqp.tee.text.chat_template import ChatTemplate
 from tsqp.tee.text.control_tokens import ControlTokens
 from tsqp.tee.text.decoding import Decoding
@@ -83,7 +83,7 @@ class Tokenizer:
         return vocabulary
 
     def _read_header(self) -> GGUFHeader:
-        path = demo.locate() if self._model == "demo" else Path(self._model).expanduser()
+        path = demo_model.locate() if self._model == "demo" else Path(self._model).expanduser()
         if path.suffix.lower() != ".gguf":
             raise TokenizerError(
                 f"{path} has no tokenizer that can be read: give a model's folder or a .gguf"

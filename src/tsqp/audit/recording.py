@@ -1,0 +1,228 @@
+"""Reading what `tsqp worker --record` wrote. Every file is hostile until checked.
+
+Shape suffixes: N rows; D input features of a group.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from tsqp.algebra.params import FIELDS, Field
+from tsqp.checkpoint.quantize import group_shape
+from tsqp.checkpoint.safetensors_file import SafetensorsFile
+from tsqp.checkpoint.weights import check_memory
+from tsqp.errors import CheckpointError, RecordingError, shown
+from tsqp.gpu.record import INDEX, TENSOR, RecordedCall
+from tsqp.model.config import Key, ModelConfig, linear_groups
+
+FIRST: Key = (0, "qkv")  # receives nothing but the prompt's embeddings, normed
+HEAD: Key = (-1, "lm_head")  # asked for once the prompt is through
+MAX_INDEX_BYTES = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Rows that one call brought."""
+
+    key: Key
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What linear layers received in one session, in order.
+
+    Attributes:
+        name: for people.
+        field: of the residues, or None where rows are activations.
+    """
+
+    name: str
+    field: Field | None
+    calls: Sequence[Recorded]
+    read: Callable[[int], Tensor]  # the rows of calls[i]: int32 residues, or float32
+
+    @property
+    def mode(self) -> str:
+        """What distinguishes recordings that cannot be compared."""
+        return "activations" if self.field is None else f"{self.field.name} residues"
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Rows of the first prompt, which ends where the first output is asked for.
+
+        Raises:
+            RecordingError: the recording ends before that.
+        """
+        keys = [call.key for call in self.calls]
+        if HEAD not in keys:
+            raise RecordingError(f"{self.name} holds no whole prompt; record an answer to one.")
+        before = self.calls[: keys.index(HEAD)]
+        return sum(call.rows for call in before if call.key == FIRST)
+
+    def groups(self) -> list[Key]:
+        """All (layer, group), in order of appearance."""
+        return list(dict.fromkeys(call.key for call in self.calls))
+
+    def rows(self, key: Key) -> Tensor:
+        """All rows that one group received, [N, D].
+
+        Raises:
+            RecordingError: a file is missing, damaged, or not of the model.
+        """
+        return torch.cat([self.read(i) for i, call in enumerate(self.calls) if call.key == key])
+
+    def numbers(self, key: Key) -> Tensor:
+        """The same as float32, residues centred: real values, up to the scale of each row."""
+        rows_ND = self.rows(key)
+        return rows_ND if self.field is None else centred(rows_ND, self.field)
+
+
+def centred(residues: Tensor, field: Field) -> Tensor:
+    """Residues as signed numbers around 0, float32."""
+    return torch.where(residues > field.half, residues - field.p, residues).float()
+
+
+def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
+    """Open the recording of one session.
+
+    Args:
+        folder: what --record named, if it holds one session, or one session in it.
+        config: of the model that was served; `model` is its name, for messages.
+
+    Raises:
+        RecordingError: no recording, several, a damaged line, or one of another model.
+    """
+    session = session_folder(folder)
+    everything = _read_index(session / INDEX)
+    if any(call.operation == "layer" for call in everything):
+        raise RecordingError(
+            f"{session} holds whole layers, of which a worker reads everything and which no attack "
+            "looks at; record without --fuse layer."
+        )
+    calls = [call for call in everything if call.group is not None]
+    if not calls:
+        raise RecordingError(f"{session} holds no call of a linear layer; record an answer.")
+    fields = {call.field for call in calls}
+    if len(fields) > 1:
+        raise RecordingError(f"{session} mixes privacy modes or fields, as no session does.")
+    known = {key: group_shape(config, *key)[1] for key in linear_groups(config)}
+    recorded = []
+    values: Counter[Key] = Counter()
+    for call in calls:
+        key = (call.layer or 0, call.group or "")
+        if key not in known:
+            raise _other_model(session, model)
+        recorded.append(Recorded(key, call.rows))
+        values[key] += call.rows * known[key]
+    check_memory(32 * max(values.values()), f"A group of {session}")
+    field_name = fields.pop()
+
+    def read(number: int) -> Tensor:
+        shape = (recorded[number].rows, known[recorded[number].key])
+        stored = "" if field_name is None else "I32"
+        return _read_tensor(session / (calls[number].tensor or ""), shape, stored, model)
+
+    field = None if field_name is None else FIELDS[field_name]
+    return Recording(str(folder), field, recorded, read)
+
+
+def add(recordings: Sequence[Recording]) -> Recording:
+    """The sum mod p of recordings of one run, value by value.
+
+    Raises:
+        RecordingError: they are not of one run, or hold activations.
+    """
+    first, *others = recordings
+    for other in others:
+        if first.field is None or other.mode != first.mode or other.calls != first.calls:
+            raise RecordingError(
+                f"{first.name} and {other.name} are not shares of one answer; name what the "
+                "workers of one session recorded."
+            )
+    assert first.field is not None
+    p = first.field.p
+
+    def read(number: int) -> Tensor:
+        parts = [recording.read(number).long() for recording in recordings]
+        return torch.stack(parts).sum(0).remainder_(p).int()
+
+    name = " + ".join(recording.name for recording in recordings)
+    return Recording(name, first.field, first.calls, read)
+
+
+def session_folder(folder: Path) -> Path:
+    """The folder of one session's files.
+
+    Args:
+        folder: that one, or one that holds it and no other session.
+
+    Raises:
+        RecordingError: there is none, or there are several.
+    """
+    try:
+        if (folder / INDEX).is_file():
+            return folder
+        indices = folder.glob(f"session-*/{INDEX}")
+        found = sorted(index.parent for index in indices if index.is_file())
+    except OSError as exc:
+        raise RecordingError(f"Cannot read {shown(folder)}: {exc.strerror}.") from exc
+    if not found:
+        raise RecordingError(
+            f"{shown(folder, 'That folder')} holds no recording; name a folder that "
+            "`tsqp worker --record` wrote."
+        )
+    if len(found) > 1:
+        raise RecordingError(f"{folder} holds {len(found)} sessions; name one, as {found[0]}.")
+    return found[0]
+
+
+def _read_index(path: Path) -> list[RecordedCall]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_INDEX_BYTES + 1)
+    except OSError as exc:
+        raise RecordingError(f"Cannot read {path}: {exc.strerror}.") from exc
+    if len(text) > MAX_INDEX_BYTES:
+        raise RecordingError(f"{path} is larger than {MAX_INDEX_BYTES} bytes; record less.")
+    decoder = msgspec.json.Decoder(RecordedCall)
+    calls = []
+    lines = text.split(b"\n")[:-1]  # a worker that was killed may leave half a line at the end
+    for number, line in enumerate(lines, 1):
+        try:
+            call = decoder.decode(line)
+        except (msgspec.DecodeError, ValueError, RecursionError) as exc:
+            raise RecordingError(f"Line {number} of {path} is damaged; record again.") from exc
+        if call.call != number:
+            raise RecordingError(f"Line {number} of {path} is not call {number}; record again.")
+        calls.append(call)
+    return calls
+
+
+def _read_tensor(path: Path, shape: tuple[int, int], stored: str, model: str) -> Tensor:
+    if not path.is_file():
+        raise RecordingError(f"The recording lacks its file {path}; record again.")
+    try:
+        file = SafetensorsFile(path)
+        try:
+            if file.shape(TENSOR) != shape:
+                raise _other_model(path, model)
+            rows_ND = file.read(TENSOR, shape, stored)
+        finally:
+            file.close()
+    except CheckpointError as exc:
+        raise RecordingError(f"{path} is damaged; record again.") from exc
+    if stored:
+        return rows_ND
+    if not rows_ND.isfinite().all():
+        raise RecordingError(f"{path} holds NaN or infinity; record again.")
+    return rows_ND.float()
+
+
+def _other_model(where: Path, model: str) -> RecordingError:
+    return RecordingError(f"{where} was not recorded with {model}; name the model that was.")

@@ -1,0 +1,212 @@
+"""`tsqp bench kernels`: what the trusted side pays for each element, on one core.
+
+Shape suffixes: T tokens; D input and F output features of a group; B bytes of a row.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from tsqp.algebra import residue_bytes
+from tsqp.algebra.int8_product import residue_product
+from tsqp.algebra.params import FIELDS, Field
+from tsqp.bench.ceilings import copy_bytes_per_s, int8_ops
+from tsqp.bench.figures import Figure
+from tsqp.bench.host import describe_machine
+from tsqp.bench.output import new_table, show
+from tsqp.bench.timing import seconds
+from tsqp.checkpoint.quantize import IntegerWeights
+from tsqp.model.config import Key
+from tsqp.tee.crypto.pads import DirectProvider
+from tsqp.tee.crypto.rng import uniform
+from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.offload.masked import BLOCK_ROWS, Masked, MaskedGroup
+
+TARGET_NS = 1.5  # what an input and an output element, with both checks, were to take at most
+SHAPES = {  # of SmolLM2-135M: (F, D)
+    "qkv": (960, 576),
+    "o": (576, 576),
+    "gate_up": (3072, 576),
+    "down": (576, 1536),
+}
+TOKENS = (1, 64, 512)
+ROUNDS = 5  # of everything in turn: what else the machine does is not the same all the time
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFigures:
+    """One group, one field, one number of tokens.
+
+    Attributes:
+        mask_ns: for each input element, [P2], [P5] and the right side of [P7].
+        unmask_ns: for each output element, [P5], [P7] with both vectors, and [P3].
+        pair_ns: both, to be compared with TARGET_NS.
+        random_ns: for each uniform residue.
+        pad_row_us: to make one pad, [P4].
+        pad_product_ps: of it, for each product of two int8 and its addition; random residues are
+            not counted.
+    """
+
+    field: str
+    group: str
+    features: int
+    width: int
+    tokens: int
+    mask_ns: Figure
+    unmask_ns: Figure
+    pair_ns: Figure
+    random_ns: Figure
+    pad_row_us: Figure
+    pad_product_ps: Figure
+
+
+@dataclass(frozen=True, slots=True)
+class KernelResult:
+    """All of them, and the best rates of one core."""
+
+    kernels: list[KernelFigures]
+    target_ns: float
+    copy_ns_per_residue: float
+    int8_product_ps: float
+    machine: dict[str, str]
+
+    def as_json(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def measure_kernels() -> KernelResult:
+    """All fields, groups and numbers of tokens, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        cases = [
+            _Case(field, group, tokens)
+            for field in FIELDS.values()
+            for group in SHAPES
+            for tokens in TOKENS
+        ]
+        for _ in range(ROUNDS):
+            for case in cases:
+                case.measure()
+        return KernelResult(
+            kernels=[case.figures() for case in cases],
+            target_ns=TARGET_NS,
+            copy_ns_per_residue=1e9 * 4 / copy_bytes_per_s(),
+            int8_product_ps=1e12 * 2 / int8_ops(),
+            machine=describe_machine(),
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def tables(result: KernelResult) -> Iterator[Table]:
+    """A row for each figure."""
+    table = new_table(
+        "Trusted loops on one core",
+        "field", "group", "D → F", "tokens", "mask, ns", "unmask, ns", "both, ns", "random, ns",
+        "a pad, µs", "product, ps",
+    )  # fmt: skip
+    for k in result.kernels:
+        table.add_row(
+            k.field, k.group, f"{k.width} → {k.features}", str(k.tokens),
+            f"{k.mask_ns.median:.2f}", f"{k.unmask_ns.median:.2f}", show(k.pair_ns, 2),
+            f"{k.random_ns.median:.2f}", f"{k.pad_row_us.median:.1f}",
+            f"{k.pad_product_ps.median:.2f}",
+        )  # fmt: skip
+    yield table
+
+
+def notes(result: KernelResult) -> Iterator[str]:
+    """The ceilings."""
+    yield (
+        f"Both: one input and one output element, checks included, wanted at most "
+        f"{result.target_ns} ns. One core copies a residue of 4 bytes in "
+        f"{result.copy_ns_per_residue:.2f} ns and multiplies and adds two int8 in "
+        f"{result.int8_product_ps:.2f} ps at best."
+    )
+
+
+class _Layer:
+    """One group, and an honest worker's answer to random inputs."""
+
+    def __init__(self, field: Field, key: Key, shape: tuple[int, int], tokens: int) -> None:
+        features, width = shape
+        generator = torch.Generator().manual_seed(features * width)
+        weight_FD = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        integers = IntegerWeights(weight_FD, torch.ones(features))
+        self.group = MaskedGroup(key, integers, None, field)
+        self.provider = DirectProvider({key: weight_FD}, field)
+        self._pads = self.provider.make(key, tokens)
+        self._x_TD = torch.randn(tokens, width, generator=generator)
+        self._c_TB = torch.empty(tokens, width * field.residue_bytes, dtype=torch.uint8)
+        # As in a call: blocks of rows, the last of which may be short.
+        self._blocks = [slice(first, first + BLOCK_ROWS) for first in range(0, tokens, BLOCK_ROWS)]
+        self._one_thread = RowPool(1)
+        self._masked = self.mask()
+        self._z_TB = _answer(self._c_TB, weight_FD, field)
+
+    def mask(self) -> list[Masked]:
+        x_TD, r_TD, c_TB = self._x_TD, self._pads.r_ND, self._c_TB
+        return [self.group.mask(x_TD[b], r_TD[b], c_TB[b], self._one_thread) for b in self._blocks]
+
+    def unmask(self) -> None:
+        z_TB, u_TF, rows = self._z_TB, self._pads.u_NF, self._one_thread
+        y_TF = torch.empty(u_TF.shape)
+        for b, masked in zip(self._blocks, self._masked, strict=True):
+            self.group.unmask(z_TB[b], u_TF[b], masked, y_TF[b], "The worker", rows)
+
+
+def _answer(c_TB: Tensor, weight_FD: Tensor, field: Field) -> Tensor:
+    """Wq · c mod p, as bytes."""
+    (tokens, _), (features, width) = c_TB.shape, weight_FD.shape
+    c_TD = torch.empty(tokens, width, dtype=torch.int32)
+    z_TF = torch.empty(tokens, features, dtype=torch.int32)
+    z_TB = torch.empty(tokens, features * field.residue_bytes, dtype=torch.uint8)
+    residue_bytes.unpack(c_TB.numpy(), field, c_TD.numpy())
+    residue_product(c_TD, weight_FD, field, z_TF)
+    residue_bytes.pack(z_TF.numpy(), field, z_TB.numpy())
+    return z_TB
+
+
+class _Case:
+    """One field, one group, one number of tokens, and what was measured so far."""
+
+    def __init__(self, field: Field, group: str, tokens: int) -> None:
+        self._key, self._field, self._tokens = (0, group), field, tokens
+        self._layer = _Layer(field, self._key, SHAPES[group], tokens)
+        self._measured: dict[str, list[float]] = defaultdict(list)
+
+    def measure(self) -> None:
+        """Once more."""
+        layer, tokens, (features, width) = self._layer, self._tokens, SHAPES[self._key[1]]
+        mask_ns = 1e9 * seconds(layer.mask) / (tokens * width)
+        unmask_ns = 1e9 * seconds(layer.unmask) / (tokens * features)
+        random_s = seconds(partial(uniform, (tokens, width), self._field))
+        pads_s = seconds(partial(layer.provider.make, self._key, tokens))
+        products = tokens * features * width * self._field.digits
+        for name, value in {
+            "mask_ns": mask_ns,
+            "unmask_ns": unmask_ns,
+            "pair_ns": mask_ns + unmask_ns,
+            "random_ns": 1e9 * random_s / (tokens * width),
+            "pad_row_us": 1e6 * pads_s / tokens,
+            "pad_product_ps": 1e12 * (pads_s - random_s) / products,
+        }.items():
+            self._measured[name].append(value)
+
+    def figures(self) -> KernelFigures:
+        features, width = SHAPES[self._key[1]]
+        return KernelFigures(
+            field=self._field.name,
+            group=self._key[1],
+            features=features,
+            width=width,
+            tokens=self._tokens,
+            **{name: Figure.of(values) for name, values in self._measured.items()},
+        )

@@ -1,0 +1,1 @@
+"""Files: checkpoints, integer weights, digests."""

@@ -1,0 +1,127 @@
+"""Where weights come from: one interface over four kinds of source."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from tsqp.checkpoint import demo_model
+from tsqp.checkpoint.files import BinaryFile
+from tsqp.checkpoint.gguf_file import GGUFCheckpoint
+from tsqp.checkpoint.model_files import ModelFiles
+from tsqp.checkpoint.random_weights import RandomCheckpoint
+from tsqp.checkpoint.safetensors_file import SafetensorsCheckpoint
+from tsqp.errors import CheckpointError, shown
+from tsqp.model.config import ModelConfig
+
+
+class Checkpoint(Protocol):
+    """Tensors under their Hugging Face names, each read when it is asked for."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def name(self) -> str:
+        """What people call this model; for logs and messages."""
+        ...
+
+    @property
+    def sources(self) -> Mapping[str, BinaryFile]:
+        """The open file that holds each tensor; empty where weights do not come from files."""
+        ...
+
+    def file_digests(self) -> dict[str, str]:
+        """The SHA-256 of what is used beside the tensors, by the name of its file.
+
+        Of a directory its config and tokenizer files, of a GGUF file its header, of random weights
+        what they are called.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        ...
+
+    def read(self, name: str, shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
+        """One tensor in private memory, floating point.
+
+        Safetensors keep the dtype they are stored in; GGUF and random weights are float32.
+        May be called from several threads.
+
+        Args:
+            shape: of the whole tensor.
+            rows: the part of the first dimension that is wanted, START:STOP; None for all.
+
+        Raises:
+            CheckpointError: there is no such tensor, it is cut short, or has another shape.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release files; safe to call twice."""
+        ...
+
+
+def open_checkpoint(model: str, files: ModelFiles | None = None) -> Checkpoint:
+    """Open "demo", "random:NAME[:SEED]", a .gguf file, or a Hugging Face directory.
+
+    Args:
+        files: those of a directory, if the tokenizer reads them too.
+
+    Raises:
+        UnsupportedModel: a kind of model that TSQP does not implement.
+        CheckpointError: something is missing, cut short, or contradicts the config.
+    """
+    if model == "demo":
+        return GGUFCheckpoint(demo_model.locate())
+    if model.startswith("random:"):
+        return RandomCheckpoint.parse(model)
+    path = Path(model).expanduser()
+    try:
+        _check_path(path)
+        return _open_path(path, files)
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def check_exists(model: str) -> None:
+    """Find out whether there is a file or folder of that name, without opening it.
+
+    Raises:
+        CheckpointError: there is not.
+    """
+    if model == "demo" or model.startswith("random:"):
+        return
+    path = Path(model).expanduser()
+    try:
+        _check_path(path)
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def _open_path(path: Path, files: ModelFiles | None) -> Checkpoint:
+    if path.is_dir():
+        return SafetensorsCheckpoint(path, files)
+    if path.name.endswith(".tsqp.safetensors"):
+        raise CheckpointError(
+            f"{path} is a prepared file, which only a worker of the private modes can use: give "
+            "the model that it was made from."
+        )
+    if path.suffix.lower() != ".gguf":
+        raise CheckpointError(
+            f"{path} is not a .gguf file: give a directory with config.json, or a .gguf file."
+        )
+    return GGUFCheckpoint(path)
+
+
+def _check_path(path: Path) -> None:
+    if not path.is_dir() and not path.is_file():
+        raise CheckpointError(
+            f"There is no checkpoint at {shown(path, 'that path')}: give a directory, a .gguf file,"
+            " random:NAME or demo_model."
+        )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"Cannot read {shown(path)}: {error.strerror}.")

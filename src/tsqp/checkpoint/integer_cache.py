@@ -1,0 +1,132 @@
+"""The cache that makes a second start fast: a prepared file for each state of a checkpoint.
+
+A state is told by inode, times, size and pages from all over each file: hashing all of it would
+take longer than reading the cache does, inodes and times alone are made up by read-only images and
+enclaves, and the number of the device is left out because it changes whenever a container starts.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.checkpoint.demo_model import cache_folder
+from tsqp.checkpoint.digest import WeightsDigest
+from tsqp.checkpoint.files import BinaryFile
+from tsqp.checkpoint.prepared import (
+    FORMAT,
+    SUFFIX,
+    Groups,
+    PreparedFile,
+    WriteError,
+    write_prepared,
+)
+from tsqp.checkpoint.progress import Progress, silent
+from tsqp.checkpoint.quantize import (
+    IntegerWeights,
+    add_to_digest,
+    group_shape,
+    quantize_all,
+)
+from tsqp.errors import CheckpointError
+from tsqp.model.config import Key, linear_groups
+
+log = logging.getLogger("tsqp")
+
+PAGES = 1024  # looked at in each file
+PAGE_BYTES = 4096
+
+
+def load_integers(
+    checkpoint: Checkpoint,
+    place: Callable[[Key, IntegerWeights], None],
+    progress: Progress = silent,
+) -> str:
+    """Give every group of a model to `place`, from the cache where it is there; fills the cache.
+
+    `place` may get a group a second time, where the cache turns out to be damaged at its end:
+    only what it got last counts, and nothing before this returns.
+
+    Returns:
+        the digest of all of them.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used. A cache that cannot is passed over.
+    """
+    path = _cached_file(checkpoint)
+    if path is not None and path.exists():
+        try:
+            return _place_all(path, checkpoint, place, progress)
+        except CheckpointError as exc:
+            log.warning("passing over the cache: %s", exc)
+
+    def place_each() -> Groups:
+        for key, weights in quantize_all(checkpoint, progress):
+            place(key, weights)
+            yield key, weights
+
+    digest = WeightsDigest()
+    groups = place_each()
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_prepared(checkpoint, path, groups, digest)
+            if _cached_file(checkpoint) != path:  # the files were changed while they were read
+                path.unlink(missing_ok=True)
+        except (WriteError, OSError) as exc:
+            log.warning("keeping no cache: %s", exc)
+    for key, weights in groups:  # those that have not been written
+        add_to_digest(digest, *key, weights)
+    return digest.hexdigest()
+
+
+def _place_all(
+    path: Path,
+    checkpoint: Checkpoint,
+    place: Callable[[Key, IntegerWeights], None],
+    progress: Progress,
+) -> str:
+    """Place what the file holds, which must be the groups of this model."""
+    config = checkpoint.config
+    file = PreparedFile(path)
+    try:
+        if file.shapes() != {key: group_shape(config, *key) for key in linear_groups(config)}:
+            raise CheckpointError(f"{path} was made from another model.")
+        for key, weights in file.groups(progress):
+            place(key, weights)
+        return file.digest
+    finally:
+        file.close()
+
+
+def _cached_file(checkpoint: Checkpoint) -> Path | None:
+    """Where the integers of a checkpoint are kept; a changed one has another place.
+
+    What counts is the files that are open, not what their names lead to by now.
+    """
+    sources = checkpoint.sources
+    if not sources:
+        return None  # made anew each time, and never written to disk
+    try:
+        states = {str(file.resolved_path): _state(file) for file in set(sources.values())}
+        folder = cache_folder()
+    except (OSError, CheckpointError) as exc:
+        log.warning("using no cache: %s", exc)
+        return None
+    folder_of_all = os.path.commonpath([file.path.parent for file in sources.values()])
+    places = {name: str(file.path.relative_to(folder_of_all)) for name, file in sources.items()}
+    told = json.dumps([FORMAT, repr(checkpoint.config), places, states], sort_keys=True)
+    key = hashlib.sha256(told.encode()).hexdigest()[:32]
+    return folder / "prepared" / f"{key}{SUFFIX}"
+
+
+def _state(file: BinaryFile) -> tuple[int, int, int, int, str]:
+    """What tells the contents of a file from others, without reading all of them."""
+    stat = file.stat()
+    pages = hashlib.sha256()
+    for place in range(0, file.size, max(PAGE_BYTES, file.size // PAGES)):
+        pages.update(file.read(place, min(PAGE_BYTES, file.size - place)))
+    return stat.st_ino, stat.st_ctime_ns, stat.st_mtime_ns, file.size, pages.hexdigest()

@@ -1,0 +1,196 @@
+"""Integer weights on disk: what `tsqp prepare` writes, and what the cache holds.
+
+A prepared file is a safetensors file of int8 weights and float32 scales, named by layer and group,
+with the digest of all of them in its header. It appears under its name when it is whole, and
+nothing that was read from it is used before the digest has been computed again. The digest is no
+signature: whoever can write the TEE's disk can change the model, here as in the checkpoint itself.
+"""
+
+import errno
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tsqp.algebra.fixed_point import are_quantized_rows
+from tsqp.algebra.params import MAX_WIDTH
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.digest import WeightsDigest
+from tsqp.checkpoint.files import bytes_of
+from tsqp.checkpoint.new_file import new_file
+from tsqp.checkpoint.progress import Counter, Progress, silent
+from tsqp.checkpoint.quantize import (
+    IntegerWeights,
+    add_to_digest,
+    group_shape,
+    quantize_all,
+    tensor_names,
+)
+from tsqp.checkpoint.safetensors_file import SafetensorsFile
+from tsqp.errors import CheckpointError, UsageError, shown
+from tsqp.model.config import Key, linear_groups
+
+FORMAT = "tsqp-prepared-1"
+SUFFIX = ".tsqp.safetensors"
+_KEY = re.compile(r"(?:layers\.(\d{1,4})\.([a-z_]{1,16})|lm_head)\.weight\Z")
+
+Groups = Iterator[tuple[Key, IntegerWeights]]
+
+
+class WriteError(CheckpointError):
+    """A prepared file cannot be written, which says nothing about the checkpoint."""
+
+
+class PreparedFile:
+    """A prepared file that is open.
+
+    Attributes:
+        name: what people called the model that it was made from.
+        digest: as its header has it; true only once `groups` has ended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = SafetensorsFile(path)
+        metadata = self._file.metadata
+        if metadata.get("format") != FORMAT:
+            self._file.close()
+            raise CheckpointError(
+                f"{path} is not a prepared file of this version; write it with `tsqp prepare`."
+            )
+        self.name = metadata.get("model", "")[:200]
+        self.digest = metadata.get("digest", "")
+
+    def shapes(self) -> dict[Key, tuple[int, ...]]:
+        """Of each group's weight, in the order of the file."""
+        found = [match for name in self._file.names() if (match := _KEY.match(name))]
+        keys = [(int(m[1]), m[2]) if m[1] else (-1, "lm_head") for m in found]
+        return {key: self._file.shape(tensor_names(*key)[0]) for key in keys}
+
+    @property
+    def layers(self) -> int:
+        """How many layers it holds."""
+        return len({layer for layer, _ in self.shapes() if layer >= 0})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self._file.nbytes
+
+    def groups(self, progress: Progress = silent) -> Groups:
+        """All groups; nothing may be used before the iterator has ended.
+
+        Args:
+            progress: called after each group with the bytes done and their total.
+
+        Raises:
+            CheckpointError: cut short, malformed, or its digest is not that of its contents.
+        """
+        digest = WeightsDigest()
+        shapes = self.shapes()
+        done = Counter(self.nbytes, progress)
+        for key, shape in shapes.items():
+            weight_name, scale_name = tensor_names(*key)
+            if len(shape) != 2 or shape[1] > MAX_WIDTH:
+                raise self._changed()
+            weight_FD = self._file.read(weight_name, shape, stored="I8")
+            scale_F = self._file.read(scale_name, shape[:1], stored="F32")
+            if not are_quantized_rows(weight_FD, scale_F):
+                raise CheckpointError(
+                    f"{self._path} holds integers or scales for {weight_name} that TSQP does not"
+                    " make; write it again with `tsqp prepare`."
+                )
+            weights = IntegerWeights(weight_FD, scale_F)
+            add_to_digest(digest, *key, weights)
+            yield key, weights
+            done.add(weights.nbytes)
+        if digest.hexdigest() != self.digest:
+            raise self._changed()
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._file.close()
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path} was changed after it was written, or is damaged; write it again with"
+            " `tsqp prepare`."
+        )
+
+
+def prepare(model: str, path: Path, progress: Progress = silent) -> str:
+    """Write the prepared file of a model ahead of time, and return its digest.
+
+    Args:
+        path: a new file whose name ends in SUFFIX.
+        progress: called with the bytes done and their total.
+
+    Raises:
+        UsageError: the path is taken, or has another ending.
+        CheckpointError: the checkpoint cannot be used, or the file not be written.
+    """
+    if not path.name.endswith(SUFFIX):
+        raise UsageError(
+            f"{shown(path, 'OUT')} must end in {SUFFIX}, by which a worker knows such a file."
+        )
+    if path.exists():
+        raise UsageError(f"{path} exists; name a new file, or remove it.")
+    checkpoint = open_checkpoint(model)
+    digest = WeightsDigest()
+    try:
+        write_prepared(checkpoint, path, quantize_all(checkpoint, progress), digest)
+    finally:
+        checkpoint.close()
+    return digest.hexdigest()
+
+
+def write_prepared(
+    checkpoint: Checkpoint, path: Path, groups: Groups, digest: WeightsDigest
+) -> None:
+    """Write a prepared file, all at once or not at all.
+
+    Args:
+        groups: as `quantize_all` gives them.
+        digest: still empty; every group that is taken from `groups` is added to it.
+
+    Raises:
+        WriteError: the file cannot be written. What is left of `groups` can still be taken.
+        CheckpointError: what `groups` raises.
+    """
+    header, places = _layout(checkpoint)
+    try:
+        with new_file(path, SUFFIX) as file:
+            file.truncate(len(header) + max(end for _, end in places.values()))
+            for key, weights in groups:
+                add_to_digest(digest, *key, weights)
+                tensors = (weights.weight_FD, weights.scale_F)
+                for name, tensor in zip(tensor_names(*key), tensors, strict=True):
+                    file.seek(len(header) + places[name][0])
+                    file.write(bytes_of(tensor))
+            file.seek(0)
+            file.write(header.replace(_NO_DIGEST.encode(), digest.hexdigest().encode()))
+    except OSError as exc:
+        hint = "free some space" if exc.errno == errno.ENOSPC else "choose another place"
+        raise WriteError(f"Cannot write {shown(path)}: {exc.strerror}; {hint}.") from exc
+
+
+_NO_DIGEST = "0" * 64  # in its place until it is known
+
+
+def _layout(checkpoint: Checkpoint) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header with no digest yet, and where each tensor begins and ends after it."""
+    entries: dict[str, object] = {
+        "__metadata__": {"format": FORMAT, "model": checkpoint.name, "digest": _NO_DIGEST}
+    }
+    places = {}
+    start = 0
+    for key in linear_groups(checkpoint.config):
+        features, width = group_shape(checkpoint.config, *key)
+        shapes = (("I8", [features, width], features * width), ("F32", [features], features * 4))
+        for name, (dtype, shape, length) in zip(tensor_names(*key), shapes, strict=True):
+            places[name] = (start, start + length)
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": places[name]}
+            start += length
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places

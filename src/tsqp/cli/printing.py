@@ -1,0 +1,283 @@
+"""What `generate`, `chat` and `demo` print: the answer as it comes, then the statistics."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from tsqp.checkpoint import demo_model
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.model_digest import compute_digest
+from tsqp.checkpoint.prepared import PreparedFile, prepare
+from tsqp.checkpoint.progress import Rate
+from tsqp.checkpoint.weights import parse_dtype
+from tsqp.errors import UsageError
+from tsqp.runtime.llm import LLM
+from tsqp.runtime.options import PRIVACY_MODES
+from tsqp.tee.sampling import Completion
+from tsqp.tee.stats import KINDS, OPERATIONS
+
+PLACED = {
+    "embedding": "embedding",
+    "linear": "linear layers",
+    "qk_product": "Q·Kᵀ",
+    "softmax": "softmax",
+    "pv_product": "P·V",
+    "rms_norm": "RMSNorm",
+    "rotary": "rotary embedding",
+    "activation": "SiLU or GeLU",
+    "sampling": "sampling",
+}
+
+_stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+class Printer:
+    """One answer streams; several are printed when all are done; JSON is one last line."""
+
+    def __init__(self, llm: LLM, *, prompts: int, n: int = 1, json_output: bool) -> None:
+        self._llm = llm
+        self._n = n
+        self._json_output = json_output
+        self._stream = prompts * n == 1 and not json_output
+
+    def on_text(self, number: int, text: str) -> None:
+        """Print a new piece of an answer, if it streams."""
+        if self._stream:
+            print(text, end="", flush=True)
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """Print what has not streamed, and the statistics."""
+        if self._json_output:
+            print_statistics(self._llm)
+            print(json.dumps(as_json(self._llm, completions)))
+            return
+        if self._stream:
+            print(flush=True)
+        else:
+            for place, completion in enumerate(completions):
+                number = str(place // self._n + 1)
+                if self._n > 1:
+                    number += f".{completion.index + 1}"
+                print(f"[{number}] {completion.text}", flush=True)
+        print_statistics(self._llm)
+
+
+def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
+    """The object that `generate --json` prints."""
+    rpc = llm.rpc
+    several = any(completion.index > 0 for completion in completions)  # to each prompt
+    return {
+        "outputs": [_output(completion, several) for completion in completions],
+        "privacy": llm.privacy,
+        "model_digest": llm.model_digest,
+        "transport": llm.transport,
+        "transport_reason": llm.transport_reason,
+        "timings": llm.stats.timings(),
+        "placement": asdict(llm.placement),
+        "operations": llm.stats.as_dict()["operations"],
+        "pads": None if llm.pads is None else asdict(llm.pads),
+        "rpc": {
+            "calls": sum(rpc.calls.values()),
+            "sent_bytes": rpc.sent_bytes,
+            "received_bytes": rpc.received_bytes,
+            "socket_bytes": rpc.socket_bytes,
+            "calls_by_kind": rpc.calls,
+            "worker_s": rpc.compute_s,
+        },
+    }
+
+
+def _output(completion: Completion, several: bool) -> dict[str, object]:
+    """What every answer has, and what was asked for besides."""
+    output: dict[str, object] = {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "prompt_tokens": completion.prompt_tokens,
+        "finish_reason": completion.finish_reason,
+    }
+    if several:
+        output["index"] = completion.index
+    for name, logprobs in (
+        ("logprobs", completion.logprobs),
+        ("prompt_logprobs", completion.prompt_logprobs),
+    ):
+        if logprobs is not None:
+            output[name] = [None if each is None else asdict(each) for each in logprobs]
+    return output
+
+
+def print_statistics(llm: LLM) -> None:
+    """Where the time went, and what crossed, on standard error."""
+    stats, rpc = llm.stats, llm.rpc
+    rate = stats.decode_tokens / stats.decode_s if stats.decode_s else 0.0
+    say(
+        f"\nprivacy {llm.privacy}: prefill {stats.prefill_tokens} tokens in "
+        f"{stats.prefill_s:.2f} s, decode {stats.decode_tokens} tokens in "
+        f"{stats.decode_s:.2f} s ({rate:.1f} a second)"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("operation", "side", "calls", "seconds"):
+        table.add_column(name, justify="left" if name in ("operation", "side") else "right")
+    for kind in KINDS:
+        timer = stats.time(kind)
+        if not timer.calls:
+            continue
+        done = [name for name in OPERATIONS.get(kind, ()) if name in rpc.calls]
+        side = "worker" if done else "TEE"
+        table.add_row(kind, side, f"{timer.calls:,}", f"{timer.seconds:.3f}")
+        if done:
+            computing = sum(rpc.compute_s.get(name, 0.0) for name in done)
+            table.add_row("  of it computing", side, "", f"{computing:.3f}")
+    table.add_row("waiting for the worker", "", "", f"{stats.wait_s:.3f}")
+    _stderr.print(table)
+    _stderr.print(_placement_table(llm))
+    if (pads := llm.pads) is not None:
+        say(
+            f"pads: {pads.ahead_rows:,} rows made ahead, {pads.inline_rows:,} in line "
+            f"in {pads.inline_s:.2f} s"
+        )
+    if rpc.calls:
+        say(
+            f"transport {llm.transport}: {sum(rpc.calls.values()):,} calls, "
+            f"{rpc.sent_bytes / 1e6:.1f} MB to the worker, {rpc.received_bytes / 1e6:.1f} MB back, "
+            f"{rpc.socket_bytes / 1e3:.1f} kB through the socket"
+        )
+
+
+@contextmanager
+def prompt_progress(wanted: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for prompts that take several steps, which is gone before the first text comes.
+
+    Yields:
+        what `generate` takes as `on_progress`: None where nobody would see the bar.
+    """
+    if not (wanted and _stderr.is_interactive):
+        yield None
+        return
+    rate = TextColumn("{task.fields[rate]:.0f} tokens a second")
+    columns = (TextColumn("Reading the prompt"), BarColumn(), MofNCompleteColumn(), rate)
+    bar = Progress(*columns, console=_stderr, transient=True, auto_refresh=False)
+    task = bar.add_task("", total=None, rate=0.0)
+    began = perf_counter()
+
+    def show(done: int, total: int) -> None:
+        if done >= total:
+            bar.stop()
+            return
+        bar.update(task, completed=done, total=total, rate=done / (perf_counter() - began))
+        bar.start()
+        bar.refresh()
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def _placement_table(llm: LLM) -> Table:
+    """The operations of each side."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("side")
+    table.add_column("runs")
+    sides = asdict(llm.placement)
+    for side in dict.fromkeys(sides.values()):
+        names = [PLACED[operation] for operation, each in sides.items() if each == side]
+        table.add_row(side, ", ".join(names))
+    return table
+
+
+class Loading(Rate):
+    """Shows how weights are loaded: a bar in a terminal, which is gone when all are there."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(self._show)
+        bytes_done, left = DownloadColumn(binary_units=True), TimeRemainingColumn()
+        columns = (TextColumn(what), BarColumn(), bytes_done, TransferSpeedColumn(), left)
+        self._bar = Progress(*columns, console=_stderr, transient=True, auto_refresh=False)
+        self._task = self._bar.add_task("", total=None)
+
+    def _show(self, done: int, total: int) -> None:
+        if not _stderr.is_interactive:
+            return
+        if done >= total:
+            self.stop()
+            return
+        self._bar.update(self._task, completed=done, total=total)
+        self._bar.start()
+        self._bar.refresh()
+
+    def stop(self) -> None:
+        if self._bar.live.is_started:  # else it would print an empty line
+            self._bar.stop()
+
+    def say_rate(self, layers: int) -> None:
+        """One line instead, where there is no terminal."""
+        if not _stderr.is_interactive:
+            say(self.describe(layers))
+
+
+@contextmanager
+def loading_progress(what: str = "Loading") -> Iterator[Loading]:
+    """What shows how loading goes on, for a block that loads."""
+    loading = Loading(what)
+    try:
+        yield loading
+    finally:
+        loading.stop()
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    _stderr.print(text)
+
+
+def fetch_demo_model() -> None:
+    """Fetch the demo model with a progress bar, unless it is there."""
+    columns = (TextColumn("Fetching SmolLM2-135M-Instruct"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=_stderr, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        demo_model.fetch(progress)
+
+
+def print_digest(model: str, privacy: str, dtype: str) -> None:
+    """Compute a model's digest with a progress bar, and print it."""
+    if privacy not in PRIVACY_MODES:
+        raise UsageError(f"There is no such privacy mode; choose {', '.join(PRIVACY_MODES)}.")
+    with loading_progress("Hashing") as hashing, closing(open_checkpoint(model)) as checkpoint:
+        digest = compute_digest(
+            checkpoint,
+            checkpoint.file_digests(),
+            parse_dtype(dtype, checkpoint.config),
+            integers=privacy in ("pad", "shares"),
+            progress=hashing,
+        )
+    print(digest)
+
+
+def prepare_model(model: str, out: Path) -> None:
+    """Write a prepared file with a progress bar, and say how to use it."""
+    with loading_progress("Preparing") as preparing:
+        digest = prepare(model, out, preparing)
+    with closing(PreparedFile(out)) as file:
+        preparing.say_rate(file.layers)
+    say(f"{out}: {out.stat().st_size:,} bytes, weights {digest[:12]}…")
+    say(f"Serve it with: tsqp worker {out} --listen ENDPOINT")

@@ -1,0 +1,268 @@
+"""Checks of a worker, step by step: reach it, shake hands, and see whether its products are right.
+
+Shape suffixes: T tokens; D input and F output features of a group; H query heads; J key/value
+heads; K features of one head; S tokens of a sequence.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.quantize import quantize_group
+from tsqp.checkpoint.weights import parse_dtype, read_bias, read_embedding, read_linear
+from tsqp.doctor.check import Check, Skipped, Wrong, run_check
+from tsqp.errors import HandshakeError
+from tsqp.gpu.worker import ATTENTION_ABILITY
+from tsqp.nn.attention import Segment
+from tsqp.runtime.build import Builder
+from tsqp.runtime.options import Options, check_options
+from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.tee.offload.base import (
+    AttentionScores,
+    Embedding,
+    Linear,
+    Offload,
+    Request,
+    WeightedValues,
+)
+from tsqp.tee.offload.open_attention import OpenAttentionOffload
+from tsqp.wire.channel import Channel
+from tsqp.wire.endpoint import parse_endpoint
+
+TIMEOUT_S = 8.0
+GROUP = (0, "qkv")
+FEW_ROWS, MANY_ROWS = 4, 512
+CALLS = 20
+NOT_SERVED = "start it with --serve"  # what a worker says that serves the other modes
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+Step = tuple[str, Callable[[], str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A worker, the model that it should serve, and how to speak to it."""
+
+    model: str
+    worker: str
+    worker_key: str | None = None
+    dtype: str = "auto"
+    threads: int | None = None
+    insecure: bool = False
+
+
+def session_checks(target: Target) -> Iterator[Check]:
+    """All checks of one worker, in every mode that it serves; each mode ends where one fails."""
+    with ExitStack() as stack:
+        opened: list[Checkpoint] = []
+
+        def open_model() -> str:
+            opened.append(open_checkpoint(target.model))
+            stack.callback(opened[0].close)
+            config = opened[0].config
+            return f"{opened[0].name}, {config.num_layers} layers of {config.hidden_size}"
+
+        yield (found := run_check("model", open_model))
+        if found.state != "ok":
+            return
+        modes = [_Mode(target, opened[0], privacy, stack) for privacy in ("pad", "open")]
+        yield (found := run_check("reach the worker", modes[0].reach))
+        if found.state != "ok":
+            return
+        states = []
+        for mode in modes:
+            for check in _until_one_fails(mode.steps()):
+                yield check
+                states.append(check.state)
+        if set(states) == {"skipped"}:
+            yield Check("modes", "bad", 0.0, "The worker serves no mode; do not trust it.")
+
+
+def _until_one_fails(steps: Iterable[Step]) -> Iterator[Check]:
+    for name, step in steps:
+        check = run_check(name, step)
+        yield check
+        if check.state != "ok":
+            return
+
+
+class _Mode:
+    """A session in one privacy mode."""
+
+    _offload: Offload
+    _channel: Channel
+
+    def __init__(
+        self, target: Target, checkpoint: Checkpoint, privacy: str, stack: ExitStack
+    ) -> None:
+        self._target = target
+        self._checkpoint = checkpoint
+        self._privacy = privacy
+        self._stack = stack
+        self._dtype = parse_dtype(target.dtype, checkpoint.config)
+
+    def steps(self) -> Iterator[Step]:
+        """After `reach`."""
+        yield f"{self._privacy}: handshake", self._shake_hands
+        if self._privacy == "open":
+            yield "open: embedding", self._embed
+        yield f"{self._privacy}: product", self._multiply
+        if self._privacy == "open":
+            yield "open: attention", self._attend
+        yield f"{self._privacy}: speed", self._hurry
+        yield f"{self._privacy}: transport", self._transport
+
+    def reach(self) -> str:
+        """Whether anybody serves the endpoint, and with the key that was given."""
+        [link] = self._options().links
+        if link.endpoint.scheme == "local":
+            return "local: one is started for each mode"
+        self._process().close()
+        return f"{link.endpoint}{', over an encrypted link' if link.key else ''}"
+
+    def _process(self) -> WorkerProcess:
+        [link] = self._options().links
+        dtype = torch.int8 if self._privacy == "pad" else self._dtype
+        return WorkerProcess(link, self._target.model, dtype, self._target.threads)
+
+    def _shake_hands(self) -> str:
+        process = self._process()
+        self._stack.callback(process.close)
+        builder = Builder(self._options(), self._checkpoint, self._dtype)
+        try:
+            self._offload, _ = builder.build([process])
+        except HandshakeError as exc:
+            if NOT_SERVED in str(exc):
+                raise Skipped(exc) from exc
+            raise
+        self._stack.callback(self._offload.close)
+        assert process.channel is not None
+        self._channel = process.channel
+        kind = "int8" if self._privacy == "pad" else str(self._dtype).removeprefix("torch.")
+        return f"the same {kind} weights on both sides"
+
+    def _embed(self) -> str:
+        ids_T = torch.arange(FEW_ROWS)
+        expected_TD = read_embedding(self._checkpoint, self._dtype)[ids_T]
+        if not torch.equal(self._ask(Embedding(ids_T)), expected_TD):
+            raise Wrong("The worker's embedding is not the model's; do not trust this worker.")
+        return f"{FEW_ROWS} rows are the model's"
+
+    def _multiply(self) -> str:
+        """Against float64; in `pad` the check of [P7] comes before."""
+        x_TD = self._inputs(FEW_ROWS)
+        if self._privacy == "pad":
+            integers = quantize_group(self._checkpoint, *GROUP)
+            weight_FD = integers.weight_FD.double() * integers.scale_F.double()[:, None]
+        else:
+            weight_FD = read_linear(self._checkpoint, *GROUP, self._dtype).weight_FD.double()
+        expected_TF = x_TD.double() @ weight_FD.t()
+        bias_F = read_bias(self._checkpoint, *GROUP, self._dtype)
+        expected_TF += 0.0 if bias_F is None else bias_F.double()
+        error = self._error("The product", self._ask(Linear(*GROUP, x_TD)), expected_TF)
+        return f"{'padded, checked, and ' if self._privacy == 'pad' else ''}right to {error:.0e}"
+
+    def _attend(self) -> str:
+        """Q·Kᵀ, and P·V with the output projection, as `--attention gpu` has them; in float64."""
+        if ATTENTION_ABILITY not in self._channel.welcome.abilities:
+            raise Wrong(
+                "The worker cannot do attention, which --attention gpu wants; install the same "
+                "version of tsqp on both sides."
+            )
+        c, rows = self._checkpoint.config, FEW_ROWS
+        offload = OpenAttentionOffload(self._channel, c, self._dtype, {}, TIMEOUT_S)
+        q_THK = self._waves(rows, c.num_heads, c.head_dim)
+        k_TJK, v_TJK = self._waves(2, rows, c.num_kv_heads, c.head_dim).cos()
+        p_HTS = self._waves(c.num_heads, rows, rows)
+
+        offload.alloc(0, rows)
+        request = AttentionScores(0, q_THK, k_TJK, v_TJK, [Segment(0, 0, rows)])
+        scores_HTS = self._ask(request, offload).view(c.num_heads, rows, rows)
+        o_TD = self._ask(WeightedValues(0, [(0, p_HTS)]), offload)
+        offload.free(0)
+
+        # Each key/value head serves as many query heads, which follow one another.
+        k_SHK, v_SHK = (
+            x.double().repeat_interleave(c.num_heads // c.num_kv_heads, 1) for x in (k_TJK, v_TJK)
+        )
+        expected_HTS = torch.einsum("thk,shk->hts", q_THK.double(), k_SHK)
+        values_TD = torch.einsum("hts,shk->thk", p_HTS.double(), v_SHK).flatten(1)
+        weight_FD = read_linear(self._checkpoint, 0, "o", self._dtype).weight_FD.double()
+        error = max(
+            self._error("Q·Kᵀ", scores_HTS, expected_HTS),
+            self._error("P·V", o_TD, values_TD @ weight_FD.t()),
+        )
+        return f"Q·Kᵀ and P·V right to {error:.0e}"
+
+    def _hurry(self) -> str:
+        one_s = median(self._time(1) for _ in range(CALLS))
+        counters = self._channel.counters
+        before = counters.sent_bytes + counters.received_bytes
+        many_s = self._time(MANY_ROWS)
+        rate = (counters.sent_bytes + counters.received_bytes - before) / many_s
+        return (
+            f"one row there and back in {1e6 * one_s:.0f} µs, {MANY_ROWS} rows in "
+            f"{1e3 * many_s:.1f} ms ({rate / 1e6:.0f} MB/s), the product included"
+        )
+
+    def _transport(self) -> str:
+        """Tensors that could be shared and are not: the usual reason why a worker is slow."""
+        channel = self._channel
+        if channel.transport == "inline" and parse_endpoint(self._target.worker).is_loopback:
+            raise Wrong(
+                f"Tensors go through the socket, though the worker is on this machine "
+                f"({channel.reason}); let both sides see the same /dev/shm, and start neither "
+                "with --no-shm."
+            )
+        return f"{channel.transport} ({channel.reason})"
+
+    def _options(self) -> Options:
+        return check_options(
+            privacy=self._privacy,
+            worker=self._target.worker,
+            worker_key=self._target.worker_key,
+            attention="tee",
+            fuse="none",
+            field="wide",
+            fixed_point=False,
+            pad_memory=0,
+            threads=self._target.threads,
+            device="auto",
+            prefill_chunk=MANY_ROWS,
+            timeout=TIMEOUT_S,
+            shm=True,
+            insecure=self._target.insecure,
+            insecure_same_host=False,
+            lanes=1,
+        )
+
+    def _inputs(self, rows: int) -> Tensor:
+        """For the product: the same for everybody, nothing of a user's."""
+        return self._waves(rows, self._checkpoint.config.hidden_size)
+
+    def _waves(self, *shape: int) -> Tensor:
+        return torch.arange(math.prod(shape)).sin().view(shape).to(self._dtype)
+
+    def _ask(self, request: Request, offload: Offload | None = None) -> Tensor:
+        with (offload or self._offload).start(request) as answer:
+            return answer.clone()
+
+    def _error(self, what: str, found: Tensor, expected: Tensor) -> float:
+        """The largest error, in parts of the largest number."""
+        error = float((found.double() - expected).abs().max() / expected.abs().max())
+        if not error <= TOLERANCE[self._dtype]:
+            raise Wrong(f"{what} is off by {error:.0e} of its size; do not trust this worker.")
+        return error
+
+    def _time(self, rows: int) -> float:
+        request = Linear(*GROUP, self._inputs(rows))
+        began = perf_counter()
+        self._ask(request)
+        return perf_counter() - began

@@ -1,0 +1,1 @@
+"""The forward mathematics of both sides."""

@@ -1,0 +1,94 @@
+"""Attention over a KV cache, for whichever side keeps the keys and values.
+
+Shape suffixes: T tokens of all sequences, flat; D features; H query heads; J key/value heads;
+K features of one head; S tokens in the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsqp.model.config import ModelConfig
+from tsqp.nn import ops
+from tsqp.nn.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one sequence inside a flat batch.
+
+    Attributes:
+        sequence: the id under which the cache keeps this sequence's KV.
+        start: position of the first token in its sequence; equals the KV length before the step.
+        length: number of tokens, at least 1.
+        known: tokens of the sequence that are known at this step, which dynamic rotary scaling
+            depends on; 0 where there are none behind the segment.
+    """
+
+    sequence: int
+    start: int
+    length: int
+    known: int = 0
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token."""
+        return self.start + self.length
+
+
+class CachedAttention:
+    """Appends keys and values to the cache of their sequences, and attends causally.
+
+    Args:
+        cache: one that exists already; a new one, unless given.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, cache: KvCache | None = None
+    ) -> None:
+        self._config = config
+        shape = config.num_layers, config.num_kv_heads, config.head_dim
+        self._cache = KvCache(*shape, dtype) if cache is None else cache
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of KV reserved for all sequences."""
+        return self._cache.reserved_bytes
+
+    def attend(
+        self,
+        layer: int,
+        q_THK: Tensor,
+        k_TJK: Tensor,
+        v_TJK: Tensor,
+        segments: Sequence[Segment],
+    ) -> Tensor:
+        """y_TD with D = H·K, the heads concatenated; q and k are already rotated."""
+        blocks: list[Tensor] = []
+        first = 0
+        for segment in segments:
+            rows = slice(first, first + segment.length)
+            first = rows.stop
+            k_JSK, v_JSK = self._cache.append(
+                segment.sequence, layer, segment.start, k_TJK[rows], v_TJK[rows]
+            )
+            blocks += ops.attention(
+                q_THK[rows],
+                k_JSK,
+                v_JSK,
+                scale=self._config.attention_scale,
+                window=self._config.layers[layer].window,
+                softcap=self._config.attention_softcap,
+            )
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def alloc(self, sequence: int, capacity: int) -> None:
+        self._cache.alloc(sequence, capacity)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        self._cache.truncate(sequence, length)
+
+    def free(self, sequence: int) -> None:
+        self._cache.free(sequence)

@@ -1,0 +1,125 @@
+"""What a phase spends most of its time on, and what would help."""
+
+from dataclasses import dataclass
+
+from tsqp.report.phases import TEE_PARTS, PhaseTimes
+from tsqp.tee.call_lines import Header
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "worker compute": ("worker compute",),
+    "worker queue": ("worker queue",),
+    "link": ("send", "link", "receive"),
+    "serialisation": ("serialise",),
+    "TEE pads": ("pads",),
+    "TEE masking": ("mask", "unmask"),
+    "TEE own work": TEE_PARTS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """What to do, and the part of the bottleneck's time that it would save."""
+
+    advice: str
+    saves: float
+
+
+REMEDIES = {
+    "worker compute": Remedy(
+        "Run the worker on a faster device, or give it more --threads; half the time is assumed.",
+        0.5,
+    ),
+    "worker queue": Remedy(
+        "The worker serves others meanwhile: give this side a worker of its own.", 1.0
+    ),
+    "serialisation": Remedy(
+        "Make fewer and larger calls: run several prompts together; twice as many are assumed.",
+        0.5,
+    ),
+    "TEE pads": Remedy(
+        "Let pads lie ready: more --pad-memory, and pauses in which they are made.", 1.0
+    ),
+    "TEE masking": Remedy(
+        "Give the trusted side more cores and --threads; twice as many are assumed.", 0.5
+    ),
+    "TEE own work": Remedy(
+        "Give the trusted side more cores and --threads; twice as many are assumed.", 0.5
+    ),
+}
+LINK_REMEDIES = {
+    "inline": Remedy(
+        "Put both sides on one machine with shared memory (transport poll), or take a faster "
+        "network; half the time is assumed.",
+        0.5,
+    ),
+    "": Remedy(
+        "The time goes for each call, not for its bytes: run several prompts together, and leave "
+        "both sides cores of their own; half the time is assumed.",
+        0.5,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """The largest group of parts of a phase.
+
+    Attributes:
+        seconds, share: of the phase's wall time.
+        faster: how many times as fast the phase would be with the remedy, by the estimate.
+        at_most: the same, if all of it were gone.
+    """
+
+    phase: str
+    name: str
+    seconds: float
+    share: float
+    advice: str
+    faster: float
+    at_most: float
+    arithmetic: str
+
+
+def group_seconds(phase: PhaseTimes) -> dict[str, float]:
+    """All of the phase's wall time, by GROUPS."""
+    return {name: phase.seconds(*parts) for name, parts in GROUPS.items()}
+
+
+def bottleneck(phase: PhaseTimes, header: Header) -> Bottleneck:
+    """Of one phase."""
+    groups = group_seconds(phase)
+    name = max(groups, key=groups.__getitem__)
+    seconds, wall_s = groups[name], phase.wall_s
+    remedy = REMEDIES.get(name) or LINK_REMEDIES["inline" if "inline" in header.transport else ""]
+    saved_s = remedy.saves * seconds
+    return Bottleneck(
+        phase=phase.phase,
+        name=name,
+        seconds=seconds,
+        share=seconds / wall_s,
+        advice=remedy.advice,
+        faster=_times(wall_s, wall_s - saved_s),
+        at_most=_times(wall_s, wall_s - seconds),
+        arithmetic=_arithmetic(groups, wall_s, seconds, saved_s),
+    )
+
+
+def show_times(times: float) -> str:
+    """How many times as fast."""
+    return f"{times:.2f}" if times < 100 else "more than 100"
+
+
+def _arithmetic(groups: dict[str, float], wall_s: float, seconds: float, saved_s: float) -> str:
+    largest = sorted(groups.items(), key=lambda item: -item[1])
+    terms = [f"{s:.3f} s {name} ({s / wall_s:.0%})" for name, s in largest if s >= 0.01 * wall_s]
+    left_s = wall_s - saved_s
+    some, most = _times(wall_s, left_s), _times(wall_s, wall_s - seconds)
+    return (
+        f"{wall_s:.3f} s = {' + '.join(terms)}; "
+        f"{wall_s:.3f} − {saved_s:.3f} = {left_s:.3f} s: {show_times(some)} times as fast; "
+        f"without all of it, {show_times(most)} times"
+    )
+
+
+def _times(before_s: float, after_s: float) -> float:
+    return before_s / max(after_s, before_s * 1e-3)

@@ -1,0 +1,194 @@
+"""Where linear layers run: builds the offload of each privacy mode."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.checkpoint.digest import WeightsDigest, weights_digest
+from tsqp.checkpoint.footprint import trusted_bytes
+from tsqp.checkpoint.integer_cache import load_integers
+from tsqp.checkpoint.memory import available_bytes
+from tsqp.checkpoint.model_digest import check_expected, model_digest
+from tsqp.checkpoint.progress import Progress, part_of, silent
+from tsqp.checkpoint.quantize import IntegerWeights, group_shape, integer_bytes
+from tsqp.checkpoint.weights import (
+    check_memory,
+    embedding_bytes,
+    read_bias,
+    read_embedding,
+)
+from tsqp.gpu.worker import ATTENTION_ABILITY, LAYER_ABILITY
+from tsqp.model.config import LAYER_GROUPS, Key, linear_groups, trusted_shapes
+from tsqp.runtime.options import Options
+from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.tee.crypto.freivalds import process_limit
+from tsqp.tee.crypto.kernels import prepare
+from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.fixed_point import FixedPointLinear
+from tsqp.tee.offload.local import LocalOffload
+from tsqp.tee.offload.masked import MaskedGroup, PrivateOffload
+from tsqp.tee.offload.open import OpenOffload
+from tsqp.tee.offload.open_attention import MAX_SCORES, OpenAttentionOffload
+from tsqp.tee.offload.open_layers import OpenLayersOffload
+from tsqp.tee.offload.pad import PadLinear
+from tsqp.tee.offload.shares import SharesLinear
+from tsqp.wire.channel import Channel
+
+log = logging.getLogger("tsqp")
+
+MIN_SHM = 2**20
+MAX_SHM = 2**30
+HEAD_ROWS = 8  # sequences whose logits travel in one call; more are split
+MAX_PAD_MEMORY = 2 * 2**30  # unless a user wants more
+
+
+class Builder:
+    """Builds the offload of one model; reads from the checkpoint what the trusted side needs.
+
+    Args:
+        norms: holds the model's norms, if they were read already.
+        progress: called while weights are read, with the bytes done and their total.
+
+    Attributes:
+        model_digest: see `tsqp.checkpoint.model_digest`; empty until `build` knows it.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        norms: WeightsDigest | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self._options = options
+        self._checkpoint = checkpoint
+        self._config = checkpoint.config
+        self._dtype = dtype
+        # Of what was read: each tensor once, so that what is used is what is hashed.
+        self._read = WeightsDigest() if norms is None else norms
+        self._progress = progress
+        self.model_digest = ""
+
+    def build(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
+        """The offload; and the pool of pads, where there is one.
+
+        Args:
+            workers: the worker processes of the options' endpoints, not yet connected.
+
+        Raises:
+            UnexpectedModel: not the model that the options ask for; no worker was asked anything.
+        """
+        if workers:
+            process_limit.check()
+        options = self._options
+        kept = trusted_bytes(
+            self._config, self._dtype, options.privacy, fixed_point=options.fixed_point
+        )
+        check_memory(kept, f"The weights of {self._checkpoint.name}")
+        if options.masked:
+            return self._masked(workers)
+        if options.privacy == "open":
+            return self._open(workers[0]), None
+        offload = LocalOffload(self._checkpoint, self._dtype, self._progress, self._read)
+        self._identify(weights_digest(self._checkpoint, self._dtype, digest=self._read))
+        return offload, None
+
+    def _open(self, worker: WorkerProcess) -> Offload:
+        biases_F = self._biases_F()
+        digest = weights_digest(
+            self._checkpoint, self._dtype, digest=self._read, progress=self._progress
+        )
+        self._identify(digest)
+        options, config, dtype = self._options, self._config, self._dtype
+        kind: type[OpenOffload | OpenAttentionOffload | OpenLayersOffload] = OpenOffload
+        abilities = []
+        if options.fuse_layers:
+            kind, abilities = OpenLayersOffload, [LAYER_ABILITY]
+        elif options.gpu_attention:
+            kind, abilities = OpenAttentionOffload, [ATTENTION_ABILITY]
+        channel = self._connect(worker, digest, dtype.itemsize, abilities)
+        return kind(channel, config, dtype, biases_F, options.timeout)
+
+    def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
+        options, field = self._options, self._options.field
+        total = integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
+        progress = part_of(self._progress, 0, total)
+        integers: dict[Key, IntegerWeights] = {}
+        digest = load_integers(self._checkpoint, integers.__setitem__, progress)
+        biases_F = self._biases_F()
+        groups = {
+            key: MaskedGroup(key, weights, biases_F.get(key), field)
+            for key, weights in integers.items()
+        }
+        embedding_VD = read_embedding(self._checkpoint, self._dtype, self._read)
+        self._progress(total, total)
+        of_trusted = trusted_shapes(self._config)
+        trusted = weights_digest(
+            self._checkpoint, self._dtype, shapes=of_trusted, digest=self._read
+        )
+        self._identify(digest, trusted)
+        prepare(field, shares=options.privacy == "shares")
+        rows = RowPool(options.threads or torch.get_num_threads())
+        if options.privacy == "tee":
+            fixed_point = FixedPointLinear(groups, self._dtype, rows)
+            return PrivateOffload(self._config, self._dtype, embedding_VD, fixed_point), None
+        channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
+        if options.privacy == "shares":
+            shares = SharesLinear(
+                channels, groups, self._dtype, options.timeout, rows, process_limit
+            )
+            return PrivateOffload(self._config, self._dtype, embedding_VD, shares), None
+        weights_FD = {key: weights.weight_FD for key, weights in integers.items()}
+        shapes = {key: group_shape(self._config, *key) for key in integers}
+        pool = PadPool(DirectProvider(weights_FD, field), shapes, self._pad_memory())
+        pad = PadLinear(
+            channels[0], groups, pool, self._dtype, options.timeout, rows, process_limit
+        )
+        return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
+
+    def _identify(self, weights: str, trusted: str | None = None) -> None:
+        """Compute the model's digest, and refuse another one than the options ask for."""
+        files = self._checkpoint.file_digests()
+        self.model_digest = model_digest(files, self._dtype, weights, trusted)
+        log.info("model digest %s", self.model_digest)
+        check_expected(self.model_digest, self._options.expect_model, self._checkpoint.name)
+
+    def _biases_F(self) -> dict[Key, torch.Tensor]:
+        found = {
+            (layer, group): read_bias(self._checkpoint, layer, group, self._dtype, self._read)
+            for layer in range(self._config.num_layers)
+            for group in LAYER_GROUPS
+        }
+        return {key: bias_F for key, bias_F in found.items() if bias_F is not None}
+
+    def _pad_memory(self) -> int:
+        wanted = self._options.pad_memory
+        if wanted is None:
+            return min(MAX_PAD_MEMORY, available_bytes() // 4)
+        check_memory(wanted, "The stock of pads")
+        return wanted
+
+    def _connect(
+        self, worker: WorkerProcess, digest: str, itemsize: int, abilities: Sequence[str] = ()
+    ) -> Channel:
+        reason = self._options.no_shm_reason
+        shm_bytes = 0 if reason else self._segment_bytes(itemsize)
+        return worker.connect(self._checkpoint, digest, shm_bytes, reason, abilities)
+
+    def _segment_bytes(self, itemsize: int) -> int:
+        """Shared memory for the calls of one step."""
+        rows = self._options.prefill_chunk
+        widths = {key: sum(group_shape(self._config, *key)) for key in linear_groups(self._config)}
+        head = widths.pop((-1, "lm_head"))
+        numbers = [rows * max(widths.values()), min(rows, HEAD_ROWS) * head]
+        if self._options.gpu_attention:
+            scores = self._config.num_heads * rows * self._config.max_positions
+            numbers.append(min(MAX_SCORES, scores))
+        widest = itemsize * max(numbers)
+        # Room for an answer in use and for the next call, twice over for a second lane.
+        return min(max(4 * widest, MIN_SHM), MAX_SHM)

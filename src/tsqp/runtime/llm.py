@@ -1,0 +1,447 @@
+"""The only place that joins the zones: builds a TEE side, a worker side, or both."""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from time import process_time
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from tsqp import __version__
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.digest import WeightsDigest
+from tsqp.checkpoint.gguf_file import GGUFCheckpoint
+from tsqp.checkpoint.progress import Progress, silent
+from tsqp.checkpoint.weights import parse_dtype
+from tsqp.errors import PromptError, UsageError
+from tsqp.nn.layers import Layers
+from tsqp.runtime.build import Builder
+from tsqp.runtime.generate import generate
+from tsqp.runtime.options import check_options
+from tsqp.runtime.run_header import run_header
+from tsqp.runtime.turns import Turns
+from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.tee.call_log import CallLog
+from tsqp.tee.conversation import Conversation
+from tsqp.tee.crypto.pads import PadPool, PadStats
+from tsqp.tee.decoder import Decoder
+from tsqp.tee.engine.engine import Engine
+from tsqp.tee.engine.observer import Observer
+from tsqp.tee.engine.scoring import Scores
+from tsqp.tee.offload.base import Offload
+from tsqp.tee.placement import Placement
+from tsqp.tee.request_checks import one_params, one_prompt, several_prompts
+from tsqp.tee.sampling import Completion, SamplingParams
+from tsqp.tee.stats import Stats
+from tsqp.tee.text.tokenizer import Tokenizer
+from tsqp.wire.channel import Channel, Counters
+
+log = logging.getLogger("tsqp")
+
+
+class LLM:
+    """A model that answers from this process, which is the trusted side.
+
+    Usable as a context manager. `close` ends the session with the worker, and so does dropping the
+    last reference, or the end of the program. Several threads may call one LLM: their calls run one
+    after the other. A callback of a call may not make another one, and a forked process cannot use
+    the LLM of its parent; both raise UsageError. A program with secret prompts calls
+    `tsqp.harden_process` first.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        privacy: str = "pad",
+        worker: str | Sequence[str] | None = None,
+        worker_key: str | Sequence[str] | None = None,
+        attention: str | None = None,
+        fuse: str = "none",
+        field: str = "wide",
+        fixed_point: bool = False,
+        pad_memory: int | None = None,
+        dtype: str = "auto",
+        threads: int | None = None,
+        device: str = "auto",
+        prefill_chunk: int = 512,
+        timeout: float = 8.0,
+        shm: bool = True,
+        insecure: bool = False,
+        insecure_same_host: bool = False,
+        lanes: int = 1,
+        expect_model: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        rpc_log: str | Path | None = None,
+        on_load: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Load what this side needs and open a session with each worker.
+
+        Args:
+            model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
+            privacy: "pad" (one worker, which sees uniform residues), "shares" (several workers,
+                each of which sees uniform residues), "tee" (no worker), or "open" (the worker reads
+                everything). The answers of "pad" and "shares" are checked. "shares" rests on the
+                workers' not colluding: as long as the host of at least one does not pass on what
+                it receives, the others together learn nothing; all of them together could read
+                everything.
+            worker: where the worker listens, or where each of them does; "local" starts one as a
+                child process.
+            worker_key: the public key of each worker, or the file that holds it, in the same
+                order, for encrypted links to workers that were started with --keyfile.
+            attention: where the products of attention of "open" run: "tee", which is the default,
+                or "gpu", where the worker keeps keys and values, and the softmax stays here.
+            fuse: "layer" lets the worker of "open" run whole layers, one call each; or "none".
+            field: "wide" or "compact", the residues of the private modes.
+            fixed_point: with "tee", compute exactly what the private modes compute.
+            pad_memory: bytes for pads made ahead; None takes up to 2 GiB, 0 makes none ahead.
+            dtype: "float32", "float16", "bfloat16", or "auto", the checkpoint's own.
+            threads: for computing, on this side and on a local worker; None leaves torch's choice.
+            device: where a local worker computes: "cpu", "cuda", "cuda:NUMBER", or "auto", CUDA if
+                there is any.
+            prefill_chunk: most prompt tokens in one step.
+            timeout: seconds that the worker may take for one call.
+            shm: share memory with a worker on the same machine.
+            insecure: speak to a worker on another machine over a link that is not encrypted.
+            insecure_same_host: for testing: let the workers of "shares" be on one host, over any
+                kind of link, where they could add up what they receive.
+            lanes: parts of a batch that take turns, so that both sides work at once.
+            expect_model: the digest that the model must have, as `model_digest` gives it; another
+                model is refused before anything is sent to a worker.
+            tokenizer: the model's, where it has been read already.
+            rpc_log: a new file for where the time of every call went, see docs/instruments.md.
+            on_load: called while this side reads weights: how many bytes of them it has, and how
+                many it will have.
+
+        Raises:
+            UsageError: options that are unknown or contradict each other, or a log that exists.
+            ModelError: the checkpoint cannot be used, or is not the one that was expected.
+            WorkerError: there is no worker, or it serves something else.
+        """
+        self._options = check_options(
+            privacy=privacy,
+            worker=worker,
+            worker_key=worker_key,
+            attention=attention,
+            fuse=fuse,
+            field=field,
+            fixed_point=fixed_point,
+            pad_memory=pad_memory,
+            threads=threads,
+            device=device,
+            prefill_chunk=prefill_chunk,
+            timeout=timeout,
+            shm=shm,
+            insecure=insecure,
+            insecure_same_host=insecure_same_host,
+            lanes=lanes,
+            expect_model=expect_model,
+        )
+        if self._options.threads is not None:
+            torch.set_num_threads(self._options.threads)
+        self.privacy = privacy
+        self._turns = Turns()
+        weakref.finalize(self, self._turns.end).atexit = False  # Turns end at exit themselves
+        self._workers: list[WorkerProcess] = []
+        self._offload: Offload | None = None
+        self._pads: PadPool | None = None
+        self._tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
+        self._call_log = None if rpc_log is None else CallLog(Path(rpc_log))
+        if self._call_log is not None:
+            self._turns.at_end(self._call_log.close)
+        try:
+            self._load(model, dtype, on_load or silent)
+            if self._call_log is not None:
+                self._begin_log(self._call_log, model)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: str | Iterable[str] | Iterable[int] | Iterable[Iterable[int]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Completion]:
+        """Complete one or several prompts, all of them at once.
+
+        Args:
+            prompts: a text, token ids, or several of either. Token ids may be a list, a tuple, a
+                range, or an array or tensor of one dimension; one of two dimensions has a prompt
+                in each row.
+            sampling_params: how to choose tokens; the same for all prompts.
+            on_text: called with the place of an answer in what is returned, which is the number of
+                its prompt unless `n` is above 1, and each new piece of its text.
+            on_progress: called after each step that reads prompts: how many prompt tokens have
+                been computed, and how many are to be.
+            should_stop: asked before each step; once it says so, every answer ends with what it
+                has, and the finish_reason "abort".
+
+        Returns:
+            one completion a prompt, in order; with `n` above 1 that many for each prompt, those of
+            one prompt side by side, numbered by their `index`.
+
+        Raises:
+            PromptError: a prompt is empty, or longer than the model's context, or neither text nor
+                token ids, or a parameter speaks of tokens that the model does not have.
+            WorkerError: the worker failed; nothing is left running.
+            UsageError: the LLM is closed, now or while this runs; or it is called from its own
+                callback, or in a forked process.
+        """
+        params = one_params(sampling_params)
+        given = several_prompts(prompts)
+        ids = [self.tokenize(each) if isinstance(each, str) else each for each in given]
+        return self._turns.run(
+            lambda: generate(
+                self._engine,
+                ids,
+                params,
+                on_text,
+                on_progress=on_progress,
+                should_stop=self._turns.heed(should_stop),
+            )
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        conversation: Conversation | None = None,
+        split_special: bool = False,
+    ) -> Completion:
+        """Answer a conversation, `[{"role": "user", "content": "..."}, ...]`, once.
+
+        The content of a message is a text, a list of text parts, or None beside `tool_calls`; other
+        keys are handed to the model's chat template.
+
+        Args:
+            conversation: a handle. Keys and values are kept under it until the next call, which
+                begins with them as far as both prompts begin alike; floating-point results may
+                then differ in the last bits.
+            split_special: keep what messages hold from becoming control tokens. The other arguments
+                are those of `generate`.
+
+        Raises:
+            TokenizerError: the model has no chat template, or one that fails.
+            PromptError: see `generate`; or `n` is above 1, for which `tokenize` and `generate` are;
+                or the template refuses the conversation.
+            UsageError: see `generate`.
+        """
+        params = one_params(sampling_params)
+        if params.n > 1:
+            raise PromptError("A chat has one answer: leave n at 1, or use tokenize and generate.")
+        self._turns.check()
+        ids = self._tokenizer.encode_chat(messages, split_special=split_special)
+        [completion] = self._turns.run(
+            lambda: generate(
+                self._engine,
+                [ids],
+                params,
+                on_text,
+                on_progress=on_progress,
+                should_stop=self._turns.heed(should_stop),
+                conversation=conversation,
+            )
+        )
+        return completion
+
+    def conversation(self) -> Conversation:
+        """A handle for `chat`, under which keys and values are kept from answer to answer."""
+        turns, engine = self._turns, self._engine  # not self, which a handle must not keep alive
+
+        def forget(conversation: Conversation) -> None:
+            with suppress(UsageError):  # closed, which frees everything, or busy
+                turns.run(lambda: engine.forget(conversation))
+
+        return Conversation(forget)
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        chat: bool = False,
+        split_special: bool = False,
+    ) -> list[int]:
+        """The token ids of a text; with `chat`, of a conversation that begins with it.
+
+        A conversation may also be given as its messages.
+
+        Args:
+            split_special: of a conversation: keep what messages hold from becoming control tokens.
+
+        Raises:
+            TokenizerError: the model has no tokenizer, or no chat template.
+            PromptError: the text is not valid Unicode, or the template refuses the conversation.
+            UsageError: the LLM is closed, or this process is forked from its own.
+        """
+        self._turns.check()
+        if isinstance(prompt, str):
+            if not chat:
+                return self._tokenizer.encode(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        return self._tokenizer.encode_chat(prompt, split_special=split_special)
+
+    def score(self, prompt: str | Iterable[int]) -> Scores:
+        """How likely each token of a text, or of token ids, is after those before it.
+
+        Raises:
+            PromptError: fewer than two tokens, or more than the model's context.
+            WorkerError: the worker failed.
+            UsageError: see `generate`.
+        """
+        given = one_prompt(prompt)
+        ids = self.tokenize(given) if isinstance(given, str) else given
+        return self._turns.run(lambda: self._engine.score(ids))
+
+    @property
+    def model_digest(self) -> str:
+        """Of every byte of the model that this side uses: "sha256:" and 64 digits.
+
+        The same for all modes that compute in one form (docs/models.md).
+        """
+        return self._model_digest
+
+    @property
+    def stats(self) -> Stats:
+        """Where the time of this side went since it was loaded."""
+        return self._engine.stats
+
+    @property
+    def placement(self) -> Placement:
+        """Which side runs which operation."""
+        assert self._offload is not None
+        return self._offload.placement
+
+    @property
+    def transport(self) -> str:
+        """How calls and tensors reach the workers (docs/troubleshooting.md); "none" without any.
+
+        Where they are reached in different ways, all are named, in the order of the workers.
+        """
+        return _each_once(channel.transport for channel in self._channels) or "none"
+
+    @property
+    def transport_reason(self) -> str:
+        """Why this transport."""
+        return _each_once(channel.reason for channel in self._channels) or "no worker"
+
+    @property
+    def rpc(self) -> Counters:
+        """What has crossed between this side and all workers since the session began."""
+        return Counters.total(channel.counters for channel in self._channels)
+
+    @property
+    def pads(self) -> PadStats | None:
+        """How pads came about since the session began; None in a mode without them."""
+        return None if self._pads is None else self._pads.stats
+
+    def fill_pads(self) -> None:
+        """Wait until the stock of pads is full, as it becomes while nothing is asked.
+
+        Raises:
+            UsageError: the LLM is closed, or this process is forked from its own.
+        """
+        self._turns.check()
+        if self._pads is not None:
+            self._pads.fill()
+
+    def close(self) -> None:
+        """End all sessions, and stop local workers; safe to call twice, and from any thread.
+
+        An answer that another thread waits for ends at its next token, with a UsageError there.
+        Called from a callback of an answer, this returns at once, and that answer ends likewise. A
+        forked process closes nothing, as everything belongs to its parent.
+
+        Raises:
+            UsageError: a call in another thread does not end within a minute.
+        """
+        self._turns.end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _load(self, model: str, dtype: str, progress: Progress) -> None:
+        options = self._options
+        if options.privacy == "open":
+            log.warning("privacy open: the worker reads every prompt and every answer")
+        # One reading of each file: what the tokenizer uses is what the digest covers.
+        checkpoint = open_checkpoint(model, self._tokenizer.files)
+        try:
+            if isinstance(checkpoint, GGUFCheckpoint):
+                self._tokenizer.use_header(checkpoint.header)
+            self.config = checkpoint.config
+            self.dtype = parse_dtype(dtype, self.config)
+            weights_dtype = torch.int8 if options.masked else self.dtype
+            look_first = options.expect_model is None
+            for link in options.links:
+                process = WorkerProcess(
+                    link, model, weights_dtype, options.threads, options.device, look_first
+                )
+                self._workers.append(process)
+                self._turns.at_end(process.close)
+            if self._workers or self._tokenizer.files is not None:
+                self._tokenizer.preload()  # while the workers load, and before the digest is taken
+            norms = WeightsDigest()  # read once: what is used is what is hashed
+            layers = Layers(checkpoint, self.dtype, norms)
+            builder = Builder(options, checkpoint, self.dtype, norms, progress)
+            self._offload, self._pads = builder.build(self._workers)
+            self._turns.at_end(self._offload.close)
+            self._model_digest = builder.model_digest
+            decoder = Decoder(
+                checkpoint,
+                self.dtype,
+                layers,
+                self._offload.placement,
+                self._offload.most_scores,
+            )
+        finally:
+            checkpoint.close()
+        self._engine = Engine(
+            decoder,
+            self._offload,
+            self.config,
+            self._tokenizer,
+            Observer(
+                cpu_clock=process_time if self._pads is None else self._pads.other_cpu_s,
+                call_log=self._call_log,
+            ),
+            prefill_chunk=options.prefill_chunk,
+            microbatches=options.lanes,
+        )
+
+    def _begin_log(self, call_log: CallLog, model: str) -> None:
+        channels, transport = self._channels, self.transport
+        digest = channels[0].welcome.weights_digest if channels else None
+        header = run_header(
+            __version__, model, self._options, self.config, self.dtype, transport, digest
+        )
+        call_log.begin(header)
+        for number, channel in enumerate(channels):
+            channel.on_times = call_log.taker(number, channel.transport)
+
+    @property
+    def _channels(self) -> list[Channel]:
+        return [worker.channel for worker in self._workers if worker.channel is not None]
+
+
+def _each_once(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))

@@ -1,0 +1,121 @@
+"""Sessions with workers: reaching one, starting one, or running one in this process."""
+
+import logging
+import secrets
+from collections.abc import Sequence
+
+import torch
+
+from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.gpu.weights import load_integers, load_weights
+from tsqp.gpu.worker import OPEN_ABILITIES, PRIVATE_ABILITIES, Worker
+from tsqp.runtime.links import Link
+from tsqp.runtime.local_worker import LocalWorker
+from tsqp.wire.channel import Channel, InprocChannel
+from tsqp.wire.client import RemoteChannel, check_reachable
+from tsqp.wire.endpoint import parse_endpoint
+from tsqp.wire.messages import Hello
+from tsqp.wire.tensors import WEIGHTS_DTYPES
+
+log = logging.getLogger("tsqp")
+
+
+class WorkerProcess:
+    """The worker behind one link, from the first look to the session.
+
+    The steps are apart because what lies between them takes long: this side loads its weights
+    while a local worker loads its own.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        model: str,
+        dtype: torch.dtype,
+        threads: int | None = None,
+        device: str = "auto",
+        look_first: bool = True,
+    ) -> None:
+        """Start a local worker, or find out whether another one is there.
+
+        Args:
+            dtype: of the weights that the session needs; int8 for the private modes.
+            threads, device: for a local worker.
+            look_first: find that out now, before weights are loaded for nothing; else `connect`
+                is the first to reach another process.
+
+        Raises:
+            WorkerUnavailable: nobody serves the endpoint.
+            HandshakeError: whoever does has another key.
+        """
+        endpoint = link.endpoint
+        self._link = link
+        self._dtype = dtype
+        self._local: LocalWorker | None = None
+        self.channel: Channel | None = None
+        if endpoint.scheme == "local":
+            log.info("starting a worker on this machine, in the same trust domain")
+            arguments = [model, "--serve", "private"]
+            if dtype != torch.int8:
+                arguments = [model, "--serve", "open", "--dtype", WEIGHTS_DTYPES[dtype]]
+            arguments += [] if threads is None else ["--threads", str(threads)]
+            arguments += ["--device", device]
+            self._local = LocalWorker(arguments)
+        elif endpoint.scheme != "inproc" and look_first:
+            check_reachable(endpoint, link.key)
+
+    def connect(
+        self,
+        checkpoint: Checkpoint,
+        digest: str,
+        shm_bytes: int,
+        no_shm_reason: str,
+        abilities: Sequence[str] = (),
+    ) -> Channel:
+        """Shake hands.
+
+        Args:
+            digest: of the weights that this side computed from its own copy.
+            shm_bytes: shared memory wanted, 0 for none.
+            no_shm_reason: why none, where it is 0.
+            abilities: that the session needs beside those of every session.
+
+        Raises:
+            WorkerError: the worker is gone, or holds something else.
+        """
+        private = self._dtype == torch.int8
+        hello = Hello(
+            nonce=secrets.token_bytes(32),
+            weights_digest=digest,
+            dtype=WEIGHTS_DTYPES[self._dtype],
+            abilities=(*(PRIVATE_ABILITIES if private else OPEN_ABILITIES), *abilities),
+            shm_bytes=shm_bytes,
+        )
+        endpoint = self._link.endpoint
+        if endpoint.scheme == "inproc":
+            self.channel = InprocChannel(self._inproc_worker(checkpoint), hello)
+            return self.channel
+        if self._local is not None:
+            self._local.await_ready()
+            endpoint = parse_endpoint(self._local.endpoint)
+        self.channel = channel = RemoteChannel(
+            endpoint, hello, worker_key=self._link.key, no_shm_reason=no_shm_reason
+        )
+        name = f"{endpoint} (encrypted link)" if self._link.key else endpoint
+        log.info("worker at %s: transport %s (%s)", name, channel.transport, channel.reason)
+        return channel
+
+    def close(self) -> None:
+        """End the session, and a local worker; safe to call twice."""
+        try:
+            if self.channel is not None:
+                self.channel.close()
+        finally:
+            if self._local is not None:
+                self._local.close()
+
+    def _inproc_worker(self, checkpoint: Checkpoint) -> Worker:
+        cpu = torch.device("cpu")
+        if self._dtype == torch.int8:
+            return Worker(None, load_integers(checkpoint, cpu))
+        return Worker(load_weights(checkpoint, self._dtype, cpu))
