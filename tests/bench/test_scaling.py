@@ -1,5 +1,7 @@
 """Slopes are those of the powers they come from, and a real run has figures for every width."""
 
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,6 +26,31 @@ def test_widths_that_cannot_be_measured_are_refused(text: str) -> None:
 
 def test_widths_are_sorted() -> None:
     assert parse_widths("512, 64") == [64, 512]
+
+
+DRAW = """
+from pathlib import Path
+from tsqp.bench.figures import Figure
+from tsqp.report.plots import _draw
+from tsqp.bench.scaling import ScalingResult, draw
+figures = {width: Figure.of([1e-6 * width]) for width in (64, 128)}
+modes = ("tee", "pad", "pads")
+times, slopes = dict.fromkeys(modes, figures), dict.fromkeys(modes, 1.0)
+draw(ScalingResult([64, 128], 1, 1, 1, times, slopes, {}), Path("plot.svg"))
+print(Path("plot.svg").read_text(), _draw("x", 2.0, lambda axes: axes.plot([1, 2])))
+"""
+
+
+def test_settings_of_plots_in_the_working_folder_have_no_effect(tmp_path: Path) -> None:
+    colour = "#123456"
+    names = ("axes.facecolor", "figure.facecolor", "savefig.facecolor", "xtick.color")
+    lines = [f"{name}: {colour[1:]}" for name in names]
+    (tmp_path / "matplotlibrc").write_text("\n".join([*lines, "backend: module://no_module"]))
+    drawn = subprocess.run(
+        [sys.executable, "-c", DRAW], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert drawn.stdout.count("<svg") == 2
+    assert colour not in drawn.stdout
 
 
 @pytest.mark.slow

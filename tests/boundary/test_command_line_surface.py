@@ -8,35 +8,36 @@ COMMANDS = {
         --attention --chat --debug --device --dtype --expect-model --field --fixed-point
         --frequency-penalty --fuse --ignore-eos --insecure --insecure-same-host --json --logit-bias
         --logprobs --max-tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk
-        --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs --prompts
+        --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs --prompts --quiet
         --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --temperature
         --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "chat": """
         --attention --debug --device --dtype --expect-model --field --fixed-point
         --frequency-penalty --fuse --insecure --insecure-same-host --logit-bias --max-tokens --min-p
-        --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy --repetition-penalty
-        --rpc-log --seed --split-special --stop --stop-token-id --system --temperature --threads
+        --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy --quiet
+        --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --system
+        --temperature --threads
         --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "worker": """
-        --debug --device --dtype --insecure --keyfile --listen --no-shm --record --serve
+        --debug --device --dtype --insecure --keyfile --listen --no-shm --quiet --record --serve
         --supervised --threads MODEL
     """,
-    "prepare": "--debug MODEL OUT",
-    "digest": "--debug --dtype --privacy MODEL",
+    "prepare": "--debug --quiet MODEL OUT",
+    "digest": "--debug --dtype --privacy --quiet MODEL",
     "keygen": "--debug FOLDER",
     "doctor": "--debug --dtype --insecure --json --threads --worker --worker-key MODEL",
-    "demo": "--debug --fetch --prompt",
+    "demo": "--debug --fetch --prompt --quiet",
     "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
     "bench": """
         --batch --debug --device --dtype --field --modes --new-tokens --out --prompt-tokens
-        --rounds --starts --sustained --threads MODEL
+        --quiet --rounds --starts --sustained --threads MODEL
     """,
-    "bench-kernels": "--debug --out",
-    "bench-transport": "--calls --debug --out",
-    "bench-scaling": "--debug --out --plot --prompt-tokens --rounds --threads --widths",
-    "bench-accuracy": "--chunk --debug --max-tokens --out --text --threads MODEL",
+    "bench-kernels": "--debug --out --quiet",
+    "bench-transport": "--calls --debug --out --quiet",
+    "bench-scaling": "--debug --out --plot --prompt-tokens --quiet --rounds --threads --widths",
+    "bench-accuracy": "--chunk --debug --max-tokens --out --quiet --text --threads MODEL",
     "report": "--against --debug --html --json FILES",
 }
 

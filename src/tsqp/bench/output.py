@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tsqp.bench.figures import Figure
 from tsqp.errors import UsageError, shown
+from tsqp.runtime.quiet import is_quiet
 
 
 def check_out(out: Path | None, option: str = "--out") -> None:
@@ -33,7 +34,7 @@ def print_result(
     result: dict[str, object], tables: Iterable[Table], notes: Iterable[str], out: Path | None
 ) -> None:
     """Print tables and notes to standard error and the JSON to standard output; write `out`."""
-    console = Console(stderr=True, width=140, highlight=False)
+    console = Console(stderr=True, width=140, highlight=False, quiet=is_quiet())
     for table in tables:
         console.print(table)
     for note in notes:

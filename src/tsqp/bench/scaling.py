@@ -115,9 +115,12 @@ def notes(result: ScalingResult) -> Iterator[str]:
 
 def draw(result: ScalingResult, path: Path) -> None:
     """The same as a plot, in SVG."""
-    from matplotlib import pyplot
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Plot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    mpl.rcdefaults()  # whatever a matplotlibrc in the working folder says
+    figure = Plot(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for (name, figures), marker in zip(result.cpu_s_per_token.items(), "os^", strict=True):
         medians = [1e6 * figures[width].median for width in result.widths]
         label = f"{'making pads' if name == 'pads' else name}: slope {result.slopes[name]:.2f}"
@@ -129,7 +132,6 @@ def draw(result: ScalingResult, path: Path) -> None:
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     figure.savefig(path, format="svg")
-    pyplot.close(figure)
 
 
 def _cell(figure: Figure) -> str:

@@ -17,6 +17,7 @@ from tsqp.cli.settings import read_settings
 from tsqp.cli.streams import open_streams
 from tsqp.errors import RemoteError, TSQPError, UsageError
 from tsqp.runtime.hardening import harden_process
+from tsqp.runtime.quiet import set_quiet
 from tsqp.runtime.tracebacks import without_foreign_messages
 
 # They hold prompts, answers or pads. A worker knows nothing that this would protect.
@@ -74,7 +75,7 @@ def main() -> None:
     """
     open_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tsqp").setLevel(logging.INFO)
+    set_quiet(False)
     state: dict[str, bool] = {}
     try:
         try:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import Debug, JsonOutput
+from tsqp.cli.flags import Debug, JsonOutput, Quiet
 from tsqp.cli.prompts import read_ids
 from tsqp.errors import PromptError
 
@@ -24,6 +24,7 @@ def demo(
             help="What to ask; other users of this machine can read it in the list of processes."
         ),
     ] = DEMO_PROMPT,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """A real model answers through a TEE process and a worker process; then, what the GPU saw."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import BenchThreads, Debug, Device, Dtype, Field, Model, Out
+from tsqp.cli.flags import BenchThreads, Debug, Device, Dtype, Field, Model, Out, Quiet
 
 
 @app.command()
@@ -32,6 +32,7 @@ def bench(
     device: Device = "auto",
     threads: BenchThreads = None,
     out: Out = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Time all modes in turn. Also: bench kernels, accuracy, transport, and scaling."""
@@ -59,7 +60,7 @@ def bench(
 
 
 @app.command("bench-kernels")
-def bench_kernels(out: Out = None, debug: Debug = False) -> None:
+def bench_kernels(out: Out = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Time the loops of the trusted side on one core, for each element."""
     from tsqp.bench import output
 
@@ -74,6 +75,7 @@ def bench_kernels(out: Out = None, debug: Debug = False) -> None:
 def bench_transport(
     calls: Annotated[int, typer.Option(min=100, help="Calls of one row, each way.")] = 2000,
     out: Out = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Time every way in which a call can reach a worker on this machine."""
@@ -96,6 +98,7 @@ def bench_scaling(
     threads: BenchThreads = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw it, in this new SVG file.")] = None,
     out: Out = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Time the TEE alone as models grow wider: with tee and with pad, and the slope of each."""
@@ -124,6 +127,7 @@ def bench_accuracy(
     ] = 256,
     threads: BenchThreads = None,
     out: Out = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compare the perplexity of float32, fixed point and pad."""

@@ -28,6 +28,7 @@ from tsqp.cli.flags import (
     PrefillChunk,
     PresencePenalty,
     Privacy,
+    Quiet,
     RepetitionPenalty,
     RpcLog,
     Seed,
@@ -83,12 +84,13 @@ def chat(
     insecure_same_host: InsecureSameHost = False,
     expect_model: ExpectModel = None,
     rpc_log: RpcLog = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Talk with a model: a line is a message, and /help lists the commands."""
     params = read_sampling(context)
     from tsqp.checkpoint.checkpoint import check_exists
-    from tsqp.cli.printing import say
+    from tsqp.cli.printing import note
     from tsqp.cli.repl import Repl
     from tsqp.tee.text.tokenizer import Tokenizer
 
@@ -100,7 +102,7 @@ def chat(
         if interactive:
             with suppress(ImportError):  # line editing, where Python has it; kept in no file
                 import readline  # noqa: F401
-            say("/help lists the commands, and Ctrl-D ends the chat.")
+            note("/help lists the commands, and Ctrl-D ends the chat.")
         repl = Repl(
             llm, params, system=system, split_special=split_special, interactive=interactive
         )

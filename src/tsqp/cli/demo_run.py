@@ -12,8 +12,9 @@ from rich.table import Table
 from tsqp import LLM, SamplingParams
 from tsqp.audit.audit_table import make_console, read_text, show_found, show_p
 from tsqp.audit.auditor import NEAREST, REPEATS, ROW_SPACE, UNIFORM, Auditor, Report
-from tsqp.cli.printing import Printer, say
+from tsqp.cli.printing import Printer, note
 from tsqp.runtime.local_worker import LocalWorker
+from tsqp.runtime.quiet import is_quiet
 from tsqp.tee.text.tokenizer import Tokenizer
 
 MODEL = "demo"
@@ -21,7 +22,7 @@ MODEL = "demo"
 
 def run_demo(prompt: str) -> None:
     """Answer, then show what the worker could read of the prompt, in `pad` and in `open`."""
-    say(f"Model   SmolLM2-135M-Instruct\nAsking  {prompt}")
+    note(f"Model   SmolLM2-135M-Instruct\nAsking  {prompt}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no recording behind
     with tempfile.TemporaryDirectory(prefix="tsqp-demo-") as temporary:  # for this user alone
         folder = Path(temporary)
@@ -30,9 +31,9 @@ def run_demo(prompt: str) -> None:
             _worker("private", folder / "pad") as private,
             _worker("open", folder / "open") as plain,
         ):
-            say("starting two workers on this machine, in the same trust domain")
+            note("starting two workers on this machine, in the same trust domain")
             ids = _answer(prompt, private)
-            say("\nThe same prompt once more in open, to compare what the workers saw …")
+            note("\nThe same prompt once more in open, to compare what the workers saw …")
             _prefill(ids, plain)
         auditor = Auditor(MODEL)
         _print([(mode, auditor.audit(folder / mode, ids)) for mode in ("pad", "open")])
@@ -73,6 +74,8 @@ def _print(reports: Sequence[tuple[str, Report]]) -> None:
     table.add_row("are the values uniform?", *(_show_uniform(report) for _, report in reports))
     leaks = (f"{len(report.leaks)} of {len(report.attacks)}" for _, report in reports)
     table.add_row("attacks that found more than chance", *leaks)
+    if is_quiet():
+        return
     console = make_console(stderr=True)
     console.print()
     console.print(table)
@@ -80,7 +83,7 @@ def _print(reports: Sequence[tuple[str, Report]]) -> None:
         if report.recovered is not None:
             text = " ".join(read_text(report.recovered, Tokenizer(MODEL)).split())
             console.print(f"\nThe prompt, as read by the worker in {mode}:\n  {text}")
-    say("\n`tsqp audit` does the same for your own prompts: see docs/audit.md.")
+    note("\n`tsqp audit` does the same for your own prompts: see docs/audit.md.")
 
 
 def _show_uniform(report: Report) -> str:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from tsqp.runtime.quiet import set_quiet
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -170,6 +172,22 @@ Debug = Annotated[
         envvar="TSQP_DEBUG",
         callback=_note_debug,
         help="Show tracebacks, the worker's included.",
+    ),
+]
+
+
+def _note_quiet(value: bool) -> bool:
+    set_quiet(value)
+    return value
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        envvar="TSQP_QUIET",
+        callback=_note_quiet,
+        help="Print results, warnings and errors only: no progress, notes or statistics.",
     ),
 ]
 

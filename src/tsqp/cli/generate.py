@@ -28,6 +28,7 @@ from tsqp.cli.flags import (
     PrefillChunk,
     PresencePenalty,
     Privacy,
+    Quiet,
     RepetitionPenalty,
     RpcLog,
     Seed,
@@ -112,6 +113,7 @@ def generate(
     expect_model: ExpectModel = None,
     rpc_log: RpcLog = None,
     json_output: JsonOutput = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Complete prompts, or answer them with --chat."""

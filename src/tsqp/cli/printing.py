@@ -28,6 +28,7 @@ from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
 from tsqp.runtime.llm import LLM
 from tsqp.runtime.options import PRIVACY_MODES
+from tsqp.runtime.quiet import is_quiet
 from tsqp.tee.sampling import Completion
 from tsqp.tee.stats import KINDS, OPERATIONS
 
@@ -63,7 +64,8 @@ class Printer:
     def finish(self, completions: Sequence[Completion]) -> None:
         """Print what has not streamed, and the statistics."""
         if self._json_output:
-            print_statistics(self._llm)
+            if not is_quiet():
+                print_statistics(self._llm)
             print(json.dumps(as_json(self._llm, completions)))
             return
         if self._stream:
@@ -74,7 +76,8 @@ class Printer:
                 if self._n > 1:
                     number += f".{completion.index + 1}"
                 print(f"[{number}] {completion.text}", flush=True)
-        print_statistics(self._llm)
+        if not is_quiet():
+            print_statistics(self._llm)
 
 
 def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
@@ -166,7 +169,7 @@ def prompt_progress(wanted: bool = True) -> Iterator[Callable[[int, int], None] 
     Yields:
         what `generate` takes as `on_progress`: None where nobody would see the bar.
     """
-    if not (wanted and _stderr.is_interactive):
+    if not (wanted and _has_viewer()):
         yield None
         return
     rate = TextColumn("{task.fields[rate]:.0f} tokens a second")
@@ -212,7 +215,7 @@ class Loading(Rate):
         self._task = self._bar.add_task("", total=None)
 
     def _show(self, done: int, total: int) -> None:
-        if not _stderr.is_interactive:
+        if not _has_viewer():
             return
         if done >= total:
             self.stop()
@@ -228,7 +231,7 @@ class Loading(Rate):
     def say_rate(self, layers: int) -> None:
         """One line instead, where there is no terminal."""
         if not _stderr.is_interactive:
-            say(self.describe(layers))
+            note(self.describe(layers))
 
 
 @contextmanager
@@ -242,14 +245,25 @@ def loading_progress(what: str = "Loading") -> Iterator[Loading]:
 
 
 def say(text: str) -> None:
-    """A line for people."""
+    """A line for people: an error, or something that they asked for."""
     _stderr.print(text)
+
+
+def note(text: str) -> None:
+    """A line for people that they can do without: nothing with --quiet."""
+    if not is_quiet():
+        say(text)
+
+
+def _has_viewer() -> bool:
+    """Whether a bar would be seen and is wanted."""
+    return _stderr.is_interactive and not is_quiet()
 
 
 def fetch_demo_model() -> None:
     """Fetch the demo model with a progress bar, unless it is there."""
     columns = (TextColumn("Fetching SmolLM2-135M-Instruct"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=_stderr, transient=True) as bar:
+    with Progress(*columns, console=_stderr, transient=True, disable=is_quiet()) as bar:
         task = bar.add_task("", total=None, visible=False)
 
         def progress(done: int, total: int) -> None:
@@ -279,5 +293,5 @@ def prepare_model(model: str, out: Path) -> None:
         digest = prepare(model, out, preparing)
     with closing(PreparedFile(out)) as file:
         preparing.say_rate(file.layers)
-    say(f"{out}: {out.stat().st_size:,} bytes, weights {digest[:12]}…")
-    say(f"Serve it with: tsqp worker {out} --listen ENDPOINT")
+    note(f"{out}: {out.stat().st_size:,} bytes, weights {digest[:12]}…")
+    note(f"Serve it with: tsqp worker {out} --listen ENDPOINT")

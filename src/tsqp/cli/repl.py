@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 
-from tsqp.cli.printing import print_statistics, prompt_progress, say
+from tsqp.cli.printing import note, print_statistics, prompt_progress, say
 from tsqp.errors import PromptTooLong, TSQPError, WorkerError
 from tsqp.runtime.llm import LLM
 from tsqp.tee.sampling import Completion, SamplingParams
@@ -144,14 +144,14 @@ class Repl:
         finally:
             self._interrupted = False
         if answer.finish_reason == "abort" and not answer.text:
-            say("[stopped before the answer; the message is not kept]")
+            note("[stopped before the answer; the message is not kept]")
             return False
         print(flush=True)
         self._exchanges.append((message, answer.text))
         if answer.finish_reason == "abort":
-            say("[stopped; the answer so far is kept]")
+            note("[stopped; the answer so far is kept]")
         elif answer.finish_reason == "length":
-            say("[cut off: --max-tokens or the model's context allows no more]")
+            note("[cut off: --max-tokens or the model's context allows no more]")
         return True
 
     def _answer(self, message: str) -> Completion:
@@ -182,25 +182,25 @@ class Repl:
         self._exchanges.clear()
         self._conversation.close()
         self._conversation = self._llm.conversation()
-        say("The conversation begins anew.")
+        note("The conversation begins anew.")
 
     def _set_system(self, text: str) -> None:
         self._system = text
-        say("The system message is set." if text else "There is no system message now.")
+        note("The system message is set." if text else "There is no system message now.")
 
     def _undo(self, _: str) -> None:
         if not self._exchanges:
             say("There is nothing to take back.")
             return
         self._exchanges.pop()
-        say(f"The last message and its answer are taken back; {len(self._exchanges)} remain.")
+        note(f"The last message and its answer are taken back; {len(self._exchanges)} remain.")
 
     def _retry(self, _: str) -> None:
         if not self._exchanges:
             say("There is nothing to retry.")
             return
         if self._params.temperature == 0:
-            say("At --temperature 0 the answer is the same again.")
+            note("At --temperature 0 the answer is the same again.")
         last = self._exchanges.pop()
         if not self._ask(last[0]):
             self._exchanges.append(last)
@@ -221,7 +221,7 @@ class Repl:
             reason = exc.strerror if isinstance(exc, OSError) else "no file can have this name"
             say(f"Cannot write that file: {reason}.")
         else:
-            say("The conversation is saved, for whoever can read this disk.")
+            note("The conversation is saved, for whoever can read this disk.")
 
 
 def _say_unknown(_: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import Debug, Device, Dtype, Insecure, Model, NoShm, Threads
+from tsqp.cli.flags import Debug, Device, Dtype, Insecure, Model, NoShm, Quiet, Threads
 
 
 @app.command()
@@ -38,6 +38,7 @@ def worker(
         typer.Option(help="Write down everything that arrives, for `tsqp audit`, in this folder."),
     ] = None,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Serve a model's linear layers to TEE processes. Runs on the machine with the GPU."""
@@ -67,6 +68,7 @@ def prepare(
     out: Annotated[
         Path, typer.Argument(help="A new file, NAME.tsqp.safetensors.", show_default=False)
     ],
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write the int8 weights of the private modes, which are all that a worker needs for them."""

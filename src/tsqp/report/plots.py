@@ -216,7 +216,9 @@ def _bytes(ax: Axes, report: LogReport) -> None:
 
 def _draw(name: str, height: float, plot: Callable[[Axes], None]) -> str:
     """An SVG element."""
-    with mpl.rc_context(RC | {"svg.hashsalt": name}):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever a matplotlibrc in the working folder says
+        mpl.rcParams.update(RC | {"svg.hashsalt": name})
         figure = Figure((WIDTH, height), layout="constrained")
         plot(figure.subplots())
         out = io.StringIO()
