@@ -2,20 +2,26 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from liars import LyingWorker
 from lying_worker import Order
-from protocol_helpers import Commands, Main
+from protocol_helpers import Commands, Main, socket_endpoint
 from test_without_shared_memory import MISSING, inside, may_mount, tmpfs
 
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.doctor import machine_checks as machine
 from tsqp.doctor.check import Check, run_check
 from tsqp.doctor.diagnose import print_checks
+from tsqp.doctor.greeting_checks import Unnamed, greeting_checks
 from tsqp.doctor.session_checks import Target, session_checks
 from tsqp.errors import RemoteError
+from tsqp.gpu.weights import load_integers
 from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.wire.keys import write_key_pair
 
 MODES = ("pad", "open")
 
@@ -177,10 +183,50 @@ def test_a_remote_failure_shows_the_remote_traceback() -> None:
     assert run_check("remote", fail).traceback == "their traceback"
 
 
-def test_a_worker_without_its_model_is_wrong_usage(main: Main) -> None:
-    result = main("doctor", "--worker", "ipc:///nowhere", env={"TSQP_MODEL": ""})
-    assert result.status == 2
-    assert "needs MODEL" in result.error
+def test_a_worker_without_its_model_is_asked_what_it_serves(tiny_worker: str) -> None:
+    checks = {check.name: check for check in greeting_checks(Unnamed(tiny_worker))}
+    assert failures(list(checks.values())) == {}
+    assert checks["reach the worker"].found == f"{tiny_worker}, not encrypted"
+    with closing(open_checkpoint("random:tiny")) as checkpoint:
+        digest = load_integers(checkpoint, torch.device("cpu")).digest
+    said = f"it says int8 weights {digest[:12]}…, in protocol version 1"
+    assert checks["pad: what is served"].found == said
+    assert checks["open: what is served"].found.startswith("it says float32 weights ")
+    assert checks["weights and products"].state == "skipped"
+    assert "add MODEL" in checks["weights and products"].found
+
+
+def test_a_worker_without_its_model_that_serves_one_mode_or_has_a_key(commands: Commands) -> None:
+    _, public, _ = write_key_pair(commands.folder / "keys")
+    secret = commands.folder / "keys" / "worker.key"
+    running = commands.worker(
+        "random:tiny", "tcp://127.0.0.1:0", "--serve", "private", "--keyfile", secret
+    )
+    endpoint = socket_endpoint(running.stderr)
+    states = {c.name: c.state for c in greeting_checks(Unnamed(endpoint, str(public)))}
+    assert states.pop("reach the worker") == states.pop("pad: what is served") == "ok"
+    assert set(states.values()) == {"skipped"}
+    [wrong] = failures(list(greeting_checks(Unnamed(endpoint)))).values()
+    assert "takes encrypted links alone" in wrong
+
+
+def test_a_worker_without_its_model_that_is_down(commands: Commands) -> None:
+    [(name, found)] = failures(list(greeting_checks(Unnamed(commands.ipc())))).items()
+    assert name == "reach the worker"
+    assert f"ipc://{commands.folder}" in found
+    [found] = failures(list(greeting_checks(Unnamed("local")))).values()
+    assert "name MODEL" in found
+
+
+def test_the_command_takes_a_worker_without_its_model(
+    main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "tsqp.doctor.diagnose.examine", lambda threads, target: asked.append(target) or []
+    )
+    assert main("doctor", "--worker", "ipc:///nowhere", env={"TSQP_MODEL": ""}).status == 0
+    assert asked == [Unnamed("ipc:///nowhere")]
 
 
 def test_cores_are_those_that_this_process_may_use() -> None:

@@ -7,7 +7,6 @@ import typer
 
 from tsqp.cli.app import app
 from tsqp.cli.flags import Debug, Dtype, Insecure, JsonOutput, Threads
-from tsqp.errors import UsageError
 
 
 @app.command()
@@ -21,7 +20,8 @@ def doctor(
         ),
     ] = None,
     worker: Annotated[
-        str | None, typer.Option(help="Examine this worker too; needs MODEL, to check products.")
+        str | None,
+        typer.Option(help="Examine this worker too; with MODEL, its weights and products."),
     ] = None,
     worker_key: Annotated[
         str | None, typer.Option(help="The worker's public key, or its file.")
@@ -33,17 +33,18 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Check this machine, the ways to a worker, and a worker: what is wrong, and what to do."""
-    if worker is not None and model is None:
-        raise UsageError("--worker needs MODEL, the model that it serves, to check its products.")
     from tsqp.cli.printing import say
     from tsqp.doctor.diagnose import examine, print_checks
+    from tsqp.doctor.greeting_checks import Unnamed
     from tsqp.doctor.session_checks import Target
 
     logging.getLogger("tsqp").setLevel(logging.WARNING)  # every check says its own
-    target = None
+    target: Target | Unnamed | None = None
     if worker is None and model is not None:
         say(f"{model} was not looked at: that takes a --worker that serves it.")
     if worker is not None and model is not None:
         target = Target(model, worker, worker_key, dtype, threads, insecure)
+    elif worker is not None:
+        target = Unnamed(worker, worker_key)
     if not print_checks(examine(threads, target), json_output=json_output):
         raise typer.Exit(1)

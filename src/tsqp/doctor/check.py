@@ -9,6 +9,7 @@ from tsqp.errors import RemoteError, TSQPError
 from tsqp.runtime.tracebacks import without_foreign_messages
 
 State = Literal["ok", "bad", "skipped"]
+NOT_SERVED = "start it with --serve"  # what a worker says that serves the other modes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from tsqp.bench.ceilings import copy_bytes_per_s
 from tsqp.bench.transports import ANSWER_BYTES, Ways
 from tsqp.doctor.check import Check, Wrong, run_check
+from tsqp.doctor.greeting_checks import Unnamed, greeting_checks
 from tsqp.doctor.machine_checks import machine_checks
 from tsqp.doctor.session_checks import Target, session_checks
 
@@ -19,12 +20,14 @@ CALLS = 200
 MARKS = {"ok": "[green]✓[/]", "bad": "[red]✗[/]", "skipped": "[dim]–[/]"}
 
 
-def examine(threads: int | None, target: Target | None) -> Iterator[Check]:
+def examine(threads: int | None, target: Target | Unnamed | None) -> Iterator[Check]:
     """Check the machine, its transports, and the worker that `target` names."""
     for name, check in machine_checks(threads):
         yield run_check(name, check)
     yield from transport_checks()
-    if target is not None:
+    if isinstance(target, Unnamed):
+        yield from greeting_checks(target)
+    elif target is not None:
         yield from session_checks(target)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.checkpoint.quantize import quantize_group
 from tsqp.checkpoint.weights import parse_dtype, read_bias, read_embedding, read_linear
-from tsqp.doctor.check import Check, Skipped, Wrong, run_check
+from tsqp.doctor.check import NOT_SERVED, Check, Skipped, Wrong, run_check
 from tsqp.errors import HandshakeError
 from tsqp.gpu.worker import ATTENTION_ABILITY
 from tsqp.nn.attention import Segment
@@ -40,7 +40,6 @@ TIMEOUT_S = 8.0
 GROUP = (0, "qkv")
 FEW_ROWS, MANY_ROWS = 4, 512
 CALLS = 20
-NOT_SERVED = "start it with --serve"  # what a worker says that serves the other modes
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 Step = tuple[str, Callable[[], str]]

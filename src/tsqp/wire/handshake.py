@@ -1,9 +1,22 @@
 """What both sides must agree on before the first call; each of them checks."""
 
 import hmac
+import re
 
 from tsqp.errors import HandshakeError
 from tsqp.wire.messages import Hello, Welcome
+
+_OTHER_DTYPE = re.compile(r"the worker computes in (float32|float16|bfloat16) and")
+_OTHER_WEIGHTS = re.compile(r"the worker holds other weights \(digest ([0-9a-f]{12})…")
+
+
+def read_refusal(reason: str) -> tuple[str | None, str | None]:
+    """What a refusal by `check_agreement` says of the worker: dtype, or first digits of the digest.
+
+    Both are None where it was refused for another reason.
+    """
+    dtype, digest = _OTHER_DTYPE.search(reason), _OTHER_WEIGHTS.search(reason)
+    return dtype and dtype[1], digest and digest[1]
 
 
 def check_agreement(hello: Hello, welcome: Welcome) -> None:

@@ -1,0 +1,67 @@
+"""What a worker says of itself to whoever asks: no session, and no weights of one's own.
+
+The protocol has no question for it. A worker refuses a client that holds other weights, and its
+refusal says what it holds itself.
+"""
+
+import secrets
+import time
+
+from tsqp.errors import HandshakeError, ProtocolError
+from tsqp.wire.codec import encode, printable, tee_decoder
+from tsqp.wire.endpoint import Endpoint
+from tsqp.wire.handshake import read_refusal
+from tsqp.wire.messages import Failure, Hello, WeightsDtype
+from tsqp.wire.zmq import NO_DOORBELL, ClientSocket
+
+_NOBODY_S = "0" * 64  # the digest of no weights
+_DTYPES: dict[str, WeightsDtype] = {
+    "float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
+}  # fmt: skip
+
+
+def ask_what_is_served(
+    endpoint: Endpoint, worker_key: str | None, dtype: WeightsDtype, timeout: float = 5.0
+) -> tuple[WeightsDtype, str]:
+    """The dtype of the worker's weights, and the first 12 digits of their digest.
+
+    Args:
+        endpoint: ipc or tcp.
+        worker_key: the worker's public key, for an encrypted link.
+        dtype: "int8" for the weights of the private modes; any other for those of `open`.
+        timeout: seconds for the connection, and again for the answer.
+
+    Raises:
+        WorkerUnavailable, WorkerLost: nobody serves the endpoint, or answers in time.
+        HandshakeError: it has another key or protocol version, or no such weights.
+        ProtocolError: it answered something else.
+    """
+    reason = _refusal(endpoint, worker_key, dtype, timeout)
+    own_dtype, digest = read_refusal(reason)
+    if own_dtype is not None:
+        dtype = _DTYPES[own_dtype]
+        reason = _refusal(endpoint, worker_key, dtype, timeout)
+        _, digest = read_refusal(reason)
+    if digest is None:
+        raise HandshakeError(f"Refused by the worker at {endpoint}: {reason}")
+    return dtype, digest
+
+
+def _refusal(
+    endpoint: Endpoint, worker_key: str | None, dtype: WeightsDtype, timeout: float
+) -> str:
+    name = f"The worker at {endpoint}"
+    hello = Hello(secrets.token_bytes(32), _NOBODY_S, dtype, abilities=(), shm_bytes=0)
+    socket = ClientSocket(endpoint, timeout, worker_key)
+    try:
+        socket.send([encode(hello)])
+        deadline = time.monotonic() + timeout
+        while (frame := socket.receive(deadline, NO_DOORBELL)) is None:
+            pass
+        _, message = tee_decoder(str(endpoint)).decode(frame)
+        socket.receive_exactly([], name)
+    finally:
+        socket.close()
+    if not isinstance(message, Failure):
+        raise ProtocolError(f"{name} answered the handshake wrongly.")
+    return printable(message.message)
