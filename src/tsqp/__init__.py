@@ -2,10 +2,11 @@
 
 from tsqp import LLM, SamplingParams
 
-with LLM("path/to/model", worker="ipc:///run/tsqp.sock", privacy="open") as llm:
+with LLM("path/to/model", worker="ipc:///run/tsqp.sock") as llm:
     print(llm.generate(["The capital of France is"], SamplingParams(temperature=0))[0].text)
 """
 
+import importlib
 import os
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if TYPE_CHECKING:
     from tsqp.runtime.hardening import harden_process
     from tsqp.runtime.llm import LLM
+    from tsqp.runtime.options import Options
     from tsqp.tee.conversation import Conversation
-    from tsqp.tee.sampling import Completion, SamplingParams
+    from tsqp.tee.crypto.pads import PadStats
+    from tsqp.tee.engine.scoring import Scores
+    from tsqp.tee.placement import Placement
+    from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs
+    from tsqp.tee.stats import Stats
+    from tsqp.wire.channel import Counters
 
 __version__ = "0.1.0"
 
@@ -27,29 +34,37 @@ __all__ = [
     "LLM",
     "Completion",
     "Conversation",
+    "Counters",
+    "Options",
+    "PadStats",
+    "Placement",
     "SamplingParams",
+    "Scores",
+    "Stats",
     "TSQPError",
+    "TokenLogprobs",
     "__version__",
     "harden_process",
 ]
 
+_MODULES = {
+    "LLM": "tsqp.runtime.llm",
+    "Completion": "tsqp.tee.sampling",
+    "Conversation": "tsqp.tee.conversation",
+    "Counters": "tsqp.wire.channel",
+    "Options": "tsqp.runtime.options",
+    "PadStats": "tsqp.tee.crypto.pads",
+    "Placement": "tsqp.tee.placement",
+    "SamplingParams": "tsqp.tee.sampling",
+    "Scores": "tsqp.tee.engine.scoring",
+    "Stats": "tsqp.tee.stats",
+    "TokenLogprobs": "tsqp.tee.sampling",
+    "harden_process": "tsqp.runtime.hardening",
+}
+
 
 def __getattr__(name: str) -> object:
     # torch takes a second to import; `tsqp --help` should not.
-    if name == "LLM":
-        from tsqp.runtime.llm import LLM
-
-        return LLM
-    if name == "harden_process":
-        from tsqp.runtime.hardening import harden_process
-
-        return harden_process
-    if name == "Conversation":
-        from tsqp.tee.conversation import Conversation
-
-        return Conversation
-    if name in ("Completion", "SamplingParams"):
-        from tsqp.tee import sampling
-
-        return {"Completion": sampling.Completion, "SamplingParams": sampling.SamplingParams}[name]
+    if name in _MODULES:
+        return vars(importlib.import_module(_MODULES[name]))[name]
     raise AttributeError(f"module 'tsqp' has no attribute {name!r}")

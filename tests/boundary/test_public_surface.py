@@ -1,6 +1,7 @@
 """What `import tsqp` offers: changing it is a decision, not an accident."""
 
 import inspect
+import re
 
 import pytest
 
@@ -12,8 +13,15 @@ def test_the_public_names_are_frozen() -> None:
         "LLM",
         "Completion",
         "Conversation",
+        "Counters",
+        "Options",
+        "PadStats",
+        "Placement",
         "SamplingParams",
+        "Scores",
+        "Stats",
         "TSQPError",
+        "TokenLogprobs",
         "__version__",
         "harden_process",
     ]
@@ -29,6 +37,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_arguments_of_llm_are_frozen() -> None:
     assert list(inspect.signature(tsqp.LLM).parameters) == [
         "model",
+        "options",
+        "tokenizer",
+        "on_load",
         "privacy",
         "worker",
         "worker_key",
@@ -45,11 +56,9 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "shm",
         "insecure",
         "insecure_same_host",
-        "lanes",
+        "microbatches",
         "expect_model",
-        "tokenizer",
         "rpc_log",
-        "on_load",
     ]
     public = {name for name in dir(tsqp.LLM) if not name.startswith("_")}
     assert public == {
@@ -99,3 +108,21 @@ def test_the_fields_of_parameters_and_completions_are_frozen() -> None:
         "logprobs",
         "prompt_logprobs",
     ]
+
+
+def test_options_may_be_one_object_and_are_checked_when_it_is_made() -> None:
+    with pytest.raises(tsqp.errors.UsageError, match="There is no such privacy mode"):
+        tsqp.Options(privacy="none")
+    with pytest.raises(tsqp.errors.UsageError, match="as one object, or as keywords"):
+        tsqp.LLM("random:tiny", tsqp.Options(privacy="tee"), threads=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'thread'"):
+        tsqp.LLM("random:tiny", privacy="tee", thread=1)
+
+
+def test_every_type_that_public_calls_return_is_public() -> None:
+    for name, member in inspect.getmembers(tsqp.LLM):
+        call = member.fget if isinstance(member, property) else member
+        if name.startswith("_") or not callable(call):
+            continue
+        for word in re.findall(r"[A-Z]\w+", str(inspect.signature(call).return_annotation)):
+            assert word in {*tsqp.__all__, "None", "NoneType"}, (name, word)

@@ -185,7 +185,7 @@ def test_open_gives_the_tokens_of_transformers(
         dtype="float32",
         shm=shm,
         prefill_chunk=prefill_chunk,
-        lanes=lanes,
+        microbatches=lanes,
     ) as llm:
         assert llm.transport == TRANSPORTS[where, shm]
         some = [prompts[number] for number in numbers]
@@ -239,7 +239,7 @@ def test_every_combination_gives_the_tokens_of_transformers(
         privacy="tee" if where == "tee" else "open",
         worker=None if where == "tee" else small_workers.get(where, where),
         shm=shm,
-        lanes=lanes,
+        microbatches=lanes,
         prefill_chunk=prefill_chunk,
     ) as llm:
         assert llm.transport == TRANSPORTS[where, shm]

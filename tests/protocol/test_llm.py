@@ -211,11 +211,16 @@ def test_texts_of_numpy_are_texts(llm: LLM) -> None:
 
 def test_options_take_numbers_of_numpy() -> None:
     with LLM(
-        "random:tiny", privacy="tee", prefill_chunk=np.int64(8), lanes=torch.tensor(1),  # type: ignore[arg-type]
+        "random:tiny", privacy="tee", prefill_chunk=np.int64(8), microbatches=torch.tensor(1),  # type: ignore[arg-type]
         timeout=np.float32(5), threads=np.int8(1), pad_memory=np.uint8(0),
     ) as llm:  # fmt: skip
         assert llm.generate([1, 2], SamplingParams(max_tokens=1))
-    for wrong in ({"lanes": 1.0}, {"threads": True}, {"prefill_chunk": "8"}, {"timeout": "1"}):
+    for wrong in (
+        {"microbatches": 1.0},
+        {"threads": True},
+        {"prefill_chunk": "8"},
+        {"timeout": "1"},
+    ):
         with pytest.raises(UsageError, match=f"{next(iter(wrong))} is .*; it must be "):
             LLM("random:tiny", privacy="tee", **wrong)  # type: ignore[arg-type]
 

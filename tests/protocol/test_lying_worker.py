@@ -326,7 +326,7 @@ def test_two_lanes_fail_together(worker: LyingWorker, sampled: list[int]) -> Non
     right = [token for token in right_tokens() for _ in (PROMPT, PROMPT)]
     sampled.clear()
     order = Order("a row off by one", 1, "o", after=2 * 2 * len(GROUPS))
-    with private(worker, order, lanes=2) as llm:
+    with private(worker, order, microbatches=2) as llm:
         with pytest.raises(IntegrityError, match=name(1, "o")):
             llm.generate([PROMPT, PROMPT], params)
         assert sampled == right[:4]

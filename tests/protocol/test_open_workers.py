@@ -41,7 +41,7 @@ def test_a_worker_process_gives_the_tokens_of_tee(
 ) -> None:
     options = {"privacy": "open", "worker": tiny_worker, "shm": shm, **SPLITS[split]}
     assert answers(**options) == expected
-    assert answers(**options, lanes=2) == expected
+    assert answers(**options, microbatches=2) == expected
 
 
 PLACES = {

@@ -154,7 +154,12 @@ def test_lanes_and_chunks_do_not_change_the_tokens(field: str, small: Path) -> N
     answers = []
     for lanes, chunk in ((1, 512), (2, 512), (2, 37)):
         with LLM(
-            str(small), worker="local", field=field, lanes=lanes, prefill_chunk=chunk, timeout=60
+            str(small),
+            worker="local",
+            field=field,
+            microbatches=lanes,
+            prefill_chunk=chunk,
+            timeout=60,
         ) as llm:
             answers.append(tokens(llm, [[n % 199 for n in p] for p in PROMPTS]))
     assert answers[0] == answers[1] == answers[2]

@@ -125,7 +125,7 @@ def test_whole_answers_over_links_equal_the_fixed_point_reference(
 def test_whole_answers_of_worker_processes_equal_the_fixed_point_reference(
     count: int, field: str, expected: dict[str, list[tuple[int, ...]]]
 ) -> None:
-    with private(["local"] * count, field=field, lanes=2) as llm:
+    with private(["local"] * count, field=field, microbatches=2) as llm:
         assert tokens(llm) == expected[field]
         assert llm.transport == SHARED
 

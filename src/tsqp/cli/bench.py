@@ -7,18 +7,21 @@ from typing import Annotated
 import typer
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import BenchThreads, Debug, Device, Dtype, Field, Model, Out, Quiet
+from tsqp.cli.flags import BenchThreads, Debug, Model, Out, Quiet
+from tsqp.cli.options import with_options
 
 
 @app.command()
+@with_options("dtype", "field", "device")
 def bench(
+    *,
     model: Model,
     modes: Annotated[
         str | None,
         typer.Option(help="Which to compare, with commas between; all, unless given."),
     ] = None,
-    dtype: Dtype = "auto",
-    field: Field = "wide",
+    dtype: str,
+    field: str,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 1024,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 33,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
@@ -29,7 +32,7 @@ def bench(
         bool, typer.Option("--starts", help="Time the start of each mode, and its memory.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Such prompts at once.")] = 1,
-    device: Device = "auto",
+    device: str,
     threads: BenchThreads = None,
     out: Out = None,
     quiet: Quiet = False,

@@ -8,51 +8,34 @@ import typer
 
 from tsqp.cli.app import app
 from tsqp.cli.flags import (
-    Attention,
     Debug,
-    Device,
-    Dtype,
-    ExpectModel,
-    Field,
-    FixedPoint,
     FrequencyPenalty,
-    Fuse,
-    Insecure,
-    InsecureSameHost,
     LogitBias,
     MaxTokens,
     MinP,
     Model,
-    NoShm,
-    PadMemory,
-    PrefillChunk,
     PresencePenalty,
-    Privacy,
     Quiet,
     RepetitionPenalty,
-    RpcLog,
     Seed,
     SplitSpecial,
     Stop,
     StopTokenId,
     Temperature,
-    Threads,
-    Timeout,
     TopK,
     TopP,
-    WorkerEndpoint,
-    WorkerKey,
 )
+from tsqp.cli.options import with_options
 from tsqp.cli.session import open_llm, read_sampling
+from tsqp.runtime.options import Options
 
 
 @app.command()
+@with_options()
 def chat(
     context: typer.Context,
     model: Model,
-    privacy: Privacy = "pad",
-    worker: WorkerEndpoint = None,
-    worker_key: WorkerKey = None,
+    options: Options,
     system: Annotated[
         str, typer.Option(help="A message before the conversation; or use /system in the chat.")
     ] = "",
@@ -69,21 +52,6 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     stop_token_ids: StopTokenId = None,
-    attention: Attention = None,
-    fuse: Fuse = "none",
-    field: Field = "wide",
-    fixed_point: FixedPoint = False,
-    pad_memory: PadMemory = None,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    device: Device = "auto",
-    prefill_chunk: PrefillChunk = 512,
-    timeout: Timeout = 8.0,
-    no_shm: NoShm = False,
-    insecure: Insecure = False,
-    insecure_same_host: InsecureSameHost = False,
-    expect_model: ExpectModel = None,
-    rpc_log: RpcLog = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -98,7 +66,7 @@ def chat(
     tokenizer = Tokenizer(model)
     tokenizer.check_chat()  # before a worker is started for nothing
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with open_llm(context, tokenizer) as llm:
+    with open_llm(model, options, tokenizer) as llm:
         if interactive:
             with suppress(ImportError):  # line editing, where Python has it; kept in no file
                 import readline  # noqa: F401

@@ -1,16 +1,14 @@
 """`tsqp digest`."""
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import Debug, Dtype, Model, Privacy, Quiet
+from tsqp.cli.flags import Debug, Model, Quiet
+from tsqp.cli.options import with_options
 
 
 @app.command()
+@with_options("privacy", "dtype")
 def digest(
-    model: Model,
-    privacy: Privacy = "pad",
-    dtype: Dtype = "auto",
-    quiet: Quiet = False,
-    debug: Debug = False,
+    *, model: Model, privacy: str, dtype: str, quiet: Quiet = False, debug: Debug = False
 ) -> None:
     """Print the digest of a model, for --expect-model: of all that the trusted side uses of it."""
     from tsqp.cli.printing import print_digest

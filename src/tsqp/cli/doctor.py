@@ -6,11 +6,14 @@ from typing import Annotated
 import typer
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import Debug, Dtype, Insecure, JsonOutput, Threads
+from tsqp.cli.flags import Debug, JsonOutput
+from tsqp.cli.options import with_options
 
 
 @app.command()
+@with_options("dtype", "threads", "insecure")
 def doctor(
+    *,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -26,9 +29,9 @@ def doctor(
     worker_key: Annotated[
         str | None, typer.Option(help="The worker's public key, or its file.")
     ] = None,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    insecure: Insecure = False,
+    dtype: str,
+    threads: int | None,
+    insecure: bool,
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:

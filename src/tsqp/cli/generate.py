@@ -7,55 +7,38 @@ import typer
 
 from tsqp.cli.app import app
 from tsqp.cli.flags import (
-    Attention,
     Debug,
-    Device,
-    Dtype,
-    ExpectModel,
-    Field,
-    FixedPoint,
     FrequencyPenalty,
-    Fuse,
-    Insecure,
-    InsecureSameHost,
     JsonOutput,
     LogitBias,
     MaxTokens,
     MinP,
     Model,
-    NoShm,
-    PadMemory,
-    PrefillChunk,
     PresencePenalty,
-    Privacy,
     Quiet,
     RepetitionPenalty,
-    RpcLog,
     Seed,
     SplitSpecial,
     Stop,
     StopTokenId,
     Temperature,
-    Threads,
-    Timeout,
     TopK,
     TopP,
-    WorkerEndpoint,
-    WorkerKey,
     is_from_command_line,
 )
+from tsqp.cli.options import with_options
 from tsqp.cli.prompts import read_prompts
 from tsqp.cli.session import open_llm, read_sampling
 from tsqp.errors import UsageError
+from tsqp.runtime.options import Options
 
 
 @app.command()
+@with_options()
 def generate(
     context: typer.Context,
     model: Model,
-    privacy: Privacy = "pad",
-    worker: WorkerEndpoint = None,
-    worker_key: WorkerKey = None,
+    options: Options,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,21 +80,6 @@ def generate(
     prompt_logprobs: Annotated[
         int | None, typer.Option(help="The same for the tokens of the prompt.", metavar="N")
     ] = None,
-    attention: Attention = None,
-    fuse: Fuse = "none",
-    field: Field = "wide",
-    fixed_point: FixedPoint = False,
-    pad_memory: PadMemory = None,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    device: Device = "auto",
-    prefill_chunk: PrefillChunk = 512,
-    timeout: Timeout = 8.0,
-    no_shm: NoShm = False,
-    insecure: Insecure = False,
-    insecure_same_host: InsecureSameHost = False,
-    expect_model: ExpectModel = None,
-    rpc_log: RpcLog = None,
     json_output: JsonOutput = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -126,7 +94,7 @@ def generate(
         raise UsageError("--split-special is for conversations: add --chat, or leave it out.")
     from tsqp.cli.printing import Printer, prompt_progress
 
-    with open_llm(context) as llm:
+    with open_llm(model, options) as llm:
         ids = given.encode(llm, chat, split_special)
         printer = Printer(llm, prompts=len(ids), n=n, json_output=json_output)
         with prompt_progress(not json_output) as on_progress:

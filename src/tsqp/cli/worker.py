@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 from tsqp.cli.app import app
-from tsqp.cli.flags import Debug, Device, Dtype, Insecure, Model, NoShm, Quiet, Threads
+from tsqp.cli.flags import Debug, Model, Quiet
+from tsqp.cli.options import with_options
 
 
 @app.command()
+@with_options("device", "dtype", "threads", "shm", "insecure")
 def worker(
+    *,
     model: Model,
     listen: Annotated[
         str,
@@ -19,20 +22,20 @@ def worker(
             envvar=["TSQP_LISTEN", "LLAMA_IPC_PATH"], help="ipc:///PATH or tcp://HOST:PORT."
         ),
     ],
-    device: Device = "auto",
+    device: str,
     serve: Annotated[
         str, typer.Option(help="What to hold weights for: private modes, open, or all.")
     ] = "all",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    no_shm: NoShm = False,
+    dtype: str,
+    threads: int | None,
+    shm: bool,
     keyfile: Annotated[
         Path | None,
         typer.Option(
             envvar="TSQP_KEYFILE", help="The worker.key of `tsqp keygen`: encrypted links alone."
         ),
     ] = None,
-    insecure: Insecure = False,
+    insecure: bool,
     record: Annotated[
         Path | None,
         typer.Option(help="Write down everything that arrives, for `tsqp audit`, in this folder."),
@@ -53,7 +56,7 @@ def worker(
             serve=serve,
             dtype=dtype,
             threads=threads,
-            max_shm_bytes=0 if no_shm else 2**30,
+            max_shm_bytes=2**30 if shm else 0,
             keyfile=keyfile,
             insecure=insecure,
             record=record,

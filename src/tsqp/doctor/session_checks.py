@@ -22,7 +22,7 @@ from tsqp.errors import HandshakeError
 from tsqp.gpu.worker import ATTENTION_ABILITY
 from tsqp.nn.attention import Segment
 from tsqp.runtime.build import Builder
-from tsqp.runtime.options import Options, check_options
+from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.offload.base import (
     AttentionScores,
@@ -223,23 +223,16 @@ class _Mode:
         return f"{channel.transport} ({channel.reason})"
 
     def _options(self) -> Options:
-        return check_options(
+        return Options(
             privacy=self._privacy,
             worker=self._target.worker,
             worker_key=self._target.worker_key,
             attention="tee",
-            fuse="none",
-            field="wide",
-            fixed_point=False,
             pad_memory=0,
             threads=self._target.threads,
-            device="auto",
             prefill_chunk=MANY_ROWS,
             timeout=TIMEOUT_S,
-            shm=True,
             insecure=self._target.insecure,
-            insecure_same_host=False,
-            lanes=1,
         )
 
     def _inputs(self, rows: int) -> Tensor:

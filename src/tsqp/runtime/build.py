@@ -115,7 +115,7 @@ class Builder:
         return kind(channel, config, dtype, biases_F, options.timeout)
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
-        options, field = self._options, self._options.field
+        options, field = self._options, self._options.residues
         total = integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
         progress = part_of(self._progress, 0, total)
         integers: dict[Key, IntegerWeights] = {}

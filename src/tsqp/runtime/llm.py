@@ -1,5 +1,6 @@
 """The only place that joins the zones: builds a TEE side, a worker side, or both."""
 
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from tsqp.errors import PromptError, UsageError
 from tsqp.nn.layers import Layers
 from tsqp.runtime.build import Builder
 from tsqp.runtime.generate import generate
-from tsqp.runtime.options import check_options
+from tsqp.runtime.options import Options, keywords
 from tsqp.runtime.run_header import run_header
 from tsqp.runtime.turns import Turns
 from tsqp.runtime.worker_link import WorkerProcess
@@ -56,64 +57,18 @@ class LLM:
     def __init__(
         self,
         model: str,
+        options: Options | None = None,
         *,
-        privacy: str = "pad",
-        worker: str | Sequence[str] | None = None,
-        worker_key: str | Sequence[str] | None = None,
-        attention: str | None = None,
-        fuse: str = "none",
-        field: str = "wide",
-        fixed_point: bool = False,
-        pad_memory: int | None = None,
-        dtype: str = "auto",
-        threads: int | None = None,
-        device: str = "auto",
-        prefill_chunk: int = 512,
-        timeout: float = 8.0,
-        shm: bool = True,
-        insecure: bool = False,
-        insecure_same_host: bool = False,
-        lanes: int = 1,
-        expect_model: str | None = None,
         tokenizer: Tokenizer | None = None,
-        rpc_log: str | Path | None = None,
         on_load: Callable[[int, int], None] | None = None,
+        **given: Any,
     ) -> None:
         """Load what this side needs and open a session with each worker.
 
         Args:
             model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
-            privacy: "pad" (one worker, which sees uniform residues), "shares" (several workers,
-                each of which sees uniform residues), "tee" (no worker), or "open" (the worker reads
-                everything). The answers of "pad" and "shares" are checked. "shares" rests on the
-                workers' not colluding: as long as the host of at least one does not pass on what
-                it receives, the others together learn nothing; all of them together could read
-                everything.
-            worker: where the worker listens, or where each of them does; "local" starts one as a
-                child process.
-            worker_key: the public key of each worker, or the file that holds it, in the same
-                order, for encrypted links to workers that were started with --keyfile.
-            attention: where the products of attention of "open" run: "tee", which is the default,
-                or "gpu", where the worker keeps keys and values, and the softmax stays here.
-            fuse: "layer" lets the worker of "open" run whole layers, one call each; or "none".
-            field: "wide" or "compact", the residues of the private modes.
-            fixed_point: with "tee", compute exactly what the private modes compute.
-            pad_memory: bytes for pads made ahead; None takes up to 2 GiB, 0 makes none ahead.
-            dtype: "float32", "float16", "bfloat16", or "auto", the checkpoint's own.
-            threads: for computing, on this side and on a local worker; None leaves torch's choice.
-            device: where a local worker computes: "cpu", "cuda", "cuda:NUMBER", or "auto", CUDA if
-                there is any.
-            prefill_chunk: most prompt tokens in one step.
-            timeout: seconds that the worker may take for one call.
-            shm: share memory with a worker on the same machine.
-            insecure: speak to a worker on another machine over a link that is not encrypted.
-            insecure_same_host: for testing: let the workers of "shares" be on one host, over any
-                kind of link, where they could add up what they receive.
-            lanes: parts of a batch that take turns, so that both sides work at once.
-            expect_model: the digest that the model must have, as `model_digest` gives it; another
-                model is refused before anything is sent to a worker.
+            options: how to run it; or its fields as keywords, which `tsqp.Options` explains.
             tokenizer: the model's, where it has been read already.
-            rpc_log: a new file for where the time of every call went, see docs/instruments.md.
             on_load: called while this side reads weights: how many bytes of them it has, and how
                 many it will have.
 
@@ -122,39 +77,24 @@ class LLM:
             ModelError: the checkpoint cannot be used, or is not the one that was expected.
             WorkerError: there is no worker, or it serves something else.
         """
-        self._options = check_options(
-            privacy=privacy,
-            worker=worker,
-            worker_key=worker_key,
-            attention=attention,
-            fuse=fuse,
-            field=field,
-            fixed_point=fixed_point,
-            pad_memory=pad_memory,
-            threads=threads,
-            device=device,
-            prefill_chunk=prefill_chunk,
-            timeout=timeout,
-            shm=shm,
-            insecure=insecure,
-            insecure_same_host=insecure_same_host,
-            lanes=lanes,
-            expect_model=expect_model,
-        )
+        if options is not None and given:
+            raise UsageError("Give options as one object, or as keywords, but not both.")
+        self._options = Options(**given) if options is None else options
+        self.privacy = self._options.privacy
         if self._options.threads is not None:
             torch.set_num_threads(self._options.threads)
-        self.privacy = privacy
         self._turns = Turns()
         weakref.finalize(self, self._turns.end).atexit = False  # Turns end at exit themselves
         self._workers: list[WorkerProcess] = []
         self._offload: Offload | None = None
         self._pads: PadPool | None = None
         self._tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
+        rpc_log = self._options.rpc_log
         self._call_log = None if rpc_log is None else CallLog(Path(rpc_log))
         if self._call_log is not None:
             self._turns.at_end(self._call_log.close)
         try:
-            self._load(model, dtype, on_load or silent)
+            self._load(model, on_load or silent)
             if self._call_log is not None:
                 self._begin_log(self._call_log, model)
         except BaseException:
@@ -379,7 +319,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _load(self, model: str, dtype: str, progress: Progress) -> None:
+    def _load(self, model: str, progress: Progress) -> None:
         options = self._options
         if options.privacy == "open":
             log.warning("privacy open: the worker reads every prompt and every answer")
@@ -389,7 +329,7 @@ class LLM:
             if isinstance(checkpoint, GGUFCheckpoint):
                 self._tokenizer.use_header(checkpoint.header)
             self.config = checkpoint.config
-            self.dtype = parse_dtype(dtype, self.config)
+            self.dtype = parse_dtype(options.dtype, self.config)
             weights_dtype = torch.int8 if options.masked else self.dtype
             look_first = options.expect_model is None
             for link in options.links:
@@ -425,7 +365,7 @@ class LLM:
                 call_log=self._call_log,
             ),
             prefill_chunk=options.prefill_chunk,
-            microbatches=options.lanes,
+            microbatches=options.microbatches,
         )
 
     def _begin_log(self, call_log: CallLog, model: str) -> None:
@@ -441,6 +381,16 @@ class LLM:
     @property
     def _channels(self) -> list[Channel]:
         return [worker.channel for worker in self._workers if worker.channel is not None]
+
+
+def _show_options() -> None:
+    """Let `help(LLM)` and editors show the keywords that `Options` declares."""
+    own = inspect.signature(LLM.__init__)
+    named = [each for each in own.parameters.values() if each.kind != each.VAR_KEYWORD][1:]
+    LLM.__signature__ = own.replace(parameters=[*named, *keywords()])  # type: ignore[attr-defined]
+
+
+_show_options()
 
 
 def _each_once(words: Iterable[str]) -> str:

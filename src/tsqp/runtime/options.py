@@ -1,14 +1,23 @@
-"""What a user asked for, checked once: which modes exist and what goes together."""
+"""What a user may choose, declared once: for Python, for every command, and for the server.
 
+A field of `Options` with an `Option` in its annotation is also an option of the commands
+(`tsqp.cli.options`), a variable and a setting. Its help text is its documentation in Python too.
+"""
+
+import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tsqp.algebra.params import FIELDS, Field
-from tsqp.checkpoint.model_digest import check_digest
 from tsqp.errors import UsageError
-from tsqp.runtime.links import Link, check_links
 from tsqp.tee.values import as_integer, as_number
+
+if TYPE_CHECKING:
+    from tsqp.algebra.params import Field
+    from tsqp.runtime.links import Link
 
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
 ATTENTION_SIDES = ("tee", "gpu")
@@ -16,42 +25,229 @@ FUSIONS = ("none", "layer")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How a model is to be run.
+class Option:
+    """How a field of `Options` is given to a command.
 
     Attributes:
-        privacy: one of PRIVACY_MODES.
-        links: to the workers; none for `tee`.
-        gpu_attention: the worker of `open` keeps keys and values, and computes Q·Kᵀ and P·V.
-        fuse_layers: the worker of `open` runs whole layers.
-        field: of the private modes and of fixed point.
-        fixed_point: compute in `tee` what the private modes compute.
-        pad_memory: bytes for pads, or None for a share of what is free.
-        threads: for computing, or None for torch's choice.
-        device: of a local worker.
-        prefill_chunk: most prompt tokens in one step.
-        timeout: seconds that a worker may take for one call.
-        shm: share memory with workers on this machine.
-        insecure_same_host: let the workers of `shares` be on one host.
-        lanes: parts of a batch that take turns.
-        expect_model: the digest that the model must have, or None for any.
+        help: one or two sentences, for `--help` and for readers of Python.
+        type: on the command line.
+        env: variables, the first of which that is set counts.
+        flag: the name of a switch that turns the field off; by default the field's name, for what
+            it is.
+        unit: of a number on the command line, and what 1 of it is in Python.
+        least: the smallest number that is allowed.
+        metavar: stands for the value in `--help`.
     """
 
-    privacy: str
-    links: tuple[Link, ...]
-    gpu_attention: bool
-    fuse_layers: bool
-    field: Field
-    fixed_point: bool
-    pad_memory: int | None
-    threads: int | None
-    device: str
-    prefill_chunk: int
-    timeout: float
-    shm: bool
-    insecure_same_host: bool
-    lanes: int
-    expect_model: str | None
+    help: str
+    type: Any
+    env: tuple[str, ...] = ()
+    flag: str = ""
+    unit: tuple[str, int] = ("", 1)
+    least: float | None = None
+    metavar: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is run. Every field is a keyword of `LLM`.
+
+    Raises:
+        UsageError: a value that is unknown, or values that contradict each other.
+
+    Attributes:
+        links: to the workers; none for `tee`. Made from `worker` and `worker_key`.
+    """
+
+    privacy: Annotated[
+        str,
+        Option(
+            "pad: one worker, which sees uniform noise and cannot lie unnoticed. "
+            "shares: several workers, each of which sees uniform noise; all of them together could "
+            "read everything. open: a worker that reads everything. tee: no worker.",
+            str,
+            env=("TSQP_PRIVACY",),
+        ),
+    ] = "pad"
+    worker: Annotated[
+        str | Sequence[str] | None,
+        Option(
+            "Where the worker listens: ipc:///PATH, tcp://HOST:PORT, or local, which starts one. "
+            "Repeat it for shares.",
+            list[str] | None,
+            env=("TSQP_WORKER", "LLAMA_IPC_PATH"),
+        ),
+    ] = None
+    worker_key: Annotated[
+        str | Sequence[str] | None,
+        Option(
+            "The public key of each worker, or the file with it, in the same order: encrypts the "
+            "link.",
+            list[str] | None,
+            env=("TSQP_WORKER_KEY",),
+        ),
+    ] = None
+    attention: Annotated[
+        str | None,
+        Option(
+            "Where open computes Q·Kᵀ and P·V: tee (the default), or gpu, where the worker keeps "
+            "keys and values. The softmax stays in the TEE.",
+            str | None,
+            env=("TSQP_ATTENTION",),
+        ),
+    ] = None
+    fuse: Annotated[
+        str,
+        Option(
+            "layer: the worker of open runs whole layers, one call each.", str, env=("TSQP_FUSE",)
+        ),
+    ] = "none"
+    field: Annotated[
+        str,
+        Option("Residues of the private modes: wide or compact.", str, env=("TSQP_FIELD",)),
+    ] = "wide"
+    fixed_point: Annotated[
+        bool, Option("With tee: compute exactly what the private modes compute.", bool)
+    ] = False
+    pad_memory: Annotated[
+        int | None,
+        Option(
+            "GiB for pads made ahead (bytes in Python); 0 for none, by default up to 2 GiB.",
+            float | None,
+            env=("TSQP_PAD_MEMORY",),
+            unit=("GiB", 2**30),
+            least=0,
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        Option(
+            "float32, float16, bfloat16, or auto: the checkpoint's own.",
+            str,
+            env=("TSQP_DTYPE", "LLAMA_DTYPE"),
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        Option(
+            "Threads that compute, in this process and in a local worker.",
+            int | None,
+            env=("TSQP_THREADS",),
+            least=1,
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        Option(
+            "Where a worker computes: cpu, cuda, cuda:NUMBER, or auto, which is CUDA if there is "
+            "any.",
+            str,
+            env=("TSQP_DEVICE", "LLAMA_GPU_DEVICE"),
+        ),
+    ] = "auto"
+    prefill_chunk: Annotated[
+        int,
+        Option("Most prompt tokens in one step.", int, env=("TSQP_PREFILL_CHUNK",), least=1),
+    ] = 512
+    timeout: Annotated[
+        float,
+        Option(
+            "Seconds that a worker may take for one call.", float, env=("TSQP_TIMEOUT",), least=0.1
+        ),
+    ] = 8.0
+    shm: Annotated[
+        bool,
+        Option("Send tensors through the socket, not through shared memory.", bool, flag="no_shm"),
+    ] = True
+    insecure: Annotated[
+        bool, Option("Allow a link to another machine that is not encrypted.", bool)
+    ] = False
+    insecure_same_host: Annotated[
+        bool,
+        Option(
+            "For testing: let the workers of shares run on one host, where they could add up what "
+            "they receive.",
+            bool,
+        ),
+    ] = False
+    microbatches: int = 1
+    expect_model: Annotated[
+        str | None,
+        Option(
+            "Refuse a model that does not have this digest, as `tsqp digest` prints it.",
+            str | None,
+            env=("TSQP_EXPECT_MODEL",),
+            metavar="DIGEST",
+        ),
+    ] = None
+    rpc_log: Annotated[
+        str | Path | None,
+        Option("A new file for where the time of every call went; see `tsqp report`.", Path | None),
+    ] = None
+    links: "tuple[Link, ...]" = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # torch takes a second to import; `tsqp --help` should not.
+        from tsqp.algebra.params import FIELDS
+        from tsqp.checkpoint.model_digest import check_digest
+        from tsqp.runtime.links import check_links
+
+        if self.privacy not in PRIVACY_MODES:
+            raise UsageError(f"There is no such privacy mode; choose {_or(PRIVACY_MODES)}.")
+        _check_split(self.privacy, self.attention, self.fuse)
+        if self.field not in FIELDS:
+            raise UsageError(f"There is no such field; choose {_or(tuple(FIELDS))}.")
+        if self.fixed_point and self.privacy != "tee":
+            raise UsageError(
+                "--fixed-point goes with --privacy tee; the private modes always use it."
+            )
+        self._set(
+            prefill_chunk=_integer("prefill_chunk", self.prefill_chunk, least=1),
+            microbatches=_integer("microbatches", self.microbatches, least=1),
+        )
+        if self.threads is not None:
+            self._set(threads=_integer("threads", self.threads, least=1))
+        if self.pad_memory is not None:
+            size = _integer("pad_memory", self.pad_memory, least=0, what="a number of bytes")
+            self._set(pad_memory=size)
+        seconds = as_number(self.timeout)
+        if seconds is None or not 0 < seconds < math.inf:
+            raise UsageError(
+                f"timeout is {_number(self.timeout)}; it must be a number of seconds above 0."
+            )
+        self._set(timeout=seconds)
+        links = check_links(
+            self.privacy,
+            _several(self.worker),
+            _several(self.worker_key),
+            insecure=self.insecure,
+            insecure_same_host=self.insecure_same_host,
+        )
+        self._set(links=links)
+        if self.device != "auto" and not any(link.endpoint.scheme == "local" for link in links):
+            raise UsageError(
+                "--device is where a worker that --worker local starts computes; give it to "
+                "`tsqp worker` instead."
+            )
+        if self.expect_model is not None:
+            self._set(expect_model=check_digest(self.expect_model))
+
+    @property
+    def residues(self) -> "Field":
+        """The parameters of `field`."""
+        from tsqp.algebra.params import FIELDS
+
+        return FIELDS[self.field]  # type: ignore[index]  # checked
+
+    @property
+    def gpu_attention(self) -> bool:
+        """Whether the worker of `open` keeps keys and values, and computes Q·Kᵀ and P·V."""
+        return self.attention == "gpu"
+
+    @property
+    def fuse_layers(self) -> bool:
+        """Whether the worker of `open` runs whole layers."""
+        return self.fuse == "layer"
 
     @property
     def masked(self) -> bool:
@@ -67,73 +263,26 @@ class Options:
             return "shares travel on encrypted links"
         return ""
 
+    def _set(self, **values: object) -> None:
+        """Replace values by those that were checked, before anyone has seen them."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
-def check_options(
-    *,
-    privacy: str,
-    worker: str | Sequence[str] | None,
-    worker_key: str | Sequence[str] | None,
-    attention: str | None,
-    fuse: str,
-    field: str,
-    fixed_point: bool,
-    pad_memory: int | None,
-    threads: int | None,
-    device: str,
-    prefill_chunk: int,
-    timeout: float,
-    shm: bool,
-    insecure: bool,
-    insecure_same_host: bool,
-    lanes: int,
-    expect_model: str | None = None,
-) -> Options:
-    """The options, or UsageError with the one that is wrong."""
-    if privacy not in PRIVACY_MODES:
-        raise UsageError(f"There is no such privacy mode; choose {_or(PRIVACY_MODES)}.")
-    _check_split(privacy, attention, fuse)
-    if field not in FIELDS:
-        raise UsageError(f"There is no such field; choose {_or(tuple(FIELDS))}.")
-    if fixed_point and privacy != "tee":
-        raise UsageError("--fixed-point goes with --privacy tee; the private modes always use it.")
-    prefill_chunk = _integer("prefill_chunk", prefill_chunk, least=1)
-    lanes = _integer("lanes", lanes, least=1)
-    if threads is not None:
-        threads = _integer("threads", threads, least=1)
-    if pad_memory is not None:
-        pad_memory = _integer("pad_memory", pad_memory, least=0, what="a number of bytes")
-    seconds = as_number(timeout)
-    if seconds is None or not 0 < seconds < math.inf:
-        raise UsageError(f"timeout is {_number(timeout)}; it must be a number of seconds above 0.")
-    links = check_links(
-        privacy,
-        _several(worker),
-        _several(worker_key),
-        insecure=insecure,
-        insecure_same_host=insecure_same_host,
-    )
-    if device != "auto" and not any(link.endpoint.scheme == "local" for link in links):
-        raise UsageError(
-            "--device is where a worker that --worker local starts computes; give it to "
-            "`tsqp worker` instead."
-        )
-    return Options(
-        privacy=privacy,
-        links=links,
-        gpu_attention=attention == "gpu",
-        fuse_layers=fuse == "layer",
-        field=FIELDS[field],
-        fixed_point=fixed_point,
-        pad_memory=pad_memory,
-        threads=threads,
-        device=device,
-        prefill_chunk=prefill_chunk,
-        timeout=seconds,
-        shm=shm,
-        insecure_same_host=insecure_same_host,
-        lanes=lanes,
-        expect_model=None if expect_model is None else check_digest(expect_model),
-    )
+
+def command_options() -> dict[str, tuple[Option, Any]]:
+    """The fields that commands offer, with their defaults, in order."""
+    found = {}
+    for each in dataclasses.fields(Options):
+        for extra in getattr(each.type, "__metadata__", ()):
+            if isinstance(extra, Option):
+                found[each.name] = (extra, each.default)
+    return found
+
+
+def keywords() -> list[inspect.Parameter]:
+    """The fields as keyword parameters, for a signature that shows them."""
+    parameters = inspect.signature(Options).parameters.values()
+    return [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
 
 
 def _check_split(privacy: str, attention: str | None, fuse: str) -> None:

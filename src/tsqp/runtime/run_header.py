@@ -32,7 +32,7 @@ def run_header(
         format=FORMAT,
         tsqp=version,
         privacy=options.privacy,
-        field=options.field.name if options.masked else "",
+        field=options.field if options.masked else "",
         dtype=str(dtype).removeprefix("torch."),
         model=name,
         geometry=Geometry(
@@ -40,7 +40,7 @@ def run_header(
         ),
         transport=transport,
         threads=torch.get_num_threads(),
-        lanes=options.lanes,
+        lanes=options.microbatches,
         prefill_chunk=options.prefill_chunk,
         start=time.time(),
         machine=describe_machine(version),
