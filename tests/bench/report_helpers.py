@@ -52,7 +52,6 @@ def call(**changes: Any) -> CallLine:
         "send_us": 6.0,
         "away_us": 0.0,
         "wait_us": 60.0,
-        "queue_us": 0.0,
         "compute_us": 40.0,
         "overlap_us": 0.0,
         "receive_us": 5.0,
@@ -72,9 +71,9 @@ def decoding(
 
 def run(**seconds: float) -> Summary:
     """Two tokens in a second, with these parts of the calls, and half of the rest attention."""
-    waits = sum(seconds.get(name, 0.0) for name in ("queue", "compute", "link"))
+    waits = sum(seconds.get(name, 0.0) for name in ("compute", "link"))
     stages = {name: value for name, value in seconds.items() if name != "link"} | {"wait": waits}
-    calls_s = sum(value for name, value in stages.items() if name not in ("queue", "compute"))
+    calls_s = sum(value for name, value in stages.items() if name != "compute")
     left_s = 1.0 - calls_s
     return decoding(4, 1.0, stages, {"linear": calls_s, "attention": left_s / 2})
 

@@ -7,7 +7,7 @@ from protocol_helpers import Main, write_ids
 
 BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.json"))
 GROUPS = {
-    "worker compute", "worker queue", "link", "serialisation", "TEE pads", "TEE masking",
+    "worker compute", "link", "serialisation", "TEE pads", "TEE masking",
     "TEE own work",
 }  # fmt: skip
 

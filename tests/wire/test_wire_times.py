@@ -2,15 +2,17 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from wire_helpers import HelperProcess, begin, finish, hello
+from torch import Tensor
+from wire_helpers import TIMEOUT, Echo, HelperProcess, WorkerThread, begin, finish, hello
 
 from tsqp.wire.call_times import AWAY, LAPS, MASK, RECEIVE, SEND, UNMASK, WAIT, CallTimes
 from tsqp.wire.client import RemoteChannel
-from tsqp.wire.messages import SeedProduct, Weighted, WeightedValues
+from tsqp.wire.messages import Linear, Operation, Result, SeedProduct, Weighted, WeightedValues
 from tsqp.wire.tensors import Spec
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -21,7 +23,7 @@ OVER = pytest.mark.parametrize("shm_bytes", [2**20, 0], ids=["shared", "inline"]
 
 
 def timed_channel(
-    worker: HelperProcess, folder: Path, shm_bytes: int
+    worker: HelperProcess | WorkerThread, folder: Path, shm_bytes: int
 ) -> tuple[RemoteChannel, list[CallTimes]]:
     """A channel, and the times of its calls in the order in which they ended."""
     channel = RemoteChannel(worker.endpoint, hello(shm_bytes=shm_bytes), shm_folder=folder)
@@ -69,23 +71,45 @@ def test_waiting_is_counted_once_where_another_answer_comes_first(
     assert sum(sum(each.laps_ns) - each.laps_ns[AWAY] for each in ended) <= took
 
 
+class Gate(Echo):
+    """Holds each call of the group "hold" until a test opens it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holds, self.opened = threading.Event(), threading.Event()
+
+    def run(
+        self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        if operation == Linear(0, "hold"):
+            self.holds.set()
+            assert self.opened.wait(TIMEOUT)
+        super().run(operation, inputs, outputs)
+
+
 @OVER
-def test_a_worker_says_how_long_it_was_at_work_for_others(
-    shm_bytes: int, worker: HelperProcess, shared_folder: Path
+def test_an_answer_does_not_tell_how_long_the_worker_served_others(
+    shm_bytes: int, tmp_path: Path, shm_folder: Path
 ) -> None:
-    other, _ = timed_channel(worker, shared_folder, shm_bytes)
-    channel, ended = timed_channel(worker, shared_folder, shm_bytes)
-    finish(channel, begin(channel, SENT))
-    ticket = begin(other, SENT, group="sleep", layer=300)
-    threading.Event().wait(0.05)  # the worker has begun
-    finish(channel, begin(channel, SENT))
-    finish(other, ticket)
-    alone, behind = ended
-    channel.close()
-    other.close()
-    assert alone.queue_ns < 100 * MS
-    assert behind.queue_ns > 150 * MS
-    assert behind.compute_ns < 100 * MS
+    gate = Gate()
+    with WorkerThread(f"ipc://{tmp_path}/socket", gate, shm_folder=shm_folder) as worker:
+        (other, _), (channel, ended) = (
+            timed_channel(worker, shm_folder, shm_bytes) for _ in range(2)
+        )
+        held = begin(other, SENT, group="hold")
+        assert gate.holds.wait(TIMEOUT)
+        ticket = begin(channel, SENT)
+        began = time.perf_counter_ns()
+        threading.Event().wait(0.2)
+        waited_ns = time.perf_counter_ns() - began
+        gate.opened.set()
+        finish(channel, ticket)
+        finish(other, held)
+        channel.close()
+        other.close()
+    [times] = ended
+    assert times.compute_ns + waited_ns <= sum(times.laps_ns)
+    assert Result.__struct_fields__ == ("compute_ns",)
 
 
 def test_a_secret_seed_is_not_kept_for_a_log() -> None:

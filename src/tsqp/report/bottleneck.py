@@ -7,7 +7,6 @@ from tsqp.tee.call_lines import Header
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "worker compute": ("worker compute",),
-    "worker queue": ("worker queue",),
     "link": ("send", "link", "receive"),
     "serialisation": ("serialise",),
     "TEE pads": ("pads",),
@@ -29,9 +28,6 @@ REMEDIES = {
         "Run the worker on a faster device, or give it more --threads; half the time is assumed.",
         0.5,
     ),
-    "worker queue": Remedy(
-        "The worker serves others meanwhile: give this side a worker of its own.", 1.0
-    ),
     "serialisation": Remedy(
         "Make fewer and larger calls: run several prompts together; twice as many are assumed.",
         0.5,
@@ -49,12 +45,14 @@ REMEDIES = {
 LINK_REMEDIES = {
     "inline": Remedy(
         "Put both sides on one machine with shared memory (transport poll), or take a faster "
-        "network; half the time is assumed.",
+        "network; if others use the worker, give this side a worker of its own; half the time is "
+        "assumed.",
         0.5,
     ),
     "": Remedy(
         "The time goes for each call, not for its bytes: run several prompts together, and leave "
-        "both sides cores of their own; half the time is assumed.",
+        "both sides cores of their own; if others use the worker, give this side a worker of its "
+        "own; half the time is assumed.",
         0.5,
     ),
 }

@@ -19,7 +19,6 @@ CALL_PARTS = (
     "serialise",
     "send",
     "link",
-    "worker queue",
     "worker compute",
     "receive",
     "unmask",
@@ -69,15 +68,12 @@ def call_parts_us(call: CallLine) -> tuple[float, ...]:
     The worker's word counts as far as it fits into the wait.
     """
     compute = min(call.compute_us, call.wait_us)
-    queue = min(call.queue_us, call.wait_us - compute)
-    link = call.wait_us - compute - queue
     return (
         call.pads_us,
         call.mask_us,
         call.serialise_us,
         call.send_us,
-        link,
-        queue,
+        call.wait_us - compute,
         compute,
         call.receive_us,
         call.unmask_us,
@@ -110,12 +106,7 @@ def _of_calls(summary: PhaseSummary) -> dict[str, float]:
     stages_s = {stage: summary.stages_s.get(stage, 0.0) for stage in get_args(Stage)}
     wait_s = stages_s.pop("wait")
     compute_s = min(stages_s.pop("compute"), wait_s)
-    queue_s = min(stages_s.pop("queue"), wait_s - compute_s)
-    waits_s = {
-        "worker compute": compute_s,
-        "worker queue": queue_s,
-        "link": wait_s - compute_s - queue_s,
-    }
+    waits_s = {"worker compute": compute_s, "link": wait_s - compute_s}
     return {name: (stages_s | waits_s)[name] for name in CALL_PARTS}
 
 

@@ -25,7 +25,6 @@ Span = tuple[float, float]  # begin and end
 
 STYLES = {  # colour and hatch of GROUPS
     "worker compute": ("#0072B2", ""),
-    "worker queue": ("#E69F00", "//"),
     "link": ("#56B4E9", "..."),
     "serialisation": ("#000000", ""),
     "TEE pads": ("#F0E442", "\\\\"),
@@ -123,7 +122,6 @@ def _pieces(call: CallLine, begin: float) -> Iterator[tuple[str, float, float]]:
         ("send", parts["send"]),
         ("", call.away_us),
         ("link", link),
-        ("worker queue", parts["worker queue"]),
         ("worker compute", parts["worker compute"]),
         ("link", link),
         ("receive", parts["receive"]),

@@ -14,9 +14,7 @@ from tsqp.wire.messages import MAX_LAYERS, Name
 FORMAT = 1
 
 Phase = Literal["prefill", "decode", "other"]
-Stage = Literal[
-    "pads", "mask", "serialise", "send", "wait", "queue", "compute", "receive", "unmask"
-]
+Stage = Literal["pads", "mask", "serialise", "send", "wait", "compute", "receive", "unmask"]
 Method = Literal[
     "embed",
     "linear",
@@ -91,8 +89,9 @@ class CallLine(Line, frozen=True, tag="call"):
         pads_us: taking pads, and making those that do not lie ready.
         mask_us: reserving room, quantising and masking; in `open`, the copy.
         away_us: other work of this side before it asks for the answer.
-        wait_us: for the answer. `compute_us` and `queue_us` are the worker's own word for what it
-            did meanwhile, cut so that they fit in; the rest is the link.
+        wait_us: for the answer. `compute_us` is the worker's own word for the part in which it
+            computed this call, cut so that it fits in. The rest is the link, and calls of other
+            sessions, which the worker doesn't tell apart.
         overlap_us: more computing by its own word, while this side was away; cut likewise.
         receive_us: taking the answer from the socket.
         unmask_us: unmasking and checking; in `open`, adding the bias.
@@ -115,7 +114,6 @@ class CallLine(Line, frozen=True, tag="call"):
     send_us: Micros
     away_us: Micros
     wait_us: Micros
-    queue_us: Micros
     compute_us: Micros
     overlap_us: Micros
     receive_us: Micros
@@ -130,7 +128,7 @@ class PhaseSummary(Struct, frozen=True, forbid_unknown_fields=True):
         tokens: computed.
         kinds_s: by kind of operation, as `generate --json` has them: what workers answer is there
             with everything from the request to the answer.
-        stages_s: sums over the calls; "queue" and "compute" lie in "wait".
+        stages_s: sums over the calls; "compute" lies in "wait".
     """
 
     steps: Count

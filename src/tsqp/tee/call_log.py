@@ -153,11 +153,10 @@ class CallLog:
         pads, mask, serialise, send, away, wait, receive, unmask = times.laps_ns
         # A worker may claim anything: of its word counts what can be true.
         compute = min(times.compute_ns, wait)
-        queue = min(times.queue_ns, wait - compute)
         overlap = min(times.compute_ns - compute, away)
         phase = self._phases[self._phase]
         phase.calls += 1
-        stages = (pads, mask, serialise, send, wait, queue, compute, receive, unmask)
+        stages = (pads, mask, serialise, send, wait, compute, receive, unmask)
         phase.stages_ns = [a + b for a, b in zip(phase.stages_ns, stages, strict=True)]
         return CallLine(
             (self._unix_ns + times.began_ns) // 1000 / 1e6,
@@ -177,7 +176,6 @@ class CallLog:
             send // 100 / 10,
             away // 100 / 10,
             wait // 100 / 10,
-            queue // 100 / 10,
             compute // 100 / 10,
             overlap // 100 / 10,
             receive // 100 / 10,

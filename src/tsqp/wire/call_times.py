@@ -25,7 +25,7 @@ class CallTimes:
         sent_bytes, received_bytes: of tensors.
         began_ns: of time.perf_counter_ns.
         laps_ns: by the numbers above. "away" is time in which this side did something else.
-        queue_ns, compute_ns: the worker's own word, which may be any number.
+        compute_ns: the worker's own word, which may be any number.
     """
 
     __slots__ = (
@@ -37,7 +37,6 @@ class CallTimes:
         "kind",
         "laps_ns",
         "layer",
-        "queue_ns",
         "received_bytes",
         "rows",
         "sent_bytes",
@@ -57,7 +56,7 @@ class CallTimes:
         self.sent_bytes = sum(spec.nbytes for spec in inputs)
         self.received_bytes = sum(spec.nbytes for spec in outputs)
         self.laps_ns = [0] * len(LAPS)
-        self.queue_ns = self.compute_ns = 0
+        self.compute_ns = 0
 
     def lap(self, number: int) -> None:
         """Count the time since the last lap to this one."""

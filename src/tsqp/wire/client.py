@@ -325,7 +325,7 @@ class RemoteChannel:
             call.error = self._remote_error(message)
         else:
             if call.times is not None:
-                call.times.queue_ns, call.times.compute_ns = message.queue_ns, message.compute_ns
+                call.times.compute_ns = message.compute_ns
             self.counters.count_compute(kind_of(call.operation), message.compute_ns / 1e9)
             self.counters.received_bytes += sum(tensor.nbytes for tensor in call.outputs)
         self._receive_inline(call.outputs if call.place is None and call.error is None else [])

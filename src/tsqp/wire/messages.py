@@ -218,12 +218,10 @@ class Call(Message, frozen=True, tag="call"):
 class Result(Message, frozen=True, tag="result"):
     """Worker → TEE: the outputs are where the call wanted them.
 
-    The times are the worker's own word, which nothing may rest on: `compute_ns` for the operation,
-    `queue_ns` before it, in which the call may have lain there while the worker served others.
+    `compute_ns`, the time of the operation, is the worker's own word, and nothing may rest on it.
     """
 
     compute_ns: Nanoseconds
-    queue_ns: Nanoseconds = 0
 
 
 class Failure(Message, frozen=True, tag="failure"):

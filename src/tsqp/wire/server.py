@@ -67,7 +67,6 @@ class Session:
     mailbox: Mailbox | None = None
     last_sent: int = 0  # ticket of the last call through the socket
     last_posted: int = 0  # and through the mailbox: the two may overtake each other
-    served_ns: int = 0  # when its last call was answered
 
     def attach(self, message: Attach) -> None:
         """The client has mapped the segment, or could not."""
@@ -125,7 +124,6 @@ class Server:
         """
         self.sessions: dict[bytes, Session] = {}
         self._opened = 0
-        self._idle_ns = 0  # when the worker last had nothing to do
         self._decoder = worker_decoder()
         self._max_shm_bytes = max_shm_bytes
         self._shm_folder = shm_folder
@@ -160,7 +158,6 @@ class Server:
             if not mailed and incoming is None:
                 # A worker without work sleeps at once; between two calls it looks for the next.
                 incoming = self._socket.receive(self, wait=True, spin=busy)
-                self._idle_ns = time.perf_counter_ns()
             if incoming is not None:
                 self._handle(*incoming)
                 self._socket.drain()
@@ -264,8 +261,6 @@ class Server:
     def _call(
         self, identity: bytes, session: Session, ticket: int, call: Call, posted: bool
     ) -> None:
-        # Neither idle nor at work for this session: it was at work for others.
-        queue_ns = time.perf_counter_ns() - max(self._idle_ns, session.served_ns)
         session.note(ticket, posted)
         if posted and any(ref.offset == INLINE for ref in (*call.inputs, *call.outputs)):
             raise ProtocolError("A client posted a call whose tensors are not in shared memory.")
@@ -278,8 +273,8 @@ class Server:
             self._on_call(session.number, call.operation, inputs)
         start = time.perf_counter_ns()
         session.service.run(call.operation, inputs, outputs)
-        session.served_ns = time.perf_counter_ns()
-        result = Result(session.served_ns - start, queue_ns)
+        # Of this call only: the time before it would tell what other clients do.
+        result = Result(time.perf_counter_ns() - start)
         if not posted or session.mailbox is None:
             self._send(identity, result, ticket, _inline(outputs, call.outputs))
         elif session.mailbox.post(encode(result, ticket)):
