@@ -56,7 +56,7 @@ def silence_after_welcome(frame: bytes) -> bytes | None:
         return None
     hello = message
     return encode(
-        Welcome(hello.nonce, hello.weights_digest, hello.dtype, hello.abilities, "cpu", None)
+        Welcome(hello.nonce, hello.weights_digest, hello.dtype, hello.abilities, "cpu", 2**40, None)
     )
 
 

@@ -376,14 +376,14 @@ def test_a_worker_checks_a_call_with_a_seed_like_any_other(
     assert "x00" not in str(caught.value)  # no seed, which is secret from others
 
 
-def test_a_seed_does_not_stand_for_more_than_memory_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seed_stands_for_a_bounded_number_of_residues(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = worker_of_integers()
-    monkeypatch.setattr("tsqp.gpu.worker.MAX_SHARE_BYTES", 4 * 64 * 100)
+    monkeypatch.setattr("tsqp.wire.work.MAX_RESIDUES", (64 + 128) * 100)
     for rows, fits in ((100, True), (101, False)):
         operation = SeedProduct(0, "qkv", "wide", rows, bytes(32))
         answer = [Spec((rows, 4 * 128), torch.uint8)]
         if fits:
             worker.check(operation, [], answer)
         else:
-            with pytest.raises(ProtocolError, match="A seed stands for 25600 bytes at most"):
+            with pytest.raises(ProtocolError, match="19392 residues, where 19200 are allowed"):
                 worker.check(operation, [], answer)

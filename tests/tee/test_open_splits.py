@@ -1,6 +1,6 @@
 """`open --attention gpu` and `open --fuse layer`: the forward pass is that of transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,14 +14,16 @@ from references import reference_model
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import OutOfMemory, ProtocolError, WorkerError
 from tsqp.gpu.worker import Worker
+from tsqp.model.work import dearest_row_macs
 from tsqp.runtime.generate import generate
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.sampling import SamplingParams
-from tsqp.wire.channel import kind_of
-from tsqp.wire.messages import Operation
+from tsqp.wire.channel import InprocSlot, kind_of
+from tsqp.wire.messages import Layer, Operation, Span
+from tsqp.wire.tensors import Spec
 
 TINY_CALL = 20_000  # bytes: some rows of one head at a time
 OPTIONS: dict[str, dict[str, object]] = {  # tests/families has the others
@@ -254,6 +256,33 @@ def test_a_fused_layer_is_one_call_of_a_row_a_token(worker: Worker, checkpoint: 
     received = 4 * (10 * hidden * (1 + layers) + vocabulary)
     assert counters.received_bytes - before[1] == received
     assert counters.calls == {"allocate": 1, "embed": 2, "layer": 2 * layers, "linear": 1}
+
+
+def test_a_layer_that_is_cut_rotates_as_a_whole_one_does(
+    worker: Worker, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = Worker(worker._weights, max_call_macs=dearest_row_macs(checkpoint.config))
+    side = Side(limited, checkpoint, "layer")
+    spans: list[Span] = []
+    submit = side.channel.reserve
+
+    def reserve(operation: Operation, *specs: Sequence[Spec]) -> InprocSlot:
+        if isinstance(operation, Layer) and operation.layer == 0:
+            spans.extend(operation.spans)
+        return submit(operation, *specs)
+
+    monkeypatch.setattr(side.channel, "reserve", reserve)
+    for number in (0, 1):
+        side.offload.alloc(number, 40)
+    side.logits([(0, 0, some_ids(20)), (1, 0, some_ids(1))])
+    first, last = spans[:-1], spans[-1]
+    assert len(first) > 1
+    assert [span.start for span in first] == [
+        sum(span.length for span in first[:place]) for place in range(len(first))
+    ]
+    assert sum(span.length for span in first) == 20
+    assert {span.known for span in first} == {20}  # the length that dynamic scaling is for
+    assert last == Span(1, 0, 1)
 
 
 def test_two_sides_of_one_worker_use_the_same_numbers_for_their_own_sequences(

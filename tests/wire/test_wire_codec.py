@@ -107,6 +107,7 @@ from_worker = st.one_of(
         weights_dtypes,
         abilities,
         names,
+        st.integers(1, 2**62),
         st.none() | segments,
         sentences,
         evidence,
@@ -348,7 +349,7 @@ def test_a_worker_refuses(body: object) -> None:
 )
 def test_a_tee_refuses_a_segment_called(name: str) -> None:
     def body(name: str) -> bytes:
-        fields = ["welcome", b"n" * 32, "a" * 64, "float32", [], "cpu", [name, 1]]
+        fields = ["welcome", b"n" * 32, "a" * 64, "float32", [], "cpu", 1, [name, 1]]
         return frame(msgspec.msgpack.encode(fields))
 
     assert TEE.decode(body("tsqp-" + "0" * 32))

@@ -52,6 +52,7 @@ def welcome(nonce: bytes, **changes: Any) -> Welcome:
         "dtype": "float32",
         "abilities": ("linear",),
         "device": "cpu",
+        "max_call_macs": 2**40,
         "segment": None,
     }
     return Welcome(**(fields | changes))

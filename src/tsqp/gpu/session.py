@@ -15,6 +15,7 @@ from tsqp.errors import ProtocolError
 from tsqp.gpu import product
 from tsqp.gpu.layer import FusedLayers
 from tsqp.gpu.weights import Weights, check_room
+from tsqp.model.work import layer_macs
 from tsqp.nn.attention import Segment
 from tsqp.nn.kv_cache import KvCache
 from tsqp.nn.layers import Tables
@@ -30,18 +31,24 @@ from tsqp.wire.messages import (
     WeightedValues,
 )
 from tsqp.wire.tensors import Spec
+from tsqp.wire.work import attention_macs, check_call
 
 MAX_SEQUENCES = 256  # of one client at a time
 MANY_TOKENS = 4096  # in one layer's call, of which the memory is looked at first
 
 
 class KvStore:
-    """Keys and values of all clients: one budget of memory, and keys that no client chooses."""
+    """Keys and values of all clients: one budget of memory, and keys that no client chooses.
 
-    def __init__(self, weights: Weights) -> None:
+    Args:
+        max_call_macs: most multiply-accumulates of one call.
+    """
+
+    def __init__(self, weights: Weights, max_call_macs: int) -> None:
         config, device = weights.config, weights.device
         room = partial(check_room, device=device)
         self.weights = weights
+        self.max_call_macs = max_call_macs
         self.cache = KvCache(
             config.num_layers, config.num_kv_heads, config.head_dim, weights.dtype, device, room
         )
@@ -71,6 +78,7 @@ class KvSession:
         wanted_inputs, wanted_outputs = self._specs(operation)
         if list(inputs) != wanted_inputs or list(outputs) != wanted_outputs:
             raise ProtocolError("A call about kept keys and values has tensors of other shapes.")
+        check_call(self._macs(operation), self._store.max_call_macs)
 
     def run(
         self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
@@ -133,6 +141,23 @@ class KvSession:
                 weights = c.num_heads * sum(each.rows * each.length for each in weighted)
                 return [Spec((weights,), dtype)], [Spec((rows, c.hidden_size), dtype)]
         return [], []
+
+    def _macs(self, operation: Operation) -> int:
+        """Multiply-accumulates of an operation whose tensors have the right shapes."""
+        c = self._config
+        match operation:
+            case AttentionScores(_, spans):
+                return attention_macs(c.num_heads, c.head_dim, _pairs(spans))
+            case WeightedValues(layer, weighted):
+                pairs = [(each.rows, each.length) for each in weighted]
+                o_FD = self._store.weights.linear_FD[layer, "o"]
+                rows = sum(each.rows for each in weighted)
+                return attention_macs(c.num_heads, c.head_dim, pairs) + rows * o_FD.numel()
+            case Layer(layer, spans):
+                rows = sum(span.length for span in spans)
+                products = 2 * attention_macs(c.num_heads, c.head_dim, _pairs(spans))
+                return products + rows * layer_macs(c, layer)
+        return 0
 
     def _check_new(self, sequence: int, capacity: int) -> None:
         if sequence in self._keys:
@@ -201,6 +226,11 @@ class KvSession:
         if self._tables is None or self._tables[0] != spans:
             self._tables = spans, layers.tables(segments)
         out_TD.copy_(layers.run(layer, x_TD, segments, self._tables[1]))
+
+
+def _pairs(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """The rows of each span, and the tokens that they meet."""
+    return [(span.length, span.start + span.length) for span in spans]
 
 
 def _parts(flat_N: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu import product
 from tsqp.gpu.session import KvSession, KvStore
 from tsqp.gpu.weights import IntegerModel, Weights
+from tsqp.model.work import dearest_row_macs
 from tsqp.wire.channel import kind_of
 from tsqp.wire.messages import (
     Embed,
@@ -24,6 +25,7 @@ from tsqp.wire.messages import (
 )
 from tsqp.wire.seeds import expand
 from tsqp.wire.tensors import WEIGHTS_DTYPES, Spec
+from tsqp.wire.work import call_macs, check_call, check_residues
 
 OPEN_ABILITIES = ("embedding", "linear")
 ATTENTION_ABILITY = "attention"  # keeps keys and values, and computes with them
@@ -31,7 +33,6 @@ LAYER_ABILITY = "layer"  # runs whole layers
 SPLIT_ABILITIES = (ATTENTION_ABILITY, LAYER_ABILITY)  # that a session of `open` may ask for besides
 PRIVATE_ABILITIES = ("product", "seed_product")
 MAX_ROWS = 2**20
-MAX_SHARE_BYTES = 2**30  # that one seed may stand for
 
 
 class Worker:
@@ -42,13 +43,20 @@ class Worker:
     Args:
         weights: for `open`, or None.
         integers: for the private modes, or None.
+        max_call_macs: most multiply-accumulates of one call; None: as the device allows.
     """
 
-    def __init__(self, weights: Weights | None, integers: IntegerModel | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights | None,
+        integers: IntegerModel | None = None,
+        max_call_macs: int | None = None,
+    ) -> None:
         assert weights is not None or integers is not None
+        self._max_call_macs = max_call_macs or _default_call_macs(weights, integers)
         self._weights = weights
         self._integers = integers
-        self._store = None if weights is None else KvStore(weights)
+        self._store = None if weights is None else KvStore(weights, self._max_call_macs)
         if integers is not None:
             product.prepare()
 
@@ -80,22 +88,26 @@ class Worker:
                 )
             device = self._integers.device.type
             digest = self._integers.digest
-            return Welcome(hello.nonce, digest, "int8", PRIVATE_ABILITIES, device, None)
+            macs = self._max_call_macs
+            return Welcome(hello.nonce, digest, "int8", PRIVATE_ABILITIES, device, macs, None)
         if self._weights is None:
             raise HandshakeError(
                 "the worker serves private modes only; use one of them, or start it with "
                 "--serve open or all."
             )
         dtype, device = WEIGHTS_DTYPES[self._weights.dtype], self._weights.device.type
-        abilities = (*OPEN_ABILITIES, *SPLIT_ABILITIES)
-        return Welcome(hello.nonce, self._weights.digest, dtype, abilities, device, None)
+        abilities, digest = (*OPEN_ABILITIES, *SPLIT_ABILITIES), self._weights.digest
+        return Welcome(hello.nonce, digest, dtype, abilities, device, self._max_call_macs, None)
 
     def open(self) -> "WorkerSession":
         """What does one client's calls."""
         return WorkerSession(self, None if self._store is None else KvSession(self._store))
 
     def check(self, operation: Stateless, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
-        """Raise ProtocolError unless the tensors have the shapes that `operation` wants."""
+        """Raise ProtocolError unless the tensors have the shapes that `operation` wants.
+
+        Also where it is more work than one call may ask for.
+        """
         if isinstance(operation, SeedProduct):
             rows = operation.rows
         else:
@@ -108,6 +120,11 @@ class Worker:
                 f"A call of {kind_of(operation)} takes {_list(wanted_inputs)} and gives "
                 f"{_list([wanted_output])}, not {_list(inputs)} and {_list(outputs)}."
             )
+        if not isinstance(operation, Embed):
+            features, width = self._weight(operation).shape
+            check_call(rows * features * width, self._max_call_macs)
+            if not isinstance(operation, Linear):
+                check_residues(rows * (features + width))
 
     def received(self, operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What a call brought, in private memory: activations, token ids, or int32 residues."""
@@ -162,17 +179,17 @@ class Worker:
                 each = FIELDS[field].residue_bytes
                 share = Spec((rows, each * width), torch.uint8)
                 answer = Spec((rows, each * features), torch.uint8)
-                if not isinstance(operation, SeedProduct):
-                    return [share], answer
-                if share.nbytes > MAX_SHARE_BYTES:
-                    raise ProtocolError(f"A seed stands for {MAX_SHARE_BYTES} bytes at most.")
-                return [], answer
+                return [] if isinstance(operation, SeedProduct) else [share], answer
 
     @property
     def _open_weights(self) -> Weights:
         if self._weights is None:
             raise ProtocolError("This worker serves private modes only.")
         return self._weights
+
+    def _weight(self, operation: Linear | Product | SeedProduct) -> Tensor:
+        find = self._float_weight if isinstance(operation, Linear) else self._integer_weight
+        return find(operation.layer, operation.group)
 
     def _float_weight(self, layer: int, group: str) -> Tensor:
         return _find(self._open_weights.linear_FD, layer, group)
@@ -224,6 +241,16 @@ class WorkerSession:
         """Free what this client kept."""
         if self._kv is not None:
             self._kv.close()
+
+
+def _default_call_macs(weights: Weights | None, integers: IntegerModel | None) -> int:
+    """As much as the device allows, and at least the dearest row."""
+    rows = [0 if weights is None else dearest_row_macs(weights.config)]
+    if integers is not None:
+        rows += [weight_FD.numel() for weight_FD in integers.linear_FD.values()]
+    held = weights or integers
+    assert held is not None
+    return call_macs(held.device.type, max(rows))
 
 
 def _list(specs: Sequence[Spec]) -> str:

@@ -9,6 +9,7 @@ import torch
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import OPEN_ABILITIES, PRIVATE_ABILITIES, Worker
+from tsqp.model.work import dearest_row_macs, widest_group_macs
 from tsqp.runtime.links import Link
 from tsqp.runtime.local_worker import LocalWorker
 from tsqp.wire.channel import Channel, InprocChannel
@@ -16,6 +17,7 @@ from tsqp.wire.client import RemoteChannel, check_reachable
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Hello
 from tsqp.wire.tensors import WEIGHTS_DTYPES
+from tsqp.wire.work import check_row_fits
 
 log = logging.getLogger("tsqp")
 
@@ -81,7 +83,7 @@ class WorkerProcess:
             abilities: that the session needs beside those of every session.
 
         Raises:
-            WorkerError: the worker is gone, or holds something else.
+            WorkerError: the worker is gone, holds something else, or does too little in one call.
         """
         private = self._dtype == torch.int8
         hello = Hello(
@@ -101,6 +103,8 @@ class WorkerProcess:
         self.channel = channel = RemoteChannel(
             endpoint, hello, worker_key=self._link.key, no_shm_reason=no_shm_reason
         )
+        row_macs = (widest_group_macs if private else dearest_row_macs)(checkpoint.config)
+        check_row_fits(row_macs, channel.welcome.max_call_macs, channel.endpoint)
         name = f"{endpoint} (encrypted link)" if self._link.key else endpoint
         log.info("worker at %s: transport %s (%s)", name, channel.transport, channel.reason)
         return channel

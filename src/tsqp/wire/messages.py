@@ -33,6 +33,7 @@ Sentence = Annotated[str, Meta(max_length=MAX_SENTENCE)]
 Traceback = Annotated[str, Meta(max_length=MAX_TRACEBACK)]
 Evidence = Annotated[bytes, Meta(max_length=65_536)]
 Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Macs = Annotated[int, Meta(ge=1, le=2**62)]
 Nanoseconds = Annotated[int, Meta(ge=0, le=2**62)]
 Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
@@ -73,13 +74,18 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Worker → TEE: what I serve. `reason` says why there is no segment, where there is none."""
+    """Worker → TEE: what I serve.
+
+    `max_call_macs` is the most multiply-accumulates of one call, see `tsqp.wire.work`. `reason`
+    says why there is no segment, where there is none.
+    """
 
     nonce: Nonce
     weights_digest: Digest
     dtype: WeightsDtype
     abilities: Annotated[tuple[Name, ...], Meta(max_length=16)]
     device: Name
+    max_call_macs: Macs
     segment: SegmentRef | None
     reason: Sentence = ""
     evidence: Evidence = b""

@@ -29,6 +29,8 @@ from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request, attend_here
 from tsqp.tee.placement import Placement
+from tsqp.wire.channel import Channel
+from tsqp.wire.work import residue_rows_within
 
 Block = TypeVar("Block")  # what a mode remembers of rows that are out
 
@@ -255,6 +257,12 @@ def start_in_blocks(
 ) -> Pending:
     """Send the first blocks of rows; the rest follows as answers come."""
     return _Blocks(sender, group, x_TD.float().contiguous(), dtype)
+
+
+def masked_rows_per_call(channel: Channel, group: MaskedGroup) -> int:
+    """How many rows fit into one call, by their bytes and by the worker's limit of work."""
+    by_work = residue_rows_within(channel.welcome.max_call_macs, group.features, group.width)
+    return max(1, min(by_work, channel.max_call_bytes // group.row_bytes))
 
 
 class _Blocks(Generic[Block]):

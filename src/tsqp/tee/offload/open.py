@@ -9,8 +9,9 @@ Shape suffixes: T tokens; D input and F output features of a linear layer.
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from tsqp.wire import messages
 from tsqp.wire.channel import Channel, Reply
 from tsqp.wire.messages import Operation
 from tsqp.wire.tensors import Spec
+from tsqp.wire.work import rows_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,13 @@ class OpenLinear:
         block = min(_rows_per_call(x, shard, self._dtype) for shard in shards)
         if len(shards) == 1 and rows <= block:
             return self.submit_to(shards[0], operation, x, bias_F)
-        return _SplitAnswer(self, operation, x, shards, bias_F, block)
+
+        def submit(part: Tensor, out: list[RemoteAnswer]) -> None:
+            for shard in shards:
+                bias = None if bias_F is None else bias_F[shard.start : shard.stop]
+                out.append(self.submit_to(shard, operation, part, bias))
+
+        return SplitAnswer(partial(submit, part) for part in torch.split(x, block))
 
     def submit_to(
         self, shard: Shard, operation: Operation, x: Tensor, bias_F: Tensor | None
@@ -192,23 +200,16 @@ class RemoteAnswer:
         self._channel.cancel(self._ticket)
 
 
-class _SplitAnswer:
-    """An answer that takes several calls: of blocks of rows, one after the other."""
+class SplitAnswer:
+    """An answer that takes several calls, of some of its rows each, one after the other.
 
-    def __init__(
-        self,
-        offload: OpenLinear,
-        operation: Operation,
-        x: Tensor,
-        shards: Sequence[Shard],
-        bias_F: Tensor | None,
-        block: int,
-    ) -> None:
-        self._offload = offload
-        self._operation = operation
-        self._shards = shards
-        self._bias_F = bias_F
-        self._blocks = deque(x[first : first + block] for first in range(0, len(x), block))
+    Args:
+        submits: submits the calls of the next rows, in the order of their columns. What it was
+            given is only for keeping calls that it has submitted, should the next one fail.
+    """
+
+    def __init__(self, submits: Iterable[Callable[[list[RemoteAnswer]], None]]) -> None:
+        self._submits = deque(submits)
         self._out: list[RemoteAnswer] = []
         self.waited_s = 0.0
         self._submit_next()
@@ -228,18 +229,15 @@ class _SplitAnswer:
         pass
 
     def cancel(self) -> None:
-        self._blocks.clear()
+        self._submits.clear()
         while self._out:
             self._out.pop().cancel()
 
     def _submit_next(self) -> None:
-        if not self._blocks:
+        if not self._submits:
             return
-        x = self._blocks.popleft()
         try:
-            for shard in self._shards:
-                bias_F = None if self._bias_F is None else self._bias_F[shard.start : shard.stop]
-                self._out.append(self._offload.submit_to(shard, self._operation, x, bias_F))
+            self._submits.popleft()(self._out)
         except BaseException:
             self.cancel()
             raise
@@ -255,6 +253,8 @@ class _SplitAnswer:
 
 
 def _rows_per_call(x: Tensor, shard: Shard, dtype: torch.dtype) -> int:
-    """How many rows of `x` fit into one call with their answers."""
-    row_bytes = x[0].nbytes + (shard.stop - shard.start) * dtype.itemsize
-    return max(1, shard.channel.max_call_bytes // row_bytes)
+    """How many rows of `x` fit into one call, with their answers and the work they take."""
+    features = shard.stop - shard.start
+    row_bytes = x[0].nbytes + features * dtype.itemsize
+    by_work = rows_within(shard.channel.welcome.max_call_macs, features * x[0].numel())
+    return max(1, min(by_work, shard.channel.max_call_bytes // row_bytes))

@@ -6,22 +6,26 @@ softmax between them stays in the TEE.
 Shape suffixes: T tokens; H query heads; S tokens of a sequence; N numbers of all sequences, flat.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tsqp.model.config import Key, ModelConfig
 from tsqp.tee.offload.base import AttentionScores, Pending, Request, WeightedValues
-from tsqp.tee.offload.open import OpenLinear
+from tsqp.tee.offload.open import OpenLinear, RemoteAnswer, SplitAnswer
 from tsqp.tee.offload.remote_kv import RemoteKv
 from tsqp.tee.placement import OPEN_ATTENTION
 from tsqp.wire import messages
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Span, Weighted
 from tsqp.wire.tensors import Spec
+from tsqp.wire.work import rows_within
 
 MAX_SCORES = 2**23  # in one call: 32 MiB in float32
+
+Weights = Sequence[tuple[int, Tensor]]  # sequences, and weights [H, T, S] of each
 
 
 class OpenAttentionOffload(OpenLinear):
@@ -41,7 +45,12 @@ class OpenAttentionOffload(OpenLinear):
         super().__init__(channel, config, dtype, biases_F, timeout, kv)
         self._num_heads = config.num_heads
         # A quarter of a call is for queries, keys and values, or for what becomes of them.
-        self.most_scores = min(MAX_SCORES, channel.max_call_bytes * 3 // 4 // dtype.itemsize)
+        by_bytes = channel.max_call_bytes * 3 // 4 // dtype.itemsize
+        # Half of the work is for the output projection.
+        by_work = channel.welcome.max_call_macs // 2 // config.head_dim
+        self.most_scores = max(1, min(MAX_SCORES, by_bytes, by_work))
+        o_macs = config.num_heads * config.head_dim * config.hidden_size
+        self._most_rows = rows_within(channel.welcome.max_call_macs // 2, o_macs)
 
     def start(self, request: Request) -> Pending:
         match request:
@@ -61,14 +70,41 @@ class OpenAttentionOffload(OpenLinear):
         )
 
     def _weighted_values(self, request: WeightedValues) -> Pending:
+        calls = list(_in_calls(request.weights, self._most_rows))
+        if len(calls) == 1:
+            return self._submit_weights(request.layer, calls[0])
+
+        def submit(weights: Weights, out: list[RemoteAnswer]) -> None:
+            out.append(self._submit_weights(request.layer, weights))
+
+        return SplitAnswer(partial(submit, weights) for weights in calls)
+
+    def _submit_weights(self, layer: int, weights: Weights) -> RemoteAnswer:
         weighted = tuple(
-            Weighted(sequence, *weights_HTS.shape[1:]) for sequence, weights_HTS in request.weights
+            Weighted(sequence, *weights_HTS.shape[1:]) for sequence, weights_HTS in weights
         )
-        weights_N = torch.cat([weights_HTS.flatten() for _, weights_HTS in request.weights])
+        weights_N = torch.cat([weights_HTS.flatten() for _, weights_HTS in weights])
         rows = sum(each.rows for each in weighted)
         return self.submit(
-            messages.WeightedValues(request.layer, weighted),
+            messages.WeightedValues(layer, weighted),
             (weights_N,),
             Spec((rows, self._hidden_size), self._dtype),
-            self._biases_F.get((request.layer, "o")),
+            self._biases_F.get((layer, "o")),
         )
+
+
+def _in_calls(weights: Weights, most_rows: int) -> Iterator[Weights]:
+    """The same rows in order, at most so many a call."""
+    call: list[tuple[int, Tensor]] = []
+    room = most_rows
+    for sequence, weights_HTS in weights:
+        first, rows = 0, weights_HTS.shape[1]
+        while first < rows:
+            if room == 0:
+                yield call
+                call, room = [], most_rows
+            taken = min(room, rows - first)
+            call.append((sequence, weights_HTS[:, first : first + taken]))
+            first += taken
+            room -= taken
+    yield call

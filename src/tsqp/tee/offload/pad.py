@@ -18,7 +18,13 @@ from tsqp.tee.crypto.pads import PadPool
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.crypto.stock import Pads
 from tsqp.tee.offload.base import Linear, Pending
-from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
+from tsqp.tee.offload.masked import (
+    Groups,
+    Masked,
+    MaskedGroup,
+    masked_rows_per_call,
+    start_in_blocks,
+)
 from tsqp.tee.placement import MASKED
 from tsqp.wire.call_times import PADS, lap
 from tsqp.wire.channel import Channel
@@ -73,7 +79,7 @@ class PadLinear:
         self._channel.close()
 
     def rows_per_call(self, group: MaskedGroup) -> int:
-        return max(1, self._channel.max_call_bytes // group.row_bytes)
+        return masked_rows_per_call(self._channel, group)
 
     def send(self, group: MaskedGroup, x_TD: Tensor) -> _Block:
         """[P4], [P5]: take fresh pads, mask, and submit."""

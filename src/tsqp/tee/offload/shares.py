@@ -22,7 +22,13 @@ from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.rng import fresh_seed
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Linear, Pending
-from tsqp.tee.offload.masked import Groups, Masked, MaskedGroup, start_in_blocks
+from tsqp.tee.offload.masked import (
+    Groups,
+    Masked,
+    MaskedGroup,
+    masked_rows_per_call,
+    start_in_blocks,
+)
 from tsqp.tee.placement import MASKED
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product, SeedProduct
@@ -78,8 +84,7 @@ class SharesLinear:
             channel.close()
 
     def rows_per_call(self, group: MaskedGroup) -> int:
-        least = min(channel.max_call_bytes for channel in self._channels)
-        return max(1, least // group.row_bytes)
+        return min(masked_rows_per_call(channel, group) for channel in self._channels)
 
     def send(self, group: MaskedGroup, x_TD: Tensor) -> _Block:
         """[P8]: c_1 … c_n-1 as fresh seeds, and c_n = xq - Σ c_i mod p. Nobody is waited for."""
