@@ -21,7 +21,9 @@ COMMANDS = {
         --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "worker": """
-        --debug --device --dtype --insecure --keyfile --listen --no-shm --quiet --record --serve
+        --debug --device --dtype --insecure --keyfile --listen --max-sessions
+        --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --no-shm --quiet --record
+        --serve
         --supervised --threads MODEL
     """,
     "prepare": "--debug --quiet MODEL OUT",

@@ -288,6 +288,48 @@ def test_a_layer_of_more_tokens_than_there_is_memory_for_is_refused(
     ask(session, Layer(0, (Span(0, 5, 2),)), random(2, 2, HIDDEN), answer=[2, HIDDEN])
 
 
+def test_a_session_takes_half_of_the_memory_for_keys_and_values_at_most(
+    worker: Worker, session: WorkerSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = LAYERS * 2 * KV_HEADS * HEAD * 4  # bytes
+    free = 200 * token
+    monkeypatch.setattr("tsqp.gpu.session.free_bytes", lambda device: free)
+    ask(session, Allocate(0, 60))
+    with pytest.raises(
+        OutOfMemory, match=f"would take {101 * token} bytes.*may take {100 * token}"
+    ):
+        ask(session, Allocate(1, 41))
+    ask(session, Allocate(1, 40))
+    ask(session, Free(0))
+    ask(session, Allocate(2, 60))
+    other = worker.open()
+    ask(other, Allocate(0, 100))
+    other.close()
+
+
+def test_what_a_session_has_filled_counts_as_memory_for_keys_and_values(
+    session: WorkerSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = LAYERS * 2 * KV_HEADS * HEAD * 4
+    ask(session, Allocate(0, 60))
+    for layer in range(LAYERS):
+        ask(session, AttentionScores(layer, (Span(0, 0, 60),)), *qkv(60), answer=[HEADS * 60 * 60])
+    monkeypatch.setattr("tsqp.gpu.session.free_bytes", lambda device: 140 * token)
+    ask(session, Allocate(1, 40))
+    with pytest.raises(OutOfMemory):
+        ask(session, Allocate(2, 1))
+
+
+def test_the_only_session_of_a_worker_may_take_all_memory(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = LAYERS * 2 * KV_HEADS * HEAD * 4
+    session = Worker(worker._weights, kv_shares=1).open()
+    monkeypatch.setattr("tsqp.gpu.session.free_bytes", lambda device: 200 * token)
+    ask(session, Allocate(0, 200))
+    session.close()
+
+
 def test_no_client_reaches_the_sequences_of_another(worker: Worker, kept: WorkerSession) -> None:
     other = worker.open()
     for operation in (

@@ -9,7 +9,8 @@ import psutil
 import pytest
 from protocol_helpers import SHM, START_S, Commands, Main, eventually, socket_endpoint, write_ids
 
-from tsqp.errors import WorkerUnavailable
+from tsqp import LLM, SamplingParams
+from tsqp.errors import HandshakeError, WorkerUnavailable
 from tsqp.runtime.local_worker import LocalWorker
 
 ENDLESS = ["--ignore-eos", "--max-tokens", "50000", "--temperature", "1", "--seed", "1"]
@@ -168,6 +169,15 @@ def test_only_this_user_may_use_the_socket_file(commands: Commands) -> None:
     path = commands.folder / "worker.sock"
     assert path.is_socket()
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_user_may_have_as_many_sessions_as_the_worker_was_told(commands: Commands) -> None:
+    endpoint = commands.ipc()
+    commands.worker("random:tiny", endpoint, "--max-sessions-per-client", 1)
+    with LLM("random:tiny", worker=endpoint) as llm:
+        with pytest.raises(HandshakeError, match="has 1 sessions with this user or address"):
+            LLM("random:tiny", worker=endpoint)
+        assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
 
 
 def test_a_stranger_on_the_port_does_not_end_a_worker(commands: Commands) -> None:

@@ -4,12 +4,10 @@ import signal
 import tempfile
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-import zmq
 from torch import Tensor
 from wire_helpers import (
     SEGMENT,
@@ -29,11 +27,10 @@ from wire_peers import RawClient
 
 import tsqp.wire.server
 import tsqp.wire.zmq
-from tsqp.errors import HandshakeError
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
-from tsqp.wire.messages import Bye, Failure, Hello, Operation, Welcome
-from tsqp.wire.server import MAX_SESSIONS, Server
+from tsqp.wire.messages import Failure, Hello, Operation, Welcome
+from tsqp.wire.server import Server
 from tsqp.wire.zmq import ServerSocket
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -218,26 +215,3 @@ def test_an_idle_client_may_leave_thousands_of_probes_unread(
         assert eventually(lambda: probed > 5000)  # more than both sockets hold
         assert echoes(idle)
         idle.close()
-
-
-def test_one_client_too_many_is_refused_until_another_leaves(tmp_path: Path) -> None:
-    with (
-        WorkerThread(f"ipc://{tmp_path}/socket") as worker,
-        zmq.Context() as context,
-        ExitStack() as stack,
-    ):
-        *clients, last = [
-            stack.enter_context(RawClient(worker.endpoint, context))
-            for _ in range(MAX_SESSIONS + 1)
-        ]
-        for client in clients:
-            assert isinstance(client.shake_hands(shm_bytes=0), Welcome)
-        refusal = last.shake_hands(shm_bytes=0)
-        assert isinstance(refusal, Failure)
-        assert refusal.kind == "refused"
-        assert f"serves {MAX_SESSIONS} clients already; try later" in refusal.message
-        with pytest.raises(HandshakeError, match=f"{MAX_SESSIONS} clients already"):
-            RemoteChannel(worker.endpoint, hello(shm_bytes=0))
-        clients[0].send(encode(Bye()))
-        assert eventually(lambda: len(worker.server.sessions) < MAX_SESSIONS)
-        assert isinstance(last.shake_hands(shm_bytes=0), Welcome)

@@ -25,6 +25,7 @@ from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
 from tsqp.wire.mailbox import CAN_POLL
 from tsqp.wire.messages import Probe, SegmentRef
+from tsqp.wire.quotas import Quotas
 from tsqp.wire.shm import MIN_SEGMENT, Segment
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -103,7 +104,7 @@ def test_shared_memory_is_reported_with_size_and_folder(
 
 
 def test_a_worker_without_shared_memory_says_so(shm_folder: Path) -> None:
-    with WorkerThread("tcp://127.0.0.1:0", max_shm_bytes=0) as worker:
+    with WorkerThread("tcp://127.0.0.1:0", quotas=Quotas(max_shm_bytes=0)) as worker:
         channel = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
         assert channel.transport == "inline"
         assert channel.reason == "the worker was started with --no-shm"
@@ -122,7 +123,9 @@ def test_a_worker_whose_folder_is_missing_says_so(tmp_path: Path) -> None:
 
 
 def test_a_segment_that_would_be_too_small_is_not_made(shm_folder: Path) -> None:
-    with WorkerThread("tcp://127.0.0.1:0", max_shm_bytes=8192, shm_folder=shm_folder) as worker:
+    with WorkerThread(
+        "tcp://127.0.0.1:0", quotas=Quotas(max_shm_bytes=8192), shm_folder=shm_folder
+    ) as worker:
         channel = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
         assert channel.reason == (
             f"the worker has no segment in {shm_folder}: it would have 8192 bytes, "

@@ -29,6 +29,22 @@ def worker(
     dtype: str,
     threads: int | None,
     shm: bool,
+    max_sessions: Annotated[
+        int, typer.Option(min=1, help="Most sessions at a time, of all clients.")
+    ] = 64,
+    max_sessions_per_client: Annotated[
+        int,
+        typer.Option(min=1, help="Most sessions of one user of this machine, or of one address."),
+    ] = 16,
+    max_shm_bytes: Annotated[
+        int, typer.Option(min=0, help="Most shared memory of one session.")
+    ] = 2**30,
+    max_total_shm_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Most shared memory of all sessions; at most half of what is free."
+        ),
+    ] = None,
     keyfile: Annotated[
         Path | None,
         typer.Option(
@@ -47,6 +63,7 @@ def worker(
     """Serve a model's linear layers to TEE processes. Runs on the machine with the GPU."""
     from tsqp.cli.printing import loading_progress
     from tsqp.gpu.serve import serve as serve_model
+    from tsqp.wire.quotas import Quotas
 
     with loading_progress() as loading:
         serve_model(
@@ -56,7 +73,12 @@ def worker(
             serve=serve,
             dtype=dtype,
             threads=threads,
-            max_shm_bytes=2**30 if shm else 0,
+            quotas=Quotas(
+                max_sessions,
+                max_sessions_per_client,
+                max_shm_bytes if shm else 0,
+                max_total_shm_bytes,
+            ),
             keyfile=keyfile,
             insecure=insecure,
             record=record,

@@ -27,6 +27,7 @@ from tsqp.gpu.weights import (
 from tsqp.gpu.worker import Worker
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.keys import read_secret_key
+from tsqp.wire.quotas import DEFAULT_QUOTAS, Quotas
 from tsqp.wire.server import Server
 from tsqp.wire.zmq import public_key_of
 
@@ -44,7 +45,7 @@ def serve(
     serve: str = "all",
     dtype: str = "auto",
     threads: int | None = None,
-    max_shm_bytes: int = 2**30,
+    quotas: Quotas = DEFAULT_QUOTAS,
     keyfile: Path | None = None,
     insecure: bool = False,
     record: Path | None = None,
@@ -60,7 +61,7 @@ def serve(
         device: "cpu", "cuda", "cuda:NUMBER", or "auto": CUDA where torch sees a device.
         serve: "private" holds integer weights, "open" floating-point ones, "all" both.
         dtype: of the floating-point weights.
-        max_shm_bytes: most shared memory for one session; 0 keeps tensors on the socket.
+        quotas: what clients may take.
         keyfile: holds the secret key of `tsqp keygen`; takes encrypted links alone.
         insecure: listen on an address that other machines can reach, without encryption.
         record: a new or empty folder for everything that arrives; see `tsqp.gpu.record`.
@@ -85,9 +86,10 @@ def serve(
     if supervised:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     loading = Rate(_until(stop, progress))
-    load = _prepare_to_load(model, serve, dtype, where, loading)
+    shares = 1 if quotas.max_sessions == 1 else 2
+    load = _prepare_to_load(model, serve, dtype, where, loading, shares)
     # Listening comes before loading, which may be long: an address in use shows at once.
-    server = Server(endpoint, secret_key=secret_key, max_shm_bytes=max_shm_bytes, log=log.info)
+    server = Server(endpoint, secret_key=secret_key, quotas=quotas, log=log.info)
     try:
         if secret_key is not None:
             log.info("encrypted links alone; public key: %s", public_key_of(secret_key))
@@ -107,7 +109,7 @@ def serve(
 
 
 def _prepare_to_load(
-    model: str, serve: str, dtype: str, device: torch.device, progress: Progress
+    model: str, serve: str, dtype: str, device: torch.device, progress: Progress, kv_shares: int
 ) -> Callable[[], Worker]:
     """Check what was asked for; what is returned loads it."""
     if serve not in SERVE:
@@ -132,7 +134,7 @@ def _prepare_to_load(
             then = part_of(progress, before, required)
             weights = load_weights(checkpoint, loaded_dtype, device, then)
         checkpoint.close()
-        return Worker(weights, integers)
+        return Worker(weights, integers, kv_shares=kv_shares)
 
     return load
 

@@ -11,10 +11,10 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from tsqp.errors import ProtocolError
+from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu import product
 from tsqp.gpu.layer import FusedLayers
-from tsqp.gpu.weights import Weights, check_room
+from tsqp.gpu.weights import Weights, check_room, free_bytes
 from tsqp.model.work import layer_macs
 from tsqp.nn.attention import Segment
 from tsqp.nn.kv_cache import KvCache
@@ -42,9 +42,10 @@ class KvStore:
 
     Args:
         max_call_macs: most multiply-accumulates of one call.
+        shares: one session may take this part of the memory.
     """
 
-    def __init__(self, weights: Weights, max_call_macs: int) -> None:
+    def __init__(self, weights: Weights, max_call_macs: int, shares: int) -> None:
         config, device = weights.config, weights.device
         room = partial(check_room, device=device)
         self.weights = weights
@@ -54,6 +55,21 @@ class KvStore:
         )
         self.layers = FusedLayers(weights, self.cache)
         self.keys = count()
+        self._shares = shares
+
+    def check_share(self, required: int) -> None:
+        """Raise OutOfMemory where one session would have more than its share of the memory.
+
+        Args:
+            required: bytes that it would have.
+        """
+        share = (free_bytes(self.weights.device) + self.cache.taken_bytes) // self._shares
+        if required > share:
+            raise OutOfMemory(
+                f"The KV cache of this session would take {required} bytes, and one session may "
+                f"take {share} of what the worker has: run fewer or shorter sequences, or "
+                "start the worker with --max-sessions 1, which gives all to one session."
+            )
 
     def check_room_for(self, tokens: int) -> None:
         """Raise OutOfMemory unless a layer's activations of so many tokens would fit."""
@@ -90,6 +106,8 @@ class KvSession:
         """
         match operation:
             case Allocate(sequence, capacity):
+                held = [self._cache.capacity(key) for key in self._keys.values()]
+                self._store.check_share(self._cache.bytes_for(capacity + sum(held)))
                 key = next(self._store.keys)
                 self._cache.alloc(key, capacity)
                 self._keys[sequence] = key

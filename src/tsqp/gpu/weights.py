@@ -10,6 +10,7 @@ from tsqp.checkpoint import integer_cache
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.footprint import float_bytes
+from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.prepared import PreparedFile
 from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
@@ -89,14 +90,21 @@ def check_room(required: int, what: str, device: torch.device) -> None:
     if device.type == "cpu":
         check_memory(required, what)
         return
-    available, _ = torch.cuda.mem_get_info(device)
-    # What was freed here stays with torch, which gives it out again.
-    available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = free_bytes(device)
     if required > available:
         raise OutOfMemory(
             f"{what} would take {required} bytes, and {available} bytes are free "
             f"on {device}: free some, or choose a smaller dtype or model."
         )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process may still take on `device`."""
+    if device.type == "cpu":
+        return available_bytes()
+    available, _ = torch.cuda.mem_get_info(device)
+    # What was freed here stays with torch, which gives it out again.
+    return available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Worker:
         weights: for `open`, or None.
         integers: for the private modes, or None.
         max_call_macs: most multiply-accumulates of one call; None: as the device allows.
+        kv_shares: one session may take this part of the memory for keys and values.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class Worker:
         weights: Weights | None,
         integers: IntegerModel | None = None,
         max_call_macs: int | None = None,
+        kv_shares: int = 2,
     ) -> None:
         assert weights is not None or integers is not None
         self._max_call_macs = max_call_macs or _default_call_macs(weights, integers)
         self._weights = weights
         self._integers = integers
-        self._store = None if weights is None else KvStore(weights, self._max_call_macs)
+        self._store = None if weights is None else KvStore(weights, self._max_call_macs, kv_shares)
         if integers is not None:
             product.prepare()
 

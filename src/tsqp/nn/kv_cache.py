@@ -53,8 +53,20 @@ class KvCache:
         return sum(entry.kv_L2JCK.nbytes for entry in self._entries.values())
 
     @property
-    def _promised_bytes(self) -> int:
-        """Bytes reserved but not yet taken from the system, about."""
+    def taken_bytes(self) -> int:
+        """Bytes taken from the device already, about."""
+        return self.reserved_bytes - self._untouched_bytes
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes of the keys and values of so many tokens."""
+        layers, two, heads, features = self._shape
+        return layers * two * heads * tokens * features * self._dtype.itemsize
+
+    @property
+    def _untouched_bytes(self) -> int:
+        """Bytes reserved but not yet taken from the system, about; a GPU's are taken at once."""
+        if self._device.type != "cpu":
+            return 0
         return sum(
             entry.kv_L2JCK.nbytes
             * (entry.kv_L2JCK.shape[3] - entry.lengths[0])
@@ -70,9 +82,8 @@ class KvCache:
         """
         assert sequence not in self._entries, "this sequence has its memory already"
         layers, two, heads, features = self._shape
-        needed = layers * two * heads * capacity * features * self._dtype.itemsize
-        promised = self._promised_bytes if self._device.type == "cpu" else 0
-        self._check(needed + promised, "The KV cache of the running sequences")
+        needed = self.bytes_for(capacity)
+        self._check(needed + self._untouched_bytes, "The KV cache of the running sequences")
         shape = (layers, two, heads, capacity, features)
         kv_L2JCK = torch.empty(shape, dtype=self._dtype, device=self._device)
         views = [(kv_2JCK[0], kv_2JCK[1]) for kv_2JCK in kv_L2JCK]

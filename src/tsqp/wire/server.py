@@ -45,11 +45,11 @@ from tsqp.wire.messages import (
     SegmentRef,
     TensorRef,
 )
-from tsqp.wire.shm import SHM_FOLDER, Segment
+from tsqp.wire.quotas import DEFAULT_QUOTAS, Quotas
+from tsqp.wire.shm import SHM_FOLDER, Segment, free_bytes
 from tsqp.wire.tensors import raw, spec_of
 from tsqp.wire.zmq import MAX_FRAME, ServerSocket
 
-MAX_SESSIONS = 64
 LOOK_EVERY_S = 0.5  # how often a busy worker looks for clients that left
 LOOKS = 10  # libzmq reports a broken connection some time before it drops the peer
 
@@ -63,6 +63,7 @@ class Session:
 
     number: int  # counted from 1
     service: ServiceSession
+    client: str  # for whom it counts
     segment: Segment | None = None
     mailbox: Mailbox | None = None
     last_sent: int = 0  # ticket of the last call through the socket
@@ -108,7 +109,7 @@ class Server:
         endpoint: Endpoint,
         *,
         secret_key: str | None = None,
-        max_shm_bytes: int = 2**30,
+        quotas: Quotas = DEFAULT_QUOTAS,
         shm_folder: Path = SHM_FOLDER,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -116,7 +117,7 @@ class Server:
 
         Args:
             secret_key: makes the worker take encrypted links alone, see `ServerSocket`.
-            max_shm_bytes: most bytes of shared memory for one session; 0 keeps tensors inline.
+            quotas: what clients may take.
             log: takes one line about a session that begins or ends.
 
         Raises:
@@ -125,7 +126,9 @@ class Server:
         self.sessions: dict[bytes, Session] = {}
         self._opened = 0
         self._decoder = worker_decoder()
-        self._max_shm_bytes = max_shm_bytes
+        self._put_off: tuple[bytes, memoryview] | None = None  # a message for the next round
+        self._called: set[bytes] = set()  # who had a call through the socket in this round
+        self._quotas = quotas
         self._shm_folder = shm_folder
         self._log = log
         self._socket = ServerSocket(endpoint, secret_key)
@@ -153,15 +156,11 @@ class Server:
         looks = 0
         busy = False
         while not stop():
-            mailed = self._take_mail()
-            incoming = self._socket.receive(self, wait=False, spin=False)
-            if not mailed and incoming is None:
+            active = self._serve_round(stop)
+            if not active:
                 # A worker without work sleeps at once; between two calls it looks for the next.
-                incoming = self._socket.receive(self, wait=True, spin=busy)
-            if incoming is not None:
-                self._handle(*incoming)
-                self._socket.drain()
-            busy = mailed or incoming is not None
+                self._put_off = self._socket.receive(self, wait=True, spin=busy)
+            busy = active or self._put_off is not None
             if time.monotonic() - looked > LOOK_EVERY_S:
                 looked = time.monotonic()
                 looks = LOOKS if self._socket.a_peer_left() else max(0, looks - 1)
@@ -185,10 +184,35 @@ class Server:
             if session.mailbox is not None:
                 session.mailbox.say_asleep(asleep)
 
-    def _take_mail(self) -> bool:
-        """Do one posted call of each session; whether there was any."""
+    def _serve_round(self, stop: Callable[[], bool]) -> bool:
+        """Do one call of each session that has any waiting; whether there was something to do.
+
+        libzmq gives one message of each peer in turn. The first message of a peer that had its turn
+        is put off until the next round. Then comes the mail of sessions that had no call through
+        the socket.
+        """
+        self._called.clear()
+        heard: set[bytes] = set()
+        incoming, self._put_off = self._put_off, None
+        while not stop():
+            incoming = incoming or self._socket.receive(self, wait=False, spin=False)
+            if incoming is None or incoming[0] in heard:
+                self._put_off = incoming
+                break
+            heard.add(incoming[0])
+            self._handle(*incoming)
+            self._socket.drain()
+            incoming = None
+        return self._take_mail(stop) or bool(heard)
+
+    def _take_mail(self, stop: Callable[[], bool]) -> bool:
+        """Do one posted call of each session that had none yet; whether there was any."""
         found = False
         for identity, session in list(self.sessions.items()):
+            if stop():
+                break
+            if identity in self._called:
+                continue
             if session.mailbox is not None and (frame := session.mailbox.take()) is not None:
                 self._handle(identity, frame, posted=True)
                 found = True
@@ -234,29 +258,42 @@ class Server:
     def _begin(self, identity: bytes, hello: Hello) -> None:
         if identity in self.sessions:
             raise ProtocolError("A client shook hands twice in one session.")
-        if len(self.sessions) >= MAX_SESSIONS:
+        client = self._socket.client
+        try:
+            self._quotas.check_session(client, self._clients)
+        except HandshakeError:
             self._free_lost_sessions()
-        if len(self.sessions) >= MAX_SESSIONS:
-            raise HandshakeError(f"the worker serves {MAX_SESSIONS} clients already; try later.")
+            self._quotas.check_session(client, self._clients)
         welcome = self._service.welcome(hello)
         check_agreement(hello, welcome)
         self._opened += 1
-        session = Session(self._opened, self._service.open())
-        reason = ""
-        size = min(hello.shm_bytes, self._max_shm_bytes)
-        if size:
-            try:
-                session.segment = Segment.create(size, self._shm_folder)
-                session.segment.write(hello.nonce)
-            except WorkerUnavailable as exc:
-                reason = _sentence(f"the worker has {exc}")
-        elif hello.shm_bytes:
-            reason = "the worker was started with --no-shm"
+        session = Session(self._opened, self._service.open(), client)
+        reason = self._share_memory(session, hello)
         segment = session.segment
         self.sessions[identity] = session
         self._log(f"session opened, {len(self.sessions)} now")
         reference = SegmentRef(segment.path.name, segment.size) if segment else None
         self._send(identity, msgspec.structs.replace(welcome, segment=reference, reason=reason), 0)
+
+    @property
+    def _clients(self) -> list[str]:
+        """For whom each session counts."""
+        return [session.client for session in self.sessions.values()]
+
+    def _share_memory(self, session: Session, hello: Hello) -> str:
+        """Make the segment of a new session, or say why it has none."""
+        if not hello.shm_bytes:
+            return ""
+        if not self._quotas.max_shm_bytes:
+            return "the worker was started with --no-shm"
+        held = sum(each.segment.size for each in self.sessions.values() if each.segment)
+        try:
+            size = self._quotas.shm_bytes(hello.shm_bytes, held, free_bytes(self._shm_folder))
+            session.segment = Segment.create(size, self._shm_folder)
+            session.segment.write(hello.nonce)
+        except WorkerUnavailable as exc:
+            return _sentence(f"the worker has {exc}")
+        return ""
 
     def _call(
         self, identity: bytes, session: Session, ticket: int, call: Call, posted: bool
@@ -267,7 +304,9 @@ class Server:
         specs = [spec_of(ref) for ref in (*call.inputs, *call.outputs)]
         session.service.check(call.operation, specs[: len(call.inputs)], specs[len(call.inputs) :])
         inputs = [self._place(session, ref) for ref in call.inputs]
-        self._socket.receive_exactly(_inline(inputs, call.inputs), "A client")
+        if not posted:  # else the socket may hold a message that was put off
+            self._called.add(identity)
+            self._socket.receive_exactly(_inline(inputs, call.inputs), "A client")
         outputs = [self._place(session, ref) for ref in call.outputs]
         if self._on_call is not None:
             self._on_call(session.number, call.operation, inputs)

@@ -46,10 +46,8 @@ class Segment:
         """
         path = folder / f"tsqp-{secrets.token_hex(16)}"
         try:
-            folder_size = os.statvfs(folder)
-            free = min(folder_size.f_bavail * folder_size.f_frsize, available_bytes())
             # Half of what is free: other sessions, and other programs, need some too.
-            size = min(size, free // 2) // mmap.PAGESIZE * mmap.PAGESIZE
+            size = min(size, free_bytes(folder) // 2) // mmap.PAGESIZE * mmap.PAGESIZE
             if size < MIN_SEGMENT:
                 raise WorkerUnavailable(
                     f"no segment in {folder}: it would have {size} bytes, and {MIN_SEGMENT} "
@@ -143,6 +141,19 @@ class Segment:
         self.unlink()
         self._views.clear()
         self._mapping = None
+
+
+def free_bytes(folder: Path = SHM_FOLDER) -> int:
+    """Bytes for segments that are free in `folder` and in memory.
+
+    Raises:
+        WorkerUnavailable: there is no such folder.
+    """
+    try:
+        folder_size = os.statvfs(folder)
+    except OSError as exc:
+        raise WorkerUnavailable(f"no segment in {folder}: {exc.strerror}") from exc
+    return min(folder_size.f_bavail * folder_size.f_frsize, available_bytes())
 
 
 class Arena:

@@ -26,6 +26,7 @@ from tsqp.errors import (
 from tsqp.wire.codec import MAX_MESSAGE
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.greeting import ask_mechanism
+from tsqp.wire.quotas import client_name
 from tsqp.wire.socket_file import identify, remove_own, remove_stale
 
 HEARTBEAT_MS = 1000
@@ -318,6 +319,8 @@ class ServerSocket(_Socket):
         has_file = endpoint.scheme == "ipc" and not endpoint.is_abstract
         self._path = Path(endpoint.address) if has_file else None
         self._file: tuple[int, int] | None = None
+        self._scheme = endpoint.scheme
+        self._sender: zmq.Frame | None = None
         try:
             if self._path is not None:
                 remove_stale(self._path)
@@ -357,11 +360,22 @@ class ServerSocket(_Socket):
         """
         if not (self._wait(doorbell, spin=spin) if wait else self._has_message):
             return None
-        identity = self._socket.recv()
+        self._sender = self._socket.recv(copy=False)
+        identity = self._sender.bytes
         if not self.more:
             return identity, memoryview(b"")
         length = self.receive_into(self._message)
         return identity, memoryview(self._message)[: length if length <= MAX_MESSAGE else 0]
+
+    @property
+    def client(self) -> str:
+        """Who sent the message that was received last, see `client_name`."""
+        assert self._sender is not None
+        try:
+            address = self._sender.get("Peer-Address")
+        except zmq.ZMQError:  # libzmq does not know
+            address = ""
+        return client_name(self._scheme, str(address))
 
     def send(self, identity: bytes, frames: Sequence[Buffer], *, wait: bool) -> bool:
         """Send one message; False where the peer has left, or does not read.
