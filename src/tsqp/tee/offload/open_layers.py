@@ -54,8 +54,9 @@ class OpenLayersOffload(OpenLinear):
         def submit(x_TD: Tensor, spans: Spans, out: list[RemoteAnswer]) -> None:
             out.append(self._submit_rows(request.layer, x_TD, spans))
 
-        parts = zip(request.x_TD.split_with_sizes(rows), calls, strict=True)
-        return SplitAnswer(partial(submit, x_TD, spans) for x_TD, spans in parts)
+        x_TD = request.x_TD.clone()  # it may be an answer, which does not outlive the first call
+        parts = zip(x_TD.split_with_sizes(rows), calls, strict=True)
+        return SplitAnswer(partial(submit, part_TD, spans) for part_TD, spans in parts)
 
     def _submit_rows(self, layer: int, x_TD: Tensor, spans: Spans) -> RemoteAnswer:
         output = Spec(tuple(x_TD.shape), self._dtype)
