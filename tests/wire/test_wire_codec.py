@@ -259,7 +259,7 @@ def test_an_oversized_message_is_refused_whatever_its_header_says(
 def test_only_a_ticket_above_all_before_it_on_its_way_is_taken(
     calls: list[tuple[int, bool]],
 ) -> None:
-    session = Session(1, Echo())
+    session = Session(1, Echo(), "uid 0")
     highest = {True: 0, False: 0}
     for ticket, posted in calls:
         if ticket > highest[posted]:
