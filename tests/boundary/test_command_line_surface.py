@@ -23,8 +23,7 @@ COMMANDS = {
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions
         --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --no-shm --quiet --record
-        --serve
-        --supervised --threads MODEL
+        --serve --supervised --threads MODEL
     """,
     "prepare": "--debug --quiet MODEL OUT",
     "digest": "--debug --dtype --privacy --quiet MODEL",
