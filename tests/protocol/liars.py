@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from lying_worker import Order
-from protocol_helpers import Commands, Running
+from protocol_helpers import Commands, Running, mapped_segments
 
 import processes
 
@@ -33,7 +33,7 @@ class LyingWorker:
     @property
     def segments(self) -> int:
         """How many sessions' memory it maps."""
-        return Path(f"/proc/{self.running.pid}/maps").read_text().count("/tsqp-")
+        return mapped_segments(self.running.pid)
 
     def close(self) -> None:
         assert self.running.process.stdin is not None

@@ -39,11 +39,12 @@ from tsqp.wire.messages import (
     Operation,
     Product,
     Result,
+    SealedRef,
     SeedProduct,
     Welcome,
 )
 from tsqp.wire.seeds import expand
-from tsqp.wire.server import Server, Session
+from tsqp.wire.server import CreateSegment, Server, Session
 from tsqp.wire.tensors import Spec
 
 MODEL, OTHER_MODEL = "random:tiny", "random:tiny:1"
@@ -251,9 +252,12 @@ class Liar:
         return [frames] if change is None or not self.is_lying else change(frames)
 
     def before_posting(self) -> None:
-        if self.is_lying and self.order.crime == "truncates the segment":
+        if self.is_lying and self.order.crime.startswith("truncates "):
             assert self.segment is not None
-            os.ftruncate(self.segment, 2 * PAGE)  # the rings stay, the tensors go
+            try:
+                os.ftruncate(self.segment, 2 * PAGE)  # the rings stay, the tensors go
+            except PermissionError as exc:
+                print(f"cannot truncate: {exc.strerror}", file=sys.stderr, flush=True)
 
     def after_posting(self) -> None:
         if self.is_lying and self.order.crime == "changes its answer afterwards":
@@ -300,8 +304,15 @@ class LyingServer(Server):
         self._service = self._liars[identity] = liar
         super()._begin(identity, hello)
         session = self.sessions[identity]
-        if session.segment is not None and order.crime == "truncates the segment":
-            liar.segment = os.open(session.segment.path, os.O_RDWR)
+        if session.segment is not None and order.crime.startswith("truncates "):
+            ref = session.segment.ref
+            sealed = isinstance(ref, SealedRef)
+            path = f"/proc/self/fd/{ref.descriptor}" if sealed else f"/dev/shm/{ref.name}"
+            liar.segment = os.open(path, os.O_RDWR)
+
+    def _share(self, session: Session, *kinds: CreateSegment) -> str:
+        named = session.service.order.crime == "truncates a segment with a name"
+        return super()._share(session, *(kinds[-1:] if named else kinds))
 
     def _dispatch(self, identity: bytes, ticket: int, message: FromTEE, posted: bool) -> None:
         super()._dispatch(identity, ticket, message, posted)

@@ -87,6 +87,12 @@ def segments() -> set[Path]:
     return found
 
 
+def mapped_segments(pid: int) -> int:
+    """How much shared memory of sessions a process maps, with a name or without."""
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return maps.count(f"{SHM}/tsqp-") + maps.count("/memfd:tsqp-")
+
+
 class Running:
     """A command that runs; its output is collected as it comes."""
 

@@ -51,7 +51,7 @@ def test_json_has_every_field(answer: Result) -> None:
     }  # fmt: skip
     assert result["privacy"] == "open"
     assert result["transport"] == SHARED
-    assert re.fullmatch(r"\d+ bytes in /dev/shm", result["transport_reason"])
+    assert re.fullmatch(r"\d+ bytes of sealed memory", result["transport_reason"])
     assert set(result["outputs"][0]) == {"text", "token_ids", "prompt_tokens", "finish_reason"}
     timings = result["timings"]
     assert set(timings) == {"prefill_s", "decode_s", "tee_s", "wait_s", "tee_cpu_s"}

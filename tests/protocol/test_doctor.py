@@ -4,17 +4,18 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from liars import LyingWorker
 from lying_worker import Order
 from protocol_helpers import Commands, Main, socket_endpoint
-from test_without_shared_memory import MISSING, inside, may_mount, tmpfs
+from test_without_shared_memory import MISSING, inside, may_mount
 
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.doctor import machine_checks as machine
-from tsqp.doctor.check import Check, run_check
+from tsqp.doctor.check import Check, Wrong, run_check
 from tsqp.doctor.diagnose import print_checks
 from tsqp.doctor.greeting_checks import Unnamed, greeting_checks
 from tsqp.doctor.session_checks import Target, session_checks
@@ -61,17 +62,21 @@ def test_a_machine_and_a_worker_that_are_well(commands: Commands, tiny_worker: s
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
-@pytest.mark.parametrize(
-    ("setup", "found"),
-    [(MISSING, "There is no /dev/shm"), (tmpfs("4m"), "/dev/shm has 4 MiB free")],
-    ids=["missing", "tiny"],
-)
-def test_shared_memory_that_is_missing_or_tiny(setup: str, found: str, commands: Commands) -> None:
-    result = commands.run("doctor", "--json", "--threads", 1, before=inside(setup))
-    assert result.status == 1
-    wrong = {c["name"]: c["found"] for c in result.json["checks"] if c["state"] == "bad"}
-    assert wrong["shared memory"].startswith(found)
-    assert "✗" in result.stderr
+def test_sealed_memory_needs_no_dev_shm(commands: Commands) -> None:
+    result = commands.run("doctor", "--json", "--threads", 1, before=inside(MISSING))
+    found = {c["name"]: c["found"] for c in result.json["checks"] if c["state"] == "ok"}
+    assert found["shared memory"] == "sealed memory"
+
+
+def test_without_sealed_memory_a_folder_that_is_missing_or_tiny_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(Wrong, match="There is no"):
+        machine.shared_memory(tmp_path / "absent")
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=1024, f_frsize=4096))
+    with pytest.raises(Wrong, match="has 4 MiB free"):
+        machine.shared_memory(tmp_path)
 
 
 def test_a_worker_that_is_down(commands: Commands) -> None:

@@ -23,7 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from liars import LyingWorker
 from lying_worker import MODEL, WRONG_MESSAGES, WRONG_PRODUCTS, WRONG_WELCOMES, Order, flip
-from protocol_helpers import DEADLINE_S, SHARED, Commands, eventually, segments, write_ids
+from protocol_helpers import (
+    DEADLINE_S,
+    SHARED,
+    Commands,
+    eventually,
+    mapped_segments,
+    segments,
+    write_ids,
+)
 from torch import Tensor
 
 from tsqp import LLM, SamplingParams
@@ -143,7 +151,7 @@ def held() -> tuple[int, int, int, int]:
         threading.active_count(),
         sum(name.startswith("ZMQ") for name in names),
         len(os.listdir("/proc/self/fd")),  # noqa: PTH208
-        Path("/proc/self/maps").read_text().count("/tsqp-"),
+        mapped_segments(os.getpid()),
     )
 
 
@@ -351,10 +359,23 @@ def test_memory_that_changes_after_the_answer_gives_right_tokens_or_none(
     assert noticed  # or the memory never changed in time to matter
 
 
-def test_a_segment_cut_short_ends_this_process_and_nothing_else(
+def test_sealed_memory_cannot_be_cut_short(worker: LyingWorker, commands: Commands) -> None:
+    worker.order(Order("truncates the segment"))
+    result = commands.run(
+        "generate", MODEL, "--privacy", "pad", "--worker", worker.endpoint, "--pad-memory", 0,
+        "--prompt-ids", write_ids(commands.folder / "ids.json", PROMPT), "--max-tokens", TOKENS,
+        "--ignore-eos", "--json",
+    )  # fmt: skip
+    assert result.status == 0, result.stderr
+    assert "of sealed memory" in result.json["transport_reason"]
+    assert result.token_ids == [right_tokens()]
+    worker.running.says("cannot truncate: Operation not permitted")
+
+
+def test_a_segment_with_a_name_that_is_cut_short_ends_this_process_and_nothing_else(
     worker: LyingWorker, commands: Commands
 ) -> None:
-    worker.order(Order("truncates the segment"))
+    worker.order(Order("truncates a segment with a name"))
     result = commands.run(
         "generate", MODEL, "--privacy", "pad", "--worker", worker.endpoint, "--pad-memory", 0,
         "--prompt-ids", write_ids(commands.folder / "ids.json", PROMPT), "--json",

@@ -339,7 +339,7 @@ def test_statistics_are_those_of_all_workers(workers: Workers) -> None:
         assert mixed.rpc.calls == {"seed_product": 2, "product": 1}
         assert (two.transport, mixed.transport) == (SHARED, f"inproc, {SHARED}")
         assert "runs inside this process, " in mixed.transport_reason
-        assert mixed.transport_reason.count("bytes in /dev/shm") == 1
+        assert mixed.transport_reason.count("bytes of sealed memory") == 1
 
 
 def worker_of_integers() -> Worker:

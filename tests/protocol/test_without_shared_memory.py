@@ -2,10 +2,11 @@
 
 import os
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
-from protocol_helpers import SHARED, Commands, Result, write_ids
+from protocol_helpers import SHARED, Commands, Result, Running, write_ids
 
 from tsqp import LLM, SamplingParams
 
@@ -18,6 +19,9 @@ done && mount --rbind dev /dev"""
 READ_ONLY = "mount -t tmpfs -o ro tmpfs /dev/shm"
 FULL = """
 mount -t tmpfs -o size=4m tmpfs /dev/shm && ! head -c 8388608 /dev/zero 2>&- > /dev/shm/full"""
+
+
+UNSEEN = "the worker's sealed memory is out of this side's reach (No such file or directory)"
 
 
 def tmpfs(size: str) -> str:
@@ -43,6 +47,18 @@ def expected() -> list[int]:
     with LLM("random:tiny", privacy="tee") as llm:
         params = SamplingParams(temperature=0, max_tokens=8)
         return list(llm.generate([PROMPT], params)[0].token_ids)
+
+
+def hidden(worker: Running, commands: Commands, and_more: str = "true") -> list[str]:
+    """Runs a command that does not see what the worker has open, so memory needs a name."""
+    empty = commands.folder / "empty"
+    empty.mkdir()
+    return inside(f"mount --bind {empty} /proc/{worker.pid}/fd && {and_more}")
+
+
+def start_worker(commands: Commands, before: Sequence[str] = ()) -> Running:
+    arguments = ("worker", "random:tiny", "--listen", commands.ipc())
+    return commands.start(*arguments, before=before).says("serving ")
 
 
 def run(commands: Commands, *arguments: object, before: list[str]) -> Result:
@@ -81,15 +97,39 @@ def run(commands: Commands, *arguments: object, before: list[str]) -> Result:
 def test_without_room_in_shared_memory_tensors_go_inline(
     setup: str, reason: str, commands: Commands, expected: list[int]
 ) -> None:
-    result = run(commands, "--worker", "local", before=inside(setup))
+    worker = start_worker(commands, inside(setup))
+    result = run(commands, "--worker", commands.ipc(), before=hidden(worker, commands))
     assert result.json["transport"] == "inline"
     assert reason in result.json["transport_reason"]
+    assert UNSEEN in result.json["transport_reason"]
+    assert result.token_ids == [expected]
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
+def test_sealed_memory_needs_no_room_in_dev_shm(commands: Commands, expected: list[int]) -> None:
+    result = run(commands, "--worker", "local", before=inside(MISSING))
+    assert result.json["transport"] == SHARED
+    assert "of sealed memory" in result.json["transport_reason"]
+    assert result.token_ids == [expected]
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
+def test_a_worker_among_other_processes_shares_memory_by_its_name(
+    commands: Commands, expected: list[int], tiny_worker: str
+) -> None:
+    before = ["unshare", "--pid", "--fork", "--mount-proc"]
+    result = run(commands, "--worker", tiny_worker, before=before)
+    assert result.json["transport"] == SHARED
+    assert f"bytes in /dev/shm; {UNSEEN}" in result.json["transport_reason"]
     assert result.token_ids == [expected]
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
 def test_a_call_larger_than_shared_memory_is_split(commands: Commands, expected: list[int]) -> None:
-    result = run(commands, "--worker", "local", before=inside(tmpfs("600k")))
+    worker = start_worker(commands, inside(tmpfs("600k")))
+    beside = ["nsenter", f"--mount=/proc/{worker.pid}/ns/mnt"]
+    before = [*beside, *hidden(worker, commands)]
+    result = run(commands, "--worker", commands.ipc(), before=before)
     assert result.json["transport"] == SHARED
     assert result.json["rpc"]["calls"] > (1 + 2 * 4 + 1) * 8
     assert result.token_ids == [expected]
@@ -97,9 +137,11 @@ def test_a_call_larger_than_shared_memory_is_split(commands: Commands, expected:
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
 def test_a_worker_in_another_mount_namespace_goes_inline(
-    commands: Commands, expected: list[int], tiny_worker: str
+    commands: Commands, expected: list[int]
 ) -> None:
-    result = run(commands, "--worker", tiny_worker, before=inside(tmpfs("64m")))
+    worker = start_worker(commands)
+    before = hidden(worker, commands, tmpfs("64m"))
+    result = run(commands, "--worker", commands.ipc(), before=before)
     assert result.json["transport"] == "inline"
     assert "the worker's segment is not in this side's /dev/shm" in result.json["transport_reason"]
     assert result.token_ids == [expected]
@@ -112,7 +154,8 @@ def test_shared_memory_without_permission_goes_inline(
     # Root may write anywhere: it first becomes nobody in particular about files.
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     forbid = "mount -t tmpfs -o mode=0555,uid=65534 tmpfs /dev/shm"
-    result = run(commands, "--worker", "local", before=[*inside(forbid), *drop])
+    worker = start_worker(commands, [*inside(forbid), *drop])
+    result = run(commands, "--worker", commands.ipc(), before=hidden(worker, commands))
     assert result.json["transport"] == "inline"
     assert "/dev/shm: Permission denied" in result.json["transport_reason"]
     assert result.token_ids == [expected]

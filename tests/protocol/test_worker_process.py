@@ -7,7 +7,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from protocol_helpers import SHM, START_S, Commands, Main, eventually, socket_endpoint, write_ids
+from protocol_helpers import (
+    START_S,
+    Commands,
+    Main,
+    eventually,
+    mapped_segments,
+    socket_endpoint,
+    write_ids,
+)
 
 from tsqp import LLM, SamplingParams
 from tsqp.errors import HandshakeError, WorkerUnavailable
@@ -116,10 +124,6 @@ def test_the_session_of_a_killed_client_is_freed(commands: Commands, speaking: P
     worker.says("session ended (the client left), 0 left", 10)
     assert eventually(lambda: mapped_segments(worker.pid) == 0)
     assert worker.is_alive
-
-
-def mapped_segments(pid: int) -> int:
-    return Path(f"/proc/{pid}/maps").read_text().count(f"{SHM}/tsqp-")
 
 
 @pytest.mark.parametrize(

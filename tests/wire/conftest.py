@@ -112,5 +112,5 @@ def _resources() -> tuple[int, int, int, int]:
         threading.active_count(),
         sum(name.startswith("ZMQ") for name in names),
         len(os.listdir("/proc/self/fd")),  # noqa: PTH208
-        maps.count("/tsqp-"),
+        maps.count("/tsqp-") + maps.count("/memfd:tsqp-"),
     )

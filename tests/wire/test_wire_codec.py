@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from wire_helpers import Echo
+from wire_helpers import Echo, hello
 
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.wire import messages
@@ -33,9 +33,11 @@ from tsqp.wire.messages import (
     Layer,
     Linear,
     Message,
+    Offer,
     Probe,
     Product,
     Result,
+    SealedRef,
     SeedProduct,
     SegmentRef,
     Span,
@@ -71,6 +73,9 @@ segments = st.builds(
     st.text("0123456789abcdef", min_size=32, max_size=32).map("tsqp-".__add__),
     st.integers(1, 2**40),
 )
+sealed = st.builds(
+    SealedRef, st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1), st.integers(1, 2**40)
+)
 layers, fields = st.integers(-1, messages.MAX_LAYERS - 1), st.sampled_from(["wide", "compact"])
 rows = st.integers(1, messages.MAX_DIMENSION)
 sequences, tokens = st.integers(0, 2**53 - 1), st.integers(0, messages.MAX_DIMENSION)
@@ -94,7 +99,7 @@ operations = st.one_of(
 )
 from_tee = st.one_of(
     st.builds(Hello, nonces, digests, weights_dtypes, abilities, st.integers(0, 2**40), evidence),
-    st.builds(Attach, st.booleans(), st.booleans()),
+    st.builds(Attach, st.booleans(), st.booleans(), st.booleans()),
     st.builds(Call, operations, tensors, tensors),
     st.just(Probe()),
     st.just(Bye()),
@@ -108,10 +113,11 @@ from_worker = st.one_of(
         abilities,
         names,
         st.integers(1, 2**62),
-        st.none() | segments,
+        st.none() | segments | sealed,
         sentences,
         evidence,
     ),
+    st.builds(Offer, st.none() | segments, sentences),
     st.builds(Result, st.integers(0, 2**62)),
     st.builds(
         Failure, st.sampled_from(["refused", "protocol", "memory", "error"]), sentences, tracebacks
@@ -150,7 +156,7 @@ def test_every_message_of_the_worker_comes_back_as_it_was(message: Message, tick
 
 
 def test_the_strategies_cover_every_message() -> None:
-    covered = {Hello, Attach, Call, Bye, Welcome, Result, Failure, Probe}
+    covered = {Hello, Attach, Call, Bye, Welcome, Offer, Result, Failure, Probe}
     assert set((messages.FromTEE | messages.FromWorker).__args__) == covered
     stateless = {Linear, Embed, Product, SeedProduct}
     kept = {Allocate, Truncate, Free, AttentionScores, WeightedValues, Layer}
@@ -175,8 +181,8 @@ def test_a_call_with_a_seed_fits_into_a_mailbox() -> None:
 
 
 def test_a_frame_is_laid_out_as_the_module_says() -> None:
-    body = b"\x93\xa6attach\xc3\xc2"  # ["attach", true, false] in msgpack
-    head = b"TSQP" + b"\x01\x00" + b"\x00\x00" + b"\x05" + b"\x00" * 7 + b"\x0a\x00\x00\x00"
+    body = b"\x94\xa6attach\xc3\xc2\xc2"  # ["attach", true, false, false] in msgpack
+    head = b"TSQP" + b"\x01\x00" + b"\x00\x00" + b"\x05" + b"\x00" * 7 + b"\x0b\x00\x00\x00"
     assert encode(Attach(True, False), 5) == head + body
 
 
@@ -259,7 +265,7 @@ def test_an_oversized_message_is_refused_whatever_its_header_says(
 def test_only_a_ticket_above_all_before_it_on_its_way_is_taken(
     calls: list[tuple[int, bool]],
 ) -> None:
-    session = Session(1, Echo(), "uid 0")
+    session = Session(1, Echo(), "uid 0", hello())
     highest = {True: 0, False: 0}
     for ticket, posted in calls:
         if ticket > highest[posted]:
@@ -300,7 +306,8 @@ def test_a_tee_accepts_no_message_of_a_tee(message: Message) -> None:
     [
         ["unknown"],
         ["bye", 1],
-        ["attach", True, True, True],
+        ["attach", True, True, True, True],
+        ["attach", True, True, 1],
         ["attach", 1, True],
         ["attach", True, 1],
         ["attach", True],
@@ -349,12 +356,26 @@ def test_a_worker_refuses(body: object) -> None:
 )
 def test_a_tee_refuses_a_segment_called(name: str) -> None:
     def body(name: str) -> bytes:
-        fields = ["welcome", b"n" * 32, "a" * 64, "float32", [], "cpu", 1, [name, 1]]
+        fields = ["welcome", b"n" * 32, "a" * 64, "float32", [], "cpu", 1, ["named", name, 1]]
         return frame(msgspec.msgpack.encode(fields))
 
     assert TEE.decode(body("tsqp-" + "0" * 32))
     with pytest.raises(ProtocolError):
         TEE.decode(body(name))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [("1/root", 3), (1, "../3"), (0, 3), (-1, 3), (1, -1), (2**31, 3), (1, 2**31), (1.5, 3)],
+)
+def test_a_tee_refuses_sealed_memory_at(place: tuple[object, object]) -> None:
+    def body(*place: object) -> bytes:
+        fields = ["welcome", b"n" * 32, "a" * 64, "float32", [], "cpu", ["sealed", *place, 1]]
+        return frame(msgspec.msgpack.encode(fields))
+
+    assert TEE.decode(body(1, 3))
+    with pytest.raises(ProtocolError):
+        TEE.decode(body(*place))
 
 
 @given(st.text())

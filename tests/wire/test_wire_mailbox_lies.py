@@ -243,7 +243,7 @@ def refusal_of(busy: WorkerThread, client: PostingClient) -> str:
 
 
 def test_a_posted_call_is_done(busy: WorkerThread, shm_folder: Path) -> None:
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.segment.tensor(ROOM, (4,), torch.float32).fill_(3.0)
         client.post(encode(call(), 5))
         ticket, answer = client.take()
@@ -259,13 +259,13 @@ def test_a_posted_call_is_done(busy: WorkerThread, shm_folder: Path) -> None:
 def test_a_posted_message_that_is_no_call_is_refused(
     busy: WorkerThread, shm_folder: Path, message: Message
 ) -> None:
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.post(encode(message, 1))
         assert "posted something that is not a call" in refusal_of(busy, client)
 
 
 def test_a_posted_call_that_comes_again_is_refused(busy: WorkerThread, shm_folder: Path) -> None:
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.post(encode(call(), 7))
         assert client.take()[0] == 7
         client.post(encode(call(), 7))
@@ -275,7 +275,7 @@ def test_a_posted_call_that_comes_again_is_refused(busy: WorkerThread, shm_folde
 def test_a_posted_call_may_be_overtaken_by_one_on_the_socket(
     busy: WorkerThread, shm_folder: Path
 ) -> None:
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.send(encode(call(), 9))
         assert isinstance(client.receive(), Result)
         client.post(encode(call(), 8))
@@ -285,7 +285,7 @@ def test_a_posted_call_may_be_overtaken_by_one_on_the_socket(
 
 
 def test_a_posted_call_cannot_bring_its_tensor_inline(busy: WorkerThread, shm_folder: Path) -> None:
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.post(encode(call(input_offset=INLINE), 1))
         assert "not in shared memory" in refusal_of(busy, client)
 
@@ -293,7 +293,7 @@ def test_a_posted_call_cannot_bring_its_tensor_inline(busy: WorkerThread, shm_fo
 def test_a_posted_call_does_not_take_the_tensors_of_another_message(
     busy: WorkerThread, shm_folder: Path
 ) -> None:
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.mailbox.post(encode(call(input_offset=INLINE), 1))
         client.send(encode(call(input_offset=INLINE), 2), bytes(16))
         replies = {type(client.receive()) for _ in range(2)}
@@ -305,7 +305,7 @@ def test_a_posted_call_gets_no_tensor_back_on_the_socket(
     busy: WorkerThread, shm_folder: Path
 ) -> None:
     """A worker may refuse such a call, or answer it without the tensor."""
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.post(encode(call(output_offset=INLINE), 1))
         client.send(encode(Bye()))  # to whose session the second is said, there is none
         client.send(encode(Bye()))
@@ -320,7 +320,7 @@ def test_a_posted_call_gets_no_tensor_back_on_the_socket(
 def test_a_posted_call_of_an_impossible_length_is_refused(
     busy: WorkerThread, shm_folder: Path, length: int
 ) -> None:
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.fill(1, 1, length, encode(call(), 1))
         client.wake()
         assert "a message of 0 bytes" in refusal_of(busy, client)
@@ -330,7 +330,7 @@ def test_a_posted_call_of_an_impossible_length_is_refused(
 def test_a_posted_call_cannot_reach_outside_its_segment(
     busy: WorkerThread, shm_folder: Path, offset: int
 ) -> None:
-    with PostingClient(busy.endpoint, shm_folder) as client:
+    with PostingClient(busy.endpoint) as client:
         client.post(encode(call(output_offset=offset), 1))
         assert "does not lie inside" in refusal_of(busy, client)
 
@@ -354,7 +354,7 @@ def test_a_posted_call_that_is_rewritten_while_it_runs_stays_as_it_was(shm_folde
     service = Slow()
     with (
         WorkerThread("tcp://127.0.0.1:0", service, shm_folder=shm_folder) as worker,
-        PostingClient(worker.endpoint, shm_folder) as client,
+        PostingClient(worker.endpoint) as client,
     ):
         client.segment.tensor(ROOM, (4,), torch.float32).fill_(2.0)
         client.post(encode(call(), 5))
@@ -383,7 +383,7 @@ def test_nothing_that_is_posted_disturbs_a_worker(
     worker: HelperProcess, shared_folder: Path, posts: list[tuple[bytes, int | None]]
 ) -> None:
     """Also calls whose tensors lie in the rings themselves."""
-    with PostingClient(worker.endpoint, shared_folder) as client:
+    with PostingClient(worker.endpoint) as client:
         for number, (frame, length) in enumerate(posts, 1):
             client.fill(number % SLOTS, number, len(frame) if length is None else length, frame)
             client.wake()

@@ -26,10 +26,11 @@ from wire_helpers import (
 from wire_peers import RawClient
 
 import tsqp.wire.server
+import tsqp.wire.shm
 import tsqp.wire.zmq
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
-from tsqp.wire.messages import Failure, Hello, Operation, Welcome
+from tsqp.wire.messages import Attach, Failure, Hello, Offer, Operation, Welcome
 from tsqp.wire.server import Server
 from tsqp.wire.zmq import ServerSocket
 
@@ -139,12 +140,15 @@ def test_each_client_has_a_session_of_its_own_until_it_leaves(
     three.close()
 
 
-def test_a_client_that_cannot_map_the_segment_keeps_its_session(tmp_path: Path) -> None:
+def test_a_client_that_cannot_map_the_segment_keeps_its_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     books = Books()
     with (
         tempfile.TemporaryDirectory(dir="/dev/shm", prefix="wire-test-") as folder,
         WorkerThread(f"ipc://{tmp_path}/socket", books, shm_folder=Path(folder)) as worker,
     ):
+        monkeypatch.setattr(tsqp.wire.shm, "PROCESSES", tmp_path)
         channel = RemoteChannel(worker.endpoint, hello(), shm_folder=tmp_path)
         assert channel.transport == "inline"
         assert finish(channel, begin(channel, torch.zeros(2)))[0].tolist() == [1, 1]
@@ -190,6 +194,8 @@ def test_clients_that_come_and_go_while_the_worker_is_away_are_freed(shm_folder:
 def test_a_client_that_never_attaches_leaves_no_file(busy: WorkerThread, shm_folder: Path) -> None:
     with RawClient(busy.endpoint) as client:
         assert isinstance(client.shake_hands(), Welcome)
+        client.send(encode(Attach(False, False, wants_name=True)))
+        assert isinstance(client.receive(), Offer)
         assert len(list(shm_folder.iterdir())) == 1
     assert eventually(lambda: list(shm_folder.iterdir()) == [])
 

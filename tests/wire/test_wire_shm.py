@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tsqp.errors import ProtocolError, WorkerUnavailable
 from tsqp.wire import shm
-from tsqp.wire.shm import ALIGNMENT, MIN_SEGMENT, Arena, Segment
+from tsqp.wire.shm import ALIGNMENT, MIN_SEGMENT, Arena, NamedSegment
 
 SIZE = 2**20
 
@@ -88,24 +88,24 @@ def test_a_place_that_was_not_taken_cannot_be_given_back() -> None:
 
 
 @pytest.fixture
-def segment(shm_folder: Path) -> Iterator[Segment]:
-    segment = Segment.create(SIZE, shm_folder)
+def segment(shm_folder: Path) -> Iterator[NamedSegment]:
+    segment = NamedSegment.create(SIZE, shm_folder)
     yield segment
     segment.close()
 
 
-def test_only_this_user_may_open_a_segment(segment: Segment) -> None:
+def test_only_this_user_may_open_a_segment(segment: NamedSegment) -> None:
     assert stat.S_IMODE(segment.path.stat().st_mode) == 0o600
 
 
-def test_a_segment_is_allocated_at_once(segment: Segment) -> None:
+def test_a_segment_is_allocated_at_once(segment: NamedSegment) -> None:
     status = segment.path.stat()
     assert status.st_size == segment.size == SIZE
     assert status.st_blocks * 512 >= SIZE
 
 
-def test_both_sides_see_the_same_tensors(segment: Segment, shm_folder: Path) -> None:
-    other = Segment.open(segment.path.name, SIZE, shm_folder)
+def test_both_sides_see_the_same_tensors(segment: NamedSegment, shm_folder: Path) -> None:
+    other = NamedSegment.open(segment.path.name, SIZE, shm_folder)
     mine = segment.tensor(128, (2, 3), torch.bfloat16)
     theirs = other.tensor(128, (2, 3), torch.bfloat16)
     mine.copy_(torch.arange(6).view(2, 3))
@@ -116,7 +116,7 @@ def test_both_sides_see_the_same_tensors(segment: Segment, shm_folder: Path) -> 
     other.close()
 
 
-def test_a_tensor_lies_at_its_offset(segment: Segment) -> None:
+def test_a_tensor_lies_at_its_offset(segment: NamedSegment) -> None:
     segment.tensor(64, (4,), torch.int64).copy_(torch.tensor([1, -1, 2**40, 0]))
     data = segment.path.read_bytes()[64:96]
     assert [int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, 32, 8)] == [
@@ -140,13 +140,15 @@ def test_a_tensor_lies_at_its_offset(segment: Segment) -> None:
         (0, (2**31 - 1,) * 4),
     ],
 )
-def test_a_tensor_outside_is_refused(segment: Segment, offset: int, shape: tuple[int, ...]) -> None:
+def test_a_tensor_outside_is_refused(
+    segment: NamedSegment, offset: int, shape: tuple[int, ...]
+) -> None:
     assert segment.tensor(SIZE - 64, (16,), torch.float32).numel() == 16
     with pytest.raises(ProtocolError, match=f"{SIZE} bytes"):
         segment.tensor(offset, shape, torch.float32)
 
 
-def test_a_closed_segment_gives_no_tensors(segment: Segment) -> None:
+def test_a_closed_segment_gives_no_tensors(segment: NamedSegment) -> None:
     segment.close()
     with pytest.raises(ProtocolError, match="closed"):
         segment.tensor(0, (1,), torch.float32)
@@ -156,7 +158,7 @@ def _is_mapped(path: Path) -> bool:
     return path.name in Path("/proc/self/maps").read_text()
 
 
-def test_closing_removes_the_name_and_the_mapping(segment: Segment) -> None:
+def test_closing_removes_the_name_and_the_mapping(segment: NamedSegment) -> None:
     assert _is_mapped(segment.path)
     segment.close()
     segment.close()
@@ -164,7 +166,7 @@ def test_closing_removes_the_name_and_the_mapping(segment: Segment) -> None:
     assert not _is_mapped(segment.path)
 
 
-def test_a_tensor_that_is_still_held_keeps_its_memory(segment: Segment) -> None:
+def test_a_tensor_that_is_still_held_keeps_its_memory(segment: NamedSegment) -> None:
     tensor = segment.tensor(0, (4,), torch.float32)
     segment.close()
     tensor.fill_(3.0)  # would crash if it were unmapped
@@ -176,9 +178,9 @@ def test_a_tensor_that_is_still_held_keeps_its_memory(segment: Segment) -> None:
 def test_no_descriptor_outlives_a_segment(shm_folder: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
-        Segment.create(MIN_SEGMENT, shm_folder).close()
+        NamedSegment.create(MIN_SEGMENT, shm_folder).close()
     with pytest.raises(WorkerUnavailable):
-        Segment.create(MIN_SEGMENT - 1, shm_folder)
+        NamedSegment.create(MIN_SEGMENT - 1, shm_folder)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
@@ -186,42 +188,42 @@ def test_a_segment_takes_half_of_what_is_free_in_memory(
     shm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shm, "available_bytes", lambda: 2 * SIZE + 5000)
-    segment = Segment.create(2**30, shm_folder)
+    segment = NamedSegment.create(2**30, shm_folder)
     assert segment.size == SIZE + (5000 // 2) // mmap.PAGESIZE * mmap.PAGESIZE
     segment.close()
 
 
 def test_a_request_for_too_little_is_refused_with_both_figures(shm_folder: Path) -> None:
     with pytest.raises(WorkerUnavailable, match=rf"4096 bytes, and {MIN_SEGMENT} are needed"):
-        Segment.create(5000, shm_folder)
+        NamedSegment.create(5000, shm_folder)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(WorkerUnavailable, match=r"absent: No such file"):
-        Segment.create(SIZE, tmp_path / "absent")
+        NamedSegment.create(SIZE, tmp_path / "absent")
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkerUnavailable, match=r"file: Not a directory"):
-        Segment.create(SIZE, tmp_path / "file")
+        NamedSegment.create(SIZE, tmp_path / "file")
 
 
 def test_a_segment_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(WorkerUnavailable, match=rf"not in this side's {tmp_path} \(No such file"):
-        Segment.open("tsqp-" + "0" * 32, SIZE, tmp_path)
+        NamedSegment.open("tsqp-" + "0" * 32, SIZE, tmp_path)
 
 
-def test_a_segment_that_is_too_short_is_refused(segment: Segment, shm_folder: Path) -> None:
+def test_a_segment_that_is_too_short_is_refused(segment: NamedSegment, shm_folder: Path) -> None:
     with pytest.raises(WorkerUnavailable, match=f"{SIZE} bytes, not {SIZE + 1}"):
-        Segment.open(segment.path.name, SIZE + 1, shm_folder)
+        NamedSegment.open(segment.path.name, SIZE + 1, shm_folder)
 
 
-def test_a_link_is_not_followed(segment: Segment, shm_folder: Path) -> None:
+def test_a_link_is_not_followed(segment: NamedSegment, shm_folder: Path) -> None:
     link = shm_folder / "link"
     link.symlink_to(segment.path)
     with pytest.raises(WorkerUnavailable):
-        Segment.open("link", SIZE, shm_folder)
+        NamedSegment.open("link", SIZE, shm_folder)
     link.unlink()
 
 
@@ -233,11 +235,11 @@ def test_a_segment_that_runs_out_of_room_leaves_no_file(
 
     monkeypatch.setattr("os.posix_fallocate", fallocate)
     with pytest.raises(WorkerUnavailable, match=f"no segment in {shm_folder}: No space left"):
-        Segment.create(SIZE, shm_folder)
+        NamedSegment.create(SIZE, shm_folder)
     assert list(shm_folder.iterdir()) == []
 
 
-def test_the_ends_of_a_segment_are_read_and_written_apart(segment: Segment) -> None:
+def test_the_ends_of_a_segment_are_read_and_written_apart(segment: NamedSegment) -> None:
     segment.write(b"nonce")
     segment.memory(4)[:] = b"head"
     assert segment.read(5) == b"nonce"

@@ -1,5 +1,6 @@
 """How tensors travel, why so, and how many bytes the socket carries."""
 
+import os
 import secrets
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from wire_mounts import run_in_a_mount
 from wire_peers import CountingProxy, LyingWorker
 
 import tsqp.wire.client
+import tsqp.wire.shm
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
 from tsqp.wire.mailbox import CAN_POLL
 from tsqp.wire.messages import Probe, SegmentRef
 from tsqp.wire.quotas import Quotas
-from tsqp.wire.shm import MIN_SEGMENT, Segment
+from tsqp.wire.shm import MIN_SEGMENT, NamedSegment
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
@@ -94,13 +96,48 @@ def test_without_shared_memory_the_reason_is_the_callers(worker: HelperProcess) 
     channel.close()
 
 
-def test_shared_memory_is_reported_with_size_and_folder(
+def test_shared_memory_is_sealed_and_reported_with_its_size(
     worker: HelperProcess, shared_folder: Path
 ) -> None:
     channel = RemoteChannel(worker.endpoint, hello(), shm_folder=shared_folder)
-    assert (channel.transport, channel.reason) == (SHARED, f"{SEGMENT} bytes in {shared_folder}")
+    assert (channel.transport, channel.reason) == (SHARED, f"{SEGMENT} bytes of sealed memory")
+    channel.close()
+
+
+UNSEEN = "the worker's sealed memory is out of this side's reach (No such file or directory)"
+
+
+@pytest.fixture
+def unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This side does not see other processes, as in another PID namespace."""
+    monkeypatch.setattr(tsqp.wire.shm, "PROCESSES", tmp_path / "nobody")
+
+
+@pytest.mark.usefixtures("unseen")
+def test_where_sealed_memory_is_out_of_reach_a_segment_has_a_name(
+    worker: HelperProcess, shared_folder: Path
+) -> None:
+    channel = RemoteChannel(worker.endpoint, hello(), shm_folder=shared_folder)
+    assert channel.transport == SHARED
+    assert channel.reason == f"{SEGMENT} bytes in {shared_folder}; {UNSEEN}"
+    assert echoes(channel)
     assert eventually(lambda: not list(shared_folder.iterdir()))
     channel.close()
+
+
+def test_a_worker_that_cannot_seal_memory_offers_a_segment_with_a_name(
+    shm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    with WorkerThread("tcp://127.0.0.1:0", shm_folder=shm_folder) as worker:
+        channel = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
+        assert channel.transport == SHARED
+        assert channel.reason == (
+            f"{SEGMENT} bytes in {shm_folder}; "
+            "the worker has no sealed memory: this system has none"
+        )
+        assert echoes(channel)
+        channel.close()
 
 
 def test_a_worker_without_shared_memory_says_so(shm_folder: Path) -> None:
@@ -112,11 +149,12 @@ def test_a_worker_without_shared_memory_says_so(shm_folder: Path) -> None:
         channel.close()
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_worker_whose_folder_is_missing_says_so(tmp_path: Path) -> None:
     with WorkerThread("tcp://127.0.0.1:0", shm_folder=tmp_path / "absent") as worker:
         channel = RemoteChannel(worker.endpoint, hello())
         assert channel.reason == (
-            f"the worker has no segment in {tmp_path}/absent: No such file or directory"
+            f"the worker has no segment in {tmp_path}/absent: No such file or directory; {UNSEEN}"
         )
         assert echoes(channel)
         channel.close()
@@ -128,21 +166,24 @@ def test_a_segment_that_would_be_too_small_is_not_made(shm_folder: Path) -> None
     ) as worker:
         channel = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
         assert channel.reason == (
-            f"the worker has no segment in {shm_folder}: it would have 8192 bytes, "
+            f"the worker has no segment in {shm_folder}: it would have 8192 bytes, and "
+            f"{MIN_SEGMENT} are needed; the worker has no sealed memory: it would have 8192 bytes, "
             f"and {MIN_SEGMENT} are needed"
         )
         assert echoes(channel)
         channel.close()
 
 
-def test_a_client_that_does_not_see_the_folder_goes_on_inline(
+@pytest.mark.usefixtures("unseen")
+def test_a_client_that_sees_neither_processes_nor_the_folder_goes_on_inline(
     tmp_path: Path, shm_folder: Path
 ) -> None:
     with WorkerThread("tcp://127.0.0.1:0", shm_folder=shm_folder) as worker:
         channel = RemoteChannel(worker.endpoint, hello(), shm_folder=tmp_path)
         assert channel.transport == "inline"
         assert channel.reason == (
-            f"the worker's segment is not in this side's {tmp_path} (No such file or directory)"
+            f"the worker's segment is not in this side's {tmp_path} (No such file or directory); "
+            f"{UNSEEN}"
         )
         assert echoes(channel)
         assert list(shm_folder.iterdir()) == []
@@ -164,12 +205,12 @@ def test_a_segment_of_another_size_than_asked_is_not_used(shm_folder: Path, size
 
 
 def test_a_segment_of_somebody_else_is_not_used(shm_folder: Path) -> None:
-    foreign = Segment.create(SEGMENT, shm_folder)
+    foreign = NamedSegment.create(SEGMENT, shm_folder)
     foreign.write(secrets.token_bytes(32))
     with _offer(foreign.path.name, SEGMENT) as worker:
         channel = RemoteChannel(worker.endpoint, hello(), shm_folder=shm_folder)
         assert channel.transport == "inline"
-        assert channel.reason == "a segment of that name belongs to somebody else"
+        assert channel.reason == "the worker offers a segment that belongs to somebody else"
         channel.close()
     foreign.close()
 
@@ -178,10 +219,12 @@ def _in_a_mount(folder: Path, options: str) -> list[str]:
     """The transport and the reason in a tmpfs of these options, once a call of 1 MB was echoed."""
     program = f"""
         import torch
+        import tsqp.wire.shm
         from pathlib import Path
         from wire_helpers import WorkerThread, begin, echoes, finish, hello
         from tsqp.wire.client import RemoteChannel
         folder = Path({str(folder)!r})
+        tsqp.wire.shm.PROCESSES = Path("/nowhere")
         large = torch.arange(2**18)
         with WorkerThread("tcp://127.0.0.1:0", shm_folder=folder) as worker:
             channel = RemoteChannel(worker.endpoint, hello(), shm_folder=folder)
@@ -202,16 +245,16 @@ def test_in_a_full_folder_tensors_go_inline(tmp_path: Path) -> None:
     assert _in_a_mount(tmp_path, "size=64k") == [
         "inline",
         f"the worker has no segment in {tmp_path}: it would have 32768 bytes, "
-        f"and {MIN_SEGMENT} are needed",
+        f"and {MIN_SEGMENT} are needed; {UNSEEN}",
     ]
 
 
 def test_in_a_folder_that_may_not_be_written_tensors_go_inline(tmp_path: Path) -> None:
     assert _in_a_mount(tmp_path, "size=4m,ro") == [
         "inline",
-        f"the worker has no segment in {tmp_path}: Read-only file system",
+        f"the worker has no segment in {tmp_path}: Read-only file system; {UNSEEN}",
     ]
 
 
 def test_in_a_folder_smaller_than_a_call_only_that_call_goes_inline(tmp_path: Path) -> None:
-    assert _in_a_mount(tmp_path, "size=1m") == [SHARED, f"{2**19} bytes in {tmp_path}"]
+    assert _in_a_mount(tmp_path, "size=1m") == [SHARED, f"{2**19} bytes in {tmp_path}; {UNSEEN}"]

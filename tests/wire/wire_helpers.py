@@ -191,7 +191,7 @@ class HelperProcess:
     def segments(self) -> list[str]:
         """What it maps of the segments of sessions."""
         maps = Path(f"/proc/{self.pid}/maps").read_text().splitlines()
-        return [line for line in maps if "/tsqp-" in line]
+        return [line for line in maps if "/tsqp-" in line or "/memfd:tsqp-" in line]
 
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)

@@ -22,8 +22,8 @@ from tsqp.wire.mailbox import (
     SLOTS,
     Mailbox,
 )
-from tsqp.wire.messages import Attach, Call, Hello, Message, Probe, SegmentRef, Welcome
-from tsqp.wire.shm import Segment
+from tsqp.wire.messages import Attach, Call, Hello, Message, Probe, SealedRef, Welcome
+from tsqp.wire.shm import NamedSegment, SealedSegment
 
 Frames = Sequence[bytes]
 CALLS = 2 * FLAG_BYTES  # where the two rings begin
@@ -71,12 +71,13 @@ class RawClient:
 class PostingClient(RawClient):
     """A client that posts whatever a test wants, in a segment of its own."""
 
-    def __init__(self, endpoint: Endpoint, shm_folder: Path) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint)
         greeting = self.shake_hands()
         assert isinstance(greeting, Welcome)
-        assert greeting.segment is not None
-        self.segment = Segment.open(greeting.segment.name, greeting.segment.size, shm_folder)
+        ref = greeting.segment
+        assert isinstance(ref, SealedRef)
+        self.segment = SealedSegment.open(ref.pid, ref.descriptor, ref.size)
         self.memory = self.segment.memory(MAILBOX_BYTES)
         self.mailbox = Mailbox(self.memory, "tee")
         self.send(encode(Attach(True, True)))
@@ -117,15 +118,18 @@ class LyingWorker:
     Args:
         answers: each makes one message of the ticket of a call.
         greeting: makes what answers the handshake, of its nonce; None says nothing.
+        offer: what answers a client that wants a segment with a name.
     """
 
     def __init__(
         self,
         *answers: Callable[[int], Frames],
         greeting: Callable[[bytes], Frames | None] = lambda nonce: [encode(welcome(nonce))],
+        offer: Frames = (),
         repeat: bool = False,
     ) -> None:
         self._answers = answers
+        self._offer_frames = offer
         self._greeting = greeting
         self._repeat = repeat
         self._context = zmq.Context()
@@ -150,6 +154,8 @@ class LyingWorker:
                 greeting = self._greeting(message.nonce)
                 if greeting is not None:
                     self._socket.send_multipart([identity, *greeting])
+            if isinstance(message, Attach) and message.wants_name:
+                self._socket.send_multipart([identity, *self._offer_frames])
             while isinstance(message, Call) and not self._stop.is_set():
                 for answer in self._answers:
                     self._socket.send_multipart([identity, *answer(ticket)])
@@ -173,14 +179,13 @@ class PostingLiar(LyingWorker):
     """A lying worker that shares a segment, in which a test writes what it likes."""
 
     def __init__(self, shm_folder: Path) -> None:
-        self.segment = Segment.create(SEGMENT, shm_folder)
+        self.segment = NamedSegment.create(SEGMENT, shm_folder)
         self.memory = self.segment.memory(MAILBOX_BYTES)
         super().__init__(greeting=self._offer)
 
     def _offer(self, nonce: bytes) -> Frames:
         self.segment.write(nonce)
-        segment = SegmentRef(self.segment.path.name, self.segment.size)
-        return [encode(welcome(nonce, segment=segment))]
+        return [encode(welcome(nonce, segment=self.segment.ref))]
 
     def fill(self, place: int, sequence: int, length: int, content: bytes) -> None:
         """Write a slot of the ring of answers."""

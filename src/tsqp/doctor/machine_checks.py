@@ -11,7 +11,8 @@ from tsqp.algebra.int8_product import fast_product_is_exact
 from tsqp.bench.ceilings import int8_ops
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.doctor.check import Wrong
-from tsqp.wire.shm import SHM_FOLDER
+from tsqp.errors import WorkerUnavailable
+from tsqp.wire.shm import MIN_SEGMENT, SHM_FOLDER, SealedSegment
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -97,6 +98,12 @@ def memory() -> str:
 
 def shared_memory(folder: Path = SHM_FOLDER) -> str:
     """Where tensors cross without being copied through a socket."""
+    try:
+        SealedSegment.create(MIN_SEGMENT).close()
+    except WorkerUnavailable:
+        pass  # then segments are files
+    else:
+        return "sealed memory"
     if not folder.is_dir():
         raise Wrong(f"There is no {folder}, so tensors would go through the socket; mount a tmpfs.")
     if not os.access(folder, os.W_OK):

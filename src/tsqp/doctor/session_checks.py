@@ -217,8 +217,8 @@ class _Mode:
         if channel.transport == "inline" and parse_endpoint(self._target.worker).is_loopback:
             raise Wrong(
                 f"Tensors go through the socket, though the worker is on this machine "
-                f"({channel.reason}); let both sides see the same /dev/shm, and start neither "
-                "with --no-shm."
+                f"({channel.reason}); let both sides see the same processes or the same /dev/shm, "
+                "and start neither with --no-shm."
             )
         return f"{channel.transport} ({channel.reason})"
 

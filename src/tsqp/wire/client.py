@@ -47,13 +47,16 @@ from tsqp.wire.messages import (
     Failure,
     Hello,
     Message,
+    Offer,
     Operation,
     Probe,
     Result,
+    SealedRef,
     TensorRef,
     Welcome,
 )
-from tsqp.wire.shm import ALIGNMENT, MIN_SEGMENT, SHM_FOLDER, Arena, Segment
+from tsqp.wire.offered import map_offered
+from tsqp.wire.shm import ALIGNMENT, SHM_FOLDER, Arena, Segment
 from tsqp.wire.tensors import Spec, raw
 from tsqp.wire.zmq import NO_DOORBELL, ClientSocket
 
@@ -152,7 +155,7 @@ class RemoteChannel:
         try:
             self.welcome = self._shake_hands(hello, time.monotonic() + connect_timeout)
             if hello.shm_bytes:
-                self._attach(hello, self.welcome, shm_folder)
+                self._attach(hello, shm_folder, time.monotonic() + connect_timeout)
         except BaseException:
             self.close()
             raise
@@ -367,28 +370,36 @@ class RemoteChannel:
             raise HandshakeError(f"Refused the worker at {self.endpoint}: {exc}") from None
         return message
 
-    def _attach(self, hello: Hello, welcome: Welcome, folder: Path) -> None:
-        """Map the worker's segment, and tell it to remove the name."""
-        if welcome.segment is None:
-            self.reason = printable(welcome.reason) or "the worker offers no shared memory"
-            return
-        try:
-            if not MIN_SEGMENT <= welcome.segment.size <= hello.shm_bytes:
-                raise WorkerUnavailable("the worker offers a segment of another size than asked")
-            segment = Segment.open(welcome.segment.name, welcome.segment.size, folder)
-            if not hmac.compare_digest(segment.read(len(hello.nonce)), hello.nonce):
-                raise WorkerUnavailable("a segment of that name belongs to somebody else")
-        except WorkerError as exc:
-            self.reason = str(exc)
-        else:
+    def _attach(self, hello: Hello, folder: Path, deadline: float) -> None:
+        """Map the worker's segment, and tell it to withdraw the offer."""
+        ref = self.welcome.segment
+        segment, self.reason = map_offered(ref, self.welcome.reason, hello, folder)
+        if segment is None and isinstance(ref, SealedRef):  # a name may be in reach instead
+            why_not_sealed = self.reason
+            self._send(Attach(mapped=False, poll=False, wants_name=True))
+            offer = self._await_offer(deadline)
+            segment, self.reason = map_offered(offer.segment, offer.reason, hello, folder)
+            self.reason += f"; {why_not_sealed}"
+        if segment is not None:
             self._segment = segment
             self._arena = Arena(segment.size, start=MAILBOX_BYTES)
             self.transport = "shm"
-            self.reason = f"{segment.size} bytes in {folder}"
             if CAN_POLL:
                 self._mailbox = Mailbox(segment.memory(MAILBOX_BYTES), "tee")
                 self.transport = "poll"
-        self._send(Attach(self._segment is not None, self._mailbox is not None))
+        if ref is not None:
+            self._send(Attach(self._segment is not None, self._mailbox is not None))
+
+    def _await_offer(self, deadline: float) -> Offer:
+        while True:
+            _, message = self._decoder.decode(self._next(deadline))
+            self._receive_inline([])
+            if isinstance(message, Offer):
+                return message
+            if not isinstance(message, Probe) or time.monotonic() >= deadline:
+                raise ProtocolError(
+                    f"The worker at {self.endpoint} answered the handshake wrongly."
+                )
 
 
 def _room(spec: Spec) -> int:

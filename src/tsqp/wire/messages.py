@@ -52,10 +52,18 @@ class TensorRef(Message, frozen=True):
     offset: Offset
 
 
-class SegmentRef(Message, frozen=True):
+class SegmentRef(Message, frozen=True, tag="named"):
     """A shared-memory segment that the worker made: its name in /dev/shm and its bytes."""
 
     name: Annotated[str, Meta(pattern=r"^tsqp-[0-9a-f]{32}\Z")]
+    size: Annotated[int, Meta(ge=1, le=2**40)]
+
+
+class SealedRef(Message, frozen=True, tag="sealed"):
+    """A sealed segment without a name: the process that has it, its descriptor there, its bytes."""
+
+    pid: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    descriptor: Annotated[int, Meta(ge=0, le=2**31 - 1)]
     size: Annotated[int, Meta(ge=1, le=2**40)]
 
 
@@ -77,7 +85,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     """Worker → TEE: what I serve.
 
     `max_call_macs` is the most multiply-accumulates of one call, see `tsqp.wire.work`. `reason`
-    says why there is no segment, where there is none.
+    says why no sealed segment is offered, or none at all.
     """
 
     nonce: Nonce
@@ -86,7 +94,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     abilities: Annotated[tuple[Name, ...], Meta(max_length=16)]
     device: Name
     max_call_macs: Macs
-    segment: SegmentRef | None
+    segment: SealedRef | SegmentRef | None
     reason: Sentence = ""
     evidence: Evidence = b""
 
@@ -94,11 +102,20 @@ class Welcome(Message, frozen=True, tag="welcome"):
 class Attach(Message, frozen=True, tag="attach"):
     """TEE → worker: whether the segment is mapped, and messages are polled for in it.
 
-    The worker unlinks the segment in either case.
+    The worker withdraws the segment in either case. `wants_name`, once, asks for an `Offer` of a
+    segment with a name instead of a sealed one.
     """
 
     mapped: bool
     poll: bool
+    wants_name: bool = False
+
+
+class Offer(Message, frozen=True, tag="offer"):
+    """Worker → TEE: a segment with a name, or why there is none."""
+
+    segment: SegmentRef | None
+    reason: Sentence = ""
 
 
 class Linear(Message, frozen=True, tag="linear"):
@@ -247,4 +264,4 @@ class Bye(Message, frozen=True, tag="bye"):
 
 
 FromTEE = Hello | Attach | Call | Probe | Bye
-FromWorker = Welcome | Result | Failure | Probe
+FromWorker = Welcome | Offer | Result | Failure | Probe

@@ -39,14 +39,14 @@ from tsqp.wire.messages import (
     FromTEE,
     Hello,
     Message,
+    Offer,
     Operation,
     Probe,
     Result,
-    SegmentRef,
     TensorRef,
 )
 from tsqp.wire.quotas import DEFAULT_QUOTAS, Quotas
-from tsqp.wire.shm import SHM_FOLDER, Segment, free_bytes
+from tsqp.wire.shm import SHM_FOLDER, NamedSegment, SealedSegment, free_bytes
 from tsqp.wire.tensors import raw, spec_of
 from tsqp.wire.zmq import MAX_FRAME, ServerSocket
 
@@ -64,7 +64,8 @@ class Session:
     number: int  # counted from 1
     service: ServiceSession
     client: str  # for whom it counts
-    segment: Segment | None = None
+    hello: Hello
+    segment: SealedSegment | NamedSegment | None = None
     mailbox: Mailbox | None = None
     last_sent: int = 0  # ticket of the last call through the socket
     last_posted: int = 0  # and through the mailbox: the two may overtake each other
@@ -72,11 +73,11 @@ class Session:
     def attach(self, message: Attach) -> None:
         """The client has mapped the segment, or could not."""
         if self.segment is not None:
-            self.segment.unlink()
+            self.segment.withdraw()
             if message.poll and self.mailbox is None:
                 self.mailbox = Mailbox(self.segment.memory(MAILBOX_BYTES), "worker")
         if not message.mapped:
-            self._drop_segment()
+            self.drop_segment()
 
     def note(self, ticket: int, posted: bool) -> None:
         """Refuse a ticket that does not come after the one before it on its way."""
@@ -89,9 +90,9 @@ class Session:
 
     def close(self) -> None:
         self.service.close()
-        self._drop_segment()
+        self.drop_segment()
 
-    def _drop_segment(self) -> None:
+    def drop_segment(self) -> None:
         self.mailbox = None
         if self.segment is not None:
             self.segment.close()
@@ -250,6 +251,8 @@ class Server:
         match message:
             case Call():
                 self._call(identity, session, ticket, message, posted)
+            case Attach(wants_name=True):
+                self._offer_named(identity, session)
             case Attach():
                 session.attach(message)
             case Bye():
@@ -267,33 +270,49 @@ class Server:
         welcome = self._service.welcome(hello)
         check_agreement(hello, welcome)
         self._opened += 1
-        session = Session(self._opened, self._service.open(), client)
-        reason = self._share_memory(session, hello)
-        segment = session.segment
+        session = Session(self._opened, self._service.open(), client, hello)
+        reason = self._share_memory(session, may_seal=True)
         self.sessions[identity] = session
         self._log(f"session opened, {len(self.sessions)} now")
-        reference = SegmentRef(segment.path.name, segment.size) if segment else None
-        self._send(identity, msgspec.structs.replace(welcome, segment=reference, reason=reason), 0)
+        ref = session.segment.ref if session.segment else None
+        self._send(identity, msgspec.structs.replace(welcome, segment=ref, reason=reason), 0)
+
+    def _share_memory(self, session: Session, *, may_seal: bool) -> str:
+        """Make a segment for a session; why it is not sealed, or why there is none."""
+        if not session.hello.shm_bytes:
+            return ""
+        if not self._quotas.max_shm_bytes:
+            return "the worker was started with --no-shm"
+        reasons: list[str] = []
+        for folder in (None, self._shm_folder) if may_seal else (self._shm_folder,):
+            held = sum(each.segment.size for each in self.sessions.values() if each.segment)
+            try:
+                wanted, free = session.hello.shm_bytes, free_bytes(folder)
+                size = self._quotas.shm_bytes(wanted, held, free)
+                session.segment = (
+                    SealedSegment.create(size)
+                    if folder is None
+                    else NamedSegment.create(size, folder)
+                )
+                session.segment.write(session.hello.nonce)
+                break
+            except WorkerUnavailable as exc:
+                reasons.insert(0, f"the worker has {exc}")
+        return _sentence("; ".join(reasons))
+
+    def _offer_named(self, identity: bytes, session: Session) -> None:
+        """Replace the sealed segment of a session, which its client cannot open."""
+        if not isinstance(session.segment, SealedSegment) or session.mailbox is not None:
+            raise ProtocolError("A client asked for another segment where it may not.")
+        session.drop_segment()
+        reason = self._share_memory(session, may_seal=False)
+        assert not isinstance(session.segment, SealedSegment)
+        self._send(identity, Offer(session.segment.ref if session.segment else None, reason), 0)
 
     @property
     def _clients(self) -> list[str]:
         """For whom each session counts."""
         return [session.client for session in self.sessions.values()]
-
-    def _share_memory(self, session: Session, hello: Hello) -> str:
-        """Make the segment of a new session, or say why it has none."""
-        if not hello.shm_bytes:
-            return ""
-        if not self._quotas.max_shm_bytes:
-            return "the worker was started with --no-shm"
-        held = sum(each.segment.size for each in self.sessions.values() if each.segment)
-        try:
-            size = self._quotas.shm_bytes(hello.shm_bytes, held, free_bytes(self._shm_folder))
-            session.segment = Segment.create(size, self._shm_folder)
-            session.segment.write(hello.nonce)
-        except WorkerUnavailable as exc:
-            return _sentence(f"the worker has {exc}")
-        return ""
 
     def _call(
         self, identity: bytes, session: Session, ticket: int, call: Call, posted: bool

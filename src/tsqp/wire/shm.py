@@ -1,17 +1,22 @@
 """Tensors in memory shared between two processes of one machine.
 
-The worker creates a segment, the TEE maps it, the worker unlinks it at once; from then on it lives
-exactly as long as the two processes. `multiprocessing.shared_memory` is not used: it starts a
-helper process, which inside an enclave would be another enclave.
+The worker makes a segment and the TEE maps it. Where possible the segment has no name: it is a
+sealed memfd, which the TEE opens through /proc and which nobody can shrink, so that neither side
+can kill the other with SIGBUS. Otherwise it is a file in /dev/shm, which the worker unlinks as soon
+as the TEE has mapped it. Either lives exactly as long as the two processes.
+`multiprocessing.shared_memory` is not used: it starts a helper process, which inside an enclave
+would be another enclave.
 
 Nothing here is trusted by the TEE. Offsets and shapes come from the TEE's own books; contents can
-change at any moment; a worker that truncates the segment kills the TEE process with SIGBUS, which
-is a denial of service and nothing more.
+change at any moment; a worker that truncates a segment with a name kills the TEE process with
+SIGBUS, which is a denial of service and nothing more.
 """
 
+import fcntl
 import mmap
 import os
 import secrets
+import stat
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -21,8 +26,10 @@ from torch import Tensor
 
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.errors import ProtocolError, WorkerUnavailable
+from tsqp.wire.messages import SealedRef, SegmentRef
 
 SHM_FOLDER = Path("/dev/shm")
+PROCESSES = Path("/proc")
 ALIGNMENT = 64  # a cache line
 MIN_SEGMENT = 256 * 1024
 MAX_VIEWS = 1024  # kept, as the same few calls come again and again
@@ -31,65 +38,10 @@ MAX_VIEWS = 1024  # kept, as the same few calls come again and again
 class Segment:
     """A mapped segment; tensors are views into it."""
 
-    def __init__(self, path: Path, size: int, mapping: mmap.mmap) -> None:
-        self.path = path
+    def __init__(self, size: int, mapping: mmap.mmap) -> None:
         self.size = size
         self._mapping: mmap.mmap | None = mapping
         self._views: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
-
-    @classmethod
-    def create(cls, size: int, folder: Path = SHM_FOLDER) -> "Segment":
-        """Create and map a segment of at most `size` bytes, less where the folder is small.
-
-        Raises:
-            WorkerUnavailable: there is no room or no right to make one; says which.
-        """
-        path = folder / f"tsqp-{secrets.token_hex(16)}"
-        try:
-            # Half of what is free: other sessions, and other programs, need some too.
-            size = min(size, free_bytes(folder) // 2) // mmap.PAGESIZE * mmap.PAGESIZE
-            if size < MIN_SEGMENT:
-                raise WorkerUnavailable(
-                    f"no segment in {folder}: it would have {size} bytes, and {MIN_SEGMENT} "
-                    "are needed"
-                )
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, size)
-                return cls(path, size, mmap.mmap(descriptor, size))
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(descriptor)
-        except OSError as exc:
-            raise WorkerUnavailable(f"no segment in {folder}: {exc.strerror}") from exc
-
-    @classmethod
-    def open(cls, name: str, size: int, folder: Path = SHM_FOLDER) -> "Segment":
-        """Map a segment that a worker made.
-
-        Inside Gramine the file is a device whose length reads as zero, so the length is `size`.
-
-        Raises:
-            WorkerUnavailable: it cannot be opened or is too short.
-        """
-        path = folder / name
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as exc:
-            raise WorkerUnavailable(
-                f"the worker's segment is not in this side's {folder} ({exc.strerror})"
-            ) from exc
-        try:
-            length = os.fstat(descriptor).st_size
-            if 0 < length < size:
-                raise WorkerUnavailable(f"the worker's segment has {length} bytes, not {size}")
-            return cls(path, size, mmap.mmap(descriptor, size))
-        except (OSError, ValueError) as exc:
-            raise WorkerUnavailable(f"the worker's segment cannot be mapped: {exc}") from exc
-        finally:
-            os.close(descriptor)
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A view of `shape` at byte `offset`.
@@ -131,24 +83,193 @@ class Segment:
         assert self._mapping is not None
         self._mapping[self.size - len(data) :] = data
 
-    def unlink(self) -> None:
-        """Remove the name; the memory stays while anyone maps it."""
-        with suppress(OSError):  # gone already, or out of reach: nothing is left to do
-            self.path.unlink()
+    def withdraw(self) -> None:
+        """Let nobody else open it from now on; the memory stays while anyone maps it."""
 
     def close(self) -> None:
-        """Unlink and unmap; views that are still alive keep the mapping until they die."""
-        self.unlink()
+        """Withdraw and unmap; views that are still alive keep the mapping until they die."""
+        self.withdraw()
         self._views.clear()
         self._mapping = None
 
 
-def free_bytes(folder: Path = SHM_FOLDER) -> int:
-    """Bytes for segments that are free in `folder` and in memory.
+class SealedSegment(Segment):
+    """A segment without a name, whose size nobody can change: a sealed memfd (Linux)."""
+
+    def __init__(self, size: int, mapping: mmap.mmap, descriptor: int | None = None) -> None:
+        super().__init__(size, mapping)
+        self._descriptor = descriptor  # while it is on offer
+
+    @classmethod
+    def create(cls, size: int) -> "SealedSegment":
+        """Create and map a segment of at most `size` bytes, less where memory is short.
+
+        Raises:
+            WorkerUnavailable: there is no room, or this system cannot seal memory; says which.
+        """
+        size = _room_for(size, free_bytes(None), "no sealed memory")
+        if not hasattr(os, "memfd_create"):
+            raise WorkerUnavailable("no sealed memory: this system has none")
+        try:
+            descriptor = os.memfd_create("tsqp-segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _seals())
+                return cls(size, mmap.mmap(descriptor, size), descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except OSError as exc:
+            raise WorkerUnavailable(f"no sealed memory: {exc.strerror}") from exc
+
+    @classmethod
+    def open(cls, pid: int, descriptor: int, size: int) -> "SealedSegment":
+        """Map the segment that process `pid` has as `descriptor`.
+
+        The worker may name anything at all, so nothing is opened before it is known to be a file: a
+        pipe could make this wait, and a device could act.
+
+        Raises:
+            WorkerUnavailable: it cannot be opened, is not sealed, or has another size.
+        """
+        try:
+            path = PROCESSES / f"{pid:d}" / "fd" / f"{descriptor:d}"
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                if not stat.S_ISREG(os.fstat(place).st_mode):
+                    raise WorkerUnavailable("the worker offers something else than memory")
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
+                own = os.open(f"/proc/self/fd/{place:d}", flags)
+            finally:
+                os.close(place)
+            try:
+                return cls(size, _map_sealed(own, size))
+            finally:
+                os.close(own)
+        except (OSError, AttributeError) as exc:  # O_PATH is Linux's
+            why = exc.strerror if isinstance(exc, OSError) else "this system has none"
+            raise WorkerUnavailable(
+                f"the worker's sealed memory is out of this side's reach ({why})"
+            ) from exc
+
+    @property
+    def ref(self) -> SealedRef:
+        """What a peer needs to open it, as long as it is on offer."""
+        assert self._descriptor is not None
+        return SealedRef(os.getpid(), self._descriptor, self.size)
+
+    def withdraw(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+class NamedSegment(Segment):
+    """A segment that is a file: for peers that do not see each other's /proc."""
+
+    def __init__(self, size: int, mapping: mmap.mmap, path: Path) -> None:
+        super().__init__(size, mapping)
+        self.path = path
+
+    @classmethod
+    def create(cls, size: int, folder: Path = SHM_FOLDER) -> "NamedSegment":
+        """Create and map a segment of at most `size` bytes, less where the folder is small.
+
+        Raises:
+            WorkerUnavailable: there is no room or no right to make one; says which.
+        """
+        path = folder / f"tsqp-{secrets.token_hex(16)}"
+        try:
+            size = _room_for(size, free_bytes(folder), f"no segment in {folder}")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+                return cls(size, mmap.mmap(descriptor, size), path)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(descriptor)
+        except OSError as exc:
+            raise WorkerUnavailable(f"no segment in {folder}: {exc.strerror}") from exc
+
+    @classmethod
+    def open(cls, name: str, size: int, folder: Path = SHM_FOLDER) -> "NamedSegment":
+        """Map a segment that a worker made.
+
+        Inside Gramine the file is a device whose length reads as zero, so the length is `size`.
+
+        Raises:
+            WorkerUnavailable: it cannot be opened or is too short.
+        """
+        path = folder / name
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as exc:
+            raise WorkerUnavailable(
+                f"the worker's segment is not in this side's {folder} ({exc.strerror})"
+            ) from exc
+        try:
+            length = os.fstat(descriptor).st_size
+            if 0 < length < size:
+                raise WorkerUnavailable(f"the worker's segment has {length} bytes, not {size}")
+            return cls(size, mmap.mmap(descriptor, size), path)
+        except (OSError, ValueError) as exc:
+            raise WorkerUnavailable(f"the worker's segment cannot be mapped: {exc}") from exc
+        finally:
+            os.close(descriptor)
+
+    @property
+    def ref(self) -> SegmentRef:
+        """What a peer needs to open it, until it is withdrawn."""
+        return SegmentRef(self.path.name, self.size)
+
+    def withdraw(self) -> None:
+        with suppress(OSError):  # gone already, or out of reach: nothing is left to do
+            self.path.unlink()
+
+
+def _seals() -> int:
+    """What nobody can do to the segment any more; writing stays possible."""
+    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def _room_for(size: int, free: int, otherwise: str) -> int:
+    """At most `size` bytes, in whole pages."""
+    # Half of what is free: other sessions, and other programs, need some too.
+    size = min(size, free // 2) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size < MIN_SEGMENT:
+        raise WorkerUnavailable(
+            f"{otherwise}: it would have {size} bytes, and {MIN_SEGMENT} are needed"
+        )
+    return size
+
+
+def _map_sealed(descriptor: int, size: int) -> mmap.mmap:
+    """Map a memfd, if it cannot be taken away."""
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError as exc:
+        raise WorkerUnavailable("the worker offers a file instead of sealed memory") from exc
+    if seals & _seals() != _seals():
+        raise WorkerUnavailable("the worker's memory is not sealed, so it could be taken away")
+    if os.fstatvfs(descriptor).f_bsize != mmap.PAGESIZE:
+        # Seals do not keep huge pages from being given back; the next access would be SIGBUS.
+        raise WorkerUnavailable("the worker's memory consists of huge pages")
+    length = os.fstat(descriptor).st_size
+    if length != size:
+        raise WorkerUnavailable(f"the worker's sealed memory has {length} bytes, not {size}")
+    return mmap.mmap(descriptor, size)
+
+
+def free_bytes(folder: Path | None) -> int:
+    """Bytes for segments that are free in memory, and in `folder` for those with a name.
 
     Raises:
         WorkerUnavailable: there is no such folder.
     """
+    if folder is None:
+        return available_bytes()
     try:
         folder_size = os.statvfs(folder)
     except OSError as exc:

@@ -1,0 +1,44 @@
+"""The trusted side's look at shared memory that a worker offers."""
+
+import hmac
+from pathlib import Path
+
+from tsqp.errors import WorkerUnavailable
+from tsqp.wire.codec import printable
+from tsqp.wire.messages import Hello, SealedRef, SegmentRef
+from tsqp.wire.shm import MIN_SEGMENT, NamedSegment, SealedSegment, Segment
+
+
+def map_offered(
+    ref: SealedRef | SegmentRef | None, reason: str, hello: Hello, folder: Path
+) -> tuple[Segment | None, str]:
+    """Map what a worker offers, if it can be used.
+
+    Args:
+        ref: what it offers.
+        reason: what the worker says about it.
+        hello: what it was asked for.
+        folder: where segments with a name are.
+
+    Returns:
+        the segment or None, and what to report about it.
+    """
+    reason = printable(reason)
+    if ref is None:
+        return None, reason or "the worker offers no shared memory"
+    try:
+        if not MIN_SEGMENT <= ref.size <= hello.shm_bytes:
+            raise WorkerUnavailable("the worker offers a segment of another size than asked")
+        segment = _open(ref, folder)
+        if not hmac.compare_digest(segment.read(len(hello.nonce)), hello.nonce):
+            raise WorkerUnavailable("the worker offers a segment that belongs to somebody else")
+    except WorkerUnavailable as exc:
+        return None, str(exc)
+    place = "of sealed memory" if isinstance(ref, SealedRef) else f"in {folder}"
+    return segment, "; ".join(filter(None, [f"{ref.size} bytes {place}", reason]))
+
+
+def _open(ref: SealedRef | SegmentRef, folder: Path) -> Segment:
+    if isinstance(ref, SealedRef):
+        return SealedSegment.open(ref.pid, ref.descriptor, ref.size)
+    return NamedSegment.open(ref.name, ref.size, folder)
