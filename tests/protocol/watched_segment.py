@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsqp.wire.client import RemoteChannel, _Call
+from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import worker_decoder
 from tsqp.wire.mailbox import (
     FLAG_BYTES,
@@ -16,6 +16,7 @@ from tsqp.wire.mailbox import (
     SLOTS,
 )
 from tsqp.wire.messages import Call, Operation, TensorRef
+from tsqp.wire.remote_call import RemoteCall
 from tsqp.wire.shm import ALIGNMENT
 from tsqp.wire.tensors import spec_of
 
@@ -45,8 +46,8 @@ class WatchedSegment:
         self.operations: list[Operation] = []
         self.looks = self.gaps = 0
         self._segment = segment
-        self._reserved: list[_Call] = []  # whose inputs may be written
-        self._submitted: list[_Call] = []  # whose outputs may be
+        self._reserved: list[RemoteCall] = []  # whose inputs may be written
+        self._submitted: list[RemoteCall] = []  # whose outputs may be
         self._frames: list[tuple[int, bytes]] = []  # posted since the last look, and where
         # So that a zero that is written is a change, too.
         noise = np.random.default_rng(0).bytes(segment.size - MAILBOX_BYTES)
@@ -84,15 +85,15 @@ class WatchedSegment:
             places += map(_place, call.refs[len(call.inputs) :])
         return places
 
-    def _reserve(self, reserve: Any, *arguments: Any) -> _Call:
+    def _reserve(self, reserve: Any, *arguments: Any) -> RemoteCall:
         self.look()
-        call: _Call = reserve(*arguments)
+        call: RemoteCall = reserve(*arguments)
         assert call.place is not None  # else its tensors are not in the segment
         self._reserved.append(call)
         self.gaps += sum(-spec_of(ref).nbytes % ALIGNMENT for ref in call.refs)
         return call
 
-    def _submit(self, submit: Any, call: _Call) -> int:
+    def _submit(self, submit: Any, call: RemoteCall) -> int:
         self.look()
         self._reserved.remove(call)
         self._submitted.append(call)
@@ -111,13 +112,13 @@ class WatchedSegment:
         asleep: bool = post(frame)
         return asleep
 
-    def _wait(self, wait: Any, *arguments: Any) -> _Call:
-        call: _Call = wait(*arguments)
+    def _wait(self, wait: Any, *arguments: Any) -> RemoteCall:
+        call: RemoteCall = wait(*arguments)
         self.look()
         self._submitted.remove(call)
         return call
 
-    def _release(self, release: Any, call: _Call) -> None:
+    def _release(self, release: Any, call: RemoteCall) -> None:
         self.look()
         release(call)
         if call in self._reserved:  # it was given up

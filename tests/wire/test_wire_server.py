@@ -32,7 +32,7 @@ from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
 from tsqp.wire.messages import Attach, Failure, Hello, Offer, Operation, Welcome
 from tsqp.wire.server import Server
-from tsqp.wire.zmq import ServerSocket
+from tsqp.wire.server_socket import ServerSocket
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 

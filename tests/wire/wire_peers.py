@@ -33,10 +33,18 @@ ANSWERS = CALLS + RING_BYTES
 class RawClient:
     """A DEALER that sends whatever a test wants."""
 
-    def __init__(self, endpoint: Endpoint, context: zmq.Context[Any] | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        context: zmq.Context[Any] | None = None,
+        server_key: str | None = None,
+    ) -> None:
         self._own_context = zmq.Context() if context is None else None
         self._context = context or self._own_context
         self._socket = self._context.socket(zmq.DEALER)
+        if server_key is not None:
+            self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
+            self._socket.curve_serverkey = server_key.encode()
         self._socket.set(zmq.LINGER, 2000)
         self._socket.set(zmq.RCVTIMEO, int(TIMEOUT * 1000))
         self._socket.connect(str(endpoint))
@@ -141,6 +149,14 @@ class LyingWorker:
         self.endpoint = parse_endpoint(f"tcp://127.0.0.1:{self.port}")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve)
+
+    def encrypt(self, secret_key: str) -> None:
+        """Take encrypted links only, at another address than before."""
+        self._socket.unbind(f"tcp://127.0.0.1:{self.port}")
+        self._socket.set(zmq.CURVE_SERVER, 1)
+        self._socket.set(zmq.CURVE_SECRETKEY, secret_key.encode())
+        self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self.endpoint = parse_endpoint(f"tcp://127.0.0.1:{self.port}")
 
     def _serve(self) -> None:
         decoder = worker_decoder()

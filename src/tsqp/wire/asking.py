@@ -9,10 +9,11 @@ import time
 
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.wire.codec import encode, printable, tee_decoder
+from tsqp.wire.doorbell import NO_DOORBELL
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.handshake import read_refusal
 from tsqp.wire.messages import Failure, Hello, WeightsDtype
-from tsqp.wire.zmq import NO_DOORBELL, ClientSocket
+from tsqp.wire.zmq import ClientSocket
 
 _NOBODY_S = "0" * 64  # the digest of no weights
 _DTYPES: dict[str, WeightsDtype] = {

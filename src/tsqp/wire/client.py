@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from tsqp.wire.call_times import (
 )
 from tsqp.wire.channel import Counters, Slot, kind_of
 from tsqp.wire.codec import encode, printable, tee_decoder
+from tsqp.wire.doorbell import NO_DOORBELL
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.handshake import check_agreement
 from tsqp.wire.mailbox import CAN_POLL, MAILBOX_BYTES, MAX_FRAME, SLOTS, Mailbox
@@ -52,52 +52,15 @@ from tsqp.wire.messages import (
     Probe,
     Result,
     SealedRef,
-    TensorRef,
     Welcome,
 )
 from tsqp.wire.offered import map_offered
+from tsqp.wire.remote_call import RemoteCall
 from tsqp.wire.shm import ALIGNMENT, SHM_FOLDER, Arena, Segment
 from tsqp.wire.tensors import Spec, raw
-from tsqp.wire.zmq import NO_DOORBELL, ClientSocket
+from tsqp.wire.zmq import ClientSocket
 
 MAX_INLINE = 2**29  # bytes of a call that travels in frames; more are split
-
-
-class _Call:
-    """One call, from reservation to release: the slot, then the reply."""
-
-    def __init__(
-        self,
-        channel: "RemoteChannel",
-        operation: Operation,
-        place: int | None,
-        inputs: list[Tensor],
-        outputs: list[Tensor],
-        refs: tuple[TensorRef, ...],
-        times: CallTimes | None,
-    ) -> None:
-        self.operation = operation
-        self.place = place  # in the arena, or None for inline
-        self.inputs = inputs
-        self.outputs = outputs
-        self.refs = refs
-        self.times = times
-        self.answered = False
-        self.error: RemoteError | None = None
-        self._channel = channel
-
-    def __enter__(self) -> "_Call":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._channel.release(self)
-        if self.times is not None:
-            self.times.end()
 
 
 def check_reachable(
@@ -148,8 +111,8 @@ class RemoteChannel:
         self._segment: Segment | None = None
         self._arena: Arena | None = None
         self._mailbox: Mailbox | None = None
-        self._calls: dict[int, _Call] = {}
-        self._cancelled: dict[int, _Call] = {}
+        self._calls: dict[int, RemoteCall] = {}
+        self._cancelled: dict[int, RemoteCall] = {}
         self._last_ticket = 0
         self._socket = ClientSocket(endpoint, connect_timeout, worker_key)
         try:
@@ -167,7 +130,7 @@ class RemoteChannel:
 
     def reserve(
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
-    ) -> _Call:
+    ) -> RemoteCall:
         self._check_open()  # in a forked process, the segment is still its parent's
         times = CallTimes(self.on_times, operation, inputs, outputs) if self.on_times else None
         specs = [*inputs, *outputs]
@@ -182,10 +145,12 @@ class RemoteChannel:
                 tensors.append(self._segment.tensor(offset, spec.shape, spec.dtype))
                 offset += _room(spec)
         split = len(inputs)
-        return _Call(self, operation, place, tensors[:split], tensors[split:], tuple(refs), times)
+        return RemoteCall(
+            self.release, operation, place, tensors[:split], tensors[split:], tuple(refs), times
+        )
 
     def submit(self, slot: Slot) -> int:
-        assert isinstance(slot, _Call)
+        assert isinstance(slot, RemoteCall)
         split, times = len(slot.inputs), slot.times
         lap(times, MASK)
         self._last_ticket += 1
@@ -195,6 +160,7 @@ class RemoteChannel:
         lap(times, SERIALISE)
         try:
             self._calls[ticket] = slot  # first: its answer may come before this is done
+            self._socket.inflow.expect(slot.inline_bytes)
             if not (slot.place is not None and self._post(frame)):
                 self._send_frames([frame, *inline])
         except BaseException:  # a message that was sent in part cannot be taken back
@@ -206,10 +172,10 @@ class RemoteChannel:
         return ticket
 
     def discard(self, slot: Slot) -> None:
-        assert isinstance(slot, _Call)
+        assert isinstance(slot, RemoteCall)
         self.release(slot)
 
-    def wait(self, ticket: int, deadline: float) -> _Call:
+    def wait(self, ticket: int, deadline: float) -> RemoteCall:
         self._check_open()
         call = self._calls[ticket]
         lap(call.times, AWAY)
@@ -232,7 +198,7 @@ class RemoteChannel:
         elif call is not None:
             self._cancelled[ticket] = call  # the worker may write there until it has answered
 
-    def release(self, call: _Call) -> None:
+    def release(self, call: RemoteCall) -> None:
         """Give back the memory of an answered call, once."""
         if call.place is not None and self._arena is not None:
             self._arena.give_back(call.place)
@@ -333,6 +299,7 @@ class RemoteChannel:
             self.counters.received_bytes += sum(tensor.nbytes for tensor in call.outputs)
         self._receive_inline(call.outputs if call.place is None and call.error is None else [])
         call.answered = True
+        self._socket.inflow.expect(-call.inline_bytes)
         lap(call.times, RECEIVE)
         if call.times is not waiting:
             lap(waiting, AWAY)  # that was the other call's

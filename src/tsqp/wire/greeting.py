@@ -9,10 +9,12 @@ import socket
 import time
 from typing import Literal
 
+from tsqp.errors import HandshakeError, WorkerError, WorkerUnavailable
 from tsqp.wire.endpoint import Endpoint
 
 Mechanism = Literal["NULL", "CURVE"]
 
+ASK_S = 1.0  # for finding out why a handshake failed
 _BEGINNING = b"\xff" + bytes(8) + b"\x7f" + b"\x03"  # the signature and the major version
 _LENGTH = 64
 _NAME = slice(12, 32)
@@ -28,7 +30,7 @@ def ask_mechanism(endpoint: Endpoint, timeout: float) -> Mechanism | None:
     """
     deadline = time.monotonic() + timeout
     try:
-        with _connect(endpoint, deadline) as peer:
+        with connect(endpoint, deadline) as peer:
             peer.sendall(_BEGINNING)
             greeting = b""
             while len(greeting) < _LENGTH:
@@ -43,14 +45,12 @@ def ask_mechanism(endpoint: Endpoint, timeout: float) -> Mechanism | None:
     return _MECHANISMS.get(greeting[_NAME].rstrip(b"\0")) if is_greeting else None
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
+def connect(endpoint: Endpoint, deadline: float) -> socket.socket:
+    """A plain connection to an ipc or tcp endpoint; `deadline` is of time.monotonic.
 
-
-def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:
+    Raises:
+        OSError: nobody listens there.
+    """
     if endpoint.scheme == "tcp":
         return socket.create_connection((endpoint.host, endpoint.port), _left(deadline))
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -62,3 +62,33 @@ def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:
         peer.close()
         raise
     return peer
+
+
+def why_not(endpoint: Endpoint, *, encrypting: bool) -> WorkerError:
+    """What is wrong with a peer whose handshake failed."""
+    mechanism = ask_mechanism(endpoint, ASK_S)
+    if mechanism is None or (mechanism == "NULL" and not encrypting):
+        return WorkerUnavailable(
+            f"What listens at {endpoint} is no TSQP worker, or one that hangs; check the endpoint."
+        )
+    if not encrypting:
+        return HandshakeError(
+            f"The worker at {endpoint} takes encrypted links alone; give its public key, "
+            "which it shows when it starts, as --worker-key."
+        )
+    if mechanism == "NULL":
+        return HandshakeError(
+            f"The worker at {endpoint} does not encrypt, and a --worker-key was given for it; "
+            "start it with --keyfile, or leave --worker-key out."
+        )
+    return HandshakeError(
+        f"The worker at {endpoint} does not hold the secret key that belongs to this --worker-key; "
+        "check the key, which the worker shows when it starts, and the endpoint."
+    )
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

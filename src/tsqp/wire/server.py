@@ -46,9 +46,10 @@ from tsqp.wire.messages import (
     TensorRef,
 )
 from tsqp.wire.quotas import DEFAULT_QUOTAS, Quotas
+from tsqp.wire.server_socket import ServerSocket
 from tsqp.wire.shm import SHM_FOLDER, NamedSegment, SealedSegment, free_bytes
 from tsqp.wire.tensors import raw, spec_of
-from tsqp.wire.zmq import MAX_FRAME, ServerSocket
+from tsqp.wire.zmq import MAX_FRAME
 
 LOOK_EVERY_S = 0.5  # how often a busy worker looks for clients that left
 LOOKS = 10  # libzmq reports a broken connection some time before it drops the peer

@@ -1,4 +1,6 @@
-"""ZeroMQ sockets, and the only place that knows ZeroMQ: its exceptions end here.
+"""The ZeroMQ socket of the trusted side, and what it shares with the worker's.
+
+ZeroMQ's exceptions end here and in `tsqp.wire.server_socket`.
 
 The worker binds and the TEE connects, also where the TEE could bind: inside Gramine binding a
 numeric TCP address aborts in libzmq. Heartbeats of libzmq's own thread show a peer that is gone or
@@ -8,26 +10,28 @@ stopped even while a long computation keeps the main threads busy.
 import os
 import struct
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 from tsqp.errors import (
-    HandshakeError,
     ProtocolError,
-    WorkerError,
     WorkerLost,
     WorkerUnavailable,
 )
 from tsqp.wire.codec import MAX_MESSAGE
+from tsqp.wire.doorbell import NO_DOORBELL, Doorbell
 from tsqp.wire.endpoint import Endpoint
-from tsqp.wire.greeting import ask_mechanism
-from tsqp.wire.quotas import client_name
-from tsqp.wire.socket_file import identify, remove_own, remove_stale
+from tsqp.wire.greeting import why_not
+from tsqp.wire.inflow import (
+    SLACK,
+    Guard,
+    Inflow,
+)
+from tsqp.wire.relay import CAN_RELAY, Relay, no_worker_at
 
 HEARTBEAT_MS = 1000
 SILENCE_MS = 4000  # a peer that misses its heartbeats for this long is gone
@@ -38,7 +42,6 @@ LOOKS = 8  # at the mailbox for one at the socket
 MAX_UNREAD = 16  # messages that wait, here or for a peer, before no more are taken
 MAX_FRAME = 2**30
 KEY_LENGTH = 40  # characters of Z85, for 32 bytes
-ASK_S = 1.0  # for finding out why a handshake failed
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -48,26 +51,7 @@ HANDSHAKE_FAILED = (
 Buffer = bytes | memoryview
 
 
-class Doorbell(Protocol):
-    """Where mail may come besides the socket: see `tsqp.wire.mailbox`."""
-
-    @property
-    def has_mail(self) -> bool: ...
-
-    def say_asleep(self, asleep: bool) -> None: ...
-
-
-class _NoDoorbell:
-    has_mail = False
-
-    def say_asleep(self, asleep: bool) -> None:
-        pass
-
-
-NO_DOORBELL: Doorbell = _NoDoorbell()  # for a connection without shared memory
-
-
-class _Socket:
+class BaseSocket:
     """What both ends share: options, the monitor, and receiving into fixed memory."""
 
     def __init__(self, kind: int, endpoint: Endpoint) -> None:
@@ -94,12 +78,19 @@ class _Socket:
     def _watch(self, events: int) -> None:
         self._monitor = self._socket.get_monitor_socket(events)
 
-    def _events(self, wait_ms: int = 0) -> int:
-        """All connection events since the last look, as bits."""
+    def _next_events(self, wait_ms: int = 0) -> Iterator[tuple[int, int]]:
+        """The connection events since the last look, each with the descriptor that it is about."""
         assert self._monitor is not None
+        while self._monitor.poll(wait_ms):
+            message = parse_monitor_message(self._monitor.recv_multipart())
+            yield int(message["event"]), int(message["value"])
+            wait_ms = 0
+
+    def _events(self) -> int:
+        """The kinds of connection events since the last look, as bits."""
         seen = 0
-        while self._monitor.poll(0 if seen else wait_ms):
-            seen |= parse_monitor_message(self._monitor.recv_multipart())["event"]
+        for event, _ in self._next_events():
+            seen |= event
         return seen
 
     def receive_into(self, buffer: memoryview | bytearray) -> int:
@@ -174,13 +165,15 @@ class _Socket:
         self.closed = True
         try:
             if self._monitor is not None:
-                self._events()  # a full monitor blocks libzmq's thread, which would block the rest
-                self._socket.disable_monitor()
+                self._stop_monitor()
         finally:  # a socket that an interrupt left open would make the end of the context wait
             self._context.destroy(linger=0)
 
+    def _stop_monitor(self) -> None:
+        self._socket.disable_monitor()
 
-class ClientSocket(_Socket):
+
+class ClientSocket(BaseSocket):
     """The TEE's end of one connection, which is lost for good when it breaks once."""
 
     def __init__(self, endpoint: Endpoint, timeout: float, worker_key: str | None = None) -> None:
@@ -196,17 +189,26 @@ class ClientSocket(_Socket):
         """
         super().__init__(zmq.DEALER, endpoint)
         self._name = str(endpoint)
+        self.inflow = Inflow(SLACK)
+        self._guard: Guard | Relay | None = None
+        deadline = time.monotonic() + timeout
         try:
             if worker_key is not None:
                 public, secret = zmq.curve_keypair()
                 self._socket.set(zmq.CURVE_PUBLICKEY, public)
                 self._socket.set(zmq.CURVE_SECRETKEY, secret)
                 self._socket.set(zmq.CURVE_SERVERKEY, worker_key.encode())
-            self._socket.set(zmq.RECONNECT_IVL, TICK_MS)
-            self._watch(zmq.EVENT_HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED | zmq.EVENT_DISCONNECTED)
-            self._socket.connect(str(endpoint))
-            if not self._await_connection(time.monotonic() + timeout):
-                raise _why_not(endpoint, encrypting=worker_key is not None)
+            # A second connection would be to whoever has taken the worker's place.
+            self._socket.set(zmq.RECONNECT_IVL, -1)
+            self._watch(
+                zmq.EVENT_CONNECTED
+                | zmq.EVENT_CLOSED
+                | zmq.EVENT_HANDSHAKE_SUCCEEDED
+                | HANDSHAKE_FAILED
+                | zmq.EVENT_DISCONNECTED
+            )
+            if not self._connect(endpoint, deadline):
+                raise why_not(endpoint, encrypting=worker_key is not None)
         except zmq.ZMQError as exc:
             self.close()
             raise WorkerUnavailable(f"Cannot connect to {endpoint}: {exc.strerror}.") from exc
@@ -214,20 +216,32 @@ class ClientSocket(_Socket):
             self.close()
             raise
 
-    def _await_connection(self, deadline: float) -> bool:
+    def _connect(self, endpoint: Endpoint, deadline: float) -> bool:
         """Whether the handshake succeeded, once a peer is there."""
+        address = self._name
+        if endpoint.scheme == "ipc" and CAN_RELAY:
+            self._guard = relay = Relay(endpoint, self.inflow, deadline)
+            address = relay.endpoint
+            self._socket.connect(address)
+            relay.begin()
+        else:
+            self._socket.connect(address)
         while True:
             left_ms = int((deadline - time.monotonic()) * 1000)
-            events = self._events(max(left_ms, 1))
-            if events & HANDSHAKE_FAILED:
-                return False
-            if events & zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                return True
+            for event, descriptor in self._next_events(max(left_ms, 1)):
+                if event == zmq.EVENT_CONNECTED and endpoint.scheme == "tcp":
+                    with suppress(OSError):  # it has ended, which is the next event
+                        self._guard = Guard(descriptor, self.inflow)
+                elif event & HANDSHAKE_FAILED:
+                    return False
+                elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    return True
+                elif event == zmq.EVENT_CLOSED:  # nobody listens, as yet
+                    time.sleep(TICK_MS / 1000)
+                    self._socket.disconnect(address)
+                    self._socket.connect(address)
             if left_ms <= 0:
-                raise WorkerUnavailable(
-                    f"No worker answers at {self._name}; start one with "
-                    f"`tsqp worker MODEL --listen {self._name}`, or correct --worker."
-                )
+                raise WorkerUnavailable(no_worker_at(self._name))
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Send one message; frames after the first must stay unchanged until they have left.
@@ -261,6 +275,7 @@ class ClientSocket(_Socket):
                         "raise --timeout if it is only slow."
                     )
             length = self.receive_into(self._message)
+            self.inflow.received_message()
         except zmq.ZMQError as exc:
             raise WorkerLost(f"The link to {self._name} failed: {exc.strerror}.") from exc
         if length > len(self._message):
@@ -272,147 +287,24 @@ class ClientSocket(_Socket):
         return memoryview(self._message)[:length]
 
     def _check_connection(self) -> None:
+        if self.inflow.is_over:
+            raise ProtocolError(
+                f"The worker at {self._name} sent more than it was asked for, in a message without "
+                "an end; restart the worker, and do not trust it."
+            )
         if self._events() & zmq.EVENT_DISCONNECTED:
             raise WorkerLost(
                 f"The worker at {self._name} is gone: the connection broke; "
                 "look at its output, restart it and try again."
             )
 
-
-def _why_not(endpoint: Endpoint, *, encrypting: bool) -> WorkerError:
-    """What is wrong with a peer whose handshake failed."""
-    mechanism = ask_mechanism(endpoint, ASK_S)
-    if mechanism is None or (mechanism == "NULL" and not encrypting):
-        return WorkerUnavailable(
-            f"What listens at {endpoint} is no TSQP worker, or one that hangs; check the endpoint."
-        )
-    if not encrypting:
-        return HandshakeError(
-            f"The worker at {endpoint} takes encrypted links alone; give its public key, "
-            "which it shows when it starts, as --worker-key."
-        )
-    if mechanism == "NULL":
-        return HandshakeError(
-            f"The worker at {endpoint} does not encrypt, and a --worker-key was given for it; "
-            "start it with --keyfile, or leave --worker-key out."
-        )
-    return HandshakeError(
-        f"The worker at {endpoint} does not hold the secret key that belongs to this --worker-key; "
-        "check the key, which the worker shows when it starts, and the endpoint."
-    )
-
-
-class ServerSocket(_Socket):
-    """The worker's end: many peers, each with an identity that libzmq keeps apart."""
-
-    def __init__(self, endpoint: Endpoint, secret_key: str | None = None) -> None:
-        """Bind.
-
-        Args:
-            secret_key: takes none but encrypted connections, and proves who answers. Which clients
-                may connect is left open.
-
-        Raises:
-            WorkerUnavailable: the address is taken, or may not be used.
-        """
-        super().__init__(zmq.ROUTER, endpoint)
-        has_file = endpoint.scheme == "ipc" and not endpoint.is_abstract
-        self._path = Path(endpoint.address) if has_file else None
-        self._file: tuple[int, int] | None = None
-        self._scheme = endpoint.scheme
-        self._sender: zmq.Frame | None = None
-        try:
-            if self._path is not None:
-                remove_stale(self._path)
-            self._socket.set(zmq.SNDHWM, MAX_UNREAD)
-            self._socket.set(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that left is an error
-            if secret_key is not None:
-                self._socket.set(zmq.CURVE_SERVER, 1)
-                self._socket.set(zmq.CURVE_SECRETKEY, secret_key.encode())
-            self._watch(zmq.EVENT_DISCONNECTED)
-            mask = os.umask(0o177)  # the socket file is for this user alone
-            try:
-                self._socket.bind(str(endpoint))
-            finally:
-                os.umask(mask)
-            if self._path is not None:
-                self._file = identify(self._path)
-        except zmq.ZMQError as exc:
-            self.close()
-            raise WorkerUnavailable(f"Cannot listen on {endpoint}: {exc.strerror}.") from exc
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def address(self) -> str:
-        """The endpoint in use, with the port that the system chose where it was 0."""
-        address = self._socket.get(zmq.LAST_ENDPOINT)
-        assert isinstance(address, bytes)
-        return address.rstrip(b"\0").decode()
-
-    def receive(
-        self, doorbell: Doorbell, *, wait: bool, spin: bool
-    ) -> tuple[bytes, memoryview] | None:
-        """A peer and the first frame of its message; None for mail, or for one tick of silence.
-
-        The frame is valid until the next call. A frame that is too long comes as an empty one.
-        """
-        if not (self._wait(doorbell, spin=spin) if wait else self._has_message):
-            return None
-        self._sender = self._socket.recv(copy=False)
-        identity = self._sender.bytes
-        if not self.more:
-            return identity, memoryview(b"")
-        length = self.receive_into(self._message)
-        return identity, memoryview(self._message)[: length if length <= MAX_MESSAGE else 0]
-
-    @property
-    def client(self) -> str:
-        """Who sent the message that was received last, see `client_name`."""
-        assert self._sender is not None
-        try:
-            address = self._sender.get("Peer-Address")
-        except zmq.ZMQError:  # libzmq does not know
-            address = ""
-        return client_name(self._scheme, str(address))
-
-    def send(self, identity: bytes, frames: Sequence[Buffer], *, wait: bool) -> bool:
-        """Send one message; False where the peer has left, or does not read.
-
-        Args:
-            wait: give a peer that has much to read some time before giving it up.
-        """
-        flags = 0 if wait else zmq.NOBLOCK
-        try:
-            self._socket.send(identity, flags | zmq.SNDMORE)
-            for place, frame in enumerate(frames, 1):
-                more = zmq.SNDMORE if place < len(frames) else 0
-                self._socket.send(frame, flags | more, copy=place == 1)
-        except zmq.ZMQError:
-            return False
-        return True
-
-    def probe(self, identity: bytes, frame: bytes) -> bool:
-        """Send one frame without waiting; False where the peer has left."""
-        try:
-            self._socket.send_multipart([identity, frame], zmq.NOBLOCK)
-        except zmq.Again:
-            return True  # it is there, and has more to read than it likes
-        except zmq.ZMQError:
-            return False
-        return True
-
-    def a_peer_left(self) -> bool:
-        """Whether any connection ended since the last call."""
-        return bool(self._events() & zmq.EVENT_DISCONNECTED)
-
     def close(self) -> None:
-        """Close, and remove the socket file, which libzmq leaves; safe to call twice."""
-        if self._path is not None and self._file is not None:
-            remove_own(self._path, self._file)
-            self._file = None
-        super().close()
+        """Close the socket, and the connection behind it; safe to call twice."""
+        try:
+            super().close()
+        finally:
+            if self._guard is not None:
+                self._guard.close()
 
 
 def new_key_pair() -> tuple[str, str]:

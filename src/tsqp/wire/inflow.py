@@ -1,0 +1,138 @@
+"""How much a peer has sent that has not been received as whole messages: bounded.
+
+libzmq collects all frames of a message before it gives out the first one. Its own limits are for
+the size of a frame and for the number of messages, so a peer whose message never ends would fill
+the memory. The kernel counts the bytes of each TCP connection, and a connection is shut down when
+too many came since the last whole message. libzmq then frees what it collected.
+
+The kernel does not count the bytes of Unix sockets: see `tsqp.wire.relay` and `tsqp.wire.peers`.
+"""
+
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+import threading
+from contextlib import suppress
+
+LOOK_MS = 50  # how often connections are looked at
+SLACK = 2**22  # bytes of messages that nobody asked for: failures, probes, heartbeats
+_INFO_BYTES = 136  # of struct tcp_info, up to the end of tcpi_bytes_received
+_RECEIVED = struct.Struct("=Q")
+_UNREAD = struct.Struct("=i")
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
+
+
+class Inflow:
+    """What one connection may still bring: one thread receives, another one looks.
+
+    Attributes:
+        limit: bytes that may come before the next whole message is received.
+        messages: how many were received.
+        is_over: whether more came.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.messages = 0
+        self.is_over = False
+        self._seen = 0
+        self._start = 0
+
+    def expect(self, count: int) -> None:
+        """Let `count` bytes more come; or take that back, after `received_message`."""
+        self.limit += count
+
+    def received_message(self) -> None:
+        """The receiving thread has a whole message; first of all it says so here."""
+        self.messages += 1
+
+    def excess(self, count: int | None = None, connection: socket.socket | None = None) -> int:
+        """Bytes beyond what may have come; negative where there is room.
+
+        Args:
+            count: all bytes that came so far, or
+            connection: what they come through.
+        """
+        # In this order: a limit that is lowered already belongs to a message that is seen.
+        limit, messages = self.limit, self.messages
+        if count is None:
+            assert connection is not None
+            count = received_bytes(connection)
+        if messages != self._seen:
+            self._seen, self._start = messages, count
+        return count - self._start - limit
+
+
+class Guard:
+    """A thread that looks at one TCP connection, and shuts it down where too much comes."""
+
+    def __init__(self, descriptor: int, inflow: Inflow) -> None:
+        """Watch the connection that libzmq has as `descriptor`."""
+        self._connection = duplicate(descriptor)
+        self._inflow = inflow
+        self._thread = threading.Thread(target=self._watch, name="tsqp-guard", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        ends = select.poll()
+        ends.register(self._connection, select.POLLRDHUP)
+        with suppress(OSError):  # this system does not count
+            while not ends.poll(LOOK_MS):
+                if self._inflow.excess(connection=self._connection) > 0:
+                    self._inflow.is_over = True
+                    shut_down(self._connection)
+
+    def close(self) -> None:
+        """End the connection and the thread; safe to call twice."""
+        shut_down(self._connection)
+        self._thread.join(1.0)
+        self._connection.close()
+
+
+def duplicate(descriptor: int) -> socket.socket:
+    """A socket of our own for a connection of libzmq's; it must be closed, or the peer sees no end.
+
+    Raises:
+        OSError: the connection has ended already.
+    """
+    number = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=number)
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def shut_down(connection: socket.socket) -> None:
+    """End a connection for everybody who holds it."""
+    with suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def received_bytes(connection: socket.socket) -> int:
+    """How many bytes libzmq took from a TCP connection since it began.
+
+    Raises:
+        OSError: this system does not count them, or the connection has ended.
+    """
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+    if len(info) < _INFO_BYTES:
+        raise OSError("this system does not count the bytes of a connection")
+    unread = fcntl.ioctl(connection, termios.FIONREAD, bytes(_UNREAD.size))
+    (received,) = _RECEIVED.unpack_from(info, _INFO_BYTES - _RECEIVED.size)
+    return int(received) - int(_UNREAD.unpack(unread)[0])
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """The process and the user at the other end of a Unix socket."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(credentials)
+    return process, user
+
+
+def is_trusted_user(connection: socket.socket) -> bool:
+    """Whether the other end could end this process anyway: it has the same user, or is root's."""
+    return peer_of(connection)[1] in (0, os.geteuid())
