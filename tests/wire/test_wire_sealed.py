@@ -217,8 +217,12 @@ def test_a_pipe_or_a_device_is_not_even_opened(
     assert all(flags & os.O_PATH for flags in opened)
 
 
-@pytest.mark.parametrize(("pid", "number"), [(2**31 - 1, 3), (1, 2**31 - 1), (os.getpid(), 9999)])
+OURSELVES = 0
+
+
+@pytest.mark.parametrize(("pid", "number"), [(2**31 - 1, 3), (1, 2**31 - 1), (OURSELVES, 9999)])
 def test_what_is_not_there_is_out_of_reach(pid: int, number: int) -> None:
+    pid = pid or os.getpid()
     with pytest.raises(WorkerUnavailable, match="out of this side's reach"):
         SealedSegment.open(pid, number, SIZE)
 
