@@ -370,7 +370,7 @@ def test_a_tee_refuses_a_segment_called(name: str) -> None:
 )
 def test_a_tee_refuses_sealed_memory_at(place: tuple[object, object]) -> None:
     def body(*place: object) -> bytes:
-        fields = ["welcome", b"n" * 32, "a" * 64, "float32", [], "cpu", ["sealed", *place, 1]]
+        fields = ["welcome", b"n" * 32, "a" * 64, "float32", [], "cpu", 1, ["sealed", *place, 1]]
         return frame(msgspec.msgpack.encode(fields))
 
     assert TEE.decode(body(1, 3))

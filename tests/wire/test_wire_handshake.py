@@ -13,7 +13,7 @@ def refusal(asked: WeightsDtype, held: WeightsDtype, abilities: tuple[str, ...] 
     hello = Hello(NONCE, OURS, asked, abilities, 0)
     digest = OURS if abilities else THEIRS
     with pytest.raises(HandshakeError) as caught:
-        check_agreement(hello, Welcome(NONCE, digest, held, (), "cpu", None))
+        check_agreement(hello, Welcome(NONCE, digest, held, (), "cpu", 1, None))
     return str(caught.value)
 
 

@@ -69,7 +69,7 @@ def test_a_client_with_all_its_sessions_leaves_room_for_others(
 ) -> None:
     quotas = Quotas(max_sessions=4, max_sessions_per_client=3)
     names = iter(["uid 1"] * 4 + ["uid 2"])
-    monkeypatch.setattr("tsqp.wire.zmq.client_name", lambda scheme, address: next(names))
+    monkeypatch.setattr("tsqp.wire.server_socket.client_name", lambda scheme, address: next(names))
     with (
         WorkerThread(f"ipc://{tmp_path}/socket", quotas=quotas) as worker,
         sessions(worker.endpoint, 3),

@@ -30,11 +30,12 @@ from tsqp.wire.messages import (
     Linear,
     Operation,
     Probe,
+    SealedRef,
     TensorRef,
     Welcome,
 )
 from tsqp.wire.server import Server
-from tsqp.wire.shm import Segment
+from tsqp.wire.shm import SealedSegment
 
 pytestmark = [
     pytest.mark.usefixtures("nothing_is_left"),
@@ -124,7 +125,7 @@ class Bench:
         self.server = Server(parse_endpoint("ipc://nowhere"), shm_folder=folder)
         self.script: Any = self.server._socket
         self.folder = folder
-        self._segments: list[Segment] = []
+        self._segments: list[SealedSegment] = []
         self._mailboxes: dict[int, Mailbox] = {}
 
     def serve(self) -> list[int]:
@@ -143,8 +144,9 @@ class Bench:
             peer = bytes([number])
             _, greeting = tee_decoder("a test").decode(self.script.sent[peer][0])
             assert isinstance(greeting, Welcome)
-            assert greeting.segment is not None
-            segment = Segment.open(greeting.segment.name, greeting.segment.size, self.folder)
+            ref = greeting.segment
+            assert isinstance(ref, SealedRef)
+            segment = SealedSegment.open(ref.pid, ref.descriptor, ref.size)
             self._segments.append(segment)
             self._mailboxes[number] = Mailbox(segment.memory(MAILBOX_BYTES), "tee")
             self.script.queue(peer, [encode(Attach(True, True))])
@@ -248,7 +250,7 @@ def test_a_flood_of_mail_keeps_no_socket_waiting(tmp_path: Path, shm_folder: Pat
     flood = Flood()
     with (
         WorkerThread(f"ipc://{tmp_path}/socket", flood, shm_folder=shm_folder) as worker,
-        PostingClient(worker.endpoint, shm_folder) as client,
+        PostingClient(worker.endpoint) as client,
         ExitStack() as stack,
     ):
         tickets = iter(range(1, 10**9))

@@ -298,7 +298,8 @@ class Server:
                 session.segment.write(session.hello.nonce)
                 break
             except WorkerUnavailable as exc:
-                reasons.insert(0, f"the worker has {exc}")
+                if (reason := f"the worker has {exc}") not in reasons:
+                    reasons.insert(0, reason)
         return _sentence("; ".join(reasons))
 
     def _offer_named(self, identity: bytes, session: Session) -> None:
