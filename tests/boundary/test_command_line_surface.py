@@ -39,7 +39,7 @@ COMMANDS = {
     "bench-transport": "--calls --debug --out --quiet",
     "bench-scaling": "--debug --out --plot --prompt-tokens --quiet --rounds --threads --widths",
     "bench-accuracy": "--chunk --debug --max-tokens --out --quiet --text --threads MODEL",
-    "report": "--against --debug --html --json FILES",
+    "report": "--against --debug --html --json --trace FILES",
 }
 
 

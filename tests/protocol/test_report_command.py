@@ -79,7 +79,7 @@ def test_a_log_and_a_benchmark_are_not_compared(log: Path, main: Main) -> None:
 def test_a_page_of_benchmarks_alone_is_refused(main: Main, tmp_path: Path) -> None:
     result = main("report", BENCHMARKS[0], "--html", tmp_path / "page.html")
     assert result.status == 2
-    assert "--html draws call logs" in result.error
+    assert "--html and --trace are made of call logs" in result.error
     assert not (tmp_path / "page.html").exists()
 
 

@@ -23,10 +23,17 @@ def report(
         Path | None,
         typer.Option(metavar="OUT", help="Also write one page with plots, of call logs alone."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Also write a trace of call logs, for ui.perfetto.dev or chrome://tracing.",
+        ),
+    ] = None,
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:
     """Say where the time of a run went, what held it up, and what would help."""
     from tsqp.report.render import print_reports
 
-    print_reports(files, against=against, html=html, json_output=json_output)
+    print_reports(files, against=against, html=html, trace=trace, json_output=json_output)

@@ -5,10 +5,10 @@ from html import escape
 from itertools import count
 from pathlib import Path
 
-from tsqp.errors import UsageError, shown
 from tsqp.report.bottleneck import group_seconds
 from tsqp.report.log_tables import METHOD_COLUMNS, bottleneck_text, method_cells, title
 from tsqp.report.methods import LogReport
+from tsqp.report.new_file import write_new_file
 from tsqp.report.plots import breakdown, bytes_by_method, latencies, time_line
 from tsqp.wire.codec import printable
 
@@ -33,14 +33,7 @@ def write_page(path: Path, reports: Sequence[LogReport]) -> None:
     Raises:
         UsageError: it exists, or cannot be written.
     """
-    text = page(reports)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as exc:
-        raise UsageError(f"{path} exists; name a new file, or remove it.") from exc
-    except OSError as exc:
-        raise UsageError(f"Cannot write {shown(path)}: {exc.strerror}.") from exc
+    write_new_file(path, page(reports))
 
 
 def page(reports: Sequence[LogReport]) -> str:

@@ -6,7 +6,7 @@ styles and labels say the same without colour.
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from statistics import median_low
 from typing import Any
@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tsqp.report.bottleneck import GROUPS, group_seconds
+from tsqp.report.laps import laps
 from tsqp.report.methods import LogReport
-from tsqp.report.phases import CALL_PARTS, PhaseName, call_parts_us
+from tsqp.report.phases import PhaseName, call_parts_us
 from tsqp.tee.call_lines import CallLine
 
 Span = tuple[float, float]  # begin and end
@@ -94,8 +95,9 @@ def spans(step: Sequence[CallLine]) -> dict[str, list[Span]]:
     found: dict[str, list[Span]] = {group: [] for group in GROUPS}
     begin = _begin(step)
     for call in step:
-        for group, first, last in _pieces(call, call.time * 1e6 - begin):
-            found[group].append((first, last))
+        for part, first, last in laps(call, begin):
+            if part in GROUP_OF:
+                found[GROUP_OF[part]].append((first, last))
     busy = merged((span for group in found.values() for span in group), 0.0)
     found["TEE own work"] = [(one[1], other[0]) for one, other in pairwise(busy)]
     return found
@@ -110,27 +112,6 @@ def merged(spans: Iterable[Span], gap: float) -> list[Span]:
         else:
             found.append((begin, end))
     return found
-
-
-def _pieces(call: CallLine, begin: float) -> Iterator[tuple[str, float, float]]:
-    parts = dict(zip(CALL_PARTS, call_parts_us(call), strict=True))
-    link = parts["link"] / 2
-    laps = (
-        ("pads", parts["pads"]),
-        ("mask", parts["mask"]),
-        ("serialise", parts["serialise"]),
-        ("send", parts["send"]),
-        ("", call.away_us),
-        ("link", link),
-        ("worker compute", parts["worker compute"]),
-        ("link", link),
-        ("receive", parts["receive"]),
-        ("unmask", parts["unmask"]),
-    )
-    for part, length in laps:
-        if part and length:
-            yield GROUP_OF[part], begin, begin + length
-        begin += length
 
 
 def _begin(step: Sequence[CallLine]) -> float:

@@ -12,26 +12,35 @@ from tsqp.report.bench_tables import bench_notes, bench_ratios, bench_tables, nu
 from tsqp.report.log_tables import comparison, log_notes, log_tables
 from tsqp.report.methods import LogReport, ratios
 from tsqp.report.read import BenchFile, LogFile, read_file
+from tsqp.report.trace import write_trace
 
 Report = LogReport | BenchFile
 
 
 def print_reports(
-    paths: Sequence[Path], *, against: Path | None, html: Path | None, json_output: bool
+    paths: Sequence[Path],
+    *,
+    against: Path | None,
+    html: Path | None,
+    trace: Path | None,
+    json_output: bool,
 ) -> None:
     """Print to standard output; with `json_output`, to standard error, and one JSON object.
 
     Raises:
         ReportError: a file cannot be reported on.
-        UsageError: `html` exists, or files are not of one kind where they must be.
+        UsageError: `html` or `trace` exists, or files are not of one kind where they must be.
     """
     check_out(html, "--html")
+    check_out(trace, "--trace")
     reports = [_open(path) for path in paths]
     other = None if against is None else _open(against)
     compared = [{} if other is None else _ratios(report, other) for report in reports]
     logs = [report for report in reports if isinstance(report, LogReport)]
-    if html is not None and not logs:
-        raise UsageError("--html draws call logs, and none was given; name one of --rpc-log.")
+    if (html or trace) and not logs:
+        raise UsageError(
+            "--html and --trace are made of call logs, and none was given; name one of --rpc-log."
+        )
     console = Console(stderr=json_output, width=140, highlight=False, markup=False)
     for report, by in zip(reports, compared, strict=True):
         _print(console, report)
@@ -42,6 +51,9 @@ def print_reports(
 
         write_page(html, logs)
         console.print(f"Wrote {html}.")
+    if trace is not None:
+        write_trace(trace, logs)
+        console.print(f"Wrote {trace}; open it at ui.perfetto.dev.")
     if json_output:
         found = [
             _as_json(report) | ({"ratios": by} if other is not None else {})

@@ -1,0 +1,85 @@
+"""Call logs as a trace in Chrome's Trace Event Format, which ui.perfetto.dev opens."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tsqp.report.laps import AWAY, laps
+from tsqp.report.methods import LogReport
+from tsqp.report.new_file import write_new_file
+from tsqp.tee.call_lines import CallLine
+from tsqp.wire.codec import printable
+
+TEE = 1  # the thread of the trusted side; workers come after it
+# On the trusted side these two are one thing: it waits.
+WAITS = ("link", "worker compute")
+
+
+def write_trace(path: Path, reports: Sequence[LogReport]) -> None:
+    """Write a new file.
+
+    Raises:
+        UsageError: it exists, or cannot be written.
+    """
+    events = [event for n, report in enumerate(reports, 1) for event in trace_events(report, n)]
+    write_new_file(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def trace_events(report: LogReport, process: int) -> Iterator[dict[str, Any]]:
+    """A log as one process: a thread for the trusted side, and one for each worker.
+
+    Times are microseconds since the first call. Where in the wait a worker computed is not known:
+    it is put in the middle.
+    """
+    calls = report.log.calls
+    yield _name("process_name", process, 0, printable(report.log.name))
+    yield _name("thread_name", process, TEE, "TEE")
+    for endpoint in sorted({call.endpoint for call in calls}):
+        yield _name("thread_name", process, TEE + 1 + endpoint, f"worker {endpoint}")
+    begin_us = 1e6 * min((call.time for call in calls), default=0.0)
+    for call in calls:
+        yield from _call_events(call, begin_us, process)
+
+
+def _call_events(call: CallLine, begin_us: float, process: int) -> Iterator[dict[str, Any]]:
+    arguments = {
+        name: getattr(call, name)  # names of this list only
+        for name in ("step", "phase", "layer", "group", "rows", "sent_bytes", "received_bytes")
+    }
+    waits = [lap for lap in laps(call, begin_us) if lap[0] in WAITS]
+    for part, begin, end in laps(call, begin_us):
+        if part == AWAY or part in WAITS:
+            continue
+        yield _span(part, begin, end, process, TEE, call.method, arguments)
+    if waits:
+        yield _span("wait", waits[0][1], waits[-1][2], process, TEE, call.method, arguments)
+    for part, begin, end in waits:
+        if part == "worker compute":
+            worker = TEE + 1 + call.endpoint
+            yield _span(call.method, begin, end, process, worker, call.method, arguments)
+
+
+def _span(
+    name: str,
+    begin: float,
+    end: float,
+    process: int,
+    thread: int,
+    category: str,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "cat": category,
+        "ph": "X",
+        "ts": round(begin, 1),
+        "dur": round(end - begin, 1),
+        "pid": process,
+        "tid": thread,
+        "args": arguments,
+    }
+
+
+def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}
