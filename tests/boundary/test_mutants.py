@@ -55,8 +55,8 @@ def test_an_entry_fits_the_code_and_names_tests_that_exist(mutant: Mutant) -> No
         ({"old": "import "}, r"is in .* \d+ times"),
         ({"file": "tee/nowhere.py"}, "there is no file tee/nowhere.py"),
         ({"new": "def"}, "is not Python"),
-        ({"tests": ("tee_crypto/test_check.py::test_nothing",)}, "no test tee_crypto/test_check"),
-        ({"tests": ("tee_crypto/test_nowhere.py::test_it",)}, "no test tee_crypto/test_nowhere"),
+        ({"tests": ("tee/crypto/test_check.py::test_nothing",)}, "no test tee/crypto/test_check"),
+        ({"tests": ("tee/crypto/test_nowhere.py::test_it",)}, "no test tee/crypto/test_nowhere"),
     ],
 )
 def test_an_entry_that_no_longer_fits_is_an_error(changes: dict[str, Any], words: str) -> None:

@@ -44,7 +44,7 @@ from tsqp.wire.messages import (
     Welcome,
 )
 from tsqp.wire.seeds import expand
-from tsqp.wire.server import CreateSegment, Server, Session
+from tsqp.wire.server import Server, Session
 from tsqp.wire.tensors import Spec
 
 MODEL, OTHER_MODEL = "random:tiny", "random:tiny:1"
@@ -310,9 +310,9 @@ class LyingServer(Server):
             path = f"/proc/self/fd/{ref.descriptor}" if sealed else f"/dev/shm/{ref.name}"
             liar.segment = os.open(path, os.O_RDWR)
 
-    def _share(self, session: Session, *kinds: CreateSegment) -> str:
+    def _share_memory(self, session: Session, *, may_seal: bool) -> str:
         named = session.service.order.crime == "truncates a segment with a name"
-        return super()._share(session, *(kinds[-1:] if named else kinds))
+        return super()._share_memory(session, may_seal=may_seal and not named)
 
     def _dispatch(self, identity: bytes, ticket: int, message: FromTEE, posted: bool) -> None:
         super()._dispatch(identity, ticket, message, posted)

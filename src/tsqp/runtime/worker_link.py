@@ -61,7 +61,8 @@ class WorkerProcess:
             if dtype != torch.int8:
                 arguments = [model, "--serve", "open", "--dtype", WEIGHTS_DTYPES[dtype]]
             arguments += [] if threads is None else ["--threads", str(threads)]
-            arguments += ["--device", device]
+            # Nobody else has a session there, so this one may have all memory for keys and values.
+            arguments += ["--device", device, "--max-sessions", "1"]
             self._local = LocalWorker(arguments)
         elif endpoint.scheme != "inproc" and look_first:
             check_reachable(endpoint, link.key)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from model_helpers import LLAMA3_ROPE, WriteGGUF, make_model, rope_freqs
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from model_helpers import LLAMA3_ROPE, WriteGGUF, make_model, rope_freqs
 from tsqp.checkpoint import demo_model
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.files import BinaryFile

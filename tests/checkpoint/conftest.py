@@ -5,8 +5,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from model_helpers import WriteGGUF, make_model, permute
 from transformers import LlamaForCausalLM
+
+from model_helpers import WriteGGUF, make_model, permute
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from model_helpers import WriteGGUF, make_model
 from safetensors.torch import load_file, save_file
 
+from model_helpers import WriteGGUF, make_model
 from tsqp import LLM
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.checkpoint.digest import weights_digest

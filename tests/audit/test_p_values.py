@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_helpers import COMPACT, WIDE, farthest_from_uniform, uniform
+from audit_helpers import COMPACT, WIDE, farthest_from_uniform, uniform
 
 from tsqp.algebra.params import Field
 from tsqp.audit import p_values as chance

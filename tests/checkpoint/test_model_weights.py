@@ -6,8 +6,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from model_helpers import WriteGGUF
 
+from model_helpers import WriteGGUF
 from tsqp.checkpoint import memory
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.random_weights import GEOMETRIES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_helpers import (
+from audit_helpers import (
     COMPACT,
     CONFIG,
     FIRST,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from model_helpers import WriteGGUF
 
+from model_helpers import WriteGGUF
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.digest import WeightsDigest, weights_digest
 from tsqp.checkpoint.weights import read_embedding, read_linear, read_norm

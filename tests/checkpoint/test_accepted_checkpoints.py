@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import WriteGGUF, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
+from model_helpers import WriteGGUF, make_model
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.digest import weights_digest
 from tsqp.checkpoint.integer_cache import load_integers

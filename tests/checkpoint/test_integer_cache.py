@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import make_model
 from prepared_helpers import (
     Key,
     change_byte,
@@ -22,6 +21,7 @@ from prepared_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+from model_helpers import make_model
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.checkpoint.files import bytes_of
 from tsqp.checkpoint.integer_cache import load_integers

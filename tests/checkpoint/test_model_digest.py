@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import WriteGGUF, make_model
 from safetensors.torch import load_file, save_file
 
+from model_helpers import WriteGGUF, make_model
 from tsqp import LLM
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.digest import weights_digest

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import make_model
 from safetensors.torch import load_file, save_file
 
+from model_helpers import make_model
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import CheckpointError, UnsupportedModel
 
