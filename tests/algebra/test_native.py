@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.native import Kernel, compiled
-from tsqp.algebra.params import FIELDS, Field
+from tsqp.algebra.params import DIRECT_FIELDS, FIELDS, Field
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import Worker
@@ -81,15 +81,16 @@ class Watch:
         return ready
 
 
-@pytest.mark.parametrize("field", list(FIELDS))
+FIXED_POINT = {"privacy": "tee", "fixed_point": True}
+PAD = {"privacy": "pad", "worker": "local", "pad_memory": 0}
+SHARES = {"privacy": "shares", "worker": ["local", "local"], "insecure_same_host": True}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"privacy": "tee", "fixed_point": True},
-        {"privacy": "pad", "worker": "local", "pad_memory": 0},
-        {"privacy": "shares", "worker": ["local", "local"], "insecure_same_host": True},
-    ],
-    ids=["fixed-point", "pad", "shares"],
+    ("options", "field"),
+    [(options, field) for options in (FIXED_POINT, PAD) for field in FIELDS]
+    + [(SHARES, field.name) for field in DIRECT_FIELDS],
+    ids=lambda value: value if isinstance(value, str) else value["privacy"],
 )
 def test_the_trusted_side_compiles_nothing_once_it_is_loaded(
     options: dict[str, Any], field: str, monkeypatch: pytest.MonkeyPatch

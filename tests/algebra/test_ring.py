@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from tsqp.algebra import modular, ring
 from tsqp.algebra.native import compiled
+from tsqp.algebra.params import LATTICE
+from tsqp.algebra.residue_bytes import unpack
 from tsqp.algebra.ring import BLOCK, ClassTransform, Ring
 
 Q = 2**46 - 110_591
@@ -103,8 +105,8 @@ def of_class(
 ) -> NDArray[np.int64]:
     """The rows of one class, [M, D]."""
     low_GNB, high_GNB = parts(values_ND)
-    shape = (transform.rows, values_ND.shape[1])
-    low_MD, high_MD = np.zeros(shape, np.uint32), np.zeros(shape, np.uint16)
+    width = values_ND.shape[1]
+    out_MY = np.zeros((transform.rows, 6 * width), np.uint8)
     ring.products_of_class(
         low_GNB,
         high_GNB,
@@ -112,12 +114,13 @@ def of_class(
         transform,
         noise_GMB,
         ring.work_space(transform.rows),
-        low_MD,
-        high_MD,
+        out_MY,
         0,
         len(low_GNB),
     )
-    return low_MD.astype(np.int64) + (high_MD.astype(np.int64) << 32)
+    rows_MD = np.empty((transform.rows, width), np.int64)
+    unpack(out_MY, LATTICE, rows_MD)
+    return rows_MD
 
 
 def no_noise(transform: ClassTransform) -> NDArray[np.uint32]:

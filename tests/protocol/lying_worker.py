@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -235,7 +236,7 @@ class Liar:
         elif (change := WRONG_PRODUCTS.get(self.order.crime)) is not None:
             wrong_TF = change(answer)
             if wrong_TF is not None:
-                residue_bytes.pack(wrong_TF.to(torch.int32).numpy(), field, z_TB.numpy())
+                residue_bytes.pack(wrong_TF.numpy().astype(field.dtype), field, z_TB.numpy())
 
     def _answer(self, field: Field, key: Key, c_TD: Tensor, z_TF: Tensor) -> Answer:
         def fitting(found_TF: Tensor | None) -> Tensor | None:
@@ -366,16 +367,17 @@ class LyingServer(Server):
 
 def read(bytes_TB: Tensor, field: Field) -> Tensor:
     rows, length = bytes_TB.shape
-    residues_TN = torch.empty(rows, length // field.residue_bytes, dtype=torch.int32)
-    residue_bytes.unpack(bytes_TB.numpy(), field, residues_TN.numpy())
-    return residues_TN.long()
+    residues_TN = np.empty((rows, length // field.residue_bytes), field.dtype)
+    residue_bytes.unpack(bytes_TB.numpy(), field, residues_TN)
+    return torch.from_numpy(residues_TN).long()
 
 
 def share(operation: SeedProduct, width: int) -> Tensor:
     """The residues that a seed stands for."""
-    c_TD = torch.empty(operation.rows, width, dtype=torch.int32)
-    expand(operation.seed, c_TD.view(-1).numpy(), FIELDS[operation.field])
-    return c_TD.long()
+    field = FIELDS[operation.field]
+    c_TD = np.empty((operation.rows, width), field.dtype)
+    expand(operation.seed, c_TD.reshape(-1), field)
+    return torch.from_numpy(c_TD).long()
 
 
 def flip(bytes_TB: Tensor, bit: int) -> None:

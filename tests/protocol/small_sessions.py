@@ -8,11 +8,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tsqp.algebra.params import Field
+from tsqp.algebra.params import LATTICE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.gpu.weights import IntegerModel
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
@@ -20,7 +21,9 @@ from tsqp.model.config import Key
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.pads import DirectProvider, PadPool
 from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.crypto.stock import residue_bytes_in_stock
 from tsqp.tee.offload.base import Linear
+from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import MaskedGroup
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
@@ -69,12 +72,18 @@ def _groups(field: Field) -> dict[Key, MaskedGroup]:
 
 def pad_linear(
     channel: Channel, field: Field, *, stock_rows: int = 50, failures: FailureLimit | None = None
-) -> PadLinear:
-    """`pad` over a channel."""
+) -> PadLinear[Any]:
+    """`pad` over a channel, with pads, or with lattice masks where the field is theirs."""
+    failures, rows = failures or FailureLimit(), RowPool(2)
+    if field is LATTICE:
+        load = LatticeLoad(SHAPES, {})
+        for key, weights in WEIGHTS.items():
+            load.add(key, weights)
+        memory = stock_rows * ROW_BYTES * residue_bytes_in_stock(LATTICE) // 4
+        pool = PadPool(load.provider(memory), SHAPES, memory)
+        return PadLinear(channel, load.groups, pool, torch.float32, TIMEOUT_S, rows, failures)
     weights_FD = {key: weights.weight_FD for key, weights in WEIGHTS.items()}
     pool = PadPool(DirectProvider(weights_FD, field), SHAPES, stock_rows * ROW_BYTES)
-    failures = failures or FailureLimit()
-    rows = RowPool(2)
     return PadLinear(channel, _groups(field), pool, torch.float32, TIMEOUT_S, rows, failures)
 
 
@@ -87,7 +96,7 @@ def shares_linear(
     return SharesLinear(channels, _groups(field), torch.float32, TIMEOUT_S, rows, failures)
 
 
-def ask(linear: PadLinear | SharesLinear, key: Key, x_TD: Tensor) -> Tensor:
+def ask(linear: PadLinear[Any] | SharesLinear, key: Key, x_TD: Tensor) -> Tensor:
     """A private copy of the answer to one request."""
     with linear.start(Linear(*key, x_TD)) as y_TF:
         return y_TF.clone()

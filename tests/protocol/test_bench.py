@@ -151,9 +151,11 @@ def test_perplexity_is_that_of_transformers_and_pads_change_nothing(
         ("pad", False, "wide"),
         ("tee", True, "compact"),
         ("pad", False, "compact"),
+        ("tee", True, "lattice"),
+        ("pad", False, "lattice"),
     ]
     assert modes["tee", False, None]["perplexity"] == pytest.approx(expected[0], rel=1e-4)
-    for field in ("wide", "compact"):
+    for field in ("wide", "compact", "lattice"):
         reference, pad = modes["tee", True, field], modes["pad", False, field]
         assert pad["equal"] is True
         assert pad["perplexity"] == reference["perplexity"] != expected[0]
@@ -161,7 +163,7 @@ def test_perplexity_is_that_of_transformers_and_pads_change_nothing(
         assert 0.5 < pad["agreement"] <= 1
 
 
-def test_kernels_are_timed_in_both_fields(
+def test_kernels_are_timed_in_every_field(
     main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(kernel_times, "SHAPES", {"o": (64, 32)})
@@ -172,11 +174,13 @@ def test_kernels_are_timed_in_both_fields(
     found = result.json["kernels"]
     assert [(each["field"], each["tokens"]) for each in found] == [
         ("wide", 1), ("wide", 130), ("compact", 1), ("compact", 130),
+        ("lattice", 1), ("lattice", 130),
     ]  # fmt: skip
     for each in found:
         for part in ("mask_ns", "unmask_ns"):
             assert each["pair_ns"]["most"] > each[part]["least"] > 0
-        assert set(each["random_ns"]) == FIGURE
+        assert set(each["random_ns"]) == set(each["pad_element_ns"]) == FIGURE
+        assert (each["pad_product_ps"] is None) is (each["field"] == "lattice")
     one, many = found[0]["pair_ns"], found[1]["pair_ns"]
     assert one["median"] > many["median"]  # a call costs something beside its elements
 

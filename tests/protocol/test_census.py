@@ -13,7 +13,7 @@ import torch
 from small_sessions import SHAPES, ask, hello, pad_linear, shares_linear, small_worker
 from torch import Tensor
 
-from tsqp.algebra.params import FIELDS, Field
+from tsqp.algebra.params import DIRECT_FIELDS, FIELDS, Field
 from tsqp.errors import IntegrityError, NumericalError
 from tsqp.gpu.worker import Worker
 from tsqp.model.config import Key
@@ -23,7 +23,8 @@ from tsqp.tee.offload.masked import BLOCK_ROWS
 from tsqp.wire.channel import InprocChannel
 from tsqp.wire.messages import Operation, SeedProduct
 
-BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+EVERY = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+DIRECT = pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
 QKV, DOWN, HEAD = SHAPES
 WIDTHS = {key: width for key, (_, width) in SHAPES.items()}
 
@@ -73,7 +74,7 @@ def zeros(key: Key, rows: int) -> Tensor:
     return torch.zeros(rows, WIDTHS[key])
 
 
-@BOTH
+@EVERY
 def test_no_row_of_thousands_of_calls_comes_twice(field: Field, received: Received) -> None:
     calls = 0
     with closing(pad_linear(InprocChannel(small_worker(), hello()), field)) as linear:
@@ -87,7 +88,7 @@ def test_no_row_of_thousands_of_calls_comes_twice(field: Field, received: Receiv
     assert received.assert_nothing_comes_twice(field) == calls + 4 * 676
 
 
-@BOTH
+@EVERY
 def test_calls_that_fail_or_are_given_up_use_their_pads_up(
     field: Field, received: Received
 ) -> None:
@@ -104,7 +105,7 @@ def test_calls_that_fail_or_are_given_up_use_their_pads_up(
     assert received.assert_nothing_comes_twice(field) == 20 * (256 + 256 + 3)
 
 
-@BOTH
+@EVERY
 def test_a_session_after_a_lie_shares_no_pad_with_the_one_before(
     field: Field, received: Received, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +128,7 @@ def test_a_session_after_a_lie_shares_no_pad_with_the_one_before(
     assert received.assert_nothing_comes_twice(field) == MAX_FAILURES * 256
 
 
-@BOTH
+@DIRECT
 def test_every_block_of_every_request_has_a_seed_of_its_own_for_every_worker(
     field: Field, received: Received
 ) -> None:

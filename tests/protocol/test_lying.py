@@ -22,12 +22,17 @@ from tsqp.wire.channel import InprocChannel
 QKV = (0, "qkv")
 BLOCKS = 4
 ROWS = BLOCKS * BLOCK_ROWS - 5
-Begin = Callable[[FailureLimit], PadLinear | SharesLinear]
+Begin = Callable[[FailureLimit], PadLinear[Any] | SharesLinear]
 
 
-def _pad(failures: FailureLimit) -> PadLinear:
+def _pad(failures: FailureLimit) -> PadLinear[Any]:
     channel = InprocChannel(small_worker(), hello())
     return pad_linear(channel, FIELDS["wide"], failures=failures)
+
+
+def _lattice(failures: FailureLimit) -> PadLinear[Any]:
+    channel = InprocChannel(small_worker(), hello())
+    return pad_linear(channel, FIELDS["lattice"], failures=failures)
 
 
 def _shares(failures: FailureLimit) -> SharesLinear:
@@ -35,7 +40,9 @@ def _shares(failures: FailureLimit) -> SharesLinear:
     return shares_linear(channels, FIELDS["compact"], failures=failures)
 
 
-MODES = pytest.mark.parametrize("begin", [_pad, _shares], ids=["pad", "shares"])
+MODES = pytest.mark.parametrize(
+    "begin", [_pad, _lattice, _shares], ids=["pad", "lattice", "shares"]
+)
 
 
 class Liar:

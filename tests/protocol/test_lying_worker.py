@@ -37,7 +37,7 @@ from torch import Tensor
 from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
-from tsqp.algebra.params import FIELDS, Field
+from tsqp.algebra.params import FIELDS, LATTICE, Field
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.quantize import IntegerWeights
@@ -53,9 +53,11 @@ from tsqp.errors import (
 from tsqp.model.config import Key
 from tsqp.runtime import build
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
-from tsqp.tee.crypto.pads import DirectProvider, Pads
+from tsqp.tee.crypto.pads import DirectProvider, PadProvider
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.masked import MaskedGroup
+from tsqp.tee.crypto.stock import Pads, empty_rows
+from tsqp.tee.offload.lattice_load import LatticeLoad
+from tsqp.tee.offload.masked import Group, MaskedGroup
 
 pytestmark = [pytest.mark.usefixtures("nothing_is_left", "limit")]
 
@@ -218,7 +220,9 @@ def test_a_worker_that_does_not_lie_is_believed(
 
 
 @pytest.mark.parametrize(
-    ("field", "shm"), [("wide", True), ("compact", False)], ids=[f"wide-{SHARED}", "compact-inline"]
+    ("field", "shm"),
+    [("wide", True), ("compact", False), ("lattice", True)],
+    ids=[f"wide-{SHARED}", "compact-inline", f"lattice-{SHARED}"],
 )
 @pytest.mark.parametrize(("crime", "verdict", "words"), CRIMES, ids=[c[0] for c in CRIMES])
 def test_a_lie_ends_the_session(
@@ -437,7 +441,7 @@ def test_with_more_on_the_worker_a_broken_answer_gives_no_token(
     assert sampled == []
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", ["wide", "compact"])
 @pytest.mark.parametrize("key", [(0, "qkv"), (1, "down"), (-1, "lm_head")])
 def test_a_wrong_product_of_a_pad_is_noticed(
     key: Key,
@@ -496,22 +500,34 @@ class Checked:
     def __init__(self, key: Key, weights: IntegerWeights, field: Field) -> None:
         self.field = field
         self.pool = RowPool(1)
-        self.group = MaskedGroup(key, weights, None, field)
-        self._provider = DirectProvider({key: weights.weight_FD}, field)
+        self.group: Group[Any]
+        self._weight_FD = weights.weight_FD
+        if field is LATTICE:
+            load = LatticeLoad({key: (weights.weight_FD.shape[0], weights.weight_FD.shape[1])}, {})
+            load.add(key, weights)
+            self.group = load.groups[key]
+            self._provider: PadProvider = load.provider(0)
+        else:
+            self.group = MaskedGroup(key, weights, None, field)
+            self._provider = DirectProvider({key: weights.weight_FD}, field)
+        self._made = Pads(np.empty((0, 0)), np.empty((0, 0)))
         self.refresh()
 
     def refresh(self, x_1D: Tensor | None = None, pads: Pads | None = None) -> None:
         """Another input, another pad, and the right answer."""
         group, each = self.group, self.field.residue_bytes
         x_1D = torch.randn(1, group.width) if x_1D is None else x_1D
-        pads = pads or self._provider.make((group.layer, group.name), 1)
+        if pads is None:
+            if not len(self._made):
+                self._made = self._provider.make((group.layer, group.name), 1)
+            pads, self._made = self._made[:1], self._made[1:]
         c_1B = torch.empty(1, each * group.width, dtype=torch.uint8)
         self.masked = group.mask(x_1D, pads.r_ND, c_1B, self.pool)
         self.u_1F = pads.u_NF
-        c_1D = torch.empty(1, group.width, dtype=torch.int32)
+        c_1D = torch.from_numpy(np.empty((1, group.width), self.field.dtype))
         residue_bytes.unpack(c_1B.numpy(), self.field, c_1D.numpy())
-        z_1F = torch.empty(1, group.features, dtype=torch.int32)
-        residue_product(c_1D, group.weight_FD, self.field, z_1F)
+        z_1F = torch.empty(1, group.features, dtype=c_1D.dtype)
+        residue_product(c_1D, self._weight_FD, self.field, z_1F)
         self.z_1B = torch.empty(1, each * group.features, dtype=torch.uint8)
         residue_bytes.pack(z_1F.numpy(), self.field, self.z_1B.numpy())
 
@@ -562,10 +578,11 @@ def test_every_single_bit_of_an_answer_matters(field: Field) -> None:
 def test_p_in_the_place_of_zero_is_refused(field: Field) -> None:
     checked = Checked((0, "o"), integer_weights()[0, "o"], field)
     width, features = checked.group.width, checked.group.features
-    zero = Pads(np.zeros((1, width), np.int32), np.zeros((1, features), np.int32))
+    zero = Pads(empty_rows(1, width, field), empty_rows(1, features, field))
+    zero.r_ND[:] = zero.u_NF[:] = 0
     checked.refresh(torch.zeros(1, width), zero)  # so that the answer is zero, too
     assert not checked.is_refused()
-    z_1F = np.zeros((1, features), np.int32)
+    z_1F = np.zeros((1, features), field.dtype)
     z_1F[0, 1] = field.p
     residue_bytes.pack(z_1F, field, checked.z_1B.numpy())
     assert checked.is_refused()

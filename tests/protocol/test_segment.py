@@ -6,6 +6,7 @@ may change in it, and when.
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from small_sessions import DIGEST, SHAPES, ask, connect, pad_linear, serving, shares_linear
 from watched_segment import WatchedSegment
 
-from tsqp.algebra.params import FIELDS, Field
+from tsqp.algebra.params import DIRECT_FIELDS, FIELDS, Field
 from tsqp.algebra.residue_bytes import unpack
 from tsqp.errors import NumericalError
 from tsqp.model.config import Key
@@ -26,7 +27,8 @@ from tsqp.wire.messages import INLINE, Attach, Bye, Call, Hello, Probe, Product,
 from tsqp.wire.tensors import spec_of
 from tsqp.wire.zmq import ClientSocket
 
-BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+EVERY = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+DIRECT = pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
 SIZES = (1, 2, 3, 17, 128, 300)
 QKV = (0, "qkv")
 
@@ -46,7 +48,7 @@ def inputs(key: Key, rows: int) -> torch.Tensor:
     return x_TD
 
 
-def use(linear: PadLinear | SharesLinear) -> None:
+def use(linear: PadLinear[Any] | SharesLinear) -> None:
     """All that a mode does: calls of all sizes, one that fails, and one after another."""
     for rows in SIZES:
         for key in SHAPES:
@@ -60,7 +62,7 @@ def use(linear: PadLinear | SharesLinear) -> None:
 
 
 @pytest.mark.skipif(not CAN_POLL, reason="this processor reorders stores")
-@BOTH
+@EVERY
 def test_pad_writes_nothing_but_residues_and_calls(
     field: Field, endpoints: list[Endpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +76,7 @@ def test_pad_writes_nothing_but_residues_and_calls(
 
 
 @pytest.mark.skipif(not CAN_POLL, reason="this processor reorders stores")
-@BOTH
+@DIRECT
 def test_shares_writes_nothing_but_residues_and_calls(
     field: Field, endpoints: list[Endpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,9 +92,12 @@ def test_shares_writes_nothing_but_residues_and_calls(
     assert all(isinstance(each, SeedProduct) for each in seeded)
 
 
-@BOTH
+@pytest.mark.parametrize(
+    ("mode", "field"),
+    [("pad", field) for field in FIELDS.values()] + [("shares", field) for field in DIRECT_FIELDS],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "inline"])
-@pytest.mark.parametrize("mode", ["pad", "shares"])
 def test_a_socket_carries_nothing_but_messages_and_residues(
     mode: str,
     shared: bool,
@@ -110,7 +115,7 @@ def test_a_socket_carries_nothing_but_messages_and_residues(
     monkeypatch.setattr(ClientSocket, "send", noting)
     size = 2**20 if shared else 0
     if mode == "pad":
-        linear: PadLinear | SharesLinear = pad_linear(connect(endpoints[0], size), field)
+        linear: PadLinear[Any] | SharesLinear = pad_linear(connect(endpoints[0], size), field)
     else:
         linear = shares_linear([connect(endpoint, size) for endpoint in endpoints], field)
     with closing(linear):
@@ -134,7 +139,7 @@ def test_a_socket_carries_nothing_but_messages_and_residues(
         assert [len(tensor) for tensor in tensors] == [spec_of(ref).nbytes for ref in inline]
         for tensor, ref in zip(tensors, inline, strict=True):
             c_TB = np.frombuffer(bytearray(tensor), np.uint8).reshape(ref.shape)
-            c_TD = np.empty((ref.shape[0], ref.shape[1] // field.residue_bytes), np.int32)
+            c_TD = np.empty((ref.shape[0], ref.shape[1] // field.residue_bytes), field.dtype)
             unpack(c_TB, field, c_TD)
             assert 0 <= c_TD.min() <= c_TD.max() < field.p
     assert (calls == 0) is (shared and CAN_POLL)

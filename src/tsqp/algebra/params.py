@@ -49,4 +49,6 @@ class Field:
 WIDE = Field("wide", bits=31, gap=1, digits=4, residue_bytes=4)
 COMPACT = Field("compact", bits=24, gap=3, digits=3, residue_bytes=3)
 LATTICE = Field("lattice", bits=46, gap=110_591, digits=6, residue_bytes=6)
-FIELDS: dict[FieldName, Field] = {field.name: field for field in (WIDE, COMPACT)}
+FIELDS: dict[FieldName, Field] = {field.name: field for field in (WIDE, COMPACT, LATTICE)}
+DEGREE = 2048  # N of the ring of [P10]: rows of a batch of lattice masks
+DIRECT_FIELDS = (WIDE, COMPACT)  # of pads and shares; lattice masks belong to the other

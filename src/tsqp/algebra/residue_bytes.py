@@ -92,6 +92,18 @@ def read_row(words_TN: Int32, bytes_TB: Bytes, t: int, row_N: Int32) -> None:
 
 
 @inlined
+def low_words(row_B: Bytes, count: int) -> NDArray[np.uint32]:
+    """The low parts in a row of the lattice field, in a kernel."""
+    return row_B[: 4 * count].view(np.uint32)
+
+
+@inlined
+def high_words(row_B: Bytes, count: int) -> NDArray[np.uint16]:
+    """The high parts in a row of the lattice field, in a kernel."""
+    return row_B[4 * count : 6 * count].view(np.uint16)
+
+
+@inlined
 def _write_row(row_N: Int32, bytes_B: Bytes) -> None:
     n = row_N.size
     low_N, middle_N, high_N = bytes_B[:n], bytes_B[n : 2 * n], bytes_B[2 * n :]

@@ -9,7 +9,8 @@ N = k·M they are the coefficients of P_i in p(X) = Σ_i X^i · P_i(X^k), and P_
 x^-i · p(x) over the k roots x with x^k = y, which lie side by side. So one class at a time needs
 memory for M rows only, and no hints of its own.
 
-Shape suffixes: N roots; M rows of a class; G blocks of BLOCK features; D features.
+Shape suffixes: N roots; M rows of a class; G blocks of BLOCK features; D features; Y bytes of a
+row.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from tsqp.algebra.modular import MAX_BITS, canonical, multiply, ones, reduce
 from tsqp.algebra.native import compiled, inlined
+from tsqp.algebra.residue_bytes import Bytes, high_words, low_words
 
 Float64 = NDArray[np.float64]
 UInt32 = NDArray[np.uint32]
@@ -105,8 +107,9 @@ class ClassTransform:
         Args:
             s_N: residues in [0, q), in the transform domain.
         """
-        secret_N = np.empty(self.ring.degree)
-        _scale(s_N.astype(np.float64), self.factors_kN[row_class], float(self.ring.q), secret_N)
+        secret_N, copy_N = np.empty(self.ring.degree), s_N.astype(np.float64)
+        _scale(copy_N, self.factors_kN[row_class], float(self.ring.q), secret_N)
+        copy_N[:] = 0  # the caller erases the others
         return secret_N
 
 
@@ -127,8 +130,7 @@ def products_of_class(
     transform: ClassTransform,
     noise_GMB: UInt32,
     work: Float64,
-    out_low_MD: UInt32,
-    out_high_MD: UInt16,
+    out_MY: Bytes,
     first: int,
     stop: int,
 ) -> None:
@@ -142,7 +144,7 @@ def products_of_class(
             lower 16 minus that among the upper 16, for the blocks from `first` on; an array of no
             blocks for e = 0.
         work: from `work_space`.
-        out_low_MD, out_high_MD: receive the coefficients, in the same two parts.
+        out_MY: receives rows of coefficients, as `residue_bytes` has them.
         first, stop: the blocks of features to do.
     """
     _products_of_class(
@@ -153,8 +155,7 @@ def products_of_class(
         float(transform.ring.q),
         noise_GMB,
         work,
-        out_low_MD,
-        out_high_MD,
+        out_MY,
         first,
         stop,
     )
@@ -300,7 +301,7 @@ def _load_column_with_a_stage(
 
 @compiled(
     "void(uint32[:, :, ::1], uint16[:, :, ::1], float64[::1], float64[::1], float64,"
-    " uint32[:, :, ::1], float64[:, ::1], uint32[:, ::1], uint16[:, ::1], int64, int64)"
+    " uint32[:, :, ::1], float64[:, ::1], uint8[:, ::1], int64, int64)"
 )
 def _products_of_class(
     low_GNB: UInt32,
@@ -310,12 +311,11 @@ def _products_of_class(
     q: float,
     noise_GMB: UInt32,
     work: Float64,
-    out_low_MD: UInt32,
-    out_high_MD: UInt16,
+    out_MY: Bytes,
     first: int,
     stop: int,
 ) -> None:
-    rows, features = out_low_MD.shape
+    rows, features = out_MY.shape[0], out_MY.shape[1] // 6
     k = secret_N.size // rows
     chunk = CHUNK
     while chunk > rows:
@@ -353,7 +353,8 @@ def _products_of_class(
             for r in range(chunks):
                 t = j + r * chunk
                 _finish(column_RB[r], noise_GMB, g - first, t, q, low_B, high_B)
-                out_low_D, out_high_D = out_low_MD[t, begin:], out_high_MD[t, begin:]
+                out_low_D = low_words(out_MY[t], features)[begin:]
+                out_high_D = high_words(out_MY[t], features)[begin:]
                 if width == BLOCK:
                     for b in range(BLOCK):
                         out_low_D[b] = low_B[b]

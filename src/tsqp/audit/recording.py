@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class Recording:
     name: str
     field: Field | None
     calls: Sequence[Recorded]
-    read: Callable[[int], Tensor]  # the rows of calls[i]: int32 residues, or float32
+    read: Callable[[int], Tensor]  # the rows of calls[i]: residues, or float32
 
     @property
     def mode(self) -> str:
@@ -125,10 +126,10 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
 
     def read(number: int) -> Tensor:
         shape = (recorded[number].rows, known[recorded[number].key])
-        stored = "" if field_name is None else "I32"
         return _read_tensor(session / (calls[number].tensor or ""), shape, stored, model)
 
     field = None if field_name is None else FIELDS[field_name]
+    stored = "" if field is None else "I32" if field.dtype == np.int32 else "I64"
     return Recording(str(folder), field, recorded, read)
 
 
@@ -150,7 +151,7 @@ def add(recordings: Sequence[Recording]) -> Recording:
 
     def read(number: int) -> Tensor:
         parts = [recording.read(number).long() for recording in recordings]
-        return torch.stack(parts).sum(0).remainder_(p).int()
+        return torch.stack(parts).sum(0).remainder_(p).to(parts[0].dtype)
 
     name = " + ".join(recording.name for recording in recordings)
     return Recording(name, first.field, first.calls, read)

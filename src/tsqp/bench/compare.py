@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tsqp.algebra.params import FIELDS, FieldName
+from tsqp.algebra.params import FIELDS, LATTICE, FieldName
 from tsqp.bench.ceilings import (
     Ceilings,
     DeviceCeilings,
@@ -74,6 +74,10 @@ def compare(
         UsageError: the setting or a mode cannot be measured.
         ModelError: the checkpoint cannot be used.
     """
+    if setting.field == LATTICE.name and "shares" in modes:
+        raise UsageError(
+            "The mode shares has no --field lattice, as it needs no masks; leave one of them out."
+        )
     torch.set_num_threads(setting.threads)
     checkpoint = open_checkpoint(setting.model)
     checkpoint.close()
@@ -117,9 +121,11 @@ def compare(
     )
 
 
-def default_modes(device: str) -> list[str]:
-    """All modes; on a CPU, transformers on the workers' device would be the same once more."""
-    return [mode for mode in MODES if device != "cpu" or mode != "transformers-worker"]
+def default_modes(device: str, field: FieldName) -> list[str]:
+    """All modes of a field; transformers on a CPU once only, as the workers' would be the same."""
+    left_out = {"transformers-worker"} if device == "cpu" else set()
+    left_out |= {"shares"} if field == LATTICE.name else set()
+    return [mode for mode in MODES if mode not in left_out]
 
 
 def parse_modes(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqp.algebra.params import FIELDS
+from tsqp.algebra.params import FIELDS, LATTICE
 from tsqp.bench.ceilings import Ceilings, DeviceCeilings
 from tsqp.bench.modes import Setting
 from tsqp.checkpoint.quantize import group_shape, integer_bytes
@@ -17,7 +17,7 @@ from tsqp.model.config import ModelConfig, linear_groups
 
 # Products with each weight in the private modes, by who computes them.
 WORKER_PRODUCTS = {"pad": 1, "pad-inline": 1, "shares": 2}
-TEE_PRODUCTS = {"pad-inline": 1}
+TEE_PRODUCTS = {"pad-inline": 1}  # but for lattice masks, which take none
 TEE_MODES = ("transformers", "tee")
 
 
@@ -53,6 +53,7 @@ def floor(
         read_s = linear_bytes(config, dtype) / where.read_bytes_per_s
         return _products(config, setting, read_s, where.matmul_flops)
     digits = FIELDS[setting.field].digits
+    in_tee = 0 if setting.field == LATTICE.name else TEE_PRODUCTS.get(mode, 0)
 
     def residue_products(rates: Ceilings | DeviceCeilings) -> Floor:
         read_s = integer_bytes(config) / rates.read_bytes_per_s
@@ -60,7 +61,7 @@ def floor(
 
     return (
         residue_products(where) * WORKER_PRODUCTS[mode]
-        + residue_products(ceilings) * TEE_PRODUCTS.get(mode, 0)
+        + residue_products(ceilings) * in_tee
         + _crossing(config, setting, where.copy_bytes_per_s)
     )
 

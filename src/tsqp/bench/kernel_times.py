@@ -7,14 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
-from tsqp.algebra.params import FIELDS, Field
+from tsqp.algebra.params import DEGREE, FIELDS, LATTICE, Field
 from tsqp.bench.ceilings import copy_bytes_per_s, int8_ops
 from tsqp.bench.figures import Figure
 from tsqp.bench.host import describe_machine
@@ -22,10 +24,12 @@ from tsqp.bench.output import new_table, show
 from tsqp.bench.timing import seconds
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.config import Key
-from tsqp.tee.crypto.pads import DirectProvider
+from tsqp.tee.crypto.pads import DirectProvider, PadProvider
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.masked import BLOCK_ROWS, Masked, MaskedGroup
+from tsqp.tee.crypto.stock import residue_bytes_in_stock
+from tsqp.tee.offload.lattice_load import LatticeLoad
+from tsqp.tee.offload.masked import BLOCK_ROWS, Group, MaskedGroup
 
 TARGET_NS = 1.5  # what an input and an output element, with both checks, were to take at most
 SHAPES = {  # of SmolLM2-135M: (F, D)
@@ -47,9 +51,10 @@ class KernelFigures:
         unmask_ns: for each output element, [P5], [P7] with both vectors, and [P3].
         pair_ns: both, to be compared with TARGET_NS.
         random_ns: for each uniform residue.
-        pad_row_us: to make one pad, [P4].
+        pad_row_us: to make one pad, [P4], or one row of lattice masks [P11].
+        pad_element_ns: of it, for each input and output element.
         pad_product_ps: of it, for each product of two int8 and its addition; random residues are
-            not counted.
+            not counted. None for lattice masks, which have no such products.
     """
 
     field: str
@@ -62,7 +67,8 @@ class KernelFigures:
     pair_ns: Figure
     random_ns: Figure
     pad_row_us: Figure
-    pad_product_ps: Figure
+    pad_element_ns: Figure
+    pad_product_ps: Figure | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +116,15 @@ def tables(result: KernelResult) -> Iterator[Table]:
     table = new_table(
         "Trusted loops on one core",
         "field", "group", "D → F", "tokens", "mask, ns", "unmask, ns", "both, ns", "random, ns",
-        "a pad, µs", "product, ps",
+        "a pad, µs", "an element, ns", "product, ps",
     )  # fmt: skip
     for k in result.kernels:
         table.add_row(
             k.field, k.group, f"{k.width} → {k.features}", str(k.tokens),
             f"{k.mask_ns.median:.2f}", f"{k.unmask_ns.median:.2f}", show(k.pair_ns, 2),
             f"{k.random_ns.median:.2f}", f"{k.pad_row_us.median:.1f}",
-            f"{k.pad_product_ps.median:.2f}",
+            f"{k.pad_element_ns.median:.2f}",
+            "" if k.pad_product_ps is None else f"{k.pad_product_ps.median:.2f}",
         )  # fmt: skip
     yield table
 
@@ -140,9 +147,18 @@ class _Layer:
         generator = torch.Generator().manual_seed(features * width)
         weight_FD = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
         integers = IntegerWeights(weight_FD, torch.ones(features))
-        self.group = MaskedGroup(key, integers, None, field)
-        self.provider = DirectProvider({key: weight_FD}, field)
-        self._pads = self.provider.make(key, tokens)
+        self.group: Group[Any]
+        if field is LATTICE:
+            load = LatticeLoad({key: shape}, {})
+            load.add(key, integers)
+            self.group = load.groups[key]
+            memory = 2 * DEGREE * residue_bytes_in_stock(field) * sum(shape)  # for whole batches
+            self.provider: PadProvider = load.provider(memory)
+        else:
+            self.group = MaskedGroup(key, integers, None, field)
+            self.provider = DirectProvider({key: weight_FD}, field)
+        self._pads = self.provider.make(key, tokens)[:tokens]
+        self._tokens = tokens
         self._x_TD = torch.randn(tokens, width, generator=generator)
         self._c_TB = torch.empty(tokens, width * field.residue_bytes, dtype=torch.uint8)
         # As in a call: blocks of rows, the last of which may be short.
@@ -151,13 +167,18 @@ class _Layer:
         self._masked = self.mask()
         self._z_TB = _answer(self._c_TB, weight_FD, field)
 
-    def mask(self) -> list[Masked]:
+    @property
+    def pads_made(self) -> int:
+        """How many pads are made at once."""
+        return self._tokens if self.provider.unit == 1 else self.provider.unit
+
+    def mask(self) -> list[Any]:
         x_TD, r_TD, c_TB = self._x_TD, self._pads.r_ND, self._c_TB
         return [self.group.mask(x_TD[b], r_TD[b], c_TB[b], self._one_thread) for b in self._blocks]
 
     def unmask(self) -> None:
         z_TB, u_TF, rows = self._z_TB, self._pads.u_NF, self._one_thread
-        y_TF = torch.empty(u_TF.shape)
+        y_TF = torch.empty(self._tokens, self.group.features)
         for b, masked in zip(self._blocks, self._masked, strict=True):
             self.group.unmask(z_TB[b], u_TF[b], masked, y_TF[b], "The worker", rows)
 
@@ -165,8 +186,8 @@ class _Layer:
 def _answer(c_TB: Tensor, weight_FD: Tensor, field: Field) -> Tensor:
     """Wq · c mod p, as bytes."""
     (tokens, _), (features, width) = c_TB.shape, weight_FD.shape
-    c_TD = torch.empty(tokens, width, dtype=torch.int32)
-    z_TF = torch.empty(tokens, features, dtype=torch.int32)
+    c_TD = torch.from_numpy(np.empty((tokens, width), field.dtype))
+    z_TF = torch.empty(tokens, features, dtype=c_TD.dtype)
     z_TB = torch.empty(tokens, features * field.residue_bytes, dtype=torch.uint8)
     residue_bytes.unpack(c_TB.numpy(), field, c_TD.numpy())
     residue_product(c_TD, weight_FD, field, z_TF)
@@ -189,24 +210,31 @@ class _Case:
         unmask_ns = 1e9 * seconds(layer.unmask) / (tokens * features)
         random_s = seconds(partial(uniform, (tokens, width), self._field))
         pads_s = seconds(partial(layer.provider.make, self._key, tokens))
+        made = layer.pads_made
         products = tokens * features * width * self._field.digits
-        for name, value in {
+        measured = {
             "mask_ns": mask_ns,
             "unmask_ns": unmask_ns,
             "pair_ns": mask_ns + unmask_ns,
             "random_ns": 1e9 * random_s / (tokens * width),
-            "pad_row_us": 1e6 * pads_s / tokens,
-            "pad_product_ps": 1e12 * (pads_s - random_s) / products,
-        }.items():
+            "pad_row_us": 1e6 * pads_s / made,
+            "pad_element_ns": 1e9 * pads_s / (made * (features + width)),
+        }
+        if self._field is not LATTICE:
+            measured["pad_product_ps"] = 1e12 * (pads_s - random_s) / products
+        for name, value in measured.items():
             self._measured[name].append(value)
 
     def figures(self) -> KernelFigures:
         features, width = SHAPES[self._key[1]]
+        figures = {name: Figure.of(values) for name, values in self._measured.items()}
+        product_ps = figures.pop("pad_product_ps", None)
         return KernelFigures(
             field=self._field.name,
             group=self._key[1],
             features=features,
             width=width,
             tokens=self._tokens,
-            **{name: Figure.of(values) for name, values in self._measured.items()},
+            pad_product_ps=product_ps,
+            **figures,
         )

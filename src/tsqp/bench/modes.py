@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from tsqp import LLM, SamplingParams
-from tsqp.algebra.params import FieldName
+from tsqp.algebra.params import FIELDS, LATTICE, FieldName
 from tsqp.bench.baseline import Transformers
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.memory import available_bytes
@@ -17,6 +17,8 @@ from tsqp.checkpoint.quantize import group_shape
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.gpu.serve import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.tee.crypto.lattice import MIN_ROWS
+from tsqp.tee.crypto.stock import residue_bytes_in_stock
 
 TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
 
@@ -28,7 +30,7 @@ class Setting:
     Attributes:
         model: as for `LLM`.
         dtype: "float32", "float16" or "bfloat16".
-        field: residues of the private modes, "wide" or "compact".
+        field: residues of the private modes.
         prompt_tokens: length of the prompt, of random tokens, in one chunk.
         new_tokens: generated tokens, of which the first belongs to the prefill.
         threads: for each of transformers, the TEE side and a worker.
@@ -97,11 +99,13 @@ class LlmRunner:
 
     Attributes:
         stock_rows: pads of each group that lie ready before a run.
+        field: of the private modes.
     """
 
     def __init__(self, setting: Setting, *, stocked: bool = False, **options: Any) -> None:
         self.stock_rows, pad_memory = _stock(setting) if stocked else (0, 0)
         self._batch = setting.batch
+        self.field = setting.field
         self.llm = LLM(
             setting.model,
             dtype=setting.dtype,
@@ -190,9 +194,10 @@ MODES: dict[str, Callable[[Setting], Runner]] = {
 }
 
 
-def stock_bytes(config: ModelConfig, rows: int) -> int:
+def stock_bytes(config: ModelConfig, rows: int, field: FieldName) -> int:
     """Memory for pads of `rows` tokens."""
-    return 4 * rows * sum(sum(group_shape(config, *key)) for key in linear_groups(config))
+    each = residue_bytes_in_stock(FIELDS[field])
+    return each * rows * sum(sum(group_shape(config, *key)) for key in linear_groups(config))
 
 
 def _time(run: Callable[[], None]) -> tuple[float, float]:
@@ -206,9 +211,12 @@ def _stock(setting: Setting) -> tuple[int, int]:
     """Rows and bytes of the pads of a run; half of what is free, where they take more."""
     checkpoint = open_checkpoint(setting.model)
     checkpoint.close()
-    wanted = stock_bytes(checkpoint.config, setting.forwards)
-    memory = min(wanted, available_bytes() // 2)
-    return memory // stock_bytes(checkpoint.config, 1), memory
+    row_bytes = stock_bytes(checkpoint.config, 1, setting.field)
+    rows = setting.forwards
+    if setting.field == LATTICE.name:  # which are made in classes of up to half of the stock
+        rows = 2 * max(MIN_ROWS, 1 << (rows - 1).bit_length())
+    memory = min(rows * row_bytes, available_bytes() // 2)
+    return memory // row_bytes, memory
 
 
 def _count(llm: LLM) -> dict[str, float]:

@@ -38,6 +38,7 @@ def sustain(runner: LlmRunner, tokens: int) -> Sustained:
     _use_up(runner)
     llm.stats.reset()
     before, cpu_began = llm.pads, process_time()
+    row_bytes = stock_bytes(llm.config, 1, runner.field)
     assert before is not None
     done = 0
     while done < tokens:
@@ -56,8 +57,8 @@ def sustain(runner: LlmRunner, tokens: int) -> Sustained:
         cpu_s_per_token=cpu_s / tokens,
         pads_cpu_s_per_token=pads_cpu_s / tokens,
         ahead=ahead / (ahead + inline),
-        stock_rows_before=before.stock_bytes / stock_bytes(llm.config, 1),
-        stock_rows_after=after.stock_bytes / stock_bytes(llm.config, 1),
+        stock_rows_before=before.stock_bytes / row_bytes,
+        stock_rows_after=after.stock_bytes / row_bytes,
     )
 
 

@@ -2,28 +2,52 @@
 
 import torch
 
+from tsqp.algebra.params import DEGREE, LATTICE
+from tsqp.algebra.ring import BLOCK
 from tsqp.checkpoint.quantize import group_shape, integer_bytes
 from tsqp.checkpoint.weights import embedding_bytes, linear_bytes
 from tsqp.model.config import ModelConfig, linear_groups
 
 CHECK_BYTES = 8  # of check vectors, for each input and output feature of a group: two of int32
+LATTICE_CHECK_BYTES = 20  # of both checks of lattice masks: two of float64, and one of int32
+HINT_BYTES = LATTICE.residue_bytes * DEGREE  # for each output feature, in blocks of features
 
 
 def trusted_bytes(
-    config: ModelConfig, dtype: torch.dtype, privacy: str, *, fixed_point: bool = False
+    config: ModelConfig,
+    dtype: torch.dtype,
+    privacy: str,
+    *,
+    fixed_point: bool = False,
+    lattice: bool = False,
 ) -> int:
     """What the trusted side keeps of a model.
 
     Args:
         privacy: "tee", "pad", "shares" or "open".
         fixed_point: with "tee", that it computes in integers.
+        lattice: with "pad", that masks are lattice masks.
     """
     if privacy == "open":
         return 0
     if privacy == "tee" and not fixed_point:
         return float_bytes(config, dtype)
-    checks = sum(CHECK_BYTES * sum(group_shape(config, *key)) for key in linear_groups(config))
+    shapes = [group_shape(config, *key) for key in linear_groups(config)]
+    features = sum(map(sum, shapes))
+    if privacy == "pad" and lattice:
+        # The integers of one group at a time, until its hints are made.
+        passing = max(rows * width for rows, width in shapes)
+        checks = LATTICE_CHECK_BYTES * features
+        return hint_bytes(config) + passing + checks + embedding_bytes(config, dtype)
+    checks = CHECK_BYTES * features
     return integer_bytes(config) + checks + embedding_bytes(config, dtype)
+
+
+def hint_bytes(config: ModelConfig) -> int:
+    """Hints of all groups, and the public polynomials of the widest [P10]."""
+    shapes = [group_shape(config, *key) for key in linear_groups(config)]
+    polynomials = [features for features, _ in shapes] + [max(width for _, width in shapes)]
+    return HINT_BYTES * sum(-(-count // BLOCK) * BLOCK for count in polynomials)
 
 
 def worker_bytes(config: ModelConfig, dtype: torch.dtype, serve: str) -> int:

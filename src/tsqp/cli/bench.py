@@ -57,7 +57,7 @@ def bench(
         device=str(parse_device(device)),
         batch=batch,
     )
-    chosen = default_modes(setting.device) if modes is None else parse_modes(modes)
+    chosen = default_modes(setting.device, setting.field) if modes is None else parse_modes(modes)
     result = compare(setting, chosen, rounds=rounds, sustained=sustained, starts=starts)
     output.print_result(result.as_json(), tables(result), notes(result), out)
 

@@ -64,11 +64,12 @@ def residue_product(c_TD: Tensor, weight_FD: Tensor, field: Field, out_TB: Tenso
     """out = Wq · c mod p, exact, as rows of bytes [P9].
 
     Args:
-        c_TD: int32 in host memory; what is no residue gives a wrong answer and no error.
+        c_TD: of the field's dtype, in host memory; what is not a residue gives a wrong answer and
+            no error.
         weight_FD: int8 in [-127, 127].
     """
     if weight_FD.device.type == "cpu":
-        z_TF = torch.empty(len(c_TD), len(weight_FD), dtype=torch.int32)
+        z_TF = torch.empty(len(c_TD), len(weight_FD), dtype=c_TD.dtype)
         int8_product.residue_product(c_TD, weight_FD, field, z_TF)
     else:
         z_TF = cuda_product.residue_product(c_TD.to(weight_FD.device), weight_FD, field).cpu()

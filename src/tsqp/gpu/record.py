@@ -52,7 +52,8 @@ class RecordedCall(Struct, frozen=True, forbid_unknown_fields=True):
         call, session: numbers, from 1.
         layer, group: null for the embedding; -1 and "lm_head" for the output projection; the group
             is null for a call about kept keys and values, and so is the layer where it has none.
-        field: null where the tensor holds activations or token ids instead of int32 residues.
+        field: null where the tensor holds activations or token ids instead of residues, which are
+            int32, or int64 in the lattice field.
         rows: of the first tensor; of the answer for attention weights, which are flat.
         tensor: a safetensors file beside the index; null for a call without any.
         sequences: what such a call names of sequences, number for number as the message has it.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ ATTENTION_ABILITY = "attention"  # keeps keys and values, and computes with them
 LAYER_ABILITY = "layer"  # runs whole layers
 SPLIT_ABILITIES = (ATTENTION_ABILITY, LAYER_ABILITY)  # that a session of `open` may ask for besides
 PRIVATE_ABILITIES = ("product", "seed_product")
+LATTICE_ABILITY = "lattice_product"  # knows the residues of lattice masks
 MAX_ROWS = 2**20
 
 
@@ -90,8 +92,8 @@ class Worker:
                 )
             device = self._integers.device.type
             digest = self._integers.digest
-            macs = self._max_call_macs
-            return Welcome(hello.nonce, digest, "int8", PRIVATE_ABILITIES, device, macs, None)
+            macs, can = self._max_call_macs, (*PRIVATE_ABILITIES, LATTICE_ABILITY)
+            return Welcome(hello.nonce, digest, "int8", can, device, macs, None)
         if self._weights is None:
             raise HandshakeError(
                 "the worker serves private modes only; use one of them, or start it with "
@@ -129,7 +131,7 @@ class Worker:
                 check_residues(rows * (features + width))
 
     def received(self, operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What a call brought, in private memory: activations, token ids, or int32 residues."""
+        """What a call brought, in private memory: activations, token ids, or residues."""
         if isinstance(operation, Product | SeedProduct):
             return [self._residues(operation, inputs)]
         return [tensor.clone() for tensor in inputs]
@@ -154,16 +156,16 @@ class Worker:
                 product.residue_product(c_TD, weight_FD, field, outputs[0])
 
     def _residues(self, operation: Product | SeedProduct, inputs: Sequence[Tensor]) -> Tensor:
-        """c, int32 [T, D]: sent, where what is no residue comes as it is, or expanded."""
+        """c, [T, D] of the field's dtype: expanded, or as sent, with what is not a residue."""
         field = FIELDS[operation.field]
         width = self._integer_weight(operation.layer, operation.group).shape[1]
+        rows = operation.rows if isinstance(operation, SeedProduct) else len(inputs[0])
+        c_TD = np.empty((rows, width), field.dtype)
         if isinstance(operation, SeedProduct):
-            c_TD = torch.empty(operation.rows, width, dtype=torch.int32)
-            expand(operation.seed, c_TD.view(-1).numpy(), field)
+            expand(operation.seed, c_TD.reshape(-1), field)
         else:
-            c_TD = torch.empty(len(inputs[0]), width, dtype=torch.int32)
-            residue_bytes.unpack(inputs[0].numpy(), field, c_TD.numpy())
-        return c_TD
+            residue_bytes.unpack(inputs[0].numpy(), field, c_TD)
+        return torch.from_numpy(c_TD)
 
     def _specs(self, operation: Stateless, rows: int) -> tuple[list[Spec], Spec]:
         """The inputs and the output that `operation` wants."""

@@ -1,10 +1,12 @@
 """Where linear layers run: builds the offload of each privacy mode."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from tsqp.algebra import digits
+from tsqp.algebra.params import LATTICE
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.digest import WeightsDigest, weights_digest
 from tsqp.checkpoint.footprint import trusted_bytes
@@ -13,22 +15,20 @@ from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.model_digest import check_expected, model_digest
 from tsqp.checkpoint.progress import Progress, part_of, silent
 from tsqp.checkpoint.quantize import IntegerWeights, group_shape, integer_bytes
-from tsqp.checkpoint.weights import (
-    check_memory,
-    embedding_bytes,
-    read_bias,
-    read_embedding,
-)
-from tsqp.gpu.worker import ATTENTION_ABILITY, LAYER_ABILITY
+from tsqp.checkpoint.weights import check_memory, embedding_bytes, read_bias, read_embedding
+from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
 from tsqp.model.config import LAYER_GROUPS, Key, linear_groups, trusted_shapes
 from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.freivalds import process_limit
 from tsqp.tee.crypto.kernels import prepare
 from tsqp.tee.crypto.pads import DirectProvider, PadPool
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.fixed_point import FixedPointLinear
+from tsqp.tee.offload.lattice_group import LatticeGroup, process_switch
+from tsqp.tee.offload.lattice_load import LatticeLoad, prepare_lattice
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import MaskedGroup, PrivateOffload
 from tsqp.tee.offload.open import OpenOffload
@@ -87,9 +87,18 @@ class Builder:
             process_limit.check()
         options = self._options
         kept = trusted_bytes(
-            self._config, self._dtype, options.privacy, fixed_point=options.fixed_point
+            self._config,
+            self._dtype,
+            options.privacy,
+            fixed_point=options.fixed_point,
+            lattice=options.lattice,
         )
-        check_memory(kept, f"The weights of {self._checkpoint.name}")
+        what = f"The weights of {self._checkpoint.name}"
+        if options.lattice:
+            what = f"The hints of {self._checkpoint.name}, which --field wide does without,"
+        check_memory(kept, what)
+        if options.lattice:
+            return self._lattice(workers[0])
         if options.masked:
             return self._masked(workers)
         if options.privacy == "open":
@@ -116,26 +125,27 @@ class Builder:
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
         options, field = self._options, self._options.residues
-        total = integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
-        progress = part_of(self._progress, 0, total)
         integers: dict[Key, IntegerWeights] = {}
-        digest = load_integers(self._checkpoint, integers.__setitem__, progress)
         biases_F = self._biases_F()
+        digest, embedding_VD = self._load(integers.__setitem__)
+        weights_FD = {key: weights.weight_FD for key, weights in integers.items()}
+        rows = self._row_pool()
+        if options.fixed_point and field is LATTICE:
+            lattice_kernels.prepare()
+            digits.prepare(LATTICE)
+            lattice_groups = {
+                key: LatticeGroup(key, weights, biases_F.get(key))
+                for key, weights in integers.items()
+            }
+            exact = FixedPointLinear(lattice_groups, weights_FD, self._dtype, rows)
+            return PrivateOffload(self._config, self._dtype, embedding_VD, exact), None
         groups = {
             key: MaskedGroup(key, weights, biases_F.get(key), field)
             for key, weights in integers.items()
         }
-        embedding_VD = read_embedding(self._checkpoint, self._dtype, self._read)
-        self._progress(total, total)
-        of_trusted = trusted_shapes(self._config)
-        trusted = weights_digest(
-            self._checkpoint, self._dtype, shapes=of_trusted, digest=self._read
-        )
-        self._identify(digest, trusted)
         prepare(field, shares=options.privacy == "shares")
-        rows = RowPool(options.threads or torch.get_num_threads())
         if options.privacy == "tee":
-            fixed_point = FixedPointLinear(groups, self._dtype, rows)
+            fixed_point = FixedPointLinear(groups, weights_FD, self._dtype, rows)
             return PrivateOffload(self._config, self._dtype, embedding_VD, fixed_point), None
         channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
         if options.privacy == "shares":
@@ -143,13 +153,44 @@ class Builder:
                 channels, groups, self._dtype, options.timeout, rows, process_limit
             )
             return PrivateOffload(self._config, self._dtype, embedding_VD, shares), None
-        weights_FD = {key: weights.weight_FD for key, weights in integers.items()}
-        shapes = {key: group_shape(self._config, *key) for key in integers}
-        pool = PadPool(DirectProvider(weights_FD, field), shapes, self._pad_memory())
+        pool = PadPool(DirectProvider(weights_FD, field), self._shapes(), self._pad_memory())
         pad = PadLinear(
             channels[0], groups, pool, self._dtype, options.timeout, rows, process_limit
         )
         return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
+
+    def _lattice(self, worker: WorkerProcess) -> tuple[Offload, PadPool]:
+        process_switch.check()
+        prepare_lattice()
+        load = LatticeLoad(self._shapes(), self._biases_F())
+        digest, embedding_VD = self._load(load.add)
+        rows, memory = self._row_pool(), self._pad_memory()
+        channel = self._connect(worker, digest, LATTICE.residue_bytes, [LATTICE_ABILITY])
+        pool = PadPool(load.provider(memory), self._shapes(), memory)
+        timeout = self._options.timeout
+        pad = PadLinear(channel, load.groups, pool, self._dtype, timeout, rows, process_limit)
+        return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
+
+    def _load(self, place: Callable[[Key, IntegerWeights], None]) -> tuple[str, torch.Tensor]:
+        """The digest of the integer weights, which `place` gets, and the embedding."""
+        total = integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
+        digest = load_integers(self._checkpoint, place, part_of(self._progress, 0, total))
+        embedding_VD = read_embedding(self._checkpoint, self._dtype, self._read)
+        self._progress(total, total)
+        trusted = weights_digest(
+            self._checkpoint,
+            self._dtype,
+            shapes=trusted_shapes(self._config),
+            digest=self._read,
+        )
+        self._identify(digest, trusted)
+        return digest, embedding_VD
+
+    def _shapes(self) -> dict[Key, tuple[int, int]]:
+        return {key: group_shape(self._config, *key) for key in linear_groups(self._config)}
+
+    def _row_pool(self) -> RowPool:
+        return RowPool(self._options.threads or torch.get_num_threads())
 
     def _identify(self, weights: str, trusted: str | None = None) -> None:
         """Compute the model's digest, and refuse another one than the options ask for."""

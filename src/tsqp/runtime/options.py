@@ -104,7 +104,12 @@ class Options:
     ] = "none"
     field: Annotated[
         str,
-        Option("Residues of the private modes: wide or compact.", str, env=("TSQP_FIELD",)),
+        Option(
+            "Residues of the private modes: wide, compact, or in pad lattice, whose masks cost the "
+            "TEE less in wide layers, and whose privacy rests on RLWE; auto is wide.",
+            str,
+            env=("TSQP_FIELD",),
+        ),
     ] = "wide"
     fixed_point: Annotated[
         bool, Option("With tee: compute exactly what the private modes compute.", bool)
@@ -188,15 +193,20 @@ class Options:
 
     def __post_init__(self) -> None:
         # torch takes a second to import; `tsqp --help` should not.
-        from tsqp.algebra.params import FIELDS
+        from tsqp.algebra.params import FIELDS, LATTICE
         from tsqp.checkpoint.model_digest import check_digest
         from tsqp.runtime.links import check_links
 
         if self.privacy not in PRIVACY_MODES:
             raise UsageError(f"There is no such privacy mode; choose {_or(PRIVACY_MODES)}.")
         _check_split(self.privacy, self.attention, self.fuse)
-        if self.field not in FIELDS:
-            raise UsageError(f"There is no such field; choose {_or(tuple(FIELDS))}.")
+        if self.field not in ("auto", *FIELDS):
+            raise UsageError(f"There is no such field; choose {_or(('auto', *FIELDS))}.")
+        if self.field == LATTICE.name and self.privacy == "shares":
+            raise UsageError(
+                "--field lattice goes with --privacy pad, or with --fixed-point: shares need no "
+                "masks; choose wide or compact."
+            )
         if self.fixed_point and self.privacy != "tee":
             raise UsageError(
                 "--fixed-point goes with --privacy tee; the private modes always use it."
@@ -234,10 +244,15 @@ class Options:
 
     @property
     def residues(self) -> "Field":
-        """The parameters of `field`."""
-        from tsqp.algebra.params import FIELDS
+        """The parameters of `field`; of the wide one where it is still to be chosen."""
+        from tsqp.algebra.params import FIELDS, WIDE
 
-        return FIELDS[self.field]  # type: ignore[index]  # checked
+        return WIDE if self.field == "auto" else FIELDS[self.field]  # type: ignore[index]  # checked
+
+    @property
+    def lattice(self) -> bool:
+        """Whether rows are masked by lattice masks."""
+        return self.privacy == "pad" and self.field == "lattice"
 
     @property
     def gpu_attention(self) -> bool:

@@ -4,8 +4,8 @@ The trusted side makes its pads and shares of it; a worker that is sent the seed
 makes the share itself.
 
 The stream is AES-256 in counter mode from counter 0, read as little-endian words of 32 bits, or of
-64 in the lattice field. The lowest `bits` bits of a word are a candidate; candidates
-that are p or larger are skipped, so what remains is uniform on [0, p).
+64 in the lattice field. The lowest `bits` bits of a word are a candidate; candidates that are p or
+larger are skipped, so what remains is uniform on [0, p).
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ CHUNK_WORDS = 2**16
 _ZEROS = bytes(8 * CHUNK_WORDS)
 
 
-def expand(seed: bytes, residues_N: NDArray[Any], field: Field) -> None:
+def expand(seed: bytes | bytearray, residues_N: NDArray[Any], field: Field) -> None:
     """Fill `residues_N` with the first residues of the stream.
 
     Args:

@@ -1,20 +1,100 @@
 """A masked layer in exact Python arithmetic, to compare with, and a test of evenness."""
 
 import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
 from tsqp.algebra import residue_bytes
-from tsqp.algebra.params import CHECK_MODULUS, Field
+from tsqp.algebra.params import CHECK_MODULUS, LATTICE, WIDE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
+from tsqp.model.config import Key
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.crypto.stock import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.tee.offload.masked import Masked, MaskedGroup
 
 Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between the two providers of pads.
+
+    Attributes:
+        unit: rows that are always made together.
+    """
+
+    field: Field
+    unit: int
+
+    def bytes_of(self, residues: int) -> int:
+        """In stock."""
+        return residue_bytes_in_stock(self.field) * residues
+
+    def rows(self, numbers: Int32, residues: int) -> NDArray[Any]:
+        """Rows of one number each."""
+        rows = empty_rows(len(numbers), residues, self.field)
+        repeated = np.repeat(numbers[:, None].astype(np.int64), residues, 1)
+        if self.field is LATTICE:
+            residue_bytes.pack(repeated, LATTICE, rows)
+        else:
+            rows[:] = repeated
+        return rows
+
+    def numbers(self, rows: NDArray[Any]) -> list[list[int]]:
+        """The residues of rows."""
+        if self.field is not LATTICE:
+            return rows.tolist()  # type: ignore[no-any-return]
+        found = np.empty((len(rows), rows.shape[1] // LATTICE.residue_bytes), np.int64)
+        residue_bytes.unpack(rows, LATTICE, found)
+        return found.tolist()  # type: ignore[no-any-return]
+
+
+DIRECT, IN_CLASSES = Kind(WIDE, 1), Kind(LATTICE, 4)
+KINDS = pytest.mark.parametrize("kind", [DIRECT, IN_CLASSES], ids=lambda kind: kind.field.name)
+
+
+class NumberingProvider:
+    """A fake for tests: each row holds a number of its own instead of secrets."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        shapes: Mapping[Key, tuple[int, int]],
+        *,
+        first: int = 0,
+        fails_every: int = 0,
+    ) -> None:
+        self.field, self.unit = kind.field, kind.unit
+        self.next = first
+        self.forgotten = 0
+        self._kind = kind
+        self._shapes = shapes
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._fails_every = fails_every
+
+    def make(self, key: Key, rows: int) -> Pads:
+        rows = rows if self.unit == 1 else self.unit
+        features, width = self._shapes[key]
+        with self._lock:
+            self._calls += 1
+            if self._fails_every and self._calls % self._fails_every == 0:
+                raise MemoryError("the provider fails, as it does now and then")
+            first, self.next = self.next, self.next + rows
+        numbers = np.arange(first, first + rows, dtype=np.int32)
+        return Pads(self._kind.rows(numbers, width), self._kind.rows(numbers, features))
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
 
 def integer_weights(features: int, width: int, seed: int = 0) -> IntegerWeights:

@@ -14,7 +14,7 @@ from crypto_helpers import (
 )
 
 from tsqp.algebra import residue_bytes
-from tsqp.algebra.params import CHECK_MODULUS, FIELDS, Field
+from tsqp.algebra.params import CHECK_MODULUS, DIRECT_FIELDS, WIDE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, NumericalError
 from tsqp.tee.crypto.freivalds import CheckVectors
@@ -22,7 +22,7 @@ from tsqp.tee.crypto.kernels import ALL_ROWS
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.masked import MaskedGroup
 
-BOTH = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+BOTH = pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
 
 
 @BOTH
@@ -207,7 +207,7 @@ def test_a_residue_plus_p_is_refused(field: Field) -> None:
 
 
 def test_a_wrong_pad_product_is_noticed() -> None:
-    layer = Layer(FIELDS["wide"])
+    layer = Layer(WIDE)
     r_TD, u_TF = layer.pads(2)
     masked, c_TD = layer.mask(torch.randn(2, layer.group.width), r_TD)
     u_TF[1, 3] ^= 1

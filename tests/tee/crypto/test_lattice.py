@@ -1,5 +1,7 @@
 """Lattice masks and the loops around them, against Python's integers."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -12,14 +14,19 @@ from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import CheckpointError, IntegrityError, LatticeError
 from tsqp.tee.crypto import lattice
-from tsqp.tee.crypto.hints import Polynomials, check_hints, make_hints, public_polynomials
-from tsqp.tee.crypto.lattice import LatticeProvider, Masks
+from tsqp.tee.crypto.hints import LABEL, Polynomials, check_hints, make_hints, public_polynomials
+from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.lattice_group import LatticeGroup, MaskedRows
+from tsqp.tee.crypto.stock import Pads
+from tsqp.tee.offload.lattice_group import LatticeGroup, MaskedRows, Switch
 
 KEY = (3, "qkv")
 Q = LATTICE.p
 RING = Ring.of(Q, lattice.DEGREE)
+KNOWN = [
+    [3143723627025, 9628171531911],
+    [64585192953539, 56933237876022],
+]  # the first values of a_0 and a_1
 
 
 class Layer:
@@ -28,26 +35,20 @@ class Layer:
     def __init__(self, weights: IntegerWeights, classes: int = 8) -> None:
         self.weights = weights
         width = weights.weight_FD.shape[1]
-        self.group = LatticeGroup(KEY, weights, None)
+        self.group = LatticeGroup(KEY, weights, None, Switch())
         self.public = public_polynomials(RING, bytes(range(32)), width)
         self.hints = make_hints(self.public, weights.weight_FD)
         transform = ClassTransform.of(RING, classes)
         self.provider = LatticeProvider(self.public, {KEY: self.hints}, {KEY: width}, transform)
         self.rows = RowPool(2)
 
-    def take(self, rows: int) -> Masks:
-        masks = self.provider.make(KEY)
-        return Masks(
-            masks.r_low_MD[:rows],
-            masks.r_high_MD[:rows],
-            masks.u_low_MF[:rows],
-            masks.u_high_MF[:rows],
-        )
+    def take(self, rows: int) -> Pads:
+        return self.provider.make(KEY)[:rows]
 
-    def mask(self, x_TD: torch.Tensor, masks: Masks) -> tuple[MaskedRows, torch.Tensor]:
+    def mask(self, x_TD: torch.Tensor, masks: Pads) -> tuple[MaskedRows, torch.Tensor]:
         """What the TEE keeps, and the residues that go out, int64."""
         c_TB = torch.empty(len(x_TD), LATTICE.residue_bytes * self.group.width, dtype=torch.uint8)
-        masked = self.group.mask(x_TD, masks, c_TB, self.rows)
+        masked = self.group.mask(x_TD, masks.r_ND, c_TB, self.rows)
         c_TD = torch.empty(tuple(x_TD.shape), dtype=torch.int64)
         residue_bytes.unpack(c_TB.numpy(), LATTICE, c_TD.numpy())
         return masked, c_TD
@@ -57,18 +58,20 @@ class Layer:
         residue_product(c_TD, self.weights.weight_FD, LATTICE, z_TF)
         return z_TF
 
-    def unmask(self, z_TF: torch.Tensor, masks: Masks, masked: MaskedRows) -> torch.Tensor:
+    def unmask(self, z_TF: torch.Tensor, masks: Pads, masked: MaskedRows) -> torch.Tensor:
         z_TB = torch.empty(
             len(z_TF), LATTICE.residue_bytes * self.group.features, dtype=torch.uint8
         )
         residue_bytes.pack(z_TF.numpy(), LATTICE, z_TB.numpy())
         y_TF = torch.full((len(z_TF), self.group.features), torch.nan)
-        self.group.unmask(z_TB, masks, masked, y_TF, "The worker", self.rows)
+        self.group.unmask(z_TB, masks.u_NF, masked, y_TF, "The worker", self.rows)
         return y_TF
 
 
-def residues(low: np.ndarray, high: np.ndarray) -> list[list[int]]:
-    return (low.astype(np.int64) + (high.astype(np.int64) << 32)).tolist()
+def residues(rows_NB: np.ndarray) -> list[list[int]]:
+    found = np.empty((len(rows_NB), rows_NB.shape[1] // LATTICE.residue_bytes), np.int64)
+    residue_bytes.unpack(rows_NB, LATTICE, found)
+    return found.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_a_layer_equals_its_integers_in_exact_arithmetic(layer: Layer) -> None:
     masks = layer.take(33)
     masked, c_TD = layer.mask(x_TD, masks)
     y_TF = layer.unmask(layer.answer(c_TD), masks, masked)
-    r_TD = residues(masks.r_low_MD, masks.r_high_MD)
+    r_TD = residues(masks.r_ND)
     for t in (0, 16, 32):
         unit = masked.unit_T[t]
         xq_D = [round(v / unit) for v in x_TD[t].double().tolist()]
@@ -101,10 +104,7 @@ def test_a_layer_equals_its_integers_in_exact_arithmetic(layer: Layer) -> None:
 
 def test_a_mask_and_its_product_differ_by_small_noise_only(layer: Layer) -> None:
     masks = layer.provider.make(KEY)
-    r_MD, u_MF = (
-        residues(masks.r_low_MD, masks.r_high_MD),
-        residues(masks.u_low_MF, masks.u_high_MF),
-    )
+    r_MD, u_MF = residues(masks.r_ND), residues(masks.u_NF)
     l2 = layer.weights.weight_FD.double().square().sum(1).sqrt()
     errors = []
     for t in range(len(masks)):
@@ -142,12 +142,17 @@ def test_values_that_are_no_residues_are_refused(layer: Layer, value: int) -> No
         layer.unmask(z_TF, masks, masked)
 
 
-def test_a_wrong_product_of_a_mask_is_another_error(layer: Layer) -> None:
+def test_a_wrong_product_of_a_mask_is_another_error_and_ends_all_lattice_offload(
+    layer: Layer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer.group, "_switch", Switch())
     masks = layer.take(4)
     masked, c_TD = layer.mask(rows_of(4, layer.group.width), masks)
-    masks.u_high_MF[2, 5] ^= 0x100
+    masks.u_NF[2, 4 * layer.group.features + 2 * 5] ^= 1
     with pytest.raises(LatticeError, match="no worker can bring about"):
         layer.unmask(layer.answer(c_TD), masks, masked)
+    with pytest.raises(LatticeError, match="nothing is offloaded with lattice masks any more"):
+        layer.mask(rows_of(4, layer.group.width), layer.take(4))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -157,11 +162,12 @@ def test_noise_just_below_half_of_delta_rounds_right(layer: Layer, sign: int) ->
     masked, c_TD = layer.mask(x_TD, masks)
     z_TF = layer.answer(c_TD)
     expected = layer.unmask(z_TF, masks, masked)
-    r_TD = residues(masks.r_low_MD, masks.r_high_MD)
+    r_TD = residues(masks.r_ND)
     for t in range(2):
         for f, value in enumerate(product(layer.weights.weight_FD, r_TD[t])):
             u = (value - sign * (layer.group.delta // 2 - 1)) % Q
-            masks.u_low_MF[t, f], masks.u_high_MF[t, f] = u & 0xFFFFFFFF, u >> 32
+            low_TF, high_TF = residue_bytes.as_low_and_high(masks.u_NF)
+            low_TF[t, f], high_TF[t, f] = u & 0xFFFFFFFF, u >> 32
     assert torch.equal(layer.unmask(z_TF, masks, masked), expected)
 
 
@@ -208,6 +214,18 @@ def test_hints_of_other_weights_or_another_seed_are_refused(layer: Layer) -> Non
         check_hints(layer.hints, elsewhere, layer.weights.weight_FD, "group qkv")
 
 
+def test_public_polynomials_are_words_of_shake128_without_those_that_are_no_residues() -> None:
+    seed = bytes(range(32))
+    found_ND = public_polynomials(RING, seed, 3).at(slice(0, 2048))
+    for d in range(3):
+        message = len(LABEL).to_bytes(8, "little") + LABEL
+        message += b"".join(n.to_bytes(8, "little") for n in (2048, Q)) + seed
+        stream = hashlib.shake_128(message + d.to_bytes(8, "little")).digest(6 * 3000)
+        words = [int.from_bytes(stream[i : i + 6], "little") % 2**46 for i in range(0, 18_000, 6)]
+        assert found_ND[:, d].tolist() == [word for word in words if word < Q][:2048]
+    assert found_ND[:2, :2].tolist() == KNOWN
+
+
 def test_public_polynomials_differ_by_seed_label_degree_and_place() -> None:
     def values(ring: Ring = RING, seed: bytes = bytes(32), label: bytes = b"a") -> list[list[int]]:
         return public_polynomials(ring, seed, 2, label=label).at(slice(0, 8)).T.tolist()
@@ -223,20 +241,31 @@ def test_public_polynomials_differ_by_seed_label_degree_and_place() -> None:
     assert all(0 <= value < Q for each in seen for value in each)
 
 
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[lattice._Batch]:
+    """All batches that are begun from now on, kept alive."""
+    made: list[lattice._Batch] = []
+    begin = lattice._Batch.__init__
+
+    def noting(batch: lattice._Batch, classes: int) -> None:
+        begin(batch, classes)
+        made.append(batch)
+
+    monkeypatch.setattr(lattice._Batch, "__init__", noting)
+    return made
+
+
 @pytest.mark.parametrize("classes", [1, 4])
-def test_each_class_is_made_once_and_the_secret_is_erased_after_the_last(classes: int) -> None:
+def test_each_class_is_made_once_and_the_secret_is_erased_after_the_last(
+    classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = Layer(integer_weights(8, 5), classes)
-    secrets = []
+    made = batches(monkeypatch)
     rows = []
     for _ in range(2 * classes):
         masks = layer.provider.make(KEY)
-        batch = layer.provider._batches[KEY]
-        if not secrets or secrets[-1] is not batch:
-            secrets.append(batch)
-        rows += residues(masks.r_low_MD, masks.r_high_MD)
-    assert len(secrets) == 2
-    assert not secrets[0]._s_N.any()
-    assert not any(secrets[0]._key)
+        rows += residues(masks.r_ND)
+    assert len(made) == 2
+    assert all(not batch._s_N.any() and not any(batch._key) for batch in made)
     assert len({tuple(row) for row in rows}) == 2 * 2048
 
 
@@ -248,15 +277,14 @@ def test_classes_of_one_batch_are_the_rows_of_the_whole_transform(
     every = whole.provider.make(KEY)
     for row_class in range(4):
         masks = parts.provider.make(KEY)
-        assert residues(masks.u_low_MF, masks.u_high_MF) == residues(
-            every.u_low_MF[row_class::4], every.u_high_MF[row_class::4]
-        )
+        assert residues(masks.u_NF) == residues(every.u_NF[row_class::4])
 
 
-def test_secrets_that_are_forgotten_are_erased() -> None:
+def test_secrets_that_are_forgotten_are_erased(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = batches(monkeypatch)
     layer = Layer(integer_weights(8, 5), 4)
     layer.provider.make(KEY)
-    batch = layer.provider._batches[KEY]
+    [batch] = made
     assert batch._s_N.any()
     layer.provider.forget()
     assert not batch._s_N.any()

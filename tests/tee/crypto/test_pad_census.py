@@ -3,27 +3,47 @@
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 from crypto_helpers import chi_square_p, integer_weights
+from numpy.typing import NDArray
 
-from tsqp.algebra.params import FIELDS, Field
+from tsqp.algebra import residue_bytes
+from tsqp.algebra.params import FIELDS, LATTICE, Field
 from tsqp.model.config import Key
 from tsqp.tee.crypto import rng
-from tsqp.tee.crypto.pads import DirectProvider, PadPool, Pads
+from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.crypto.stock import Pads, residue_bytes_in_stock
+from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.wire.seeds import SEED_BYTES
 
 TAKES = 12_000
+MOST_NOISE = 127 * 16  # of one product with a weight
 WIDTH = 8  # residues of a row: no two rows are alike by chance
 GROUPS = {(0, "qkv"): integer_weights(3, WIDTH), (-1, "lm_head"): integer_weights(5, WIDTH)}
-ROW_BYTES = 4 * (3 + 5 + 2 * WIDTH)
+RESIDUES = 3 + 5 + 2 * WIDTH  # of a row
 
 
 def pool(field: Field, rows: int) -> PadPool:
     weights_FD = {key: weights.weight_FD for key, weights in GROUPS.items()}
     shapes = {key: (weight_FD.shape[0], WIDTH) for key, weight_FD in weights_FD.items()}
-    return PadPool(DirectProvider(weights_FD, field), shapes, rows * ROW_BYTES)
+    memory = rows * residue_bytes_in_stock(field) * RESIDUES
+    if field is not LATTICE:
+        return PadPool(DirectProvider(weights_FD, field), shapes, memory)
+    load = LatticeLoad(shapes, {})
+    for key, weights in GROUPS.items():
+        load.add(key, weights)
+    return PadPool(load.provider(memory), shapes, memory)
+
+
+def residues(rows_NB: NDArray[Any], field: Field) -> NDArray[np.int64]:
+    if field is not LATTICE:
+        return rows_NB.astype(np.int64)
+    found_ND = np.empty((len(rows_NB), rows_NB.shape[1] // field.residue_bytes), np.int64)
+    residue_bytes.unpack(rows_NB, field, found_ND)
+    return found_ND
 
 
 def take_at_random(pads: PadPool, times: int, seed: int) -> list[tuple[Key, Pads]]:
@@ -37,23 +57,31 @@ def take_at_random(pads: PadPool, times: int, seed: int) -> list[tuple[Key, Pads
 
 
 def assert_no_row_comes_twice(taken: list[tuple[Key, Pads]], field: Field) -> None:
-    r_ND = np.concatenate([pads.r_ND for _, pads in taken])
+    r_ND = residues(np.concatenate([pads.r_ND for _, pads in taken]), field)
     assert len({row.tobytes() for row in r_ND}) == len(r_ND)
     # Nor does a part of a row: what chance gives are so many values that have come before.
     expected = r_ND.size**2 / 2 / field.p
     assert r_ND.size - len(np.unique(r_ND)) < expected + 10 * expected**0.5 + 20
-    for column_N in r_ND.T.astype(np.int64):
+    for column_N in r_ND.T:
         assert chi_square_p(np.bincount(column_N * 64 // field.p, minlength=64)) > 1e-7
         assert chi_square_p(np.bincount(column_N & 63, minlength=64)) > 1e-7
     for key, pads in taken:
         weight_FD = GROUPS[key].weight_FD.numpy().astype(np.int64)
-        assert (pads.u_NF == pads.r_ND.astype(np.int64) @ weight_FD.T % field.p).all()
+        error_NF = residues(pads.r_ND, field) @ weight_FD.T - residues(pads.u_NF, field)
+        error_NF = (error_NF + field.half) % field.p - field.half
+        assert (np.abs(error_NF) <= (0 if field is not LATTICE else MOST_NOISE * WIDTH)).all()
 
 
 @pytest.mark.parametrize(
     ("stock", "field"),
-    [(0, FIELDS["wide"]), (100, FIELDS["compact"])],
-    ids=["in-line-wide", "ahead-compact"],
+    [
+        (0, FIELDS["wide"]),
+        (100, FIELDS["compact"]),
+        (0, LATTICE),  # the rows beyond those that are asked for are dropped
+        (64, LATTICE),
+        (4096, LATTICE),
+    ],
+    ids=["in-line-wide", "ahead-compact", "in-line-lattice", "classes-lattice", "batches-lattice"],
 )
 def test_no_row_of_many_thousand_takes_comes_twice(stock: int, field: Field) -> None:
     pads = pool(field, stock)
@@ -66,9 +94,9 @@ def test_no_row_of_many_thousand_takes_comes_twice(stock: int, field: Field) -> 
     assert_no_row_comes_twice(taken, field)
 
 
-def test_no_row_comes_twice_to_threads_that_take_at_once() -> None:
-    field = FIELDS["wide"]
-    pads, together = pool(field, 50), threading.Barrier(4)
+@pytest.mark.parametrize("field", [FIELDS["wide"], LATTICE], ids=["wide", "lattice"])
+def test_no_row_comes_twice_to_threads_that_take_at_once(field: Field) -> None:
+    pads, together = pool(field, 64), threading.Barrier(4)
 
     def take_many(number: int) -> list[tuple[Key, Pads]]:
         together.wait(30)
@@ -82,8 +110,9 @@ def test_no_row_comes_twice_to_threads_that_take_at_once() -> None:
     assert_no_row_comes_twice(taken, field)
 
 
-def test_sessions_share_no_row() -> None:
-    field, taken = FIELDS["wide"], []
+@pytest.mark.parametrize("field", [FIELDS["wide"], LATTICE], ids=["wide", "lattice"])
+def test_sessions_share_no_row(field: Field) -> None:
+    taken = []
     for _ in range(30):
         pads = pool(field, 20)
         taken += [((0, "qkv"), pads.take((0, "qkv"), rows)) for rows in (1, 30, 1)]

@@ -1,46 +1,33 @@
 """A pad is given out once, whatever happens around it."""
 
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
-from crypto_helpers import integer_weights, product
+from crypto_helpers import (
+    DIRECT,
+    IN_CLASSES,
+    KINDS,
+    Kind,
+    NumberingProvider,
+    integer_weights,
+    product,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqp.algebra.params import FIELDS, WIDE, Field
+from tsqp.algebra.params import DIRECT_FIELDS, LATTICE, WIDE, Field
 from tsqp.errors import TSQPError
-from tsqp.tee.crypto.pads import DirectProvider, PadPool, Pads
+from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.crypto.stock import Pads, Stock
 
 QKV, HEAD = (0, "qkv"), (-1, "lm_head")
 SHAPES = {QKV: (3, 2), HEAD: (5, 2)}
-ROW_BYTES = 4 * (5 + 7)
-
-
-class NumberingProvider:
-    """A fake for tests: pads that carry the number of their row instead of secrets."""
-
-    def __init__(self, fails_every: int = 0) -> None:
-        self._lock = threading.Lock()
-        self._next = 0
-        self._calls = 0
-        self._fails_every = fails_every
-
-    def make(self, key: tuple[int, str], rows: int) -> Pads:
-        features, width = SHAPES[key]
-        with self._lock:
-            self._calls += 1
-            if self._fails_every and self._calls % self._fails_every == 0:
-                raise MemoryError("the provider fails, as it does now and then")
-            first, self._next = self._next, self._next + rows
-        numbers = np.arange(first, first + rows, dtype=np.int32)[:, None]
-        return Pads(np.repeat(numbers, width, 1), np.repeat(numbers, features, 1))
+RESIDUES = 5 + 7  # of a row of both
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -51,41 +38,55 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
+@pytest.fixture(params=[DIRECT, IN_CLASSES], ids=["direct", "lattice"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    found: Kind = request.param
+    return found
+
+
+def pool_of(kind: Kind, rows: int, **options: int) -> PadPool:
+    provider = NumberingProvider(kind, SHAPES, **options)
+    return PadPool(provider, SHAPES, rows * kind.bytes_of(RESIDUES))
+
+
 @pytest.fixture
-def pool() -> Iterator[PadPool]:
-    made = PadPool(NumberingProvider(), SHAPES, 100 * ROW_BYTES)
+def pool(kind: Kind) -> Iterator[PadPool]:
+    made = pool_of(kind, 100)
     yield made
     made.close()
 
 
+@KINDS
 @settings(max_examples=15, deadline=None)
 @given(
     takes=st.lists(st.tuples(st.sampled_from(list(SHAPES)), st.integers(1, 90)), max_size=80),
     memory_rows=st.integers(0, 150),
 )
 def test_no_pad_is_given_out_twice_to_any_of_many_threads(
-    takes: list[tuple[tuple[int, str], int]], memory_rows: int
+    kind: Kind, takes: list[tuple[tuple[int, str], int]], memory_rows: int
 ) -> None:
-    pool = PadPool(NumberingProvider(), SHAPES, memory_rows * ROW_BYTES)
+    pool = pool_of(kind, memory_rows)
     try:
         with ThreadPoolExecutor(8) as threads:
             taken = list(threads.map(lambda take: pool.take(*take), takes))
     finally:
         pool.close()
-    numbers = [number for pads in taken for number in pads.r_ND[:, 0].tolist()]
+    numbers = [row[0] for pads in taken for row in kind.numbers(pads.r_ND)]
     assert len(numbers) == len(set(numbers)) == sum(rows for _, rows in takes)
     for (key, rows), pads in zip(takes, taken, strict=True):
-        assert pads.r_ND.shape == (rows, SHAPES[key][1])
-        assert (pads.r_ND[:, 0] == pads.u_NF[:, 0]).all()  # r and u of one row stay together
+        r_ND, u_NF = kind.numbers(pads.r_ND), kind.numbers(pads.u_NF)
+        assert (len(r_ND), len(r_ND[0])) == (rows, SHAPES[key][1])
+        # r and u of one row stay together
+        assert [set(row) for row in r_ND] == [set(row) for row in u_NF] == [{r[0]} for r in r_ND]
 
 
-def test_a_provider_that_fails_loses_pads_and_repeats_none() -> None:
-    pool = PadPool(NumberingProvider(fails_every=3), SHAPES, 0)
+def test_a_provider_that_fails_loses_pads_and_repeats_none(kind: Kind) -> None:
+    pool = pool_of(kind, 0, fails_every=3)
     numbers: list[int] = []
     failures = 0
     for _ in range(60):
         try:
-            numbers += pool.take(QKV, 4).r_ND[:, 0].tolist()
+            numbers += [row[0] for row in kind.numbers(pool.take(QKV, 4).r_ND)]
         except MemoryError:
             failures += 1
     pool.close()
@@ -94,11 +95,12 @@ def test_a_provider_that_fails_loses_pads_and_repeats_none() -> None:
 
 
 def test_a_stock_that_could_not_be_refilled_is_refilled_later(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tsqp.tee.crypto.pads.RETRY_S", 0.01)
-    pool = PadPool(NumberingProvider(fails_every=2), SHAPES, 100 * ROW_BYTES)
-    assert eventually(lambda: pool.nbytes == 100 * ROW_BYTES)  # four whole batches of each
+    monkeypatch.setattr("tsqp.tee.crypto.pads.RETRY_S", 0.001)
+    pool = pool_of(kind, 100, fails_every=2)
+    full = 100 * kind.bytes_of(RESIDUES)
+    assert eventually(lambda: pool.nbytes == full)  # whole batches of each
     pool.close()
     assert "cannot make pads ahead (MemoryError)" in caplog.text
 
@@ -106,8 +108,8 @@ def test_a_stock_that_could_not_be_refilled_is_refilled_later(
 class WatchedProvider(NumberingProvider):
     """A fake for tests: knows how much memory of its pads is in use."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind, SHAPES)
         self.alive = 0
 
     def make(self, key: tuple[int, str], rows: int) -> Pads:
@@ -121,39 +123,40 @@ class WatchedProvider(NumberingProvider):
         self.alive -= nbytes
 
 
-def test_pads_never_take_more_than_their_memory_over_many_tokens() -> None:
-    provider = WatchedProvider()
-    pool = PadPool(provider, SHAPES, 100 * ROW_BYTES)
+def test_pads_never_take_more_than_their_memory_over_many_tokens(kind: Kind) -> None:
+    provider, row_bytes = WatchedProvider(kind), kind.bytes_of(RESIDUES)
+    pool = PadPool(provider, SHAPES, 100 * row_bytes)
     most = 0
     for token in range(10_000):
         pool.fill()
         most = max(most, provider.alive, pool.nbytes)
         pool.take(QKV if token % 3 else HEAD, 1)
     # At most two batches are being made while the stock is full: here, and by the thread.
-    assert 90 * ROW_BYTES < most <= (100 + 2 * 25) * ROW_BYTES
+    assert 90 * row_bytes < most <= (100 + 2 * 25) * row_bytes
     assert pool.stats.ahead_rows == 10_000
     pool.close()
 
 
-def test_the_stock_fills_its_memory_to_the_last_row(pool: PadPool) -> None:
+def test_the_stock_fills_its_memory_to_the_last_row(kind: Kind, pool: PadPool) -> None:
     pool.fill()
-    assert pool.nbytes == 100 * ROW_BYTES
+    assert pool.nbytes == 100 * kind.bytes_of(RESIDUES)
     pool.take(QKV, 100)
     pool.take(HEAD, 100)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (200, 0)
 
 
 def test_a_stock_that_was_used_is_refilled_while_nobody_asks_and_in_whole_batches(
-    pool: PadPool,
+    kind: Kind, pool: PadPool
 ) -> None:
+    full, few = 100 * kind.bytes_of(RESIDUES), 24 if kind is DIRECT else kind.unit - 1
     pool.fill()
-    for _ in range(24):
+    for _ in range(few):
         pool.take(HEAD, 1)
     time.sleep(0.05)
-    assert pool.nbytes == 100 * ROW_BYTES - 24 * 4 * 7  # a batch of one row costs like several
-    for _ in range(76):
+    assert pool.nbytes == full - few * kind.bytes_of(7)  # a batch of one row costs like several
+    for _ in range(100 - few):
         pool.take(HEAD, 1)
-    assert eventually(lambda: pool.nbytes == 100 * ROW_BYTES)
+    assert eventually(lambda: pool.nbytes == full)
 
 
 def test_a_full_stock_is_taken_from_before_anything_is_made_in_line(pool: PadPool) -> None:
@@ -162,8 +165,8 @@ def test_a_full_stock_is_taken_from_before_anything_is_made_in_line(pool: PadPoo
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (60, 0)
 
 
-def test_no_memory_means_every_pad_is_made_in_line() -> None:
-    pool = PadPool(NumberingProvider(), SHAPES, ROW_BYTES - 1)
+def test_no_memory_means_every_pad_is_made_in_line(kind: Kind) -> None:
+    pool = PadPool(NumberingProvider(kind, SHAPES), SHAPES, kind.bytes_of(RESIDUES) - 1)
     pool.fill()
     pool.take(QKV, 7)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (0, 7)
@@ -180,13 +183,13 @@ class SlowProvider(NumberingProvider):
         return super().make(key, rows)
 
 
-def test_the_time_of_pads_made_in_line_is_told_and_that_of_others_is_not() -> None:
-    pool = PadPool(SlowProvider(), SHAPES, 100 * ROW_BYTES)
+def test_the_time_of_pads_made_in_line_is_told_and_that_of_others_is_not(kind: Kind) -> None:
+    pool = PadPool(SlowProvider(kind, SHAPES), SHAPES, 100 * kind.bytes_of(RESIDUES))
     pool.fill()
     pool.take(QKV, 100)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows, pool.stats.inline_s) == (100, 0, 0.0)
     pool.close()
-    pool = PadPool(SlowProvider(), SHAPES, 0)
+    pool = PadPool(SlowProvider(kind, SHAPES), SHAPES, 0)
     for _ in range(3):
         pool.take(QKV, 5)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (0, 15)
@@ -194,9 +197,24 @@ def test_the_time_of_pads_made_in_line_is_told_and_that_of_others_is_not() -> No
     pool.close()
 
 
+def test_what_is_made_in_line_beyond_the_rows_asked_for_goes_into_the_stock() -> None:
+    provider = NumberingProvider(Kind(LATTICE, 32), SHAPES)
+    pool = PadPool(provider, SHAPES, 32 * 6 * RESIDUES)
+    pool.close()
+    first = provider.next
+    pool._closed, pool._stocks = False, {QKV: Stock(range(32), *SHAPES[QKV], LATTICE)}
+    taken = [pool.take(QKV, rows) for rows in (5, 20, 10)]  # no thread makes any meanwhile
+    numbers = [row[0] for pads in taken for row in IN_CLASSES.numbers(pads.r_ND)]
+    assert numbers == list(range(first, first + 35))
+    assert provider.next == first + 64
+    assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (20 + 7, 5 + 3)
+
+
 def test_a_closed_pool_gives_nothing(pool: PadPool) -> None:
     pool.fill()
     pool.close()
+    assert isinstance(pool._provider, NumberingProvider)
+    assert pool._provider.forgotten == 1  # what others would have been made from
     assert pool.nbytes == 0
     with pytest.raises(TSQPError, match="are gone"):
         pool.take(QKV, 1)
@@ -219,10 +237,10 @@ def test_a_forked_process_has_none_of_its_parents_pads(pool: PadPool) -> None:
     os.close(writer)
     os.waitpid(child, 0)
     assert os.read(reader, 100) == b"0 left, refused"
-    assert pool.take(QKV, 1).r_ND.shape == (1, 2)
+    assert len(pool.take(QKV, 1)) == 1
 
 
-@pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
+@pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
 def test_pads_of_the_tee_are_uniform_rows_and_their_products(field: Field) -> None:
     weight_FD = integer_weights(6, 9).weight_FD
     pads = DirectProvider({QKV: weight_FD}, field).make(QKV, 40)

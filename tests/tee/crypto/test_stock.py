@@ -4,41 +4,37 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from crypto_helpers import DIRECT, KINDS, Kind, NumberingProvider
 
 from every_opcode import at_every_opcode
 from tsqp.errors import TSQPError
 from tsqp.tee.crypto import pads as pads_module
 from tsqp.tee.crypto import stock as stock_module
 from tsqp.tee.crypto.pads import PadPool
-from tsqp.tee.crypto.stock import USED, Pads, Stock
+from tsqp.tee.crypto.stock import Pads, Stock
 
 ROWS = 8
 KEY = (0, "qkv")
 SHAPE = (3, 2)
-ROW_BYTES = 4 * sum(SHAPE)
 FIRST = 1000  # not what fresh memory is likely to hold
 
 
-class Numbered:
-    """A fake provider for tests: each row holds a number of its own instead of secrets."""
+class Numbered(NumberingProvider):
+    """Of one group; fresh memory is not likely to hold its numbers."""
 
-    def __init__(self) -> None:
-        self.next = FIRST
-
-    def make(self, key: tuple[int, str], rows: int) -> Pads:
-        first, self.next = self.next, self.next + rows
-        numbers = np.arange(first, first + rows, dtype=np.int32)[:, None]
-        return Pads(np.repeat(numbers, SHAPE[1], 1), np.repeat(numbers, SHAPE[0], 1))
+    def __init__(self, kind: Kind = DIRECT) -> None:
+        super().__init__(kind, {KEY: SHAPE}, first=FIRST)
 
 
-def numbers_of(pads: Pads | None) -> list[int]:
+def numbers_of(pads: Pads | None, kind: Kind = DIRECT) -> list[int]:
     """The numbers of rows that were given out, each of which must be whole."""
     if pads is None:
         return []
-    numbers = pads.r_ND[:, 0].tolist()
-    for number, r_D, u_F in zip(numbers, pads.r_ND, pads.u_NF, strict=True):
-        assert set(r_D.tolist()) == set(u_F.tolist()) == {number}
-    return [int(number) for number in numbers]
+    r_ND, u_NF = kind.numbers(pads.r_ND), kind.numbers(pads.u_NF)
+    numbers = [r_D[0] for r_D in r_ND]
+    for number, r_D, u_F in zip(numbers, r_ND, u_NF, strict=True):
+        assert set(r_D) == set(u_F) == {number}
+    return numbers
 
 
 def assert_each_once(given: list[int], provider: Numbered) -> None:
@@ -92,40 +88,48 @@ def test_an_exception_at_any_opcode_repeats_no_row_and_gives_none_that_was_not_f
     assert interrupted > 500
 
 
-def test_a_row_that_was_given_out_is_wiped_and_would_be_noticed_if_it_came_again() -> None:
-    stock = Stock(range(ROWS), *SHAPE)
-    stock.put(Numbered().make(KEY, 4))
+@KINDS
+def test_a_row_that_was_given_out_is_wiped_and_would_be_noticed_if_it_came_again(
+    kind: Kind,
+) -> None:
+    stock = Stock(range(ROWS), *SHAPE, kind.field)
+    stock.put(Numbered(kind).make(KEY, 4))
     taken = stock.take(3)
     assert taken is not None
-    assert (stock._r_ND[:3] == USED).all()
-    assert (stock._u_NF[:3] == USED).all()
-    assert (taken.r_ND >= FIRST).all()
+    for rows in (stock._r_ND, stock._u_NF):
+        assert (rows[:3].view(np.uint8) == 0xFF).all()
+    assert numbers_of(taken, kind) == [FIRST, FIRST + 1, FIRST + 2]
     stock._ready.appendleft(1)  # a fault of ours
     with pytest.raises(AssertionError, match="given out twice"):
         stock.take(1)
 
 
-@pytest.fixture
-def provider() -> Numbered:
-    return Numbered()
+def pool_of(provider: Numbered, kind: Kind) -> PadPool:
+    return PadPool(provider, {KEY: SHAPE}, ROWS * kind.bytes_of(sum(SHAPE)))
 
 
 @pytest.fixture
-def pool(provider: Numbered) -> Iterator[PadPool]:
-    pool = PadPool(provider, {KEY: SHAPE}, ROWS * ROW_BYTES)
+def provider(kind: Kind) -> Numbered:
+    return Numbered(kind)
+
+
+@pytest.fixture
+def pool(provider: Numbered, kind: Kind) -> Iterator[PadPool]:
+    pool = pool_of(provider, kind)
     yield pool
     pool.close()
 
 
+@KINDS
 def test_an_exception_at_any_opcode_of_a_pool_repeats_no_pad_and_leaves_it_usable(
-    pool: PadPool, provider: Numbered
+    kind: Kind, pool: PadPool, provider: Numbered
 ) -> None:
     given: list[int] = []
 
     def run() -> None:
         pool.fill()
         for rows in (1, 2, ROWS):  # the last of them partly made in line
-            given.extend(numbers_of(pool.take(KEY, rows)))
+            given.extend(numbers_of(pool.take(KEY, rows), kind))
 
     opcodes = list(at_every_opcode(run, pads_module, stock_module))
     assert len(opcodes) > 300
@@ -136,11 +140,12 @@ def test_an_exception_at_any_opcode_of_a_pool_repeats_no_pad_and_leaves_it_usabl
         pool.take(KEY, 1)
 
 
-def test_a_close_that_was_broken_off_anywhere_can_be_done_again() -> None:
+@KINDS
+def test_a_close_that_was_broken_off_anywhere_can_be_done_again(kind: Kind) -> None:
     pools: list[PadPool] = []
 
     def run() -> None:
-        pools.append(PadPool(Numbered(), {KEY: SHAPE}, ROWS * ROW_BYTES))
+        pools.append(pool_of(Numbered(kind), kind))
         pools[-1].fill()
         pools[-1].take(KEY, ROWS)
         pools[-1].close()

@@ -148,6 +148,12 @@ def fresh_seed() -> bytes:
     return secrets.token_bytes(SEED_BYTES)
 
 
+def prepare() -> None:
+    """Compile the loops."""
+    _are_residues.compile()
+    _add_up.compile()
+
+
 def _combined(polynomials: Polynomials, k_2W: NDArray[np.int64]) -> NDArray[np.int64]:
     """Σ_w k_w · p_w mod q at every root, for two vectors."""
     blocks, degree, _ = polynomials.low_GNB.shape

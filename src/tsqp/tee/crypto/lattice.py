@@ -8,108 +8,91 @@ A secret is fresh for each batch of N rows of one group and is used for nothing 
 noise of the batch come from one key, and both are erased after the last row. Classes of rows are
 made one at a time, each once. Shape suffixes: N roots and rows of a batch; M rows of a class;
 G blocks of features; B features of a block; D input and F output features.
+
+There are no locks, as in `pads`: what two threads must not both take is taken from a deque in one
+step of the interpreter.
 """
 
+import os
 import secrets
-import threading
+import weakref
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from tsqp.algebra import ring as ring_module
-from tsqp.algebra.params import LATTICE
+from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import BLOCK, ClassTransform, products_of_class
 from tsqp.model.config import Key
 from tsqp.tee.crypto.hints import Polynomials
+from tsqp.tee.crypto.stock import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.wire.seeds import SEED_BYTES, expand
 
-DEGREE = 2048  # N
 _ZEROS = memoryview(bytes(4 * DEGREE * BLOCK))
 NO_NOISE = np.empty((0, 0, BLOCK), np.uint32)
+MIN_ROWS = 32  # of a class: the hints are read once for each
 CLASS_COUNTERS = 2**64  # blocks of the key's stream that belong to one class, and to the secret
 
 
-@dataclass(frozen=True, slots=True)
-class Masks:
-    """Rows of one group, residues mod q in two parts.
-
-    Attributes:
-        r_low_MD, r_high_MD: masks.
-        u_low_MF, u_high_MF: H · s, their products with the weights but for Wq · e.
-    """
-
-    r_low_MD: NDArray[np.uint32]
-    r_high_MD: NDArray[np.uint16]
-    u_low_MF: NDArray[np.uint32]
-    u_high_MF: NDArray[np.uint16]
-
-    def __len__(self) -> int:
-        return len(self.r_low_MD)
-
-
 class _Batch:
-    """The secret of N rows of one group; `next_class` gives out each class once."""
+    """The secret of N rows of one group, from which each class of them is made once.
+
+    Its memory is overwritten once every class has ended, that is, has been made or given up. What
+    an exception from outside takes away unseen ends with the batch itself.
+    """
 
     def __init__(self, classes: int) -> None:
         self._key = bytearray(secrets.token_bytes(SEED_BYTES))
         self._s_N = np.empty(DEGREE, np.int64)
-        expand(bytes(self._key), self._s_N, LATTICE)  # the stream's blocks from 0 on
-        self._classes = classes
-        self._next = 0
-        self._out = 0
-        self._lock = threading.Lock()
-
-    def next_class(self) -> int | None:
-        """A class that nobody has been given; None once all are."""
-        with self._lock:
-            if self._next == self._classes:
-                return None
-            row_class, self._next = self._next, self._next + 1
-            self._out += 1
-            return row_class
+        expand(self._key, self._s_N, LATTICE)  # the stream's blocks from 0 on
+        self._to_end = deque(range(classes))
+        _batches.add(self)
 
     def secret(self, transform: ClassTransform, row_class: int) -> NDArray[np.float64]:
         """What the values at the roots are multiplied by for this class; to be erased."""
+        assert any(self._key), "A secret was about to be used after its end."
         return transform.secret(self._s_N, row_class)
 
     def noise(self, row_class: int, block: int, words_MB: NDArray[np.uint32]) -> None:
         """Fill with the uniform bits of the noise of one block of features."""
+        assert any(self._key), "A key was about to be used after its end."
         first = CLASS_COUNTERS * (1 + row_class) + block * words_MB.nbytes // 16
         mode = modes.CTR(first.to_bytes(16, "big"))
-        stream = Cipher(algorithms.AES256(bytes(self._key)), mode).encryptor()
+        stream = Cipher(algorithms.AES256(self._key), mode).encryptor()
         stream.update_into(_ZEROS[: words_MB.nbytes], words_MB.reshape(-1).view(np.uint8).data)
 
     def end_class(self) -> None:
-        """A class has been made, or given up; after the last one the secret is erased."""
-        with self._lock:
-            self._out -= 1
-            if self._out == 0 and self._next == self._classes:
-                self._erase()
+        """A class has been made, or given up; to be called once for each."""
+        with suppress(IndexError):
+            self._to_end.popleft()
+        if not self._to_end:
+            self.erase()
 
     def erase(self) -> None:
-        """Forget the secret, and with it the classes that have not been made."""
-        with self._lock:
-            self._next = self._classes
-            if self._out == 0:
-                self._erase()
-
-    def _erase(self) -> None:
+        """Overwrite the secret, of which nobody may be making a class."""
         self._key[:] = bytes(SEED_BYTES)
         self._s_N[:] = 0
 
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # of one that was never finished
+            self.erase()
+
 
 class LatticeProvider:
-    """Makes masks of a group, M rows at a time.
+    """Makes masks of a group, M rows at a time [P14].
 
     Args:
         public: a_d for all input features of the widest group.
         hints: of each group.
         widths: D of each group.
-        classes: k; M = N / k rows are made at once.
+        transform: says M.
     """
+
+    field = LATTICE
 
     def __init__(
         self,
@@ -123,77 +106,96 @@ class LatticeProvider:
         self._hints = dict(hints)
         self._widths = dict(widths)
         self._transform = transform
-        self._batches: dict[Key, _Batch] = {}
-        self._lock = threading.Lock()
+        # Classes that nobody has been given, each with the batch that it belongs to.
+        self._classes: dict[Key, deque[tuple[_Batch, int]]] = {key: deque() for key in hints}
 
     @property
-    def rows(self) -> int:
+    def unit(self) -> int:
         """M."""
         return self._transform.rows
 
-    def make(self, key: Key) -> Masks:
-        """The next class of a group's rows, never given out before."""
-        batch, row_class = self._next_class(key)
+    def make(self, key: Key, rows: int = 0) -> Pads:
+        """The next class of a group's rows, never given out before; M of them, not `rows`."""
+        batch, row_class = self._take_class(key)
         try:
             return self._make(batch, row_class, self._hints[key], self._widths[key])
+        except BaseException:
+            self._give_up(key, batch)
+            raise
         finally:
             batch.end_class()
 
     def forget(self) -> None:
-        """Erase all secrets."""
-        with self._lock:
-            batches, self._batches = self._batches, {}
-        for batch in batches.values():
-            batch.erase()
+        """Erase all secrets; those that masks are being made from, once they are made."""
+        for key in self._classes:
+            self._give_up(key, None)
 
-    def _next_class(self, key: Key) -> tuple[_Batch, int]:
-        with self._lock:
+    def _take_class(self, key: Key) -> tuple[_Batch, int]:
+        classes = self._classes[key]
+        while True:
+            with suppress(IndexError):
+                return classes.popleft()
+            batch = _Batch(self._transform.classes)
+            classes.extend((batch, row_class) for row_class in range(self._transform.classes))
+
+    def _give_up(self, key: Key, which: _Batch | None) -> None:
+        """Make no more classes of a batch, or of any."""
+        kept = []
+        with suppress(IndexError):
             while True:
-                batch = self._batches.get(key)
-                if batch is not None and (row_class := batch.next_class()) is not None:
-                    return batch, row_class
-                self._batches[key] = _Batch(self._transform.classes)
+                batch, row_class = self._classes[key].popleft()
+                if which is None or batch is which:
+                    batch.end_class()
+                else:
+                    kept.append((batch, row_class))
+        self._classes[key].extend(kept)
 
-    def _make(self, batch: _Batch, row_class: int, hints: Polynomials, width: int) -> Masks:
+    def _make(self, batch: _Batch, row_class: int, hints: Polynomials, width: int) -> Pads:
         transform, rows = self._transform, self._transform.rows
+        pads = Pads(empty_rows(rows, width, LATTICE), empty_rows(rows, hints.count, LATTICE))
         work = ring_module.work_space(rows)
         noise_1MB = np.empty((1, rows, BLOCK), np.uint32)
         secret_N = batch.secret(transform, row_class)
-        masks = Masks(
-            np.empty((rows, width), np.uint32),
-            np.empty((rows, width), np.uint16),
-            np.empty((rows, hints.count), np.uint32),
-            np.empty((rows, hints.count), np.uint16),
-        )
+        public, some = self._public, range(-(-width // BLOCK))
         try:
-            for g in range(-(-width // BLOCK)):
+            for g in some:
                 batch.noise(row_class, g, noise_1MB[0])
+                low_GNB, high_GNB = public.low_GNB, public.high_GNB
                 products_of_class(
-                    self._public.low_GNB,
-                    self._public.high_GNB,
-                    secret_N,
-                    transform,
-                    noise_1MB,
-                    work,
-                    masks.r_low_MD,
-                    masks.r_high_MD,
-                    g,
-                    g + 1,
+                    low_GNB, high_GNB, secret_N, transform, noise_1MB, work, pads.r_ND, g, g + 1
                 )
+            low_GNB, high_GNB = hints.low_GNB, hints.high_GNB
+            all_blocks = 0, len(low_GNB)
             products_of_class(
-                hints.low_GNB,
-                hints.high_GNB,
-                secret_N,
-                transform,
-                NO_NOISE,
-                work,
-                masks.u_low_MF,
-                masks.u_high_MF,
-                0,
-                len(hints.low_GNB),
+                low_GNB, high_GNB, secret_N, transform, NO_NOISE, work, pads.u_NF, *all_blocks
             )
         finally:
             secret_N[:] = 0
             noise_1MB[:] = 0
             work[:] = 0
-        return masks
+        return pads
+
+
+def rows_of_a_class(shapes: Mapping[Key, tuple[int, int]], memory_bytes: int) -> int:
+    """M for a stock of so much memory: the most of which two fit, so that one is always ready.
+
+    Args:
+        shapes: (F, D) of each group.
+    """
+    rows = memory_bytes // (residue_bytes_in_stock(LATTICE) * sum(map(sum, shapes.values())))
+    most = DEGREE
+    while most > MIN_ROWS and 2 * most > rows:
+        most //= 2
+    return most
+
+
+_batches: weakref.WeakSet[_Batch] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A child has a copy of the parent's secrets; using one would be using it twice."""
+    for batch in list(_batches):
+        batch.erase()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -4,7 +4,8 @@ The answer is checked as it crossed, every row of it, before any of it is unmask
 after the rounding would tell a worker, by its errors, about the noise. Both sides of that check are
 public but for the check vectors. What is used of an answer is a private copy.
 
-Shape suffixes: T tokens; D input and F output features; P pairs of features.
+Shape suffixes: T tokens; D input and F output features; P pairs of features; B bytes of a row, as
+`residue_bytes` has them.
 """
 
 from typing import Any
@@ -15,14 +16,13 @@ from numpy.typing import NDArray
 from tsqp.algebra.modular import canonical, multiply
 from tsqp.algebra.native import compiled, inlined
 from tsqp.algebra.params import CHECK_MODULUS
+from tsqp.algebra.residue_bytes import Bytes, high_words, low_words
 from tsqp.tee.crypto.kernels import ALL_ROWS, fold, high_of, low_of, quantize_row
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-UInt32 = NDArray[np.uint32]
-UInt16 = NDArray[np.uint16]
 
 SUM = 2**14  # products mod q, each below 2^47 in size, that are added up at once
 
@@ -61,15 +61,14 @@ def _dot_of_pairs(k_P: Int64, xq_P: Int64) -> Any:
 
 
 @compiled(
-    "int64(float32[:, ::1], int32[:, ::1], uint32[:, ::1], uint16[:, ::1], float64[:, ::1],"
-    " int64[::1], float64, float64, float64, float64, float64, uint32[:, :], uint16[:, :],"
-    " float64[::1], int64[:, ::1], int64[::1], int64, int64)"
+    "int64(float32[:, ::1], int32[:, ::1], uint8[:, ::1], float64[:, ::1], int64[::1], float64,"
+    " float64, float64, float64, float64, uint8[:, ::1], float64[::1], int64[:, ::1], int64[::1],"
+    " int64, int64)"
 )
 def quantize_and_mask(
     x_TD: Float32,
     bits_TD: Int32,
-    r_low_TD: UInt32,
-    r_high_TD: UInt16,
+    r_TB: Bytes,
     kw_2D: Float64,
     after_P: Int64,
     l1: float,
@@ -77,8 +76,7 @@ def quantize_and_mask(
     room: float,
     delta: float,
     q: float,
-    c_low_TD: UInt32,
-    c_high_TD: UInt16,
+    c_TB: Bytes,
     unit_T: Float64,
     expected_T2: Int64,
     expected_after_T: Int64,
@@ -89,12 +87,12 @@ def quantize_and_mask(
 
     Args:
         bits_TD: x_TD as int32.
-        r_low_TD, r_high_TD: the mask, in [0, q).
+        r_TB: the mask, in [0, q).
         kw_2D: k_iW mod q, centred.
         after_P: kW mod P of the check after rounding, as pairs.
         l1, l2, room: the bounds of the group's weights, and what they leave [P2], [P12].
         delta: Δ; |Δ · xq| < q.
-        c_low_TD, c_high_TD: shared memory; receive finished rows of c only.
+        c_TB: shared memory; receives finished rows of c only.
         unit_T: receives 1/a; 0 for a row of zeros.
         expected_T2: receives k_iW · c mod q.
         expected_after_T: receives kW · xq mod P.
@@ -112,7 +110,7 @@ def quantize_and_mask(
         unit_T[t] = quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
         if unit_T[t] < 0.0:
             return t
-        r_low_D, r_high_D = r_low_TD[t], r_high_TD[t]
+        r_low_D, r_high_D = low_words(r_TB[t], width), high_words(r_TB[t], width)
         for i in range(width):
             value = np.float64(xq_D[i]) * delta + _value(r_low_D[i], r_high_D[i])
             # A row of Wq that is not zero holds a 127, so |Δ · xq| ≤ q/254 [P2].
@@ -121,7 +119,7 @@ def quantize_and_mask(
             bits = np.int64(value)
             low_D[i] = np.uint32(bits)
             high_D[i] = np.uint16(bits >> np.int64(32))
-        out_low_D, out_high_D = c_low_TD[t], c_high_TD[t]
+        out_low_D, out_high_D = low_words(c_TB[t], width), high_words(c_TB[t], width)
         for i in range(width):
             out_low_D[i] = low_D[i]
             out_high_D[i] = high_D[i]
@@ -132,12 +130,10 @@ def quantize_and_mask(
 
 
 @compiled(
-    "int64(uint32[:, :], uint16[:, :], float64[:, ::1], int64[:, ::1], float64, float64[:, ::1],"
-    " int64, int64)"
+    "int64(uint8[:, ::1], float64[:, ::1], int64[:, ::1], float64, float64[:, ::1], int64, int64)"
 )
 def verify(
-    z_low_TF: UInt32,
-    z_high_TF: UInt16,
+    z_TB: Bytes,
     k_2F: Float64,
     expected_T2: Int64,
     q: float,
@@ -148,7 +144,7 @@ def verify(
     """[P13]: copy the answer into private memory, and check it there: k_i · z ≡ k_iW · c (mod q).
 
     Args:
-        z_low_TF, z_high_TF: shared memory, each element read once.
+        z_TB: shared memory, each element read once.
         k_2F: the check vectors mod q, centred.
         z_TF: private memory; receives the answer.
         first, stop: the rows to do.
@@ -157,7 +153,8 @@ def verify(
         the first row that holds a value outside [0, q) or fails the check, or ALL_ROWS.
     """
     for t in range(first, stop):
-        low_F, high_F, z_F = z_low_TF[t], z_high_TF[t], z_TF[t]
+        z_F = z_TF[t]
+        low_F, high_F = low_words(z_TB[t], z_F.size), high_words(z_TB[t], z_F.size)
         for f in range(z_F.size):
             z_F[f] = _value(low_F[f], high_F[f])
         most = 0.0
@@ -171,13 +168,12 @@ def verify(
 
 
 @compiled(
-    "int64(float64[:, ::1], uint32[:, ::1], uint16[:, ::1], int64[::1], float64[::1],"
-    " float64[::1], int64[::1], float64, int64, float32[:, ::1], int64, int64)"
+    "int64(float64[:, ::1], uint8[:, ::1], int64[::1], float64[::1], float64[::1], int64[::1],"
+    " float64, int64, float32[:, ::1], int64, int64)"
 )
 def unmask(
     z_TF: Float64,
-    u_low_TF: UInt32,
-    u_high_TF: UInt16,
+    u_TB: Bytes,
     after_P: Int64,
     scale_F: Float64,
     unit_T: Float64,
@@ -194,7 +190,7 @@ def unmask(
 
     Args:
         z_TF: private memory.
-        u_low_TF, u_high_TF: the mask's product, in [0, q).
+        u_TB: the mask's product, in [0, q).
         after_P: the check vector mod P, as pairs.
         y_TF: private memory. Worthless unless ALL_ROWS is returned.
         first, stop: the rows to do.
@@ -208,7 +204,8 @@ def unmask(
     yq_F = yq_P.view(np.int32)[:features]
     half_q, half_delta = (q - 1.0) / 2.0, np.int64(1) << np.int64(delta_bits - 1)
     for t in range(first, stop):
-        z_F, u_low_F, u_high_F, y_F, unit = z_TF[t], u_low_TF[t], u_high_TF[t], y_TF[t], unit_T[t]
+        z_F, y_F, unit = z_TF[t], y_TF[t], unit_T[t]
+        u_low_F, u_high_F = low_words(u_TB[t], features), high_words(u_TB[t], features)
         for f in range(features):
             value = canonical(z_F[f] - _value(u_low_F[f], u_high_F[f]), q)  # in [0, q)
             value = value - q if value > half_q else value

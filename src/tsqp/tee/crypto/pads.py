@@ -1,7 +1,8 @@
 """Where pads come from: made ahead by a thread of their own, or in line where the stock is empty.
 
-`PadPool.take` is the only way to a pad, and it removes what it returns; there is no way to put one
-back. Shape suffixes: N rows; D input and F output features of a group.
+Lattice masks [P11] are pads here. `PadPool.take` is the only way to a pad, and it removes what it
+returns; there is no way to put one back. Shape suffixes: N rows; D input and F output features of a
+group.
 """
 
 import atexit
@@ -9,7 +10,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -21,12 +22,12 @@ import torch
 from torch import Tensor
 
 from tsqp.algebra.int8_product import residue_product
-from tsqp.algebra.params import Field
+from tsqp.algebra.params import DIRECT_FIELDS, Field
 from tsqp.errors import TSQPError
 from tsqp.model.config import Key
 from tsqp.tee.cpu_clock import ThreadClock
 from tsqp.tee.crypto.rng import uniform
-from tsqp.tee.crypto.stock import Pads, Stock
+from tsqp.tee.crypto.stock import Pads, Stock, residue_bytes_in_stock, wipe
 
 log = logging.getLogger("tsqp")
 
@@ -40,25 +41,45 @@ NICE = 10  # of the background thread, where the system knows no idle policy
 class PadProvider(Protocol):
     """Makes batches of pads."""
 
+    @property
+    def field(self) -> Field:
+        """Of the residues."""
+        ...
+
+    @property
+    def unit(self) -> int:
+        """Rows that are always made together; 1 where any number can be."""
+        ...
+
     def make(self, key: Key, rows: int) -> Pads:
-        """Fresh pads for one group, never given out before."""
+        """Fresh pads for one group, never given out before: `rows`, or `unit` if that is not 1."""
+        ...
+
+    def forget(self) -> None:
+        """Erase what pads to come would be made from; safe to call twice."""
         ...
 
 
 class DirectProvider:
     """[P4]: the TEE multiplies its own random rows."""
 
+    unit = 1
+
     def __init__(self, weights_FD: Mapping[Key, Tensor], field: Field) -> None:
+        assert field in DIRECT_FIELDS
         self._weights_FD = weights_FD
-        self._field = field
+        self.field = field
 
     def make(self, key: Key, rows: int) -> Pads:
         weight_FD = self._weights_FD[key]
         features, width = weight_FD.shape
-        r_ND = uniform((rows, width), self._field)
+        r_ND = uniform((rows, width), self.field)
         u_NF = np.empty((rows, features), np.int32)
-        residue_product(torch.from_numpy(r_ND), weight_FD, self._field, torch.from_numpy(u_NF))
+        residue_product(torch.from_numpy(r_ND), weight_FD, self.field, torch.from_numpy(u_NF))
         return Pads(r_ND, u_NF)
+
+    def forget(self) -> None:
+        pass
 
 
 @dataclass(slots=True)
@@ -101,11 +122,14 @@ class PadPool:
         self._clock = ThreadClock()
         self._provider = provider
         self._shapes = dict(shapes)
-        row_bytes = 4 * sum(features + width for features, width in shapes.values())
-        self._rows = memory_bytes // row_bytes
+        self._each = residue_bytes_in_stock(provider.field)
+        rows = memory_bytes // (self._each * sum(map(sum, shapes.values())))
+        self._rows = rows - rows % provider.unit
         # Replaced as a whole by an empty one at the end, and never changed: others iterate over it.
         numbers = list(range(self._rows))
-        self._stocks = {key: Stock(numbers, *shape) for key, shape in shapes.items()}
+        self._stocks = {
+            key: Stock(numbers, *shape, provider.field) for key, shape in shapes.items()
+        }
         self._wake: SimpleQueue[None] = SimpleQueue()  # something to look at for the thread
         self._closed = False
         self._pid = os.getpid()
@@ -122,7 +146,10 @@ class PadPool:
     @property
     def nbytes(self) -> int:
         """Bytes of the pads that lie ready."""
-        return sum(4 * stock.ready * sum(self._shapes[key]) for key, stock in self._stocks.items())
+        stocks = self._stocks
+        return sum(
+            self._each * stock.ready * sum(self._shapes[key]) for key, stock in stocks.items()
+        )
 
     def take(self, key: Key, rows: int) -> Pads:
         """Remove and return pads; makes what is not in stock.
@@ -137,14 +164,25 @@ class PadPool:
         if taken is not None and ahead == rows:
             return taken
         began, cpu_began = perf_counter(), self.other_cpu_s()
-        made = self._provider.make(key, rows - ahead)
+        parts = [] if taken is None else [taken]
+        parts += self._make_in_line(key, rows - ahead)
         self._stats.inline_rows += rows - ahead
         self._stats.inline_s += perf_counter() - began
         self._stats.inline_cpu_s += self.other_cpu_s() - cpu_began
-        if taken is None:
-            return made
-        r_ND = np.concatenate([taken.r_ND, made.r_ND])
-        return Pads(r_ND, np.concatenate([taken.u_NF, made.u_NF]))
+        if len(parts) == 1:
+            return parts[0]
+        r_ND = np.concatenate([part.r_ND for part in parts])
+        return Pads(r_ND, np.concatenate([part.u_NF for part in parts]))
+
+    def _make_in_line(self, key: Key, rows: int) -> Iterator[Pads]:
+        """Exactly so many rows; what was made beyond them goes into the stock."""
+        while rows > 0:
+            made = self._provider.make(key, rows)
+            yield made[:rows]
+            if len(made) > rows:
+                self._put(key, made[rows:])
+                wipe(made, slice(rows, None))
+            rows -= len(made)
 
     def other_cpu_s(self) -> float:
         """Processor time of this process without that of making pads ahead."""
@@ -162,6 +200,7 @@ class PadPool:
         self._wake.put(None)
         if self._pid == os.getpid() and self._thread is not threading.current_thread():
             self._thread.join()
+        self._provider.forget()
 
     def _remove(self, key: Key, rows: int) -> Pads | None:
         if self._pid != os.getpid():
@@ -189,13 +228,16 @@ class PadPool:
     def _room(self, key: Key, stock: Stock, *, whole: bool) -> int:
         """Rows of the next batch; 0 if there is no room."""
         features, width = self._shapes[key]
-        a_few = -(-self._rows // BATCHES)
+        a_few, unit = -(-self._rows // BATCHES), self._provider.unit
         batch = max(1, min(BATCH_ROWS, a_few, BATCH_PRODUCTS // (features * width)))
-        room = stock.room
+        batch = unit if unit > 1 else batch
+        room = stock.room - stock.room % unit
         return batch if room >= batch else 0 if whole else room
 
     def _make(self, key: Key, rows: int) -> None:
-        pads = self._provider.make(key, rows)
+        self._put(key, self._provider.make(key, rows))
+
+    def _put(self, key: Key, pads: Pads) -> None:
         stock = self._stocks.get(key)
         if stock is not None:
             stock.put(pads)

@@ -5,47 +5,69 @@ D input and F output features of a group; B bytes of a row.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
+from tsqp.algebra.params import Field
 from tsqp.model.config import Key
 from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.crypto.stock import empty_rows
 from tsqp.tee.offload.base import Linear, Ready
-from tsqp.tee.offload.masked import MaskedGroup
+from tsqp.tee.offload.masked import Group
 from tsqp.tee.placement import IN_TEE
 
 
 class FixedPointLinear:
-    """[P2] and [P3] around an exact product, with no pad and nobody to hide it from."""
+    """[P2] and [P3] around an exact product, with no pad and nobody to hide it from.
+
+    Args:
+        weights_FD: int8 of each group.
+    """
 
     placement = IN_TEE
 
     def __init__(
-        self, groups: Mapping[Key, MaskedGroup], dtype: torch.dtype, rows: RowPool
+        self,
+        groups: Mapping[Key, Group[Any]],
+        weights_FD: Mapping[Key, Tensor],
+        dtype: torch.dtype,
+        rows: RowPool,
     ) -> None:
         self._groups = groups
+        self._weights_FD = weights_FD
         self._dtype = dtype
         self._rows = rows
 
     def start(self, request: Linear) -> Ready:
-        group = self._groups[request.layer, request.group]
-        tokens, each = len(request.x_TD), group.field.residue_bytes
+        key = request.layer, request.group
+        group, weight_FD, tokens = self._groups[key], self._weights_FD[key], len(request.x_TD)
+        field, each = group.field, group.field.residue_bytes
         c_TB = torch.empty(tokens, each * group.width, dtype=torch.uint8)
         z_TB = torch.empty(tokens, each * group.features, dtype=torch.uint8)
-        no_pad_TD = np.zeros((tokens, group.width), np.int32)
-        masked = group.mask(request.x_TD.float(), no_pad_TD, c_TB, self._rows)
-        c_TD = torch.empty(tokens, group.width, dtype=torch.int32)
-        z_TF = torch.empty(tokens, group.features, dtype=torch.int32)
-        residue_bytes.unpack(c_TB.numpy(), group.field, c_TD.numpy())
-        residue_product(c_TD, group.weight_FD, group.field, z_TF)
-        residue_bytes.pack(z_TF.numpy(), group.field, z_TB.numpy())
-        no_pad_TF = np.zeros((tokens, group.features), np.int32)
+        x_TD = request.x_TD.float().contiguous()
+        masked = group.mask(x_TD, _zeros(tokens, group.width, field), c_TB, self._rows)
+        c_TD = torch.from_numpy(np.empty((tokens, group.width), field.dtype))
+        z_TF = torch.empty(tokens, group.features, dtype=c_TD.dtype)
+        residue_bytes.unpack(c_TB.numpy(), field, c_TD.numpy())
+        residue_product(c_TD, weight_FD, field, z_TF)
+        residue_bytes.pack(z_TF.numpy(), field, z_TB.numpy())
         y_TF = torch.empty(tokens, group.features)
+        no_pad_TF = _zeros(tokens, group.features, field)
         group.unmask(z_TB, no_pad_TF, masked, y_TF, "This process", self._rows)
         return Ready(y_TF.to(self._dtype))
 
     def close(self) -> None:
         self._rows.close()
+
+
+def _zeros(rows: int, residues: int, field: Field) -> NDArray[Any]:
+    """Masks that hide nothing."""
+    zeros = empty_rows(rows, residues, field)
+    zeros[:] = 0
+    return zeros

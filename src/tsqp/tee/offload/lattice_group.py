@@ -13,14 +13,13 @@ from torch import Tensor
 
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import LATTICE
-from tsqp.algebra.residue_bytes import as_low_and_high
+from tsqp.algebra.residue_bytes import Bytes
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, LatticeError, NumericalError, UnsupportedModel
 from tsqp.model.config import Key
 from tsqp.tee.crypto import kernels, lattice_kernels
 from tsqp.tee.crypto.freivalds import VECTORS, CheckVectors, times
 from tsqp.tee.crypto.kernels import ALL_ROWS
-from tsqp.tee.crypto.lattice import Masks
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
 
@@ -42,6 +41,30 @@ class MaskedRows:
     expected_after_T: NDArray[np.int64]
 
 
+class Switch:
+    """Lattice offload of a process: on until a mask does not fit its product, and never again."""
+
+    def __init__(self) -> None:
+        self._reason = ""
+
+    def check(self) -> None:
+        """Raise LatticeError once it is off."""
+        if self._reason:
+            raise LatticeError(self._reason)
+
+    def turn_off(self, group: str) -> LatticeError:
+        """What to raise where a mask of this group was wrong."""
+        self._reason = (
+            f"A mask of {group} does not fit its product, which no worker can bring about: its "
+            "hints or this program are wrong, so nothing is offloaded with lattice masks any "
+            "more; use --field wide, and report it."
+        )
+        return LatticeError(self._reason)
+
+
+process_switch = Switch()  # whatever the number of sessions
+
+
 class LatticeGroup:
     """Check vectors, scales and bounds of one group; the weights themselves are not kept.
 
@@ -51,12 +74,22 @@ class LatticeGroup:
 
     field = LATTICE
 
-    def __init__(self, key: Key, weights: IntegerWeights, bias_F: Tensor | None) -> None:
+    def __init__(
+        self,
+        key: Key,
+        weights: IntegerWeights,
+        bias_F: Tensor | None,
+        switch: "Switch | None" = None,
+    ) -> None:
         """Draw check vectors [P6], [P13].
+
+        Args:
+            switch: of the process, unless it is another one.
 
         Raises:
             UnsupportedModel: the field is too small for these weights.
         """
+        self._switch = process_switch if switch is None else switch
         self.layer, self.name = key
         self.features, self.width = weights.weight_FD.shape
         bounds = Bounds.of(weights.weight_FD)
@@ -87,26 +120,27 @@ class LatticeGroup:
             f"group {self.name}" if self.layer < 0 else f"group {self.name} of layer {self.layer}"
         )
 
-    def mask(self, x_TD: Tensor, masks: Masks, c_TB: Tensor, rows: RowPool) -> MaskedRows:
+    def mask(self, x_TD: Tensor, r_TB: Bytes, c_TB: Tensor, rows: RowPool) -> MaskedRows:
         """[P12]: write c = Δ · xq + r mod q, the only thing that leaves.
 
         Args:
             x_TD: float32, contiguous.
+            r_TB: masks, rows of bytes.
             c_TB: uint8, may be shared memory.
 
         Raises:
             NumericalError: a row of x is not finite.
+            LatticeError: a mask was wrong before, in any session of this process.
         """
+        self._switch.check()
         x_np = x_TD.numpy()
-        c_low_TD, c_high_TD = as_low_and_high(c_TB.numpy())
         unit_T, expected_T2 = np.empty(len(x_np)), np.empty((len(x_np), VECTORS), np.int64)
         expected_after_T = np.empty(len(x_np), np.int64)
         kernel = partial(
             lattice_kernels.quantize_and_mask,
             x_np,
             x_np.view(np.int32),
-            masks.r_low_MD,
-            masks.r_high_MD,
+            r_TB,
             self._kw_2D,
             self._after_D,
             self._l1,
@@ -114,8 +148,7 @@ class LatticeGroup:
             self._room,
             float(self.delta),
             Q,
-            c_low_TD,
-            c_high_TD,
+            c_TB.numpy(),
             unit_T,
             expected_T2,
             expected_after_T,
@@ -130,37 +163,40 @@ class LatticeGroup:
     def unmask(
         self,
         z_TB: Tensor,
-        masks: Masks,
+        u_TB: Bytes,
         masked: MaskedRows,
         y_TF: Tensor,
-        worker: str,
+        culprit: str,
         rows: RowPool,
     ) -> None:
         """[P13], and then [P12], [P7] and [P3]: write y, or raise.
 
         Args:
             y_TF: float32, contiguous, in private memory; worthless where this raises.
-            worker: whom to blame for a wrong answer, as a sentence begins.
+            u_TB: the masks' products, rows of bytes.
+            culprit: whom to blame for a wrong answer, as a sentence begins.
 
         Raises:
             IntegrityError: some row is not the product; nothing was unmasked.
-            LatticeError: the mask's own product was wrong, which no worker can bring about.
+            LatticeError: the mask's own product was wrong, which no worker can bring about; or
+                one was before, in any session of this process.
         """
-        z_low_TF, z_high_TF = as_low_and_high(kernels.aligned(z_TB))
+        self._switch.check()
         z_TF = np.empty((len(y_TF), self.features))
         verify = partial(
-            lattice_kernels.verify, z_low_TF, z_high_TF, self._k_2F, masked.expected_T2, Q, z_TF
+            lattice_kernels.verify,
+            kernels.aligned(z_TB),
+            self._k_2F,
+            masked.expected_T2,
+            Q,
+            z_TF,
         )
         if rows.run(len(y_TF), verify) != ALL_ROWS:
-            raise IntegrityError(
-                f"{worker} returned a wrong product for {self}; nothing of it was used, and "
-                "nothing more should be asked there."
-            )
+            raise self.wrong_product(culprit)
         unmask = partial(
             lattice_kernels.unmask,
             z_TF,
-            masks.u_low_MF,
-            masks.u_high_MF,
+            u_TB,
             self._after_F,
             self._scale_F,
             masked.unit_T,
@@ -170,13 +206,16 @@ class LatticeGroup:
             y_TF.numpy(),
         )
         if rows.run(len(y_TF), unmask) != ALL_ROWS:
-            raise LatticeError(
-                f"A mask of {self} does not fit its product, which no worker can bring about: its "
-                "hints or this program are wrong, so nothing is offloaded with lattice masks any "
-                "more; use --field wide, and report it."
-            )
+            raise self._switch.turn_off(str(self))
         if self._bias_F is not None:
             y_TF.add_(self._bias_F)
+
+    def wrong_product(self, culprit: str) -> IntegrityError:
+        """What to raise where an answer is not the product."""
+        return IntegrityError(
+            f"{culprit} returned a wrong product for {self}; nothing of it was used, and nothing "
+            "more should be asked there."
+        )
 
 
 def _centred(residues: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -33,9 +33,50 @@ from tsqp.wire.channel import Channel
 from tsqp.wire.work import residue_rows_within
 
 Block = TypeVar("Block")  # what a mode remembers of rows that are out
+Kept = TypeVar("Kept")  # what a group remembers of them
 
 BLOCK_ROWS = 128  # of one call: the TEE unmasks one block while the worker multiplies the next
 AHEAD = 2  # blocks that are out at once
+
+
+class Group(Protocol[Kept]):
+    """One group of linear layers, as the private modes use it: masks, and what checks products.
+
+    Masks and their products are residues in arrays as `tsqp.tee.crypto.stock.empty_rows` makes.
+    """
+
+    layer: int
+    name: str
+    features: int
+    width: int
+
+    @property
+    def field(self) -> Field: ...
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row's residues, both ways."""
+        ...
+
+    def mask(self, x_TD: Tensor, r_TD: NDArray[Any], c_TB: Tensor, rows: RowPool) -> Kept:
+        """Write what leaves; raises NumericalError where x is not finite."""
+        ...
+
+    def unmask(
+        self,
+        z_TB: Tensor,
+        u_TF: NDArray[Any],
+        masked: Kept,
+        y_TF: Tensor,
+        culprit: str,
+        rows: RowPool,
+    ) -> None:
+        """Write y; raises IntegrityError unless every row of the answer is the product."""
+        ...
+
+    def wrong_product(self, culprit: str) -> IntegrityError:
+        """What to raise where an answer is not the product."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +96,6 @@ class MaskedGroup:
     """One group of linear layers: its integers, and the secret vectors that check products.
 
     Attributes:
-        weight_FD: int8.
         features, width: F and D.
     """
 
@@ -68,7 +108,6 @@ class MaskedGroup:
             UnsupportedModel: the field is too small for these weights.
         """
         self.layer, self.name = key
-        self.weight_FD = weights.weight_FD
         self.features, self.width = weights.weight_FD.shape
         self.field = field
         bounds = Bounds.of(weights.weight_FD)
@@ -170,13 +209,13 @@ class MaskedGroup:
         )
 
 
-class Groups:
+class Groups(Generic[Kept]):
     """The groups of one session; with it end their check vectors [P7]."""
 
-    def __init__(self, groups: Mapping[Key, MaskedGroup]) -> None:
+    def __init__(self, groups: Mapping[Key, Group[Kept]]) -> None:
         self._groups = dict(groups)
 
-    def of(self, request: Linear) -> MaskedGroup:
+    def of(self, request: Linear) -> Group[Kept]:
         """The group that a request asks for.
 
         Raises:
@@ -236,14 +275,14 @@ class PrivateOffload:
         self._linear.close()
 
 
-class _BlockSender(Protocol[Block]):
+class _BlockSender(Protocol[Block, Kept]):
     """A masked mode's work on one block of rows."""
 
-    def rows_per_call(self, group: MaskedGroup) -> int: ...
+    def rows_per_call(self, group: Group[Kept]) -> int: ...
 
-    def send(self, group: MaskedGroup, x_TD: Tensor) -> Block: ...
+    def send(self, group: Group[Kept], x_TD: Tensor) -> Block: ...
 
-    def receive(self, group: MaskedGroup, block: Block, y_TF: Tensor) -> float:
+    def receive(self, group: Group[Kept], block: Block, y_TF: Tensor) -> float:
         """Write the product, float32; the seconds spent waiting for it."""
         ...
 
@@ -253,23 +292,27 @@ class _BlockSender(Protocol[Block]):
 
 
 def start_in_blocks(
-    sender: _BlockSender[Block], group: MaskedGroup, x_TD: Tensor, dtype: torch.dtype
+    sender: _BlockSender[Block, Kept], group: Group[Kept], x_TD: Tensor, dtype: torch.dtype
 ) -> Pending:
     """Send the first blocks of rows; the rest follows as answers come."""
     return _Blocks(sender, group, x_TD.float().contiguous(), dtype)
 
 
-def masked_rows_per_call(channel: Channel, group: MaskedGroup) -> int:
+def masked_rows_per_call(channel: Channel, group: Group[Any]) -> int:
     """How many rows fit into one call, by their bytes and by the worker's limit of work."""
     by_work = residue_rows_within(channel.welcome.max_call_macs, group.features, group.width)
     return max(1, min(by_work, channel.max_call_bytes // group.row_bytes))
 
 
-class _Blocks(Generic[Block]):
+class _Blocks(Generic[Block, Kept]):
     """An answer on its way; at most AHEAD of its blocks are out at once."""
 
     def __init__(
-        self, sender: _BlockSender[Block], group: MaskedGroup, x_TD: Tensor, dtype: torch.dtype
+        self,
+        sender: _BlockSender[Block, Kept],
+        group: Group[Kept],
+        x_TD: Tensor,
+        dtype: torch.dtype,
     ) -> None:
         self._sender = sender
         self._group = group

@@ -1,17 +1,19 @@
 """`--privacy pad`: one untrusted worker, which sees uniform residues and cannot lie.
 
-[P4] takes pads from a pool, [P5] masks and unmasks, [P6] and [P7] check every row. Shape suffixes:
-T tokens; D input and F output features of a group; B bytes of a row.
+With pads, [P4] takes them from a pool, [P5] masks and unmasks, [P6] and [P7] check every row. With
+lattice masks, which come from the same pool, [P12] masks, [P13] checks every row as it crossed, and
+[P12] unmasks then. Shape suffixes: T tokens; D input and F output features of a group.
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 from torch import Tensor
 
-from tsqp.errors import IntegrityError
+from tsqp.errors import IntegrityError, LatticeError
 from tsqp.model.config import Key
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.pads import PadPool
@@ -19,9 +21,9 @@ from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.crypto.stock import Pads
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import (
+    Group,
     Groups,
-    Masked,
-    MaskedGroup,
+    Kept,
     masked_rows_per_call,
     start_in_blocks,
 )
@@ -33,15 +35,15 @@ from tsqp.wire.tensors import Spec
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _Block(Generic[Kept]):
     """Rows that are out: what it takes to read their answer."""
 
     ticket: int
     pads: Pads
-    masked: Masked
+    masked: Kept
 
 
-class PadLinear:
+class PadLinear(Generic[Kept]):
     """Linear layers by one worker.
 
     Args:
@@ -54,7 +56,7 @@ class PadLinear:
     def __init__(
         self,
         channel: Channel,
-        groups: Mapping[Key, MaskedGroup],
+        groups: Mapping[Key, Group[Kept]],
         pool: PadPool,
         dtype: torch.dtype,
         timeout: float,
@@ -78,11 +80,11 @@ class PadLinear:
         self._rows.close()
         self._channel.close()
 
-    def rows_per_call(self, group: MaskedGroup) -> int:
+    def rows_per_call(self, group: Group[Kept]) -> int:
         return masked_rows_per_call(self._channel, group)
 
-    def send(self, group: MaskedGroup, x_TD: Tensor) -> _Block:
-        """[P4], [P5]: take fresh pads, mask, and submit."""
+    def send(self, group: Group[Kept], x_TD: Tensor) -> _Block[Kept]:
+        """[P4], [P5], [P12]: take fresh pads, mask, and submit."""
         self._failures.check()
         rows, each = len(x_TD), group.field.residue_bytes
         slot = self._channel.reserve(
@@ -99,8 +101,8 @@ class PadLinear:
             raise
         return _Block(self._channel.submit(slot), pads, masked)
 
-    def receive(self, group: MaskedGroup, block: _Block, y_TF: Tensor) -> float:
-        """[P5], [P7]: the product, or nothing."""
+    def receive(self, group: Group[Kept], block: _Block[Kept], y_TF: Tensor) -> float:
+        """[P5], [P7], or [P13], [P12]: the product, or nothing."""
         began = time.monotonic()
         with self._channel.wait(block.ticket, began + self._timeout) as reply:
             waited_s = time.monotonic() - began
@@ -119,7 +121,10 @@ class PadLinear:
                 self._failures.count()
                 self.close()
                 raise
+            except LatticeError:  # not the worker's doing; the group lets no other session begin
+                self.close()
+                raise
         return waited_s
 
-    def cancel(self, block: _Block) -> None:
+    def cancel(self, block: _Block[Kept]) -> None:
         self._channel.cancel(block.ticket)

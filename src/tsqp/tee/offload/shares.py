@@ -23,9 +23,9 @@ from tsqp.tee.crypto.rng import fresh_seed
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import (
+    Group,
     Groups,
     Masked,
-    MaskedGroup,
     masked_rows_per_call,
     start_in_blocks,
 )
@@ -59,7 +59,7 @@ class SharesLinear:
     def __init__(
         self,
         channels: Sequence[Channel],
-        groups: Mapping[Key, MaskedGroup],
+        groups: Mapping[Key, Group[Masked]],
         dtype: torch.dtype,
         timeout: float,
         rows: RowPool,
@@ -68,7 +68,7 @@ class SharesLinear:
         assert len(channels) >= 2
         self._channels = tuple(channels)
         self._seeded, self._last = self._channels[:-1], self._channels[-1]
-        self._groups = Groups(groups)
+        self._groups: Groups[Masked] = Groups(groups)
         self._dtype = dtype
         self._timeout = timeout
         self._rows = rows
@@ -83,10 +83,10 @@ class SharesLinear:
         for channel in self._channels:
             channel.close()
 
-    def rows_per_call(self, group: MaskedGroup) -> int:
+    def rows_per_call(self, group: Group[Masked]) -> int:
         return min(masked_rows_per_call(channel, group) for channel in self._channels)
 
-    def send(self, group: MaskedGroup, x_TD: Tensor) -> _Block:
+    def send(self, group: Group[Masked], x_TD: Tensor) -> _Block:
         """[P8]: c_1 … c_n-1 as fresh seeds, and c_n = xq - Σ c_i mod p. Nobody is waited for."""
         self._failures.check()
         seeds = [fresh_seed() for _ in self._seeded]
@@ -100,7 +100,7 @@ class SharesLinear:
             raise
         return _Block((*tickets, ticket), masked)
 
-    def receive(self, group: MaskedGroup, block: _Block, y_TF: Tensor) -> float:
+    def receive(self, group: Group[Masked], block: _Block, y_TF: Tensor) -> float:
         """[P8], [P7]: the sum of the answers, or nothing."""
         deadline = time.monotonic() + self._timeout
         waited_s = 0.0
@@ -130,7 +130,7 @@ class SharesLinear:
         self._cancel(block.tickets)
 
     def _send_rest(
-        self, group: MaskedGroup, x_TD: Tensor, seeds: Sequence[bytes]
+        self, group: Group[Masked], x_TD: Tensor, seeds: Sequence[bytes]
     ) -> tuple[int, Masked]:
         width = group.field.residue_bytes * group.width
         operation = Product(group.layer, group.name, group.field.name)
@@ -154,12 +154,12 @@ class SharesLinear:
         return f"One of the workers at {', '.join(names)} and {last}"
 
 
-def _send_seed(channel: Channel, group: MaskedGroup, rows: int, seed: bytes) -> int:
+def _send_seed(channel: Channel, group: Group[Masked], rows: int, seed: bytes) -> int:
     operation = SeedProduct(group.layer, group.name, group.field.name, rows, seed)
     return channel.submit(channel.reserve(operation, [], [_answer(group, rows)]))
 
 
-def _answer(group: MaskedGroup, rows: int) -> Spec:
+def _answer(group: Group[Masked], rows: int) -> Spec:
     return Spec((rows, group.field.residue_bytes * group.features), torch.uint8)
 
 

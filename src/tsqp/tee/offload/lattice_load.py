@@ -1,0 +1,66 @@
+"""What lattice masks need of a model: made while its integer weights pass by, which are not kept.
+
+Shape suffixes: F output and D input features of a group.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tsqp.algebra import digits, ring, words
+from tsqp.algebra.params import DEGREE, LATTICE
+from tsqp.algebra.ring import ClassTransform, Ring
+from tsqp.checkpoint.quantize import IntegerWeights
+from tsqp.model.config import Key
+from tsqp.tee.crypto import hints, lattice_kernels
+from tsqp.tee.crypto.hints import Polynomials, fresh_seed, make_hints, public_polynomials
+from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
+from tsqp.tee.offload.lattice_group import LatticeGroup
+
+
+class LatticeLoad:
+    """Check vectors and hints of each group [P10], [P13], from a public seed of this process's own.
+
+    Args:
+        shapes: (F, D) of each group.
+        biases_F: of the groups that have one.
+
+    Attributes:
+        groups: those that were added.
+    """
+
+    def __init__(
+        self, shapes: Mapping[Key, tuple[int, int]], biases_F: Mapping[Key, Tensor]
+    ) -> None:
+        self._shapes = dict(shapes)
+        self._biases_F = biases_F
+        self._ring = Ring.of(LATTICE.p, DEGREE)
+        widest = max(width for _, width in shapes.values())
+        self._public = public_polynomials(self._ring, fresh_seed(), widest)
+        self._hints: dict[Key, Polynomials] = {}
+        self.groups: dict[Key, LatticeGroup] = {}
+
+    def add(self, key: Key, weights: IntegerWeights) -> None:
+        """Take what is needed of one group; what counts is the last call for it.
+
+        Raises:
+            UnsupportedModel: the field is too small for these weights.
+        """
+        self.groups[key] = LatticeGroup(key, weights, self._biases_F.get(key))
+        self._hints[key] = make_hints(self._public, weights.weight_FD)
+
+    def provider(self, memory_bytes: int) -> LatticeProvider:
+        """Masks for all groups, in batches that suit a stock of so many bytes [P14]."""
+        rows = rows_of_a_class(self._shapes, memory_bytes)
+        widths = {key: width for key, (_, width) in self._shapes.items()}
+        transform = ClassTransform.of(self._ring, DEGREE // rows)
+        return LatticeProvider(self._public, self._hints, widths, transform)
+
+
+def prepare_lattice() -> None:
+    """Compile the loops of lattice masks, which would otherwise be done while somebody waits."""
+    lattice_kernels.prepare()
+    hints.prepare()
+    ring.prepare()
+    digits.prepare(LATTICE)
+    words.prepare(LATTICE)

@@ -1,0 +1,184 @@
+"""The secret of a batch makes each class of rows once, and is erased, whatever happens."""
+
+import gc
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from crypto_helpers import integer_weights
+
+from every_opcode import at_every_opcode
+from tsqp.algebra.params import DEGREE, LATTICE
+from tsqp.algebra.ring import ClassTransform, Ring
+from tsqp.tee.crypto import lattice
+from tsqp.tee.crypto.hints import make_hints, public_polynomials
+from tsqp.tee.crypto.lattice import LatticeProvider
+from tsqp.tee.crypto.stock import Pads
+
+QKV, HEAD = (0, "qkv"), (-1, "lm_head")
+ROWS = 32
+CLASSES = DEGREE // ROWS
+RING = Ring.of(LATTICE.p, DEGREE)
+WEIGHTS = {QKV: integer_weights(3, 5).weight_FD, HEAD: integer_weights(4, 5, seed=1).weight_FD}
+PUBLIC = public_polynomials(RING, bytes(32), 5)
+HINTS = {key: make_hints(PUBLIC, weight_FD) for key, weight_FD in WEIGHTS.items()}
+
+
+class Batches:
+    """All batches that are begun, kept alive, and the classes that secrets were made for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.all: list[lattice._Batch] = []
+        self.classes: list[tuple[int, int]] = []
+        begin, secret = lattice._Batch.__init__, lattice._Batch.secret
+
+        def noting(batch: lattice._Batch, classes: int) -> None:
+            begin(batch, classes)
+            self.all.append(batch)
+
+        def noting_class(
+            batch: lattice._Batch, transform: ClassTransform, row_class: int
+        ) -> np.ndarray:
+            self.classes.append((self.all.index(batch), row_class))
+            return secret(batch, transform, row_class)
+
+        monkeypatch.setattr(lattice._Batch, "__init__", noting)
+        monkeypatch.setattr(lattice._Batch, "secret", noting_class)
+
+    @property
+    def alive(self) -> int:
+        """Batches whose secret is there."""
+        return sum(bool(batch._s_N.any()) or any(batch._key) for batch in self.all)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
+    return Batches(monkeypatch)
+
+
+@pytest.fixture
+def provider() -> LatticeProvider:
+    widths = dict.fromkeys(WEIGHTS, 5)
+    return LatticeProvider(PUBLIC, HINTS, widths, ClassTransform.of(RING, CLASSES))
+
+
+def rows_of(made: list[Pads]) -> list[bytes]:
+    return [row.tobytes() for pads in made for row in pads.r_ND]
+
+
+def test_each_group_and_batch_has_a_secret_of_its_own(
+    provider: LatticeProvider, batches: Batches
+) -> None:
+    for key in (QKV, HEAD, QKV, HEAD):
+        provider.make(key)
+    assert len(batches.all) == 2
+    for _ in range(CLASSES - 1):
+        provider.make(QKV)
+    assert len(batches.all) == 3
+    assert len({bytes(batch._key) for batch in batches.all if any(batch._key)}) == 2
+    assert batches.alive == 2  # the first one of QKV has no rows left
+
+
+def test_no_class_is_made_twice_by_threads_of_which_some_fail(
+    provider: LatticeProvider, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products, calls = lattice.products_of_class, iter(range(10**6))
+
+    def failing(*arguments: object) -> None:
+        if next(calls) % 17 == 16:
+            raise MemoryError
+        products(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lattice, "products_of_class", failing)
+
+    def make(number: int) -> Pads | None:
+        try:
+            return provider.make((QKV, HEAD)[number % 2])
+        except MemoryError:
+            return None
+
+    with ThreadPoolExecutor(8) as threads:
+        made = [pads for pads in threads.map(make, range(600)) if pads is not None]
+    assert 400 < len(made) < 600
+    assert len(set(batches.classes)) == len(batches.classes) == 600
+    rows = rows_of(made)
+    assert len(set(rows)) == len(rows)
+    provider.forget()
+    assert batches.alive == 0
+
+
+def test_after_a_failure_the_rest_of_the_batch_is_given_up_and_everything_is_erased(
+    provider: LatticeProvider, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works: list[np.ndarray] = []
+    space, products = lattice.ring_module.work_space, lattice.products_of_class
+
+    def noting(rows: int) -> np.ndarray:
+        works.append(space(rows))
+        return works[-1]
+
+    def failing(low_GNB: object, high_GNB: object, secret_N: np.ndarray, *others: object) -> None:
+        works.append(secret_N)
+        products(low_GNB, high_GNB, secret_N, *others)  # type: ignore[arg-type]
+        raise MemoryError
+
+    monkeypatch.setattr(lattice.ring_module, "work_space", noting)
+    provider.make(QKV)
+    monkeypatch.setattr(lattice, "products_of_class", failing)
+    with pytest.raises(MemoryError):
+        provider.make(QKV)
+    assert len(works) == 3
+    assert not any(work.any() for work in works)
+    assert batches.alive == 0
+    monkeypatch.setattr(lattice, "products_of_class", products)
+    provider.make(QKV)
+    assert len(batches.all) == 2
+
+
+def test_a_secret_that_was_erased_makes_nothing(
+    provider: LatticeProvider, batches: Batches
+) -> None:
+    provider.make(QKV)
+    batches.all[0].erase()
+    with pytest.raises(AssertionError, match="after its end"):
+        provider.make(QKV)
+
+
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+def test_a_forked_process_has_none_of_its_parents_secrets(
+    provider: LatticeProvider, batches: Batches
+) -> None:
+    provider.make(QKV)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, f"{batches.alive} left".encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    assert os.read(reader, 100) == b"0 left"
+    os.close(reader)
+    assert batches.alive == 1
+
+
+def test_an_exception_at_any_opcode_makes_no_class_twice_and_leaves_no_secret(
+    provider: LatticeProvider, batches: Batches
+) -> None:
+    made: list[Pads] = []
+
+    def run() -> None:
+        for _ in range(2):
+            made.append(provider.make(QKV))
+
+    assert len(list(at_every_opcode(run, lattice, step=3))) > 50
+    assert len(set(batches.classes)) == len(batches.classes)
+    rows = rows_of(made)
+    assert len(set(rows)) == len(rows) > 0
+    provider.forget()
+    secrets = [batch._s_N for batch in batches.all]
+    batches.all.clear()  # what an exception took away unseen ends with the batch
+    gc.collect()
+    assert not any(secret_N.any() for secret_N in secrets)
