@@ -7,6 +7,7 @@
     │   ├── UnsupportedModel       an architecture, option or format we do not implement
     │   ├── CheckpointError        a file is missing, cut, or contradicts the config
     │   ├── UnexpectedModel        another model than --expect-model asks for
+    │   ├── HintsError             hints of lattice masks that cannot be used or written
     │   └── TokenizerError         no tokenizer or no chat template where one is needed
     ├── NumericalError             an activation that is not a finite number
     ├── PromptError                an empty prompt, or an impossible parameter
@@ -69,6 +70,10 @@ class CheckpointError(ModelError):
 
 class UnexpectedModel(ModelError):
     """The model does not have the digest that was asked for; nothing was sent or computed."""
+
+
+class HintsError(ModelError):
+    """Hints of lattice masks are missing, cut short, or not those of the model's weights."""
 
 
 class TokenizerError(ModelError):

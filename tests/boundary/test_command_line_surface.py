@@ -6,26 +6,26 @@ COMMANDS = {
     "": "--config",
     "generate": """
         --attention --chat --debug --device --dtype --expect-model --field --fixed-point
-        --frequency-penalty --fuse --ignore-eos --insecure --insecure-same-host --json --logit-bias
-        --logprobs --max-tokens --min-p --min-tokens --n --no-shm --pad-memory --prefill-chunk
-        --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs --prompts --quiet
-        --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --temperature
-        --threads --timeout --top-k --top-p --worker --worker-key MODEL
+        --frequency-penalty --fuse --hints --ignore-eos --insecure --insecure-same-host --json
+        --logit-bias --logprobs --max-tokens --min-p --min-tokens --n --no-shm --pad-memory
+        --prefill-chunk --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs
+        --prompts --quiet --repetition-penalty --rpc-log --seed --split-special --stop
+        --stop-token-id --temperature --threads --timeout --top-k --top-p --worker --worker-key
+        MODEL
     """,
     "chat": """
         --attention --debug --device --dtype --expect-model --field --fixed-point
-        --frequency-penalty --fuse --insecure --insecure-same-host --logit-bias --max-tokens --min-p
-        --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy --quiet
+        --frequency-penalty --fuse --hints --insecure --insecure-same-host --logit-bias --max-tokens
+        --min-p --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy --quiet
         --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --system
-        --temperature --threads
-        --timeout --top-k --top-p --worker --worker-key MODEL
+        --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions
         --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --no-shm --quiet --record
         --serve --supervised --threads MODEL
     """,
-    "prepare": "--debug --quiet MODEL OUT",
+    "prepare": "--debug --hints --quiet MODEL OUT",
     "digest": "--debug --dtype --privacy --quiet MODEL",
     "keygen": "--debug FOLDER",
     "doctor": "--debug --dtype --insecure --json --threads --worker --worker-key MODEL",

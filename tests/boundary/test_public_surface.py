@@ -58,6 +58,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "insecure_same_host",
         "microbatches",
         "expect_model",
+        "hints",
         "rpc_log",
     ]
     public = {name for name in dir(tsqp.LLM) if not name.startswith("_")}

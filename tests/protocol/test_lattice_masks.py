@@ -1,12 +1,15 @@
 """`pad --field lattice`: what the trusted side keeps, and what a session asks of a worker."""
 
 import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from protocol_helpers import Main
 from torch import Tensor
 
 from tsqp import LLM, SamplingParams
@@ -21,6 +24,7 @@ from tsqp.runtime import build
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.stock import Pads
 from tsqp.tee.offload import lattice_group
+from tsqp.tee.offload.field_choice import MaskCosts, measure_costs
 from tsqp.tee.offload.lattice_group import Switch
 
 MODEL = "random:tiny"
@@ -94,9 +98,41 @@ def test_shares_have_no_lattice_masks() -> None:
         private(privacy="shares", worker=["inproc", "inproc"], insecure_same_host=True)
 
 
-def test_auto_is_a_field_and_others_are_refused_by_name() -> None:
-    with private(field="auto") as llm:
-        assert llm._options.field.name in ("wide", "lattice")
+@pytest.mark.parametrize(
+    ("costs", "field"), [(MaskCosts(2e-3, 1e-3), "lattice"), (MaskCosts(1e-3, 2e-3), "wide")]
+)
+def test_auto_takes_what_costs_less_and_says_why(
+    costs: MaskCosts,
+    field: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(build, "measure_costs", lambda *_: costs)
+    with caplog.at_level(logging.INFO, "tsqp"), private(field="auto") as llm:
+        assert llm._options.field == field
+        llm.generate([PROMPT], GREEDY)
+    assert f"field {field}: lattice masks take {1e3 * costs.lattice_s:.3f} ms" in caplog.text
+    assert f"and pads {1e3 * costs.pads_s:.3f} ms" in caplog.text
+
+
+def test_auto_takes_pads_where_hints_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "available_bytes", lambda: 2**20)
+    with caplog.at_level(logging.INFO, "tsqp"), private(field="auto") as llm:
+        assert llm._options.field == "wide"
+    needed = trusted_bytes(GEOMETRIES["tiny"], torch.float32, "pad", lattice=True)
+    assert f"would take {needed} bytes, and 1048576 are available" in caplog.text
+
+
+def test_auto_measures_that_masks_are_cheaper_in_wide_layers_and_pads_in_narrow_ones() -> None:
+    wide = measure_costs({(0, "up"): (16_384, 4096)}, 2**30)  # thirty times as cheap, or so
+    narrow = measure_costs({(0, "up"): (16, 16)}, 2**24)
+    assert wide.lattice_is_cheaper
+    assert not narrow.lattice_is_cheaper
+
+
+def test_a_field_that_is_none_is_refused_with_the_choice() -> None:
     with pytest.raises(UsageError, match="choose auto, wide, compact or lattice"):
         private(field="narrow")
 
@@ -154,3 +190,22 @@ def test_masks_made_ahead_give_the_tokens_of_fixed_point() -> None:
         llm.fill_pads()
         assert llm.generate([PROMPT], GREEDY)[0].token_ids == expected
         assert llm.pads is not None and llm.pads.ahead_rows > 0
+
+
+def test_hints_that_prepare_wrote_are_used_and_a_cut_file_is_one_sentence(
+    main: Main, tmp_path: Path, ids: Path
+) -> None:
+    prepared, hints = tmp_path / "tiny.tsqp.safetensors", tmp_path / "tiny.tsqp.hints"
+    result = main("prepare", MODEL, prepared, "--hints", hints)
+    assert result.status == 0, result.stderr
+    assert f"--field lattice --hints {hints}" in result.stderr
+    command = ["generate", MODEL, "--worker", "inproc", "--field", "lattice", "--hints", hints]
+    command += ["--prompt-ids", ids, "--pad-memory", "0", "--max-tokens", 2, "--json"]
+    result = main(*command)
+    assert result.status == 0, result.stderr
+    hints.write_bytes(hints.read_bytes()[:-1])
+    result = main(*command)
+    assert (result.status, result.stdout) == (1, "")
+    assert f"Cannot use the hints in {hints}" in result.error
+    result = main("prepare", MODEL, tmp_path / "again.tsqp.safetensors", "--hints", hints)
+    assert f"{hints} exists; name a new file" in result.error

@@ -56,7 +56,7 @@ def load_integers(
     Raises:
         CheckpointError: the checkpoint cannot be used. A cache that cannot is passed over.
     """
-    path = _cached_file(checkpoint)
+    path = cached_file(checkpoint)
     if path is not None and path.exists():
         try:
             return _place_all(path, checkpoint, place, progress)
@@ -74,7 +74,7 @@ def load_integers(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_prepared(checkpoint, path, groups, digest)
-            if _cached_file(checkpoint) != path:  # the files were changed while they were read
+            if cached_file(checkpoint) != path:  # the files were changed while they were read
                 path.unlink(missing_ok=True)
         except (WriteError, OSError) as exc:
             log.warning("keeping no cache: %s", exc)
@@ -102,8 +102,8 @@ def _place_all(
         file.close()
 
 
-def _cached_file(checkpoint: Checkpoint) -> Path | None:
-    """Where the integers of a checkpoint are kept; a changed one has another place.
+def cached_file(checkpoint: Checkpoint, ending: str = SUFFIX) -> Path | None:
+    """Where what is made of a checkpoint is kept, by its ending; a changed one has another place.
 
     What counts is the files that are open, not what their names lead to by now.
     """
@@ -120,7 +120,7 @@ def _cached_file(checkpoint: Checkpoint) -> Path | None:
     places = {name: str(file.path.relative_to(folder_of_all)) for name, file in sources.items()}
     told = json.dumps([FORMAT, repr(checkpoint.config), places, states], sort_keys=True)
     key = hashlib.sha256(told.encode()).hexdigest()[:32]
-    return folder / "prepared" / f"{key}{SUFFIX}"
+    return folder / "prepared" / f"{key}{ending}"
 
 
 def _state(file: BinaryFile) -> tuple[int, int, int, int, str]:

@@ -18,7 +18,14 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"F64": torch.float64}  # which every use rounds, as transformers does
-_STORED = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, **_DTYPES}
+_STORED = {
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    **_DTYPES,
+}
 
 
 # Nothing real is larger; what is, or is negative, torch refuses with errors of its own.

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from tsqp.checkpoint import demo_model
 from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.hints_file import write_hints
 from tsqp.checkpoint.model_digest import compute_digest
 from tsqp.checkpoint.prepared import PreparedFile, prepare
 from tsqp.checkpoint.progress import Rate
@@ -287,11 +288,18 @@ def print_digest(model: str, privacy: str, dtype: str) -> None:
     print(digest)
 
 
-def prepare_model(model: str, out: Path) -> None:
-    """Write a prepared file with a progress bar, and say how to use it."""
+def prepare_model(model: str, out: Path, hints: Path | None) -> None:
+    """Write a prepared file, and hints, with a progress bar, and say how to use them."""
+    if hints is not None and hints.exists():
+        raise UsageError(f"{hints} exists; name a new file, or remove it.")
     with loading_progress("Preparing") as preparing:
         digest = prepare(model, out, preparing)
     with closing(PreparedFile(out)) as file:
         preparing.say_rate(file.layers)
     note(f"{out}: {out.stat().st_size:,} bytes, weights {digest[:12]}…")
     note(f"Serve it with: tsqp worker {out} --listen ENDPOINT")
+    if hints is not None:
+        with loading_progress("Making hints") as making, closing(PreparedFile(out)) as file:
+            write_hints(file, hints, making)
+        note(f"{hints}: {hints.stat().st_size:,} bytes")
+        note(f"Use them with: tsqp generate {model} --field lattice --hints {hints}")

@@ -93,13 +93,17 @@ def prepare(
     out: Annotated[
         Path, typer.Argument(help="A new file, NAME.tsqp.safetensors.", show_default=False)
     ],
+    hints: Annotated[
+        Path | None,
+        typer.Option(help="Also write the hints of lattice masks, for the TEE, in this new file."),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write the int8 weights of the private modes, which are all that a worker needs for them."""
     from tsqp.cli.printing import prepare_model
 
-    prepare_model(model, out)
+    prepare_model(model, out, hints)
 
 
 @app.command()

@@ -2,20 +2,26 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from tsqp.algebra import digits
-from tsqp.algebra.params import LATTICE
+from tsqp.algebra.params import LATTICE, WIDE, Field
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.digest import WeightsDigest, weights_digest
 from tsqp.checkpoint.footprint import trusted_bytes
-from tsqp.checkpoint.integer_cache import load_integers
+from tsqp.checkpoint.hints_file import SUFFIX as HINTS_SUFFIX
+from tsqp.checkpoint.hints_file import HintsFile, new_hints_file
+from tsqp.checkpoint.integer_cache import cached_file, load_integers
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.model_digest import check_expected, model_digest
 from tsqp.checkpoint.progress import Progress, part_of, silent
 from tsqp.checkpoint.quantize import IntegerWeights, group_shape, integer_bytes
 from tsqp.checkpoint.weights import check_memory, embedding_bytes, read_bias, read_embedding
+from tsqp.errors import HintsError
 from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
 from tsqp.model.config import LAYER_GROUPS, Key, linear_groups, trusted_shapes
 from tsqp.runtime.options import Options
@@ -26,6 +32,7 @@ from tsqp.tee.crypto.kernels import prepare
 from tsqp.tee.crypto.pads import DirectProvider, PadPool
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.field_choice import measure_costs
 from tsqp.tee.offload.fixed_point import FixedPointLinear
 from tsqp.tee.offload.lattice_group import LatticeGroup, process_switch
 from tsqp.tee.offload.lattice_load import LatticeLoad, prepare_lattice
@@ -44,6 +51,7 @@ MIN_SHM = 2**20
 MAX_SHM = 2**30
 HEAD_ROWS = 8  # sequences whose logits travel in one call; more are split
 MAX_PAD_MEMORY = 2 * 2**30  # unless a user wants more
+MIN_WEIGHTS = 2**25  # of models whose hints are kept: making those of fewer takes a second or two
 
 
 class Builder:
@@ -54,6 +62,7 @@ class Builder:
         progress: called while weights are read, with the bytes done and their total.
 
     Attributes:
+        options: as given; `build` replaces a field that is to be measured.
         model_digest: see `tsqp.checkpoint.model_digest`; empty until `build` knows it.
     """
 
@@ -65,7 +74,7 @@ class Builder:
         norms: WeightsDigest | None = None,
         progress: Progress = silent,
     ) -> None:
-        self._options = options
+        self.options = options
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._dtype = dtype
@@ -85,7 +94,9 @@ class Builder:
         """
         if workers:
             process_limit.check()
-        options = self._options
+        if self.options.field == "auto" and self.options.privacy == "pad":
+            self.options = replace(self.options, field=self._cheaper_field().name)
+        options = self.options
         kept = trusted_bytes(
             self._config,
             self._dtype,
@@ -113,7 +124,7 @@ class Builder:
             self._checkpoint, self._dtype, digest=self._read, progress=self._progress
         )
         self._identify(digest)
-        options, config, dtype = self._options, self._config, self._dtype
+        options, config, dtype = self.options, self._config, self._dtype
         kind: type[OpenOffload | OpenAttentionOffload | OpenLayersOffload] = OpenOffload
         abilities = []
         if options.fuse_layers:
@@ -124,7 +135,7 @@ class Builder:
         return kind(channel, config, dtype, biases_F, options.timeout)
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
-        options, field = self._options, self._options.residues
+        options, field = self.options, self.options.residues
         integers: dict[Key, IntegerWeights] = {}
         biases_F = self._biases_F()
         digest, embedding_VD = self._load(integers.__setitem__)
@@ -162,14 +173,71 @@ class Builder:
     def _lattice(self, worker: WorkerProcess) -> tuple[Offload, PadPool]:
         process_switch.check()
         prepare_lattice()
-        load = LatticeLoad(self._shapes(), self._biases_F())
-        digest, embedding_VD = self._load(load.add)
+        load, digest, embedding_VD = self._load_with_hints()
         rows, memory = self._row_pool(), self._pad_memory()
         channel = self._connect(worker, digest, LATTICE.residue_bytes, [LATTICE_ABILITY])
         pool = PadPool(load.provider(memory), self._shapes(), memory)
-        timeout = self._options.timeout
+        timeout = self.options.timeout
         pad = PadLinear(channel, load.groups, pool, self._dtype, timeout, rows, process_limit)
         return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
+
+    def _load_with_hints(self) -> tuple[LatticeLoad, str, torch.Tensor]:
+        """What lattice masks need, with hints from a file or made here; and as `_load` has it.
+
+        Raises:
+            HintsError: the file that was named is not one of these weights.
+        """
+        given, shapes, biases_F = self.options.hints, self._shapes(), self._biases_F()
+        path = self._cached_hints() if given is None else Path(given)
+        if given is not None or (path is not None and path.exists()):
+            assert path is not None
+            try:
+                with closing(HintsFile(path)) as file:
+                    load = LatticeLoad(shapes, biases_F, file)
+                    return load, *self._load(load.add)
+            except HintsError as exc:
+                if given is not None:
+                    raise
+                log.warning("passing over hints that were kept: %s", exc)
+        load = LatticeLoad(shapes, biases_F)
+        digest, embedding_VD = self._load(load.add)
+        if path is not None:
+            self._keep_hints(path, load, digest)
+        return load, digest, embedding_VD
+
+    def _cheaper_field(self) -> Field:
+        """Pads or lattice masks, by what they cost here and whether hints fit."""
+        name, dtype = self._checkpoint.name, self._dtype
+        needed = trusted_bytes(self._config, dtype, "pad", lattice=True)
+        if needed > (available := available_bytes()):
+            log.info(
+                "field wide: the hints and all else of %s with lattice masks would take %d bytes, "
+                "and %d are available", name, needed, available,
+            )  # fmt: skip
+            return WIDE
+        costs = measure_costs(self._shapes(), self._pad_memory())
+        field = LATTICE if costs.lattice_is_cheaper else WIDE
+        log.info(
+            "field %s: lattice masks take %.3f ms of processor time a token, and pads %.3f ms",
+            field.name, 1e3 * costs.lattice_s, 1e3 * costs.pads_s,
+        )  # fmt: skip
+        return field
+
+    def _cached_hints(self) -> Path | None:
+        """Where hints are kept from one start to the next; None where making them takes no time."""
+        weights = sum(features * width for features, width in self._shapes().values())
+        return cached_file(self._checkpoint, HINTS_SUFFIX) if weights >= MIN_WEIGHTS else None
+
+    def _keep_hints(self, path: Path, load: LatticeLoad, digest: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            counts = {key: hints.count for key, hints in load.hints.items()}
+            with new_hints_file(path, load.seed, counts) as writer:
+                for key, hints in load.hints.items():
+                    writer.add(key, hints)
+                writer.digest = digest
+        except (HintsError, OSError) as exc:
+            log.warning("keeping no hints: %s", exc)
 
     def _load(self, place: Callable[[Key, IntegerWeights], None]) -> tuple[str, torch.Tensor]:
         """The digest of the integer weights, which `place` gets, and the embedding."""
@@ -190,14 +258,14 @@ class Builder:
         return {key: group_shape(self._config, *key) for key in linear_groups(self._config)}
 
     def _row_pool(self) -> RowPool:
-        return RowPool(self._options.threads or torch.get_num_threads())
+        return RowPool(self.options.threads or torch.get_num_threads())
 
     def _identify(self, weights: str, trusted: str | None = None) -> None:
         """Compute the model's digest, and refuse another one than the options ask for."""
         files = self._checkpoint.file_digests()
         self.model_digest = model_digest(files, self._dtype, weights, trusted)
         log.info("model digest %s", self.model_digest)
-        check_expected(self.model_digest, self._options.expect_model, self._checkpoint.name)
+        check_expected(self.model_digest, self.options.expect_model, self._checkpoint.name)
 
     def _biases_F(self) -> dict[Key, torch.Tensor]:
         found = {
@@ -208,7 +276,7 @@ class Builder:
         return {key: bias_F for key, bias_F in found.items() if bias_F is not None}
 
     def _pad_memory(self) -> int:
-        wanted = self._options.pad_memory
+        wanted = self.options.pad_memory
         if wanted is None:
             return min(MAX_PAD_MEMORY, available_bytes() // 4)
         check_memory(wanted, "The stock of pads")
@@ -217,17 +285,17 @@ class Builder:
     def _connect(
         self, worker: WorkerProcess, digest: str, itemsize: int, abilities: Sequence[str] = ()
     ) -> Channel:
-        reason = self._options.no_shm_reason
+        reason = self.options.no_shm_reason
         shm_bytes = 0 if reason else self._segment_bytes(itemsize)
         return worker.connect(self._checkpoint, digest, shm_bytes, reason, abilities)
 
     def _segment_bytes(self, itemsize: int) -> int:
         """Shared memory for the calls of one step."""
-        rows = self._options.prefill_chunk
+        rows = self.options.prefill_chunk
         widths = {key: sum(group_shape(self._config, *key)) for key in linear_groups(self._config)}
         head = widths.pop((-1, "lm_head"))
         numbers = [rows * max(widths.values()), min(rows, HEAD_ROWS) * head]
-        if self._options.gpu_attention:
+        if self.options.gpu_attention:
             scores = self._config.num_heads * rows * self._config.max_positions
             numbers.append(min(MAX_SCORES, scores))
         widest = itemsize * max(numbers)

@@ -345,6 +345,7 @@ class LLM:
             builder = Builder(options, checkpoint, self.dtype, norms, progress)
             self._offload, self._pads = builder.build(self._workers)
             self._turns.at_end(self._offload.close)
+            self._options = builder.options  # with the field that was chosen
             self._model_digest = builder.model_digest
             decoder = Decoder(
                 checkpoint,

@@ -106,7 +106,8 @@ class Options:
         str,
         Option(
             "Residues of the private modes: wide, compact, or in pad lattice, whose masks cost the "
-            "TEE less in wide layers, and whose privacy rests on RLWE; auto is wide.",
+            "TEE less in wide layers, and whose privacy rests on RLWE; auto measures which of wide "
+            "and lattice costs less.",
             str,
             env=("TSQP_FIELD",),
         ),
@@ -185,6 +186,14 @@ class Options:
             metavar="DIGEST",
         ),
     ] = None
+    hints: Annotated[
+        str | Path | None,
+        Option(
+            "A file of hints of field lattice, as `tsqp prepare --hints` writes them; by default "
+            "they are made, or come from the cache.",
+            Path | None,
+        ),
+    ] = None
     rpc_log: Annotated[
         str | Path | None,
         Option("A new file for where the time of every call went; see `tsqp report`.", Path | None),
@@ -207,6 +216,8 @@ class Options:
                 "--field lattice goes with --privacy pad, or with --fixed-point: shares need no "
                 "masks; choose wide or compact."
             )
+        if self.hints is not None and not self.lattice:
+            raise UsageError("--hints goes with --privacy pad and --field lattice; leave it out.")
         if self.fixed_point and self.privacy != "tee":
             raise UsageError(
                 "--fixed-point goes with --privacy tee; the private modes always use it."

@@ -8,13 +8,14 @@ import torch
 from crypto_helpers import integer_weights, product
 
 from tsqp.algebra import residue_bytes
+from tsqp.algebra.hints import LABEL, Polynomials, make_hints, public_polynomials
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.checkpoint.quantize import IntegerWeights
-from tsqp.errors import CheckpointError, IntegrityError, LatticeError
+from tsqp.errors import HintsError, IntegrityError, LatticeError
 from tsqp.tee.crypto import lattice
-from tsqp.tee.crypto.hints import LABEL, Polynomials, check_hints, make_hints, public_polynomials
+from tsqp.tee.crypto.hints import check_hints
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.crypto.stock import Pads
@@ -192,7 +193,7 @@ def test_a_hint_with_one_wrong_bit_is_refused(
     layer: Layer, place: tuple[int, int, int], bits: tuple[int, int]
 ) -> None:
     wrong = changed(layer.hints, *place, *bits)
-    with pytest.raises(CheckpointError, match="group qkv"):
+    with pytest.raises(HintsError, match="group qkv"):
         check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv")
 
 
@@ -200,17 +201,17 @@ def test_a_hint_that_is_no_residue_is_refused(layer: Layer) -> None:
     wrong = changed(layer.hints, 0, 5, 5, 0, 0)
     value = int(wrong.low_GNB[0, 5, 5]) + (int(wrong.high_GNB[0, 5, 5]) << 32) + Q
     wrong.low_GNB[0, 5, 5], wrong.high_GNB[0, 5, 5] = value & 0xFFFFFFFF, value >> 32
-    with pytest.raises(CheckpointError, match="no residues"):
+    with pytest.raises(HintsError, match="no residues"):
         check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv")
 
 
 def test_hints_of_other_weights_or_another_seed_are_refused(layer: Layer) -> None:
     width = layer.group.width
     others = make_hints(layer.public, integer_weights(40, width, seed=1).weight_FD)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(HintsError):
         check_hints(others, layer.public, layer.weights.weight_FD, "group qkv")
     elsewhere = public_polynomials(RING, bytes(32), width)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(HintsError):
         check_hints(layer.hints, elsewhere, layer.weights.weight_FD, "group qkv")
 
 

@@ -9,10 +9,10 @@ import pytest
 from crypto_helpers import integer_weights
 
 from every_opcode import at_every_opcode
+from tsqp.algebra.hints import make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.tee.crypto import lattice
-from tsqp.tee.crypto.hints import make_hints, public_polynomials
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.stock import Pads
 

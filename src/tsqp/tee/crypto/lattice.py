@@ -25,10 +25,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from tsqp.algebra import ring as ring_module
+from tsqp.algebra.hints import Polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import BLOCK, ClassTransform, products_of_class
 from tsqp.model.config import Key
-from tsqp.tee.crypto.hints import Polynomials
 from tsqp.tee.crypto.stock import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.wire.seeds import SEED_BYTES, expand
 

@@ -8,36 +8,46 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tsqp.algebra import digits, ring, words
+from tsqp.algebra.hints import Polynomials, make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
+from tsqp.checkpoint.hints_file import HintsFile
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.config import Key
 from tsqp.tee.crypto import hints, lattice_kernels
-from tsqp.tee.crypto.hints import Polynomials, fresh_seed, make_hints, public_polynomials
+from tsqp.tee.crypto.hints import check_hints, fresh_seed
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
 from tsqp.tee.offload.lattice_group import LatticeGroup
 
 
 class LatticeLoad:
-    """Check vectors and hints of each group [P10], [P13], from a public seed of this process's own.
+    """Check vectors and hints of each group [P10], [P13].
 
     Args:
         shapes: (F, D) of each group.
         biases_F: of the groups that have one.
+        file: hints that were made before, with a seed of their own. Each group's are checked.
 
     Attributes:
         groups: those that were added.
+        hints: of these groups.
+        seed: public.
     """
 
     def __init__(
-        self, shapes: Mapping[Key, tuple[int, int]], biases_F: Mapping[Key, Tensor]
+        self,
+        shapes: Mapping[Key, tuple[int, int]],
+        biases_F: Mapping[Key, Tensor],
+        file: HintsFile | None = None,
     ) -> None:
         self._shapes = dict(shapes)
         self._biases_F = biases_F
         self._ring = Ring.of(LATTICE.p, DEGREE)
         widest = max(width for _, width in shapes.values())
-        self._public = public_polynomials(self._ring, fresh_seed(), widest)
-        self._hints: dict[Key, Polynomials] = {}
+        self._file = file
+        self.seed = fresh_seed() if file is None else file.seed
+        self._public = public_polynomials(self._ring, self.seed, widest)
+        self.hints: dict[Key, Polynomials] = {}
         self.groups: dict[Key, LatticeGroup] = {}
 
     def add(self, key: Key, weights: IntegerWeights) -> None:
@@ -45,16 +55,22 @@ class LatticeLoad:
 
         Raises:
             UnsupportedModel: the field is too small for these weights.
+            HintsError: those in the file are not the hints of these weights.
         """
-        self.groups[key] = LatticeGroup(key, weights, self._biases_F.get(key))
-        self._hints[key] = make_hints(self._public, weights.weight_FD)
+        group = self.groups[key] = LatticeGroup(key, weights, self._biases_F.get(key))
+        if self._file is None:
+            self.hints[key] = make_hints(self._public, weights.weight_FD)
+        else:
+            hints = self._file.read(key, group.features)
+            check_hints(hints, self._public, weights.weight_FD, str(group))
+            self.hints[key] = hints
 
     def provider(self, memory_bytes: int) -> LatticeProvider:
         """Masks for all groups, in batches that suit a stock of so many bytes [P14]."""
         rows = rows_of_a_class(self._shapes, memory_bytes)
         widths = {key: width for key, (_, width) in self._shapes.items()}
         transform = ClassTransform.of(self._ring, DEGREE // rows)
-        return LatticeProvider(self._public, self._hints, widths, transform)
+        return LatticeProvider(self._public, self.hints, widths, transform)
 
 
 def prepare_lattice() -> None:

@@ -1,0 +1,151 @@
+"""The noise of lattice masks [P11]: its distribution, its independence, and the size of Wq · e."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from crypto_helpers import chi_square_p
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from tsqp.algebra import residue_bytes
+from tsqp.algebra.fixed_point import Bounds
+from tsqp.algebra.hints import Polynomials, make_hints, public_polynomials
+from tsqp.algebra.params import DEGREE, LATTICE
+from tsqp.algebra.ring import ClassTransform, Ring
+from tsqp.tee.crypto import lattice
+from tsqp.tee.crypto.lattice import LatticeProvider
+
+Q = LATTICE.p
+RING = Ring.of(Q, DEGREE)
+QKV, HEAD = (0, "qkv"), (-1, "lm_head")
+WIDTH = 96
+VARIANCE = 8  # 16 differences of two bits
+
+
+def signed(rows_NB: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Residues as the numbers of least size."""
+    values = np.empty((len(rows_NB), rows_NB.shape[1] // LATTICE.residue_bytes), np.int64)
+    residue_bytes.unpack(rows_NB, LATTICE, values)
+    return np.where(values > Q // 2, values - Q, values)
+
+
+@pytest.fixture(scope="module")
+def noise() -> dict[tuple[int, str], NDArray[np.int64]]:
+    """Of two groups: masks of public polynomials that are zero are nothing else."""
+    zeros = {key: Polynomials.empty(DEGREE, WIDTH) for key in (QKV, HEAD)}
+    transform = ClassTransform.of(RING, 4)
+    provider = LatticeProvider(zeros[QKV], zeros, dict.fromkeys(zeros, WIDTH), transform)
+    return {
+        key: np.concatenate([signed(provider.make(key).r_ND) for _ in range(8)]) for key in zeros
+    }
+
+
+def test_noise_is_binomial(noise: dict[tuple[int, str], NDArray[np.int64]]) -> None:
+    chances = np.array([math.comb(32, ones) for ones in range(33)]) / 2**32
+    for e_ND in noise.values():
+        assert np.abs(e_ND).max() <= 16
+        counts = np.bincount(e_ND.reshape(-1) + 16, minlength=33)
+        expected = chances * e_ND.size
+        often = expected > 20
+        statistic = ((counts - expected) ** 2 / expected)[often].sum()
+        assert statistic < often.sum() + 10 * (2 * often.sum()) ** 0.5
+        assert counts[~often].sum() < 200
+
+
+def test_noise_of_features_rows_classes_and_groups_is_independent(
+    noise: dict[tuple[int, str], NDArray[np.int64]],
+) -> None:
+    first, second = noise.values()
+    pairs = {
+        "features": (first[:, :-1], first[:, 1:]),
+        "blocks of features": (first[:, :-32], first[:, 32:]),
+        "rows": (first[:-1], first[1:]),
+        "classes": (first[:-512], first[512:]),
+        "batches": (first[:-2048], first[2048:]),
+        "groups": (first, second),
+    }
+    for name, (a, b) in pairs.items():
+        correlation = float((a * b).mean()) / VARIANCE
+        assert abs(correlation) < 6 / a.size**0.5, name
+        assert (a == b).mean() == pytest.approx(float((first == first[:, ::-1]).mean()), rel=0.02)
+
+
+def masks_and_products(batches: int) -> Iterator[tuple[NDArray[np.int64], Bounds]]:
+    """Wq · e of many rows, and the bounds of the weights."""
+    generator = np.random.default_rng(1)
+    weight = generator.integers(-127, 128, (1024, WIDTH))
+    weight[:, 0] = 127
+    weight_FD = torch.from_numpy(weight).to(torch.int8)
+    public = public_polynomials(RING, bytes(32), WIDTH)
+    hints = {QKV: make_hints(public, weight_FD)}
+    provider = LatticeProvider(public, hints, {QKV: WIDTH}, ClassTransform.of(RING))
+    for _ in range(batches):
+        pads = provider.make(QKV)
+        r_ND, u_NF = signed(pads.r_ND), signed(pads.u_NF)
+        error_NF = r_ND @ weight.T - u_NF
+        yield (error_NF + Q // 2) % Q - Q // 2, Bounds.of(weight_FD)
+
+
+@pytest.mark.parametrize("batches", [2, pytest.param(48, marks=pytest.mark.slow)])
+def test_products_with_noise_are_as_large_as_predicted_and_far_below_half_of_delta(
+    batches: int,
+) -> None:
+    largest = squares = count = 0.0
+    for error_NF, bounds in masks_and_products(batches):
+        deviation_F = math.sqrt(VARIANCE * bounds.l2_squared)  # of the longest row
+        largest = max(largest, float(np.abs(error_NF).max()) / deviation_F)
+        squares += float((error_NF.astype(np.float64) ** 2).sum())
+        count += error_NF.size
+        delta = bounds.delta(LATTICE)
+    weight_squares = squares / count / VARIANCE  # the mean of the rows' squared lengths
+    expected = 127**2 + (WIDTH - 1) * (127 * 128 / 3)
+    assert weight_squares == pytest.approx(expected, rel=0.02)  # of the deviation, 1 %
+    # Normal numbers: the largest of so many lies about here, and Δ/2 at ten deviations or beyond.
+    assert largest < math.sqrt(2 * math.log(count)) + 1
+    assert delta / 2 / deviation_F >= 10
+
+
+def test_a_mask_is_what_its_key_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in Python's integers, by direct evaluation."""
+    key = bytes(range(100, 132))
+    monkeypatch.setattr(lattice.secrets, "token_bytes", lambda _: key)
+    weight_FD = torch.tensor([[3, -127], [127, 5]], dtype=torch.int8)
+    public = public_polynomials(RING, bytes(32), 2)
+    hints = {QKV: make_hints(public, weight_FD)}
+    provider = LatticeProvider(public, hints, {QKV: 2}, ClassTransform.of(RING, 64))
+    pads = provider.make(QKV)
+    stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(20_000))
+    words = [int.from_bytes(stream[i : i + 8], "little") % 2**46 for i in range(0, 20_000, 8)]
+    s_N = [word for word in words if word < Q][:2048]
+    first = (2**64).to_bytes(16, "big")  # where the noise of the first class begins
+    bits = Cipher(algorithms.AES256(key), modes.CTR(first)).encryptor().update(bytes(32 * 32 * 4))
+    roots = RING.roots()
+    r_MD, u_MF = signed(pads.r_ND), signed(pads.u_NF)
+    a_ND, h_NF = public.at(slice(0, 2048)).tolist(), hints[QKV].at(slice(0, 2048)).tolist()
+
+    def coefficient(values_N: list[list[int]], feature: int, t: int) -> int:
+        total = sum(
+            row[feature] * s * pow(x, -t, Q) for row, s, x in zip(values_N, s_N, roots, strict=True)
+        )
+        return total * pow(2048, -1, Q) % Q
+
+    for m in (0, 5):  # rows 0 and 5 · 64 of the batch
+        for d in (0, 1):
+            word = int.from_bytes(bits[4 * (32 * m + d) :][:4], "little")
+            e = (word & 0xFFFF).bit_count() - (word >> 16).bit_count()
+            assert r_MD[m, d] % Q == (coefficient(a_ND, d, 64 * m) + e) % Q
+            assert u_MF[m, d] % Q == coefficient(h_NF, d, 64 * m)
+
+
+def test_masks_are_uniform_in_every_part_of_their_bytes() -> None:
+    public = public_polynomials(RING, bytes(32), WIDTH)
+    hints = {QKV: make_hints(public, torch.ones(1, WIDTH, dtype=torch.int8))}
+    provider = LatticeProvider(public, hints, {QKV: WIDTH}, ClassTransform.of(RING))
+    values = signed(provider.make(QKV).r_ND).reshape(-1) % Q
+    assert chi_square_p(np.bincount(values * 256 // Q, minlength=256)) > 1e-6
+    for byte in range(5):
+        assert chi_square_p(np.bincount(values >> 8 * byte & 255, minlength=256)) > 1e-6
+    assert len(np.unique(values)) > values.size - 20
