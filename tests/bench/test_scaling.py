@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tsqp.bench.figures import Figure
-from tsqp.bench.scaling import draw, measure_scaling, parse_widths, slope
+from tsqp.bench.scaling import NAMES, draw, measure_scaling, parse_widths, slope
 from tsqp.errors import UsageError
 
 
@@ -34,7 +34,7 @@ from tsqp.bench.figures import Figure
 from tsqp.report.plots import _draw
 from tsqp.bench.scaling import ScalingResult, draw
 figures = {width: Figure.of([1e-6 * width]) for width in (64, 128)}
-modes = ("tee", "pad", "pads")
+modes = ("tee", "pad", "lattice", "pads", "lattice masks")
 times, slopes = dict.fromkeys(modes, figures), dict.fromkeys(modes, 1.0)
 draw(ScalingResult([64, 128], 1, 1, 1, times, slopes, {}), Path("plot.svg"))
 print(Path("plot.svg").read_text(), _draw("x", 2.0, lambda axes: axes.plot([1, 2])))
@@ -56,7 +56,7 @@ def test_settings_of_plots_in_the_working_folder_have_no_effect(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_real_run_has_figures_for_every_width_and_a_plot(tmp_path: Path) -> None:
     result = measure_scaling([64, 128], 32, rounds=1, threads=1)
-    assert result.cpu_s_per_token.keys() == {"tee", "pad", "pads"}
+    assert list(result.cpu_s_per_token) == NAMES
     for figures in result.cpu_s_per_token.values():
         assert all(figures[width].least > 0 for width in (64, 128))
     draw(result, tmp_path / "plot.svg")

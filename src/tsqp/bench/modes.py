@@ -18,6 +18,7 @@ from tsqp.checkpoint.weights import parse_dtype
 from tsqp.gpu.serve import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.tee.crypto.lattice import MIN_ROWS
+from tsqp.tee.crypto.pads import PadStats
 from tsqp.tee.crypto.stock import residue_bytes_in_stock
 
 TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
@@ -106,6 +107,7 @@ class LlmRunner:
         self.stock_rows, pad_memory = _stock(setting) if stocked else (0, 0)
         self._batch = setting.batch
         self.field = setting.field
+        self._fill_cpu_s = 0.0
         self.llm = LLM(
             setting.model,
             dtype=setting.dtype,
@@ -121,28 +123,48 @@ class LlmRunner:
     def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample:
         """One greedy answer from a full stock; then the pads that it used are made again."""
         llm = self.llm
-        llm.fill_pads()
+        self._fill()
         llm.stats.reset()
         before = _count(llm)
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         llm.generate([prompt_ids] * self._batch, params)
         crossed = {name: value - before[name] for name, value in _count(llm).items()}
-        began = process_time()
-        llm.fill_pads()
-        pads_cpu_s = crossed["pads_cpu_s"] + process_time() - began
+        pads_cpu_s = crossed["pads_cpu_s"] + self._fill()
         stats = llm.stats
         prompt, new = self._batch * len(prompt_ids), self._batch * (new_tokens - 1)
+        pads_cpu_s_per_token = pads_cpu_s / (prompt + new)
+        if self.field == LATTICE.name and llm.pads is not None:
+            # Made in classes, which a run does not use up: the mean of all that were made.
+            pads_cpu_s_per_token = self._class_cpu_s(llm.pads)
         return Sample(
             prefill_s=stats.prefill_s,
             decode_s_per_token=stats.decode_s / new,
             prefill_cpu_s_per_token=stats.prefill_cpu_s / prompt,
             decode_cpu_s_per_token=stats.decode_cpu_s / new,
-            pads_cpu_s_per_token=pads_cpu_s / (prompt + new),
+            pads_cpu_s_per_token=pads_cpu_s_per_token,
             worker_s=crossed["worker_s"],
             calls_per_forward=crossed["calls"] / new_tokens,
             tensor_bytes=crossed["tensor_bytes"],
             socket_bytes=crossed["socket_bytes"],
         )
+
+    def _fill(self) -> float:
+        """Fill the stock; the processor seconds that it took in all threads."""
+        began, before = process_time(), self._background_cpu_s
+        self.llm.fill_pads()
+        took_s = process_time() - began
+        self._fill_cpu_s += took_s - (self._background_cpu_s - before)
+        return took_s
+
+    @property
+    def _background_cpu_s(self) -> float:
+        return 0.0 if self.llm.pads is None else self.llm.pads.background_cpu_s
+
+    def _class_cpu_s(self, pads: PadStats) -> float:
+        """For one row of every group, of all that were made since the session began."""
+        groups = len(linear_groups(self.llm.config))
+        cpu_s = self._fill_cpu_s + pads.inline_cpu_s + pads.background_cpu_s
+        return groups * cpu_s / pads.made_rows
 
     def close(self) -> None:
         self.llm.close()

@@ -1,7 +1,8 @@
 """`tsqp bench scaling`: how the TEE's work for a token grows with the width d of a model.
 
-A token's linear layers are O(d²) operations. In `tee` the TEE does them; in `pad`, with pads made
-ahead, it does O(d) operations around each product. The slopes of log(time) over log(d) show it.
+A token's linear layers are O(d²) operations. In `tee` the TEE does them; in `pad` it does O(d)
+operations around each product. Making a pad takes O(d²) operations more, and making lattice masks
+O(d). The slopes of log(time) over log(d) show it.
 """
 
 import json
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +18,24 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
+from tsqp.algebra.params import FieldName
 from tsqp.bench.figures import Figure
 from tsqp.bench.host import describe_machine
-from tsqp.bench.modes import MODES, Sample, Setting
+from tsqp.bench.modes import MODES, Runner, Sample, Setting
 from tsqp.bench.output import new_table
 from tsqp.errors import UsageError
 from tsqp.model.config import tensor_shapes
 from tsqp.model.hf_config import from_hf
 
 LAYERS, HEAD_DIM, VOCABULARY = 2, 64, 512
-COMPARED = ("tee", "pad")
+COMPARED: dict[str, tuple[str, str, FieldName]] = {  # mode, dtype and field of each
+    "tee": ("tee", "float32", "wide"),
+    "tee bfloat16": ("tee", "bfloat16", "wide"),
+    "pad": ("pad", "float32", "wide"),
+    "lattice": ("pad", "float32", "lattice"),
+}
+MADE_AHEAD = {"pad": "pads", "lattice": "lattice masks"}
+NAMES = [*COMPARED, *MADE_AHEAD.values(), *(f"{name} in all" for name in MADE_AHEAD)]
 NEW_TOKENS = 2
 
 
@@ -34,7 +44,8 @@ class ScalingResult:
     """Processor seconds of the TEE for each token of a prompt.
 
     Attributes:
-        cpu_s_per_token: by mode and width; of `pad` with pads made ahead, which "pads" is.
+        cpu_s_per_token: by name and width: those of COMPARED without what is made ahead, what is
+            made ahead for them, and "… in all", the sum of both.
         slopes: of the logarithm over the logarithm of the width, by least squares.
     """
 
@@ -70,13 +81,17 @@ def measure_scaling(
     widths: Sequence[int], prompt_tokens: int, *, rounds: int, threads: int
 ) -> ScalingResult:
     """Run a prompt through models of two layers, of each width, in each mode, in turn."""
-    found: dict[str, dict[int, Figure]] = {name: {} for name in (*COMPARED, "pads")}
+    found: dict[str, dict[int, Figure]] = {name: {} for name in NAMES}
     for width in widths:
         samples = _samples(width, prompt_tokens, rounds, threads)
-        for mode in COMPARED:
-            times = [sample[mode].prefill_cpu_s_per_token for sample in samples]
-            found[mode][width] = Figure.of(times)
-        found["pads"][width] = Figure.of([s["pad"].pads_cpu_s_per_token for s in samples])
+        for name in COMPARED:
+            times = [sample[name].prefill_cpu_s_per_token for sample in samples]
+            found[name][width] = Figure.of(times)
+            if name in MADE_AHEAD:
+                ahead = [sample[name].pads_cpu_s_per_token for sample in samples]
+                both = [time + more for time, more in zip(times, ahead, strict=True)]
+                found[MADE_AHEAD[name]][width] = Figure.of(ahead)
+                found[f"{name} in all"][width] = Figure.of(both)
     return ScalingResult(
         widths=list(widths),
         prompt_tokens=prompt_tokens,
@@ -96,7 +111,7 @@ def slope(figures: dict[int, Figure]) -> float:
 
 def tables(result: ScalingResult) -> Iterator[Table]:
     """A row for each width, and the slopes."""
-    table = new_table("TEE processor time for a token, µs", "d", "tee", "pad", "making its pads")
+    table = new_table("TEE processor time for a token, µs", "d", *result.cpu_s_per_token)
     for width in result.widths:
         cells = [figures[width] for figures in result.cpu_s_per_token.values()]
         table.add_row(str(width), *map(_cell, cells))
@@ -109,7 +124,8 @@ def notes(result: ScalingResult) -> Iterator[str]:
     yield (
         f"{LAYERS} layers, {result.prompt_tokens} prompt tokens; medians of {result.rounds} rounds "
         "with least and most. Slope: of log time over log d; work that grows as a product does has "
-        "2, as a vector does 1. Attention, norms and activation are in both modes alike."
+        "2, as a vector does 1. Attention, norms and activation are in all modes alike. Where "
+        "nothing else is said, the dtype is float32."
     )
 
 
@@ -121,9 +137,9 @@ def draw(result: ScalingResult, path: Path) -> None:
     mpl.rcdefaults()  # whatever a matplotlibrc in the working folder says
     figure = Plot(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for (name, figures), marker in zip(result.cpu_s_per_token.items(), "os^", strict=True):
+    for (name, figures), marker in zip(result.cpu_s_per_token.items(), cycle("os^v"), strict=False):
         medians = [1e6 * figures[width].median for width in result.widths]
-        label = f"{'making pads' if name == 'pads' else name}: slope {result.slopes[name]:.2f}"
+        label = f"{name}: slope {result.slopes[name]:.2f}"
         axes.loglog(result.widths, medians, marker=marker, label=label)
     axes.set_xticks(result.widths, [str(width) for width in result.widths])
     axes.minorticks_off()
@@ -142,13 +158,14 @@ def _samples(width: int, prompt_tokens: int, rounds: int, threads: int) -> list[
     """What each mode took in each round that counts."""
     with tempfile.TemporaryDirectory(prefix="tsqp-bench-") as folder, ExitStack() as stack:
         _write_model(Path(folder), width, prompt_tokens + NEW_TOKENS)
-        setting = Setting(folder, "float32", "wide", prompt_tokens, NEW_TOKENS, threads)
-        runners = {mode: MODES[mode](setting) for mode in COMPARED}
-        for runner in runners.values():
-            stack.callback(runner.close)
+        runners: dict[str, Runner] = {}
+        for name, (mode, dtype, field) in COMPARED.items():
+            setting = Setting(folder, dtype, field, prompt_tokens, NEW_TOKENS, threads)
+            runners[name] = MODES[mode](setting)
+            stack.callback(runners[name].close)
         prompt_ids = [n % VOCABULARY for n in range(prompt_tokens)]
         return [
-            {mode: runner.run(prompt_ids, NEW_TOKENS) for mode, runner in runners.items()}
+            {name: runner.run(prompt_ids, NEW_TOKENS) for name, runner in runners.items()}
             for _ in range(rounds + 1)
         ][1:]
 

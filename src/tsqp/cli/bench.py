@@ -104,7 +104,7 @@ def bench_scaling(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time the TEE alone as models grow wider: with tee and with pad, and the slope of each."""
+    """Time the TEE alone as models grow wider: in tee and in pad, and the slope of each."""
     from tsqp.bench import output
 
     output.check_out(out)

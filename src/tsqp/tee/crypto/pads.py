@@ -93,6 +93,7 @@ class PadStats:
         background_cpu_s: processor time of the thread that makes pads ahead, and its helpers;
             0 where the system does not tell.
         stock_bytes: of the pads that lie ready.
+        made_rows: of all groups, in line or ahead, whether they were used or not.
     """
 
     ahead_rows: int = 0
@@ -101,6 +102,7 @@ class PadStats:
     inline_cpu_s: float = 0.0
     background_cpu_s: float = 0.0
     stock_bytes: int = 0
+    made_rows: int = 0
 
 
 class PadPool:
@@ -119,6 +121,7 @@ class PadPool:
         self, provider: PadProvider, shapes: Mapping[Key, tuple[int, int]], memory_bytes: int
     ) -> None:
         self._stats = PadStats()
+        self._made: dict[int, int] = {}  # rows, by thread: each is written by that one only
         self._clock = ThreadClock()
         self._provider = provider
         self._shapes = dict(shapes)
@@ -140,8 +143,12 @@ class PadPool:
     @property
     def stats(self) -> PadStats:
         """How the pads came about, until now."""
-        background_cpu_s = self._clock.seconds()
-        return replace(self._stats, background_cpu_s=background_cpu_s, stock_bytes=self.nbytes)
+        return replace(
+            self._stats,
+            background_cpu_s=self._clock.seconds(),
+            stock_bytes=self.nbytes,
+            made_rows=sum(list(self._made.values())),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -177,7 +184,7 @@ class PadPool:
     def _make_in_line(self, key: Key, rows: int) -> Iterator[Pads]:
         """Exactly so many rows; what was made beyond them goes into the stock."""
         while rows > 0:
-            made = self._provider.make(key, rows)
+            made = self._make(key, rows)
             yield made[:rows]
             if len(made) > rows:
                 self._put(key, made[rows:])
@@ -191,7 +198,7 @@ class PadPool:
     def fill(self) -> None:
         """Wait until the stock is full."""
         while not self._closed and (batch := self._next(whole=False)) is not None:
-            self._make(*batch)
+            self._make_ahead(*batch)
 
     def close(self) -> None:
         """Forget all pads and stop making any; safe to call twice, and from any thread."""
@@ -234,8 +241,13 @@ class PadPool:
         room = stock.room - stock.room % unit
         return batch if room >= batch else 0 if whole else room
 
-    def _make(self, key: Key, rows: int) -> None:
-        self._put(key, self._provider.make(key, rows))
+    def _make_ahead(self, key: Key, rows: int) -> None:
+        self._put(key, self._make(key, rows))
+
+    def _make(self, key: Key, rows: int) -> Pads:
+        made, thread = self._provider.make(key, rows), threading.get_ident()
+        self._made[thread] = self._made.get(thread, 0) + len(made)
+        return made
 
     def _put(self, key: Key, pads: Pads) -> None:
         stock = self._stocks.get(key)
@@ -252,7 +264,7 @@ class PadPool:
                 self._wake.get()
                 continue
             try:
-                self._make(*batch)
+                self._make_ahead(*batch)
                 failed = False
             except Exception as exc:  # memory is short, for one: it may not be for ever
                 if not failed:
