@@ -77,7 +77,7 @@ def assert_no_row_comes_twice(taken: list[tuple[Key, Pads]], field: Field) -> No
     [
         (0, FIELDS["wide"]),
         (100, FIELDS["compact"]),
-        (0, LATTICE),  # the rows beyond those that are asked for are dropped
+        (0, LATTICE),  # the rows beyond those that are asked for are kept for the next call
         (64, LATTICE),
         (4096, LATTICE),
     ],

@@ -114,7 +114,8 @@ class PadPool:
 
     Args:
         shapes: (F, D) of each group.
-        memory_bytes: what the stock may take. Every group gets as many rows.
+        memory_bytes: what the stock may take. Every group gets as many rows. Where it is not enough
+            for rows that are always made together, they take more, and none are made ahead.
     """
 
     def __init__(
@@ -127,7 +128,10 @@ class PadPool:
         self._shapes = dict(shapes)
         self._each = residue_bytes_in_stock(provider.field)
         rows = memory_bytes // (self._each * sum(map(sum, shapes.values())))
-        self._rows = rows - rows % provider.unit
+        unit = provider.unit
+        self._is_ahead = rows >= unit
+        # What is made together with a row that was asked for is kept, however little memory is.
+        self._rows = max(rows - rows % unit, unit if unit > 1 else 0)
         # Replaced as a whole by an empty one at the end, and never changed: others iterate over it.
         numbers = list(range(self._rows))
         self._stocks = {
@@ -233,7 +237,9 @@ class PadPool:
         return None if key is None else (key, rooms[key])
 
     def _room(self, key: Key, stock: Stock, *, whole: bool) -> int:
-        """Rows of the next batch; 0 if there is no room."""
+        """Rows of the next batch; 0 if there is no room, or none are to be made ahead."""
+        if not self._is_ahead:
+            return 0
         features, width = self._shapes[key]
         a_few, unit = -(-self._rows // BATCHES), self._provider.unit
         batch = max(1, min(BATCH_ROWS, a_few, BATCH_PRODUCTS // (features * width)))
