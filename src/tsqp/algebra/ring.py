@@ -326,7 +326,6 @@ def _products_of_class(
         odd += 1
     odd &= 1
     a_MB, column_RB = work[:rows], work[rows : rows + chunks]
-    low_B, high_B = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint16)
     for g in range(first, stop):
         low_NB, high_NB = low_GNB[g], high_GNB[g]
         for place in range(chunks):
@@ -343,7 +342,7 @@ def _products_of_class(
                     _pointwise(low_NB, high_NB, secret_N, first_root, k, q, a_RB[row])
                 _stages(a_RB, w_M, rows, place, 1, q)
         begin = g * BLOCK
-        width = min(BLOCK, features - begin)
+        end = min(begin + BLOCK, features)
         for j in range(chunk):
             if odd:
                 _load_column_with_a_stage(a_MB, j, chunk, w_M, q, column_RB)
@@ -352,17 +351,9 @@ def _products_of_class(
             _stages(column_RB, w_M, chunks, 0, 1 + odd, q)
             for r in range(chunks):
                 t = j + r * chunk
+                low_B = low_words(out_MY[t], features)[begin:end]
+                high_B = high_words(out_MY[t], features)[begin:end]
                 _finish(column_RB[r], noise_GMB, g - first, t, q, low_B, high_B)
-                out_low_D = low_words(out_MY[t], features)[begin:]
-                out_high_D = high_words(out_MY[t], features)[begin:]
-                if width == BLOCK:
-                    for b in range(BLOCK):
-                        out_low_D[b] = low_B[b]
-                        out_high_D[b] = high_B[b]
-                else:
-                    for b in range(width):
-                        out_low_D[b] = low_B[b]
-                        out_high_D[b] = high_B[b]
 
 
 @inlined
@@ -375,11 +366,14 @@ def _finish(
     low_B: UInt32,
     high_B: UInt16,
 ) -> None:
-    """Reduce, add the noise, and write residues in [0, q)."""
+    """Reduce, add the noise, and write residues in [0, q) of the features that there are.
+
+    A loop over BLOCK would be unrolled, as it is short, and then not vectorised.
+    """
     one_over_q = 1.0 / q
     if noise_GMB.shape[0] > 0:
         noise_B = noise_GMB[g, t]
-        for b in range(BLOCK):
+        for b in range(low_B.size):
             bits = noise_B[b]
             e = np.float64(
                 np.int32(ones(bits & np.uint32(0xFFFF))) - np.int32(ones(bits >> np.uint32(16)))
@@ -388,7 +382,7 @@ def _finish(
             low_B[b] = np.uint32(value)
             high_B[b] = np.uint16(value >> np.int64(32))
     else:
-        for b in range(BLOCK):
+        for b in range(low_B.size):
             value = np.int64(canonical(reduce(a_B[b], q, one_over_q), q))
             low_B[b] = np.uint32(value)
             high_B[b] = np.uint16(value >> np.int64(32))
