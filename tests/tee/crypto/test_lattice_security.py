@@ -13,7 +13,7 @@ import pytest
 
 from tsqp.algebra.params import DEGREE, LATTICE
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "lattice-security"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "lattice-security"
 
 
 @pytest.fixture(scope="module")
