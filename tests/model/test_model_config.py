@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_helpers import LLAMA3_ROPE
 from transformers import LlamaConfig
 
+from model_helpers import LLAMA3_ROPE, make_model
 from tsqp.errors import CheckpointError, ModelError, UnsupportedModel
 from tsqp.model.config import LAYER_GROUPS, Layer, ModelConfig, parts, tensor_shapes
 from tsqp.model.hf_config import from_hf
@@ -224,7 +224,8 @@ def test_a_mutated_config_raises_nothing_but_model_errors(
         assert config.num_heads % config.num_kv_heads == 0
 
 
-def test_the_parts_are_the_linear_layers_of_transformers(model: Any) -> None:
+def test_the_parts_are_the_linear_layers_of_transformers() -> None:
+    model = make_model()
     config = from_hf(model.config.to_dict(), None)
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert tensor_shapes(config) == theirs

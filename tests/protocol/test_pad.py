@@ -27,7 +27,7 @@ from tsqp.tee.crypto.pads import PadPool, Pads
 from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.masked import Masked, MaskedGroup
 from tsqp.wire.client import RemoteChannel
-from tsqp.wire.shm import SHM_FOLDER, Segment
+from tsqp.wire.shm import SealedSegment
 
 EVERY = pytest.mark.parametrize("field", list(FIELDS))
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -219,11 +219,11 @@ class Exposed:
         self.descriptor = -1
         self.offsets: set[int] = set()
         self.unit = 0.0
-        open_segment, mask = Segment.open, MaskedGroup.mask
+        open_segment, mask = SealedSegment.open, MaskedGroup.mask
 
-        def noting(name: str, size: int, folder: Path = SHM_FOLDER) -> Segment:
-            self.descriptor = os.open(folder / name, os.O_RDONLY)
-            segment = open_segment(name, size, folder)
+        def noting(pid: int, descriptor: int, size: int) -> SealedSegment:
+            self.descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY)
+            segment = open_segment(pid, descriptor, size)
             self._start = segment.tensor(0, (1,), torch.uint8).data_ptr()
             return segment
 
@@ -233,7 +233,7 @@ class Exposed:
             self.unit = float(masked.unit_T[-1])
             return masked
 
-        monkeypatch.setattr(Segment, "open", noting)
+        monkeypatch.setattr(SealedSegment, "open", noting)
         monkeypatch.setattr(MaskedGroup, "mask", noting_place)
 
 
