@@ -256,7 +256,7 @@ def test_what_is_wrong_is_one_sentence(
         "holds no recording": auditing(tmp_path, ids),
         "sessions; name one": auditing(in_open.parent, ids),
         "Cannot read token ids": auditing(in_open, tmp_path / "text.json"),
-        "holds 2 prompts; an audit takes one": auditing(in_open, several),
+        "holds 2 prompts; an audit needs exactly one": auditing(in_open, several),
         "The prompt has 39 tokens": auditing(in_open, short),
         "compare recordings of one mode": auditing(in_open, ids, "--again", in_pad),
         "are not shares": auditing(in_open, ids, "--shares", in_pad),

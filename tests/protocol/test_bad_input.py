@@ -120,26 +120,26 @@ def test_an_unknown_dtype_is_refused(commands: Commands, ids: Path) -> None:
         (["--worker", "local"], 2, "--privacy tee takes no --worker"),
         (["--attention", "moon"], 2, "no such attention mode; choose tee or gpu"),
         (["--fuse", "all"], 2, "no such fusion; choose none or layer"),
-        (["--attention", "gpu"], 2, "--attention gpu needs a worker, and --privacy tee has none"),
-        (["--fuse", "layer"], 2, "--fuse layer needs a worker, and --privacy tee has none"),
+        (["--attention", "gpu"], 2, "--attention gpu needs a worker, but --privacy tee has none"),
+        (["--fuse", "layer"], 2, "--fuse layer needs a worker, but --privacy tee has none"),
         (
             ["--privacy", "pad", "--attention", "gpu"],
             2,
-            "--attention gpu goes with --privacy open alone, not with pad: a product of two "
-            "secrets cannot be masked by pads",
+            "--attention gpu works only with --privacy open, not with pad: pads are made for known "
+            "weights, so they cannot mask a product of two secrets",
         ),
         (
             ["--privacy", "shares", "--fuse", "layer"],
             2,
-            "--fuse layer goes with --privacy open alone, not with shares: whole layers need plain "
+            "--fuse layer works only with --privacy open, not with shares: whole layers need plain "
             "activations",
         ),
         (
             ["--privacy", "open", "--fuse", "layer", "--attention", "tee"],
             2,
-            "--fuse layer runs attention on the worker too, and --attention tee keeps it here",
+            "--fuse layer runs attention on the worker too, but --attention tee keeps it in",
         ),
-        (["--chat"], 2, "--chat goes with --prompt"),
+        (["--chat"], 2, "--chat works only with --prompt"),
         (["--prompt", "hello"], 2, "either --prompt or --prompt-ids"),
         (["--privacy", "open", "--worker", "nowhere"], 1, "This is not an endpoint"),
         (["--privacy", "open", "--worker", "tcp://host"], 1, "needs a host, and a port"),

@@ -78,7 +78,7 @@ def test_a_conversation_with_the_real_model(
     saved = messages(commands.folder / "talk.jsonl")
     assert [each["role"] for each in saved] == ["user", "assistant"] * 2
     assert [each["content"] for each in saved] == [QUESTION, first, "And of Italy?", second]
-    assert "At --temperature 0 the answer is the same again." in result.stderr
+    assert "At --temperature 0 the answer will be the same." in result.stderr
     # The whole conversation in the template, computed anew, has the same answer.
     whole = commands.folder / "whole.jsonl"
     whole.write_text(json.dumps({"messages": saved[:-1]}))
@@ -109,7 +109,7 @@ def test_an_interrupt_at_the_prompt_is_no_end_and_two_are(
 ) -> None:
     with chatting(commands, speaking, *SHORT) as terminal:
         terminal.type("/nonsense")
-        terminal.running.says("There is no such command; /help lists them.")
+        terminal.running.says("There is no such command; /help lists the commands.")
         terminal.running.send(signal.SIGINT)
         terminal.running.says("Ctrl-C once more, or Ctrl-D, ends the chat.")
         assert terminal.running.is_alive
@@ -141,17 +141,17 @@ def test_commands_change_the_conversation(talk: Talk, speaking: Path, tmp_path: 
     assert [each["role"] for each in saved("three")] == ["user", "assistant"]
     assert (tmp_path / "three.json").stat().st_mode & 0o077 == 0
     for sentence in (
-        "There is nothing to take back.",
+        "There is nothing to undo.",
         "There is nothing to retry.",
         "The system message is set.",
-        "The last message and its answer are taken back; 1 remain.",
-        "The conversation begins anew.",
+        "Removed the last message and its answer; 1 remain.",
+        "Started a new conversation.",
         "There is no system message now.",
-        "That file exists, and is not overwritten: name a new file.",
+        "That file exists and is not overwritten; name a new file.",
         "/save needs the name of a new file.",
         "Cannot write that file: No such file or directory.",
-        "/retry         answer the last message once more",
-        "[cut off: --max-tokens or the model's context allows no more]",
+        "/retry         answer the last message again",
+        "[cut off by --max-tokens or the model's context length]",
     ):
         assert sentence in result.stderr
     assert "never asked" not in result.stdout + result.stderr
@@ -193,7 +193,7 @@ def test_a_conversation_that_outgrows_the_context_loses_nothing(
     result = talk(
         model, "one", "many words " * 60, "/save one.json", "/reset", "two", "/save two.json"
     )
-    assert "the model's context is 100, the answer included: /reset begins anew" in result.stderr
+    assert "the model's context is 100, including the answer: /reset starts over" in result.stderr
     assert "error" not in result.stderr
     assert [each["content"] for each in messages(tmp_path / "one.json")][::2] == ["one"]
     assert [each["content"] for each in messages(tmp_path / "two.json")][::2] == ["two"]
@@ -203,7 +203,7 @@ def test_a_line_that_is_not_unicode_is_passed_over(
     talk: Talk, speaking: Path, tmp_path: Path
 ) -> None:
     result = talk(speaking, b"caf\xe9", b"/system caf\xe9", "Hello", "/save talk.json")
-    assert result.stderr.count("This line is not valid UTF-8, and nothing was done with it.") == 2
+    assert result.stderr.count("This line is not valid UTF-8, and was ignored.") == 2
     assert len(messages(tmp_path / "talk.json")) == 2
 
 

@@ -100,7 +100,7 @@ def test_ctrl_c_while_a_prompt_is_read_keeps_nothing(screen: Screen) -> None:
     screen.type(CTRL_C)
     screen.shows(b"[stopped before the answer; the message is not kept]\r\n> ")
     screen.type(b"/undo\n")
-    screen.shows(b"There is nothing to take back.\r\n> ")
+    screen.shows(b"There is nothing to undo.\r\n> ")
 
 
 @pytest.fixture

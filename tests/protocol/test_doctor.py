@@ -244,4 +244,4 @@ def test_a_model_without_its_worker_is_said_to_be_passed_over(
     monkeypatch.setattr("tsqp.doctor.diagnose.examine", lambda threads, target: [])
     result = main("doctor", "random:tiny")
     assert result.status == 0
-    assert "random:tiny was not looked at: that takes a --worker that serves it" in result.stderr
+    assert "random:tiny was not checked: give the --worker that serves it" in result.stderr

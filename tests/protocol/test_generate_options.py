@@ -162,8 +162,8 @@ def test_a_template_that_fails_tells_no_prompt_with_debug_either(
     ("name", "content", "sentence"),
     [
         ("p.txt", b"one\ncaf\xe9\n", "p.txt, line 2: this is not valid UTF-8"),
-        ("p.txt", b"\n \n", "p.txt holds no prompt: write one a line"),
-        ("p.jsonl", b"", "p.jsonl holds no prompt: write one a line"),
+        ("p.txt", b"\n \n", "p.txt holds no prompts; write one a line"),
+        ("p.jsonl", b"", "p.jsonl holds no prompts; write one a line"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": }\n', "p.jsonl, line 3: JSON is malformed"),
         ("p.jsonl", b'{"prompt": 5}', "p.jsonl, line 1: Expected `str | null`, got `int`"),
         ("p.jsonl", b'{"my secret": "a"}', 'p.jsonl, line 1: an object may have "prompt" or'),
@@ -188,7 +188,7 @@ def test_a_template_that_fails_tells_no_prompt_with_debug_either(
             "line 1: Message 1 has a part of type image_url, and TSQP serves text only",
         ),
         ("p.jsonl", b'{"prompt": "\xff"}', "p.jsonl, line 1: "),
-        ("p.csv", b"one", "p.csv is neither a .txt file, a prompt a line, nor a .jsonl file"),
+        ("p.csv", b"one", "p.csv must be a .txt file with one prompt a line, or a .jsonl file"),
         ("p.txt", None, "Cannot read prompts from "),
     ],
 )
@@ -240,4 +240,4 @@ def test_log_probabilities_that_nobody_would_see_are_refused(
 ) -> None:
     result = main(*TINY[:-1], "--prompt-ids", ids, option, 1)
     assert (result.status, result.stdout) == (2, "")
-    assert "go with --json" in result.error
+    assert "need --json" in result.error

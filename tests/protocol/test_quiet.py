@@ -31,7 +31,7 @@ def test_a_chat_says_only_what_was_asked_for(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     result = main("chat", speaking, *SHORT, "--quiet")
     assert result.status == 0
-    assert result.stderr == "There is nothing to take back.\n"
+    assert result.stderr == "There is nothing to undo.\n"
 
 
 def test_a_file_is_prepared_and_a_digest_computed_without_a_word(

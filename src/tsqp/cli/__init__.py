@@ -1,4 +1,4 @@
-"""The command line. One file for a group of commands; importing them here registers them."""
+"""The command line. Each file holds a group of commands; importing a file registers them."""
 
 from tsqp.cli import audit, bench, chat, digest, doctor, generate, report, worker  # noqa: F401
 from tsqp.cli.app import app, main

@@ -20,13 +20,13 @@ from tsqp.runtime.hardening import harden_process
 from tsqp.runtime.quiet import set_quiet
 from tsqp.runtime.tracebacks import without_foreign_messages
 
-# They hold prompts, answers or pads. A worker knows nothing that this would protect.
+# These commands hold prompts, answers or pads. A worker holds nothing that needs this protection.
 TRUSTED = (
     "audit", "bench", "bench-accuracy", "bench-kernels", "bench-scaling", "bench-transport", "chat",
     "demo", "doctor", "generate",
 )  # fmt: skip
 
-# As a newcomer meets them; a command that is not here comes last.
+# The order in --help, as a newcomer meets the commands. Commands that are not listed come last.
 ORDER = (
     "demo", "generate", "chat", "worker", "prepare", "digest", "keygen", "doctor", "audit", "bench",
     "report",
@@ -34,7 +34,7 @@ ORDER = (
 
 
 class _Commands(TyperGroup):
-    """`tsqp bench kernels` is the command bench-kernels; `tsqp bench MODEL` is bench."""
+    """`tsqp bench kernels` runs the command bench-kernels; `tsqp bench MODEL` runs bench."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=lambda name: (*ORDER, name).index(name))
@@ -61,7 +61,11 @@ def _begin(
     context: typer.Context,
     config: Annotated[
         Path | None,
-        typer.Option(envvar="TSQP_CONFIG", callback=read_settings, help="Settings, in TOML."),
+        typer.Option(
+            envvar="TSQP_CONFIG",
+            callback=read_settings,
+            help="Read default values of options from this TOML file.",
+        ),
     ] = None,
 ) -> None:
     if context.invoked_subcommand in TRUSTED:
@@ -71,7 +75,8 @@ def _begin(
 def main() -> None:
     """Run the command line.
 
-    The exit status is 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 output not read.
+    The exit status is 0 for success, 1 for failure, 2 for wrong usage, 130 if interrupted, and 141
+    if nobody reads the output.
     """
     open_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -81,7 +86,7 @@ def main() -> None:
         try:
             status = app(obj=state, auto_envvar_prefix="TSQP", standalone_mode=False)
         finally:
-            sys.stdout.flush()  # here, where a failure is still told
+            sys.stdout.flush()  # here, where a failure is still reported
     except usage.WrongUsage as exc:
         if type(exc).__name__ != "NoArgsIsHelpError":  # which has printed the help
             print(usage.describe(exc), file=sys.stderr)

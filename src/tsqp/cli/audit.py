@@ -16,18 +16,18 @@ DEMO_PROMPT = "What is the capital of France? Answer in one sentence."
 @app.command()
 def demo(
     fetch: Annotated[
-        bool, typer.Option("--fetch", help="Download the demo model first, if need be.")
+        bool, typer.Option("--fetch", help="Download the demo model first if it is missing.")
     ] = False,
     prompt: Annotated[
         str,
         typer.Option(
-            help="What to ask; other users of this machine can read it in the list of processes."
+            help="The question to ask. Other users of this machine can read it in the process list."
         ),
     ] = DEMO_PROMPT,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """A real model answers through a TEE process and a worker process; then, what the GPU saw."""
+    """Answer a question through a worker process, then show what the worker could see."""
     from tsqp.cli.demo_run import run_demo
     from tsqp.cli.printing import fetch_demo_model
 
@@ -40,28 +40,37 @@ def demo(
 def audit(
     recording: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="What `tsqp worker --record` wrote: one session."),
+        typer.Argument(
+            metavar="DIR", help="Recording of one session, written by `tsqp worker --record`."
+        ),
     ],
     model: Annotated[
         str,
-        typer.Option(envvar=["TSQP_MODEL", "LLAMA_MODEL_PATH"], help="The model it served."),
+        typer.Option(
+            envvar=["TSQP_MODEL", "LLAMA_MODEL_PATH"], help="The model that the worker served."
+        ),
     ],
-    prompt_ids: Annotated[Path, typer.Option(help="The true prompt: token ids in a JSON file.")],
+    prompt_ids: Annotated[
+        Path, typer.Option(help="The prompt that was used, as token ids in a JSON file.")
+    ],
     again: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A second recording of the same prompt."),
     ] = None,
     shares: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="What another worker of the session saw; repeatable."),
+        typer.Option(
+            metavar="DIR",
+            help="Recording of another worker of the same session. May be repeated.",
+        ),
     ] = None,
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:
-    """Attack what a worker saw; exit status 1 if anything is found that noise would not show."""
+    """Attack a recording of what a worker saw. Exit with status 1 if an attack finds anything."""
     prompts = read_ids(prompt_ids)
     if len(prompts) != 1:
-        raise PromptError(f"{prompt_ids} holds {len(prompts)} prompts; an audit takes one.")
+        raise PromptError(f"{prompt_ids} holds {len(prompts)} prompts; an audit needs exactly one.")
     from tsqp.audit.audit_table import print_report
     from tsqp.audit.auditor import Auditor
 

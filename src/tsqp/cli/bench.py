@@ -1,4 +1,4 @@
-"""`tsqp bench` and its kinds."""
+"""`tsqp bench` and its subcommands."""
 
 import os
 from pathlib import Path
@@ -18,27 +18,38 @@ def bench(
     model: Model,
     modes: Annotated[
         str | None,
-        typer.Option(help="Which to compare, with commas between; all, unless given."),
+        typer.Option(help="Modes to compare, separated by commas. The default is all of them."),
     ] = None,
     dtype: str,
     field: str,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 1024,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 33,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt, in tokens.")] = (
+        1024
+    ),
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Number of tokens to generate for each prompt.")
+    ] = 33,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of measured rounds, after a warm-up.")
+    ] = 5,
     sustained: Annotated[
-        int, typer.Option(min=0, help="Tokens to generate after the stock of pads is used up.")
+        int,
+        typer.Option(
+            min=0,
+            help="Also measure the generation of this many tokens after the stock of pads is used "
+            "up. 0 skips this.",
+        ),
     ] = 0,
     starts: Annotated[
-        bool, typer.Option("--starts", help="Time the start of each mode, and its memory.")
+        bool, typer.Option("--starts", help="Also measure start-up time and memory of each mode.")
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Such prompts at once.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Number of prompts to run at once.")] = 1,
     device: str,
     threads: BenchThreads = None,
     out: Out = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time all modes in turn. Also: bench kernels, accuracy, transport, and scaling."""
+    """Measure and compare the modes. See also bench kernels, accuracy, transport and scaling."""
     from tsqp.bench import output
 
     output.check_out(out)
@@ -64,7 +75,7 @@ def bench(
 
 @app.command("bench-kernels")
 def bench_kernels(out: Out = None, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Time the loops of the trusted side on one core, for each element."""
+    """Measure the masking and checking loops of the trusted side, on one core, per element."""
     from tsqp.bench import output
 
     output.check_out(out)
@@ -76,12 +87,14 @@ def bench_kernels(out: Out = None, quiet: Quiet = False, debug: Debug = False) -
 
 @app.command("bench-transport")
 def bench_transport(
-    calls: Annotated[int, typer.Option(min=100, help="Calls of one row, each way.")] = 2000,
+    calls: Annotated[
+        int, typer.Option(min=100, help="Number of calls to make over each transport.")
+    ] = 2000,
     out: Out = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time every way in which a call can reach a worker on this machine."""
+    """Measure a call to a worker on this machine over every transport."""
     from tsqp.bench import output
 
     output.check_out(out)
@@ -94,17 +107,23 @@ def bench_transport(
 @app.command("bench-scaling")
 def bench_scaling(
     widths: Annotated[
-        str, typer.Option(help="Hidden sizes of the models, with commas between.")
+        str, typer.Option(help="Hidden sizes of the models, separated by commas.")
     ] = "256,512,1024,2048",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt, in tokens.")] = (
+        256
+    ),
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of measured rounds, after a warm-up.")
+    ] = 5,
     threads: BenchThreads = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw it, in this new SVG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the results in this new SVG file.")
+    ] = None,
     out: Out = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time the TEE alone as models grow wider: in tee and in pad, and the slope of each."""
+    """Measure how the TEE's own time grows with model width, in tee and in pad."""
     from tsqp.bench import output
 
     output.check_out(out)
@@ -121,12 +140,13 @@ def bench_scaling(
 @app.command("bench-accuracy")
 def bench_accuracy(
     model: Model,
-    text: Annotated[Path, typer.Option(help="A text to score, in UTF-8.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file to score.", show_default=False)],
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Score only the beginning of the text.")
+        int | None, typer.Option(min=2, help="Score only this many tokens from the start.")
     ] = None,
     chunk: Annotated[
-        int, typer.Option(min=1, help="Tokens whose logits are in memory at once.")
+        int,
+        typer.Option(min=1, help="Number of tokens whose logits are held in memory at once."),
     ] = 256,
     threads: BenchThreads = None,
     out: Out = None,

@@ -37,7 +37,7 @@ def chat(
     model: Model,
     options: Options,
     system: Annotated[
-        str, typer.Option(help="A message before the conversation; or use /system in the chat.")
+        str, typer.Option(help="System message. /system changes it during the chat.")
     ] = "",
     split_special: SplitSpecial = False,
     max_tokens: MaxTokens = 1024,
@@ -55,7 +55,7 @@ def chat(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Talk with a model: a line is a message, and /help lists the commands."""
+    """Chat with a model. Each line is a message, and /help lists the commands."""
     params = read_sampling(context)
     from tsqp.checkpoint.checkpoint import check_exists
     from tsqp.cli.printing import note
@@ -64,11 +64,11 @@ def chat(
 
     check_exists(model)  # a model that is not there has no tokenizer either
     tokenizer = Tokenizer(model)
-    tokenizer.check_chat()  # before a worker is started for nothing
+    tokenizer.check_chat()  # before a worker is started needlessly
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with open_llm(model, options, tokenizer) as llm:
         if interactive:
-            with suppress(ImportError):  # line editing, where Python has it; kept in no file
+            with suppress(ImportError):  # line editing, where Python has it; no history file
                 import readline  # noqa: F401
             note("/help lists the commands, and Ctrl-D ends the chat.")
         repl = Repl(

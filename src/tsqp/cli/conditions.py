@@ -1,6 +1,7 @@
-"""What the system refuses, in one sentence: no program can do anything about it, but its user can.
+"""One-sentence messages for failures of the operating system, which only the user can remedy.
 
-Most such failures are caught where they happen and say more. This is for the rest.
+Most of these failures are caught where they happen, with a more specific message. This is for the
+rest.
 """
 
 import errno
@@ -33,7 +34,7 @@ NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 
 
 def describe(exc: Exception) -> TSQPError | None:
-    """The error to show for an ordinary condition of the system; None for a fault of ours."""
+    """The error to show for a failure of the system; None if the fault is in our own code."""
     if isinstance(exc, OSError) and exc.errno is not None:
         what = f"{shown(os.fsdecode(exc.filename))}: " if _is_path(exc.filename) else ""
         reason = exc.strerror or type(exc).__name__

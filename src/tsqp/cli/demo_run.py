@@ -1,4 +1,4 @@
-"""`tsqp demo`: a private answer; then the audit of what its GPU saw, beside a run in `open`."""
+"""`tsqp demo`: a private answer, then an audit of what the worker saw, compared with `open`."""
 
 import signal
 import sys
@@ -21,19 +21,19 @@ MODEL = "demo"
 
 
 def run_demo(prompt: str) -> None:
-    """Answer, then show what the worker could read of the prompt, in `pad` and in `open`."""
+    """Answer, then show how much of the prompt the worker could read in `pad` and in `open`."""
     note(f"Model   SmolLM2-135M-Instruct\nAsking  {prompt}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no recording behind
     with tempfile.TemporaryDirectory(prefix="tsqp-demo-") as temporary:  # for this user alone
         folder = Path(temporary)
-        # Both load at once, while this side does.
+        # Both load at once, while this process loads its own weights.
         with (
             _worker("private", folder / "pad") as private,
             _worker("open", folder / "open") as plain,
         ):
             note("starting two workers on this machine, in the same trust domain")
             ids = _answer(prompt, private)
-            note("\nThe same prompt once more in open, to compare what the workers saw …")
+            note("\nRunning the same prompt in open, to compare what the workers saw …")
             _prefill(ids, plain)
         auditor = Auditor(MODEL)
         _print([(mode, auditor.audit(folder / mode, ids)) for mode in ("pad", "open")])
@@ -44,7 +44,7 @@ def _worker(serve: str, record: Path) -> closing[LocalWorker]:
 
 
 def _answer(prompt: str, worker: LocalWorker) -> list[int]:
-    """Print the answer and the statistics; the ids of the prompt."""
+    """Print the answer and the statistics; returns the ids of the prompt."""
     worker.await_ready()
     with LLM(MODEL, privacy="pad", worker=worker.endpoint) as llm:
         printer = Printer(llm, prompts=1, json_output=False)

@@ -10,7 +10,7 @@ from tsqp.cli.options import with_options
 def digest(
     *, model: Model, privacy: str, dtype: str, quiet: Quiet = False, debug: Debug = False
 ) -> None:
-    """Print the digest of a model, for --expect-model: of all that the trusted side uses of it."""
+    """Print the digest of a model, for --expect-model."""
     from tsqp.cli.printing import print_digest
 
     print_digest(model, privacy, dtype)

@@ -18,16 +18,19 @@ def doctor(
         str | None,
         typer.Argument(
             envvar=["TSQP_MODEL", "LLAMA_MODEL_PATH"],
-            help="The model that --worker serves.",
+            help="The model that the worker serves. Needs --worker.",
             show_default=False,
         ),
     ] = None,
     worker: Annotated[
         str | None,
-        typer.Option(help="Examine this worker too; with MODEL, its weights and products."),
+        typer.Option(
+            help="Also check the worker at this endpoint. With MODEL, check its weights and "
+            "products too."
+        ),
     ] = None,
     worker_key: Annotated[
-        str | None, typer.Option(help="The worker's public key, or its file.")
+        str | None, typer.Option(help="Public key of the worker, or the file that holds it.")
     ] = None,
     dtype: str,
     threads: int | None,
@@ -35,16 +38,16 @@ def doctor(
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:
-    """Check this machine, the ways to a worker, and a worker: what is wrong, and what to do."""
+    """Find problems of this machine, its transports or a worker, and say how to solve them."""
     from tsqp.cli.printing import say
     from tsqp.doctor.diagnose import examine, print_checks
     from tsqp.doctor.greeting_checks import Unnamed
     from tsqp.doctor.session_checks import Target
 
-    logging.getLogger("tsqp").setLevel(logging.WARNING)  # every check says its own
+    logging.getLogger("tsqp").setLevel(logging.WARNING)  # each check prints its own line
     target: Target | Unnamed | None = None
     if worker is None and model is not None:
-        say(f"{model} was not looked at: that takes a --worker that serves it.")
+        say(f"{model} was not checked: give the --worker that serves it.")
     if worker is not None and model is not None:
         target = Target(model, worker, worker_key, dtype, threads, insecure)
     elif worker is not None:

@@ -1,4 +1,4 @@
-"""Options that several commands share, beside those of `tsqp.runtime.options`."""
+"""Options that several commands share, besides those of `tsqp.runtime.options`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,38 +11,76 @@ Model = Annotated[
     str,
     typer.Argument(
         envvar=["TSQP_MODEL", "LLAMA_MODEL_PATH"],
-        help="A Hugging Face directory, a .gguf file, random:NAME[:SEED], or demo.",
+        help="Model: a Hugging Face directory, a .gguf file, random:NAME[:SEED], or demo.",
         show_default=False,
     ),
 ]
 JsonOutput = Annotated[
     bool,
     typer.Option(
-        "--json", envvar="TSQP_JSON", help="One JSON object as the last line of standard output."
+        "--json",
+        envvar="TSQP_JSON",
+        help="Print a JSON object as the last line of standard output.",
     ),
 ]
 
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 for all.")]
-TopP = Annotated[float, typer.Option(help="Only the likeliest tokens of this mass.")]
+MaxTokens = Annotated[
+    int, typer.Option(min=1, help="Maximum number of tokens to generate for each answer.")
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        help="Randomness of sampling. 0 always picks the likeliest token; higher values are more "
+        "random."
+    ),
+]
+TopK = Annotated[
+    int, typer.Option(help="Sample only from the k likeliest tokens. 0 considers all tokens.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        help="Sample only from the fewest likeliest tokens whose probabilities add up to this "
+        "value. 1 considers all tokens."
+    ),
+]
 MinP = Annotated[
-    float, typer.Option(help="Only tokens at least this times as likely as the likeliest.")
+    float,
+    typer.Option(
+        help="Sample only from tokens whose probability is at least this fraction of the "
+        "likeliest token's. 0 considers all tokens."
+    ),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1: less of the tokens of prompt and answer.")
+    float,
+    typer.Option(
+        help="Penalise tokens that appear in the prompt or in the answer so far. Values above 1 "
+        "make them less likely; 1 is off."
+    ),
 ]
 PresencePenalty = Annotated[
-    float, typer.Option(help="Above 0: less of the tokens that are in the answer.")
+    float,
+    typer.Option(
+        help="Penalise tokens that appear in the answer so far. Values above 0 make them less "
+        "likely; 0 is off."
+    ),
 ]
 FrequencyPenalty = Annotated[
-    float, typer.Option(help="Likewise, once for each time that they are there.")
+    float,
+    typer.Option(
+        help="Penalise tokens by how often they appear in the answer so far. Values above 0 make "
+        "them less likely; 0 is off."
+    ),
 ]
 LogitBias = Annotated[
     list[str] | None,
-    typer.Option(metavar="TOKEN_ID=BIAS", help="Added to a token's logit; may be repeated."),
+    typer.Option(
+        metavar="TOKEN_ID=BIAS", help="Add BIAS to the logit of a token. May be repeated."
+    ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Random seed. The same seed gives the same answer again.")
+]
 SplitSpecial = Annotated[
     bool,
     typer.Option(
@@ -50,14 +88,21 @@ SplitSpecial = Annotated[
         help="Treat control tokens in messages, such as <|im_end|>, as plain text.",
     ),
 ]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End the answer before this text. May be repeated."),
+]
 StopTokenId = Annotated[
     list[int] | None,
-    typer.Option("--stop-token-id", min=0, help="End with this token; may be repeated."),
+    typer.Option(
+        "--stop-token-id", min=0, help="End the answer after this token. May be repeated."
+    ),
 ]
 
-BenchThreads = Annotated[int | None, typer.Option(min=1, help="Threads for each side.")]
-Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this new file.")]
+BenchThreads = Annotated[
+    int | None, typer.Option(min=1, help="Number of compute threads for each side.")
+]
+Out = Annotated[Path | None, typer.Option(help="Also write the JSON result to this new file.")]
 
 
 def _note_debug(context: typer.Context, value: bool) -> bool:
@@ -71,7 +116,7 @@ Debug = Annotated[
         "--debug",
         envvar="TSQP_DEBUG",
         callback=_note_debug,
-        help="Show tracebacks, the worker's included.",
+        help="Show tracebacks of errors, including those of the worker.",
     ),
 ]
 
@@ -87,12 +132,12 @@ Quiet = Annotated[
         "--quiet",
         envvar="TSQP_QUIET",
         callback=_note_quiet,
-        help="Print results, warnings and errors only: no progress, notes or statistics.",
+        help="Print only results, warnings and errors; no progress, notes or statistics.",
     ),
 ]
 
 
 def is_from_command_line(context: typer.Context, name: str) -> bool:
-    """Whether an option was given there, and not by a setting."""
+    """Whether an option was given on the command line, not by a variable or a settings file."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"

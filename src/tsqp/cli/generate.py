@@ -42,22 +42,33 @@ def generate(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="A prompt, which other users of this machine can read in the list of processes; "
-            "or -, better, for standard input. May be repeated."
+            help="Prompt text, or - to read the prompt from standard input. Other users of this "
+            "machine can read a prompt text in the process list, so - is safer. May be repeated."
         ),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Prompts in a file: one a line (.txt), or an object a line (.jsonl)."),
+        typer.Option(
+            help="File of prompts: a .txt file with one prompt a line, or a .jsonl file with one "
+            "JSON object a line."
+        ),
     ] = None,
     prompt_ids: Annotated[
         Path | None,
-        typer.Option(help="Token ids in a JSON file: one list, or a list of lists."),
+        typer.Option(
+            help="JSON file with the prompt as a list of token ids, or with several prompts as a "
+            "list of lists."
+        ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Apply the model's chat template to the prompts.")
+    ] = False,
     split_special: SplitSpecial = False,
     max_tokens: MaxTokens = 128,
-    min_tokens: Annotated[int, typer.Option(help="Do not end an answer before.")] = 0,
+    min_tokens: Annotated[
+        int,
+        typer.Option(help="Minimum number of tokens to generate before an answer may end."),
+    ] = 0,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -67,27 +78,39 @@ def generate(
     frequency_penalty: FrequencyPenalty = 0.0,
     logit_bias: LogitBias = None,
     seed: Seed = None,
-    n: Annotated[int, typer.Option("--n", help="Answers to each prompt.")] = 1,
+    n: Annotated[
+        int, typer.Option("--n", help="Number of answers to generate for each prompt.")
+    ] = 1,
     stop: Stop = None,
     stop_token_ids: StopTokenId = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after an end token.")
+        bool,
+        typer.Option("--ignore-eos", help="Continue after the model's end-of-sequence token."),
     ] = False,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="With --json: how likely each token was, and N others.", metavar="N"),
+        typer.Option(
+            help="With --json: give the log-probability of each generated token, and of the N "
+            "likeliest tokens in its place.",
+            metavar="N",
+        ),
     ] = None,
     prompt_logprobs: Annotated[
-        int | None, typer.Option(help="The same for the tokens of the prompt.", metavar="N")
+        int | None,
+        typer.Option(
+            help="With --json: give the log-probability of each prompt token, and of the N "
+            "likeliest tokens in its place.",
+            metavar="N",
+        ),
     ] = None,
     json_output: JsonOutput = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Complete prompts, or answer them with --chat."""
+    """Complete prompts, or answer them as chat messages with --chat."""
     params = read_sampling(context)
     if not json_output and (logprobs is not None or prompt_logprobs is not None):
-        raise UsageError("--logprobs and --prompt-logprobs go with --json, which shows them.")
+        raise UsageError("--logprobs and --prompt-logprobs need --json, which prints them.")
     given = read_prompts(prompt, prompt_ids, prompts, chat)
     is_asked = split_special and is_from_command_line(context, "split_special")
     if is_asked and not given.are_conversations(chat):

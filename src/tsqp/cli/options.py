@@ -1,4 +1,4 @@
-"""The options that `tsqp.runtime.options` declares, as options of commands."""
+"""Turns the options declared in `tsqp.runtime.options` into options of commands."""
 
 import inspect
 import math
@@ -13,11 +13,11 @@ from tsqp.runtime.options import Option, Options, command_options
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options of `Options`, of these names or all.
+    """Add the named options of `Options` to a command; without names, all of them.
 
-    A parameter of the command's that has the name of an option is given its value. The others
-    come together as its parameter `options`, an `Options`; they stand in its place in `--help`.
-    With `options`, the command has a parameter `context`.
+    A parameter of the command that has the name of an option receives its value. The remaining
+    options arrive together in the parameter `options`, as an `Options`; `--help` lists them in its
+    place. A command with `options` must also have a parameter `context`.
     """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,7 +73,7 @@ def _parameter(name: str, option: Option, default: Any) -> inspect.Parameter:
 
 
 def _value(name: str, option: Option, given: Any) -> Any:
-    """What a command was given, in the units of `Options`."""
+    """The value given to a command, in the units of `Options`."""
     if option.flag:
         return not given
     unit, size = option.unit
@@ -86,7 +86,7 @@ def _value(name: str, option: Option, given: Any) -> Any:
 
 
 def _heed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
-    """Heed what was typed, and pass over variables and settings that are for other modes."""
+    """Drop values from variables and settings that belong to other modes; keep typed ones."""
     for name in ("worker", "worker_key"):
         if values["privacy"] == "tee" and not is_from_command_line(context, name):
             values[name] = None

@@ -1,4 +1,4 @@
-"""What `generate`, `chat` and `demo` print: the answer as it comes, then the statistics."""
+"""Output of `generate`, `chat` and `demo`: the answer while it is generated, then statistics."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +49,7 @@ _stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class Printer:
-    """One answer streams; several are printed when all are done; JSON is one last line."""
+    """Streams a single answer, prints several when all are done, and prints JSON as a last line."""
 
     def __init__(self, llm: LLM, *, prompts: int, n: int = 1, json_output: bool) -> None:
         self._llm = llm
@@ -107,7 +107,7 @@ def as_json(llm: LLM, completions: Sequence[Completion]) -> dict[str, object]:
 
 
 def _output(completion: Completion, several: bool) -> dict[str, object]:
-    """What every answer has, and what was asked for besides."""
+    """The fields that every answer has, and those that were requested."""
     output: dict[str, object] = {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
@@ -126,7 +126,7 @@ def _output(completion: Completion, several: bool) -> dict[str, object]:
 
 
 def print_statistics(llm: LLM) -> None:
-    """Where the time went, and what crossed, on standard error."""
+    """Print times and traffic on standard error."""
     stats, rpc = llm.stats, llm.rpc
     rate = stats.decode_tokens / stats.decode_s if stats.decode_s else 0.0
     say(
@@ -165,10 +165,10 @@ def print_statistics(llm: LLM) -> None:
 
 @contextmanager
 def prompt_progress(wanted: bool = True) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar for prompts that take several steps, which is gone before the first text comes.
+    """A progress bar for prompts that take several steps. It is removed before any text is printed.
 
     Yields:
-        what `generate` takes as `on_progress`: None where nobody would see the bar.
+        the `on_progress` argument for `generate`; None if nobody would see the bar.
     """
     if not (wanted and _has_viewer()):
         yield None
@@ -206,7 +206,7 @@ def _placement_table(llm: LLM) -> Table:
 
 
 class Loading(Rate):
-    """Shows how weights are loaded: a bar in a terminal, which is gone when all are there."""
+    """Shows the progress of loading weights: a bar in a terminal, which is removed at the end."""
 
     def __init__(self, what: str) -> None:
         super().__init__(self._show)
@@ -226,18 +226,18 @@ class Loading(Rate):
         self._bar.refresh()
 
     def stop(self) -> None:
-        if self._bar.live.is_started:  # else it would print an empty line
+        if self._bar.live.is_started:  # otherwise it would print an empty line
             self._bar.stop()
 
     def say_rate(self, layers: int) -> None:
-        """One line instead, where there is no terminal."""
+        """Print one line instead of the bar if there is no terminal."""
         if not _stderr.is_interactive:
             note(self.describe(layers))
 
 
 @contextmanager
 def loading_progress(what: str = "Loading") -> Iterator[Loading]:
-    """What shows how loading goes on, for a block that loads."""
+    """Show the progress of loading during a `with` block."""
     loading = Loading(what)
     try:
         yield loading
@@ -246,23 +246,23 @@ def loading_progress(what: str = "Loading") -> Iterator[Loading]:
 
 
 def say(text: str) -> None:
-    """A line for people: an error, or something that they asked for."""
+    """Print a line on standard error that --quiet keeps: an error, or requested output."""
     _stderr.print(text)
 
 
 def note(text: str) -> None:
-    """A line for people that they can do without: nothing with --quiet."""
+    """Print a line on standard error, unless --quiet was given."""
     if not is_quiet():
         say(text)
 
 
 def _has_viewer() -> bool:
-    """Whether a bar would be seen and is wanted."""
+    """Whether a progress bar would be seen and is wanted."""
     return _stderr.is_interactive and not is_quiet()
 
 
 def fetch_demo_model() -> None:
-    """Fetch the demo model with a progress bar, unless it is there."""
+    """Fetch the demo model with a progress bar, unless it is already there."""
     columns = (TextColumn("Fetching SmolLM2-135M-Instruct"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=_stderr, transient=True, disable=is_quiet()) as bar:
         task = bar.add_task("", total=None, visible=False)
@@ -274,7 +274,7 @@ def fetch_demo_model() -> None:
 
 
 def print_digest(model: str, privacy: str, dtype: str) -> None:
-    """Compute a model's digest with a progress bar, and print it."""
+    """Compute and print a model's digest, with a progress bar."""
     if privacy not in PRIVACY_MODES:
         raise UsageError(f"There is no such privacy mode; choose {', '.join(PRIVACY_MODES)}.")
     with loading_progress("Hashing") as hashing, closing(open_checkpoint(model)) as checkpoint:

@@ -1,4 +1,4 @@
-"""Where prompts come from: options, standard input, files."""
+"""Reads prompts from options, standard input and files."""
 
 import codecs
 import sys
@@ -26,11 +26,11 @@ class Prompts:
     ids: Sequence[list[int]] = ()
 
     def are_conversations(self, chat: bool) -> bool:
-        """Whether all of them are put into the chat template."""
+        """Whether the chat template is applied to all of them."""
         return not self.ids and (chat or not any(isinstance(each, str) for each in self.texts))
 
     def encode(self, llm: "LLM", chat: bool, split_special: bool = False) -> list[list[int]]:
-        """The token ids of all; with `chat`, each text begins a conversation."""
+        """The token ids of each prompt. With `chat`, each text is the first message of a chat."""
         texts = (llm.tokenize(each, chat=chat, split_special=split_special) for each in self.texts)
         return [*self.ids, *texts]
 
@@ -38,7 +38,7 @@ class Prompts:
 def read_prompts(
     texts: list[str] | None, ids_file: Path | None, file: Path | None, chat: bool
 ) -> Prompts:
-    """What --prompt, --prompt-ids or --prompts brought."""
+    """The prompts given by --prompt, --prompt-ids or --prompts."""
     if sum(map(bool, (texts, ids_file, file))) != 1:
         raise UsageError("Give either --prompt or --prompt-ids or --prompts.")
     if texts:
@@ -46,13 +46,15 @@ def read_prompts(
     if file is not None:
         return Prompts(texts=read_texts(file))
     if chat:
-        raise UsageError("--chat goes with --prompt or --prompts; ids are taken as they are.")
+        raise UsageError(
+            "--chat works only with --prompt and --prompts; token ids are used as they are."
+        )
     assert ids_file is not None
     return Prompts(ids=read_ids(ids_file))
 
 
 def _read_stdin() -> str:
-    with suppress(UnicodeDecodeError):  # which holds the prompt, so it is not kept as a cause
+    with suppress(UnicodeDecodeError):  # holds the prompt, so it must not become a cause
         return sys.stdin.read()
     raise PromptError("Standard input is not valid UTF-8; convert the prompt first.")
 
@@ -79,14 +81,15 @@ def read_texts(path: Path) -> list[str | Messages]:
     """The prompts of a .txt file, one a line, or of a .jsonl file, one object a line.
 
     An object is {"prompt": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}; for
-    messages, see `check_messages`. Empty lines are passed over.
+    messages, see `check_messages`. Empty lines are ignored.
 
     Raises:
-        PromptError: the file cannot be read or holds none, or a line, which it names, is wrong.
+        PromptError: the file cannot be read or has no prompts, or a line is wrong. The message
+            gives the number of the line.
     """
     if path.suffix not in (".txt", ".jsonl"):
         name = shown(path, "--prompts")
-        raise PromptError(f"{name} is neither a .txt file, a prompt a line, nor a .jsonl file.")
+        raise PromptError(f"{name} must be a .txt file with one prompt a line, or a .jsonl file.")
     decode: Callable[[bytes], str | Messages] = bytes.decode
     if path.suffix == ".jsonl":
         decode = _from_json
@@ -103,10 +106,10 @@ def read_texts(path: Path) -> list[str | Messages]:
             reason = "this is nested too deep"
         except PromptError as exc:
             reason = str(exc).removesuffix(".")
-        if reason:  # raised here, without a cause that would hold the line
+        if reason:  # raised outside the except block: a cause would hold the line
             raise PromptError(f"{path}, line {number}: {reason}.")
     if not prompts:
-        raise PromptError(f"{path} holds no prompt: write one a line.")
+        raise PromptError(f"{path} holds no prompts; write one a line.")
     return prompts
 
 
@@ -120,7 +123,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _reason(error: msgspec.DecodeError) -> str:
-    """What is wrong, in no words of the prompt's."""
+    """What is wrong, without quoting the prompt."""
     if "unknown field" in str(error):
         return 'an object may have "prompt" or "messages", and nothing else'
     return str(error)

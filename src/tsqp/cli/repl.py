@@ -1,6 +1,6 @@
-"""The loop of `tsqp chat`: lines in, answers out.
+"""The loop of `tsqp chat`: reads lines and prints answers.
 
-Answers go to standard output, and everything that is said about them to standard error.
+Answers go to standard output, and all other messages to standard error.
 """
 
 import json
@@ -19,25 +19,26 @@ from tsqp.runtime.llm import LLM
 from tsqp.tee.sampling import Completion, SamplingParams
 
 HELP = """\
-/reset         forget the conversation, but for the system message
-/system TEXT   set the message before the conversation; without TEXT, have none
-/undo          take back the last message and its answer
-/retry         answer the last message once more
-/save FILE     write the conversation to a new file, in JSON
-/stats         where the time went
-/exit          end, as Ctrl-D does
+/reset         forget the conversation, but keep the system message
+/system TEXT   set the system message; without TEXT, remove it
+/undo          remove the last message and its answer
+/retry         answer the last message again
+/save FILE     write the conversation to a new JSON file
+/stats         show where the time went
+/exit          end the chat; Ctrl-D does the same
 //TEXT         send a message that begins with a slash
-Ctrl-C ends an answer that is being written, and keeps it so far."""
+Ctrl-C stops the answer that is being written, and keeps what is there."""
 
 
 class Repl:
     """One conversation.
 
     Args:
-        params: `seed` is the first answer's; each answer after it has the next one.
-        system: the message before the conversation; empty for none.
-        split_special: keep what is typed from becoming control tokens.
-        interactive: whether a person sees a prompt and can act upon a failure; without one, a
+        params: sampling parameters. `seed` is for the first answer; each later answer uses the
+            next number.
+        system: the system message; empty for none.
+        split_special: treat control tokens in the user's input as plain text.
+        interactive: whether a person is at the terminal and can react to a failure. If not, a
             worker that fails ends the chat.
     """
 
@@ -70,13 +71,13 @@ class Repl:
         }
 
     def run(self) -> None:
-        """Until /exit, or the end of standard input.
+        """Run until /exit or the end of standard input.
 
         Raises:
-            WorkerError: a worker failed, and nobody is there to be told.
+            WorkerError: a worker failed, and the chat is not interactive.
         """
         if isinstance(sys.stdin, TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # one bad line is not the end
+            sys.stdin.reconfigure(errors="surrogateescape")  # one bad line must not end the chat
         before = signal.signal(signal.SIGINT, self._interrupt)
         try:
             for line in self._lines():
@@ -93,12 +94,12 @@ class Repl:
             signal.signal(signal.SIGINT, before)
 
     def _lines(self) -> Iterator[str]:
-        """Lines of valid Unicode. Ctrl-C drops one that has been begun; twice, it is the end."""
+        """Lines of valid Unicode. Ctrl-C drops the line being typed; twice, it ends the chat."""
         dropped = False
         while True:
             try:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                if self._interrupted:  # since the last line was done with
+                if self._interrupted:  # after the last line was handled
                     self._interrupted = False
                     raise KeyboardInterrupt
                 line = input("> " if self._interactive else "")
@@ -106,10 +107,10 @@ class Repl:
                 line.encode()
             except EOFError:
                 if self._interactive:
-                    say("")  # the shell goes on in a line of its own
+                    say("")  # the shell's prompt starts on a new line
                 return
             except UnicodeEncodeError:
-                say("This line is not valid UTF-8, and nothing was done with it.")
+                say("This line is not valid UTF-8, and was ignored.")
                 continue
             except KeyboardInterrupt:
                 if dropped:
@@ -121,19 +122,20 @@ class Repl:
             yield line
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """The first Ctrl-C is for the answer, the next for a program that does not react."""
+        """The first Ctrl-C stops the answer; a second one interrupts the program."""
         if self._interrupted:
             signal.default_int_handler(number, frame)
         self._interrupted = True
 
     def _ask(self, message: str) -> bool:
-        """Answer a message; whether there is an answer, which is then part of the conversation."""
+        """Answer a message. Returns whether an answer was added to the conversation."""
         try:
             answer = self._answer(message)
         except PromptTooLong as exc:
             say(
-                f"The conversation would have {exc.tokens} tokens, and the model's context is "
-                f"{exc.limit}, the answer included: /reset begins anew, /undo makes some room."
+                f"With this message the conversation has {exc.tokens} tokens, but the model's "
+                f"context is {exc.limit}, including the answer: /reset starts over, /undo makes "
+                "some room."
             )
             return False
         except TSQPError as exc:
@@ -151,7 +153,7 @@ class Repl:
         if answer.finish_reason == "abort":
             note("[stopped; the answer so far is kept]")
         elif answer.finish_reason == "length":
-            note("[cut off: --max-tokens or the model's context allows no more]")
+            note("[cut off by --max-tokens or the model's context length]")
         return True
 
     def _answer(self, message: str) -> Completion:
@@ -182,7 +184,7 @@ class Repl:
         self._exchanges.clear()
         self._conversation.close()
         self._conversation = self._llm.conversation()
-        note("The conversation begins anew.")
+        note("Started a new conversation.")
 
     def _set_system(self, text: str) -> None:
         self._system = text
@@ -190,17 +192,17 @@ class Repl:
 
     def _undo(self, _: str) -> None:
         if not self._exchanges:
-            say("There is nothing to take back.")
+            say("There is nothing to undo.")
             return
         self._exchanges.pop()
-        note(f"The last message and its answer are taken back; {len(self._exchanges)} remain.")
+        note(f"Removed the last message and its answer; {len(self._exchanges)} remain.")
 
     def _retry(self, _: str) -> None:
         if not self._exchanges:
             say("There is nothing to retry.")
             return
         if self._params.temperature == 0:
-            note("At --temperature 0 the answer is the same again.")
+            note("At --temperature 0 the answer will be the same.")
         last = self._exchanges.pop()
         if not self._ask(last[0]):
             self._exchanges.append(last)
@@ -216,13 +218,13 @@ class Repl:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(content)
         except FileExistsError:
-            say("That file exists, and is not overwritten: name a new file.")
+            say("That file exists and is not overwritten; name a new file.")
         except (OSError, ValueError) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) else "no file can have this name"
+            reason = exc.strerror if isinstance(exc, OSError) else "this is not a valid file name"
             say(f"Cannot write that file: {reason}.")
         else:
-            note("The conversation is saved, for whoever can read this disk.")
+            note("Saved the conversation. Anyone who controls this disk can read it.")
 
 
 def _say_unknown(_: str) -> None:
-    say("There is no such command; /help lists them.")
+    say("There is no such command; /help lists the commands.")

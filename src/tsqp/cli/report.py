@@ -13,15 +13,22 @@ from tsqp.cli.flags import Debug, JsonOutput
 def report(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE…", help="Call logs of --rpc-log, or results of tsqp bench."),
+        typer.Argument(
+            metavar="FILE…", help="Call logs written by --rpc-log, or results of `tsqp bench`."
+        ),
     ],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Another of the same kind: print ratios to it."),
+        typer.Option(
+            metavar="FILE", help="Another file of the same kind; print ratios relative to it."
+        ),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="OUT", help="Also write one page with plots, of call logs alone."),
+        typer.Option(
+            metavar="OUT",
+            help="Also write an HTML page with plots to this new file. For call logs only.",
+        ),
     ] = None,
     trace: Annotated[
         Path | None,
@@ -33,7 +40,7 @@ def report(
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:
-    """Say where the time of a run went, what held it up, and what would help."""
+    """Show where the time of a run went, its bottleneck, and what would help."""
     from tsqp.report.render import print_reports
 
     print_reports(files, against=against, html=html, trace=trace, json_output=json_output)

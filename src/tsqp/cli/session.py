@@ -1,4 +1,4 @@
-"""What `generate` and `chat` make of the options that they share."""
+"""The model and the sampling parameters of `generate` and `chat`, from their options."""
 
 from contextlib import suppress
 from dataclasses import fields
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch takes a second to import; `tsqp --help` should not
 
 
 def open_llm(model: str, options: "Options", tokenizer: "Tokenizer | None" = None) -> "LLM":
-    """The model and its workers; shows its loading."""
+    """Load the model, connect to its workers, and show the progress."""
     from tsqp import LLM
     from tsqp.cli.printing import loading_progress
 
@@ -25,7 +25,7 @@ def open_llm(model: str, options: "Options", tokenizer: "Tokenizer | None" = Non
 
 
 def read_sampling(context: typer.Context) -> "SamplingParams":
-    """How to choose tokens; what the command has no option for stays as it is."""
+    """The sampling parameters; those without an option in this command keep their defaults."""
     from tsqp import SamplingParams
 
     given = {each.name: context.params.get(each.name) for each in fields(SamplingParams)}
@@ -37,6 +37,6 @@ def read_sampling(context: typer.Context) -> "SamplingParams":
 
 def _bias(text: str) -> tuple[int, float]:
     token_id, _, bias = text.partition("=")
-    with suppress(ValueError):  # whose message has the user's words
+    with suppress(ValueError):  # its message would quote the user's input
         return int(token_id), float(bias)
     raise UsageError("--logit-bias takes TOKEN_ID=BIAS, a token id and a number from -100 to 100.")

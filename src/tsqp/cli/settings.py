@@ -1,4 +1,4 @@
-"""The settings file: TOML whose keys are option names, the defaults below flags and variables."""
+"""The settings file: TOML whose keys are option names. Flags and variables override it."""
 
 import re
 import tomllib
@@ -11,10 +11,10 @@ from tsqp.errors import UsageError, shown
 
 
 def read_settings(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the settings file the defaults of every command's options.
+    """Use the values of the settings file as the defaults of every command's options.
 
     Raises:
-        UsageError: it cannot be read, or sets an option that no command has.
+        UsageError: the file cannot be read, or sets an option that no command has.
     """
     if path is None:
         return None
@@ -52,12 +52,12 @@ def read_settings(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _named(key: str) -> str:
-    """A key as a message repeats it: not what cannot be a misspelt name, and may be a prompt."""
+    """A key as shown in a message. One that cannot be a misspelt name may be a prompt: hidden."""
     return f" {key!r}" if re.fullmatch(r"[A-Za-z0-9_-]{1,32}", key) else " of a name it sets"
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """What is wrong with a file, without its words: it may set a prompt."""
+    """What is wrong with a file, without quoting it, since it may set a prompt."""
     if isinstance(error, OSError):
         return str(error.strerror)
     if isinstance(error, UnicodeDecodeError):

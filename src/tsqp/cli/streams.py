@@ -1,7 +1,7 @@
-"""The standard streams of a command, where they are closed, full, unread, or too narrow for a text.
+"""Standard streams that may be closed, full, unread, or unable to encode a text.
 
-An answer is never lost without a word: standard output that cannot be written is an error. What
-standard error cannot take is dropped, as the answer matters more than what is said about it.
+An answer is never lost silently: failing to write to standard output is an error. Messages that
+cannot be written to standard error are dropped, because the answer matters more.
 """
 
 import codecs
@@ -14,12 +14,12 @@ from typing import Any
 
 from tsqp.errors import OutputError
 
-UNREAD = 141  # the exit status of a program that SIGPIPE ends, as a shell tells it
+UNREAD = 141  # the exit status that a shell reports for a program ended by SIGPIPE
 
 
 def open_streams() -> None:
-    """Make the three streams usable, whatever they are; called once, before anything is opened."""
-    # A file that is opened later would get the number of a closed stream, and its text.
+    """Make the three streams usable. Call once, before any file is opened."""
+    # A file opened later would get the number of a closed stream, and receive its text.
     for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -30,7 +30,7 @@ def open_streams() -> None:
         sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
     elif isinstance(sys.stdin, TextIOWrapper) and _is_ascii(sys.stdin):
         sys.stdin.reconfigure(encoding="utf-8")  # of which ASCII is a part
-    if sys.stdout is None:  # what is read-only cannot be written: that is noticed
+    if sys.stdout is None:  # the replacement is read-only, so that writing fails and is noticed
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
@@ -44,7 +44,7 @@ def open_streams() -> None:
 
 
 class _Wrapped:
-    """A text stream, but for what happens when it cannot be written."""
+    """A text stream with its own handling of failed writes."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

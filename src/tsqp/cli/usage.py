@@ -1,8 +1,8 @@
-"""Usage errors without the words of the user.
+"""Usage errors that do not quote the user's input.
 
-typer quotes what it could not parse. That may be a prompt: one without quotes, or one after a
-misspelt option. So each sentence is made anew from what the command line knows: the names of
-commands and options, and what they take.
+typer quotes what it could not parse. That may be a prompt, for example one without quotes, or one
+after a misspelt option. So each message is rebuilt from what the program knows: the names of
+commands and options, and the values that they take.
 """
 
 from typing import Any

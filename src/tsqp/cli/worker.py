@@ -1,4 +1,4 @@
-"""`tsqp worker`, and what prepares one: `tsqp prepare`, `tsqp keygen`."""
+"""`tsqp worker`, and the commands that prepare its files: `tsqp prepare` and `tsqp keygen`."""
 
 import sys
 from pathlib import Path
@@ -19,12 +19,16 @@ def worker(
     listen: Annotated[
         str,
         typer.Option(
-            envvar=["TSQP_LISTEN", "LLAMA_IPC_PATH"], help="ipc:///PATH or tcp://HOST:PORT."
+            envvar=["TSQP_LISTEN", "LLAMA_IPC_PATH"],
+            help="Endpoint to listen on: ipc:///PATH or tcp://HOST:PORT.",
         ),
     ],
     device: str,
     serve: Annotated[
-        str, typer.Option(help="What to hold weights for: private modes, open, or all.")
+        str,
+        typer.Option(
+            help="Modes to load weights for: private (pad and shares), open, or all of them."
+        ),
     ] = "all",
     dtype: str,
     threads: int | None,
@@ -48,19 +52,20 @@ def worker(
     keyfile: Annotated[
         Path | None,
         typer.Option(
-            envvar="TSQP_KEYFILE", help="The worker.key of `tsqp keygen`: encrypted links alone."
+            envvar="TSQP_KEYFILE",
+            help="Secret key made by `tsqp keygen` (worker.key). Accept only encrypted links.",
         ),
     ] = None,
     insecure: bool,
     record: Annotated[
         Path | None,
-        typer.Option(help="Write down everything that arrives, for `tsqp audit`, in this folder."),
+        typer.Option(help="Record everything that arrives in this folder, for `tsqp audit`."),
     ] = None,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Serve a model's linear layers to TEE processes. Runs on the machine with the GPU."""
+    """Serve a model's linear layers to TEE processes. Run it on the machine with the GPU."""
     from tsqp.cli.printing import loading_progress
     from tsqp.gpu.serve import serve as serve_model
     from tsqp.wire.quotas import Quotas
@@ -91,7 +96,11 @@ def worker(
 def prepare(
     model: Model,
     out: Annotated[
-        Path, typer.Argument(help="A new file, NAME.tsqp.safetensors.", show_default=False)
+        Path,
+        typer.Argument(
+            help="The file to write, NAME.tsqp.safetensors. It must not exist.",
+            show_default=False,
+        ),
     ],
     hints: Annotated[
         Path | None,
@@ -100,7 +109,7 @@ def prepare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write the int8 weights of the private modes, which are all that a worker needs for them."""
+    """Write a file of int8 weights, which is all that a worker of the private modes needs."""
     from tsqp.cli.printing import prepare_model
 
     prepare_model(model, out, hints)
@@ -108,12 +117,14 @@ def prepare(
 
 @app.command()
 def keygen(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the two files go.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Directory for the two key files.")],
     debug: Debug = False,
 ) -> None:
-    """Make a worker's key pair: worker.key for its --keyfile, worker.pub for --worker-key."""
+    """Create a key pair for a worker: worker.key for --keyfile, worker.pub for --worker-key."""
     from tsqp.wire.keys import write_key_pair
 
     secret_path, public_path, public_key = write_key_pair(folder)
-    print(f"{secret_path} stays with the worker; {public_path} goes to its users.", file=sys.stderr)
+    print(
+        f"Keep {secret_path} on the worker, and give {public_path} to its users.", file=sys.stderr
+    )
     print(public_key)

@@ -1,7 +1,8 @@
-"""What a user may choose, declared once: for Python, for every command, and for the server.
+"""The options of a run, declared once for Python, for every command, and for the server.
 
-A field of `Options` with an `Option` in its annotation is also an option of the commands
-(`tsqp.cli.options`), a variable and a setting. Its help text is its documentation in Python too.
+A field of `Options` with an `Option` in its annotation is also a command-line option
+(`tsqp.cli.options`), an environment variable and a setting. Its help text is also its documentation
+in Python.
 """
 
 import dataclasses
@@ -26,17 +27,17 @@ FUSIONS = ("none", "layer")
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How a field of `Options` is given to a command.
+    """How a field of `Options` appears on the command line.
 
     Attributes:
-        help: one or two sentences, for `--help` and for readers of Python.
-        type: on the command line.
-        env: variables, the first of which that is set counts.
-        flag: the name of a switch that turns the field off; by default the field's name, for what
-            it is.
-        unit: of a number on the command line, and what 1 of it is in Python.
-        least: the smallest number that is allowed.
-        metavar: stands for the value in `--help`.
+        help: one or two sentences, for `--help` and for readers of the Python code.
+        type: the type on the command line.
+        env: environment variables. The first one that is set is used.
+        flag: the name of a switch that turns the field off. Without it, the option has the field's
+            name and sets the field.
+        unit: the unit of a number on the command line, and how many of Python's units it holds.
+        least: the smallest allowed number.
+        metavar: the placeholder for the value in `--help`.
     """
 
     help: str
@@ -53,18 +54,18 @@ class Options:
     """How a model is run. Every field is a keyword of `LLM`.
 
     Raises:
-        UsageError: a value that is unknown, or values that contradict each other.
+        UsageError: a value is unknown, or values contradict each other.
 
     Attributes:
-        links: to the workers; none for `tee`. Made from `worker` and `worker_key`.
+        links: the links to the workers, made from `worker` and `worker_key`. Empty for `tee`.
     """
 
     privacy: Annotated[
         str,
         Option(
-            "pad: one worker, which sees uniform noise and cannot lie unnoticed. "
-            "shares: several workers, each of which sees uniform noise; all of them together could "
-            "read everything. open: a worker that reads everything. tee: no worker.",
+            "pad: one worker. It sees only uniform noise, and wrong answers are detected. "
+            "shares: several workers. Each sees only uniform noise, but all of them together could "
+            "read everything. open: one worker, which can read everything. tee: no worker.",
             str,
             env=("TSQP_PRIVACY",),
         ),
@@ -72,8 +73,8 @@ class Options:
     worker: Annotated[
         str | Sequence[str] | None,
         Option(
-            "Where the worker listens: ipc:///PATH, tcp://HOST:PORT, or local, which starts one. "
-            "Repeat it for shares.",
+            "Endpoint of the worker: ipc:///PATH, tcp://HOST:PORT, or local, which starts a worker "
+            "on this machine. Repeat the option for the workers of shares.",
             list[str] | None,
             env=("TSQP_WORKER", "LLAMA_IPC_PATH"),
         ),
@@ -81,8 +82,8 @@ class Options:
     worker_key: Annotated[
         str | Sequence[str] | None,
         Option(
-            "The public key of each worker, or the file with it, in the same order: encrypts the "
-            "link.",
+            "Public key of the worker, or the file that holds it. Encrypts the link. For several "
+            "workers, repeat the option in the order of --worker.",
             list[str] | None,
             env=("TSQP_WORKER_KEY",),
         ),
@@ -90,8 +91,8 @@ class Options:
     attention: Annotated[
         str | None,
         Option(
-            "Where open computes Q·Kᵀ and P·V: tee (the default), or gpu, where the worker keeps "
-            "keys and values. The softmax stays in the TEE.",
+            "With --privacy open: where Q·Kᵀ and P·V are computed, tee (the default) or gpu. With "
+            "gpu, the worker keeps the keys and values, and the softmax stays in the TEE.",
             str | None,
             env=("TSQP_ATTENTION",),
         ),
@@ -99,26 +100,31 @@ class Options:
     fuse: Annotated[
         str,
         Option(
-            "layer: the worker of open runs whole layers, one call each.", str, env=("TSQP_FUSE",)
+            "With --privacy open: none, or layer. With layer, the worker runs whole layers, with "
+            "one call for each.",
+            str,
+            env=("TSQP_FUSE",),
         ),
     ] = "none"
     field: Annotated[
         str,
         Option(
-            "Residues of the private modes: wide, compact, or in pad lattice, whose masks cost the "
-            "TEE less in wide layers, and whose privacy rests on RLWE; auto measures which of wide "
-            "and lattice costs less.",
+            "Residues of the private modes: wide (4 bytes), compact (3 bytes), or lattice (6 bytes, in "
+            "pad only), whose masks cost the TEE less in wide layers and rest on RLWE. auto: measure "
+            "whether wide or lattice costs less.",
             str,
             env=("TSQP_FIELD",),
         ),
     ] = "wide"
     fixed_point: Annotated[
-        bool, Option("With tee: compute exactly what the private modes compute.", bool)
+        bool,
+        Option("With --privacy tee: compute with integers, exactly as the private modes do.", bool),
     ] = False
     pad_memory: Annotated[
         int | None,
         Option(
-            "GiB for pads made ahead (bytes in Python); 0 for none, by default up to 2 GiB.",
+            "Memory for pads that are made ahead of time, in GiB (in Python, in bytes). 0 makes no "
+            "pads ahead. The default is at most 2 GiB.",
             float | None,
             env=("TSQP_PAD_MEMORY",),
             unit=("GiB", 2**30),
@@ -128,7 +134,8 @@ class Options:
     dtype: Annotated[
         str,
         Option(
-            "float32, float16, bfloat16, or auto: the checkpoint's own.",
+            "Floating-point type: float32, float16, bfloat16, or auto, which uses the checkpoint's "
+            "own.",
             str,
             env=("TSQP_DTYPE", "LLAMA_DTYPE"),
         ),
@@ -136,7 +143,7 @@ class Options:
     threads: Annotated[
         int | None,
         Option(
-            "Threads that compute, in this process and in a local worker.",
+            "Number of compute threads, in this process and in a local worker.",
             int | None,
             env=("TSQP_THREADS",),
             least=1,
@@ -145,34 +152,40 @@ class Options:
     device: Annotated[
         str,
         Option(
-            "Where a worker computes: cpu, cuda, cuda:NUMBER, or auto, which is CUDA if there is "
-            "any.",
+            "Device of the worker: cpu, cuda, cuda:NUMBER, or auto, which uses CUDA if it is "
+            "available.",
             str,
             env=("TSQP_DEVICE", "LLAMA_GPU_DEVICE"),
         ),
     ] = "auto"
     prefill_chunk: Annotated[
         int,
-        Option("Most prompt tokens in one step.", int, env=("TSQP_PREFILL_CHUNK",), least=1),
+        Option(
+            "Maximum number of prompt tokens in one step.",
+            int,
+            env=("TSQP_PREFILL_CHUNK",),
+            least=1,
+        ),
     ] = 512
     timeout: Annotated[
         float,
         Option(
-            "Seconds that a worker may take for one call.", float, env=("TSQP_TIMEOUT",), least=0.1
+            "Maximum time of one call to a worker, in seconds.",
+            float,
+            env=("TSQP_TIMEOUT",),
+            least=0.1,
         ),
     ] = 8.0
     shm: Annotated[
         bool,
-        Option("Send tensors through the socket, not through shared memory.", bool, flag="no_shm"),
+        Option("Send tensors through the socket instead of shared memory.", bool, flag="no_shm"),
     ] = True
-    insecure: Annotated[
-        bool, Option("Allow a link to another machine that is not encrypted.", bool)
-    ] = False
+    insecure: Annotated[bool, Option("Allow an unencrypted link to another machine.", bool)] = False
     insecure_same_host: Annotated[
         bool,
         Option(
-            "For testing: let the workers of shares run on one host, where they could add up what "
-            "they receive.",
+            "For testing only: allow the workers of shares to run on one host, where they could "
+            "add up the shares that they receive.",
             bool,
         ),
     ] = False
@@ -180,7 +193,8 @@ class Options:
     expect_model: Annotated[
         str | None,
         Option(
-            "Refuse a model that does not have this digest, as `tsqp digest` prints it.",
+            "Refuse any model that does not have this digest. `tsqp digest` prints the digest of a "
+            "model.",
             str | None,
             env=("TSQP_EXPECT_MODEL",),
             metavar="DIGEST",
@@ -196,7 +210,7 @@ class Options:
     ] = None
     rpc_log: Annotated[
         str | Path | None,
-        Option("A new file for where the time of every call went; see `tsqp report`.", Path | None),
+        Option("Write the timing of every call to this new file, for `tsqp report`.", Path | None),
     ] = None
     links: "tuple[Link, ...]" = dataclasses.field(init=False, repr=False)
 
@@ -220,7 +234,7 @@ class Options:
             raise UsageError("--hints goes with --privacy pad and --field lattice; leave it out.")
         if self.fixed_point and self.privacy != "tee":
             raise UsageError(
-                "--fixed-point goes with --privacy tee; the private modes always use it."
+                "--fixed-point is for --privacy tee only; the private modes always use it."
             )
         self._set(
             prefill_chunk=_integer("prefill_chunk", self.prefill_chunk, least=1),
@@ -247,8 +261,8 @@ class Options:
         self._set(links=links)
         if self.device != "auto" and not any(link.endpoint.scheme == "local" for link in links):
             raise UsageError(
-                "--device is where a worker that --worker local starts computes; give it to "
-                "`tsqp worker` instead."
+                "--device is for a worker that --worker local starts; give it to `tsqp worker` "
+                "instead."
             )
         if self.expect_model is not None:
             self._set(expect_model=check_digest(self.expect_model))
@@ -290,7 +304,7 @@ class Options:
         return ""
 
     def _set(self, **values: object) -> None:
-        """Replace values by those that were checked, before anyone has seen them."""
+        """Replace given values by checked ones; used only while the object is being made."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -318,20 +332,20 @@ def _check_split(privacy: str, attention: str | None, fuse: str) -> None:
         raise UsageError(f"There is no such fusion; choose {_or(FUSIONS)}.")
     if fuse == "layer" and attention == "tee":
         raise UsageError(
-            "--fuse layer runs attention on the worker too, and --attention tee keeps it here; "
-            "leave one of them out."
+            "--fuse layer runs attention on the worker too, but --attention tee keeps it in the "
+            "TEE; leave one of them out."
         )
     wanted = "--fuse layer" if fuse == "layer" else "--attention gpu"
     if privacy == "open" or (fuse == "none" and attention != "gpu"):
         return
     if privacy == "tee":
-        raise UsageError(f"{wanted} needs a worker, and --privacy tee has none; leave it out.")
+        raise UsageError(f"{wanted} needs a worker, but --privacy tee has none; leave it out.")
     why = (
         "whole layers need plain activations, which this mode hides from the worker"
         if fuse == "layer"
-        else "a product of two secrets cannot be masked by pads, which are made for known weights"
+        else "pads are made for known weights, so they cannot mask a product of two secrets"
     )
-    raise UsageError(f"{wanted} goes with --privacy open alone, not with {privacy}: {why}.")
+    raise UsageError(f"{wanted} works only with --privacy open, not with {privacy}: {why}.")
 
 
 def _integer(name: str, value: object, least: int, what: str = "an integer") -> int:
@@ -342,7 +356,7 @@ def _integer(name: str, value: object, least: int, what: str = "an integer") -> 
 
 
 def _number(value: object) -> str:
-    """A wrong number as a message repeats it; of anything else, only what it is."""
+    """A wrong number as shown in a message; of any other value, only its type."""
     return repr(value) if isinstance(value, int | float) else f"of type {type(value).__name__}"
 
 
