@@ -91,7 +91,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(screen: Screen) -> None:
     screen.type(b"half a line" + CTRL_C)
     screen.shows(b"Ctrl-C once more, or Ctrl-D, ends the chat.\r\n> ")
     screen.type(b"/undo\n")
-    screen.shows(b"taken back; 0 remain.\r\n> ")
+    screen.shows(b"its answer; 0 remain.\r\n> ")
 
 
 def test_ctrl_c_while_a_prompt_is_read_keeps_nothing(screen: Screen) -> None:

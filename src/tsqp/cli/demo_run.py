@@ -68,7 +68,7 @@ def _print(reports: Sequence[tuple[str, Report]]) -> None:
     for label, attack in (
         ("prompt tokens by nearest embedding", NEAREST),
         ("prompt tokens by row space", ROW_SPACE),
-        ("values or rows that come again", REPEATS),
+        ("repeated values or rows", REPEATS),
     ):
         table.add_row(label, *(show_found(report.named(attack)) for _, report in reports))
     table.add_row("are the values uniform?", *(_show_uniform(report) for _, report in reports))
