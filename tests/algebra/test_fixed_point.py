@@ -61,7 +61,7 @@ def test_a_group_that_would_keep_too_few_levels_is_refused_by_its_figure() -> No
     width = 131_072
     deviation = 42  # of normal weights whose largest is 127
     bounds = Bounds(l1=width * 33, l2_squared=width * deviation**2, width=width)
-    with pytest.raises(ValueError, match=f"levels, and {MIN_LEVELS} are needed"):
+    with pytest.raises(ValueError, match=f"levels, but {MIN_LEVELS} are needed"):
         bounds.room(COMPACT)
     assert bounds.room(WIDE) > 2**29
 

@@ -252,7 +252,7 @@ def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_recording_that_ends_within_the_prompt_is_no_audit(tmp_path: Path) -> None:
     rows = {key: each for key, each in noise(1).items() if key != (-1, "lm_head")}
     recording = read(write(tmp_path / "a", rows, WIDE))
-    with pytest.raises(RecordingError, match="holds no whole prompt"):
+    with pytest.raises(RecordingError, match="holds no complete prompt"):
         _ = recording.prompt_tokens
 
 
@@ -264,7 +264,7 @@ def test_shares_of_two_answers_cannot_be_added(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("ids", [PROMPT[:-1], [*PROMPT, 1]])
 def test_a_prompt_of_another_length_is_refused(ids: list[int], folder: Path) -> None:
-    error = f"The prompt has {len(ids)} tokens, and the one in .* has 40"
+    error = f"The prompt has {len(ids)} tokens, but the one in .* has 40"
     with pytest.raises(PromptError, match=error):
         Auditor(MODEL).audit(folder, ids)
 

@@ -184,9 +184,7 @@ def test_shares_are_noise_to_each_worker_and_the_prompt_to_all(
     assert result.json["leaks"] == 0
     assert result.json["recovered_ids"] == TINY_PROMPT
     assert result.json["recovered_from"] == "all 3 together"
-    assert "that the workers do not talk to one another is what this mode rests on" in (
-        result.stderr
-    )
+    assert "this mode relies on workers that do not share what they receive" in (result.stderr)
 
 
 @pytest.mark.parametrize("field", ["compact", pytest.param("wide", marks=pytest.mark.slow)])
@@ -243,7 +241,7 @@ def test_whole_layers_are_recorded_and_not_audited(main: Main, tiny: Recorded, i
     assert SafetensorsFile(folder / layers[1]["tensor"]).shape("input") == (40, 64)
     result = main(*auditing(folder, ids))
     assert (result.status, result.stdout) == (1, "")
-    assert "holds whole layers, of which a worker reads everything" in result.error
+    assert "holds calls of whole layers, which the worker reads completely" in result.error
 
 
 def test_what_is_wrong_is_one_sentence(

@@ -117,7 +117,7 @@ def test_an_unknown_dtype_is_refused(commands: Commands, ids: Path) -> None:
             2,
             "--privacy open needs one --worker, not 2",
         ),
-        (["--worker", "local"], 2, "--privacy tee takes no --worker"),
+        (["--worker", "local"], 2, "--privacy tee has no --worker"),
         (["--attention", "moon"], 2, "no such attention mode; choose tee or gpu"),
         (["--fuse", "all"], 2, "no such fusion; choose none or layer"),
         (["--attention", "gpu"], 2, "--attention gpu needs a worker, but --privacy tee has none"),

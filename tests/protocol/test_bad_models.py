@@ -29,9 +29,9 @@ def with_a_broken_tokenizer(folder: Path) -> None:
 
 
 BAD = {
-    "unknown family": (edited(model_type="mamba"), "model_type 'mamba', and TSQP supports llama,"),
-    "mixture of experts": (edited(model_type="qwen3_moe"), "'qwen3_moe', and TSQP supports"),
-    "rope type": (edited(rope_parameters={"rope_type": "su"}), "rope_type 'su', and TSQP supports"),
+    "unknown family": (edited(model_type="mamba"), "model_type 'mamba', but TSQP supports llama,"),
+    "mixture of experts": (edited(model_type="qwen3_moe"), "'qwen3_moe', but TSQP supports"),
+    "rope type": (edited(rope_parameters={"rope_type": "su"}), "rope_type 'su', but TSQP supports"),
     "too many heads": (edited(num_key_value_heads=4), "the config asks for [64, 64]"),
     "too few layers": (edited(num_hidden_layers=1), "holds tensor 'model.layers.1."),
     "too many layers": (edited(num_hidden_layers=3), "lacks tensor model.layers.2."),

@@ -269,7 +269,7 @@ def test_random_weights_cannot_chat(main: Main) -> None:
     [
         (["--temperature", "-1"], 1, "temperature must be"),
         (["--min-p", "2"], 1, "min_p must be"),
-        (["--worker", "local"], 2, "--privacy tee takes no --worker"),
+        (["--worker", "local"], 2, "--privacy tee has no --worker"),
         (["--pad-memory", "inf"], 2, "--pad-memory is inf"),
     ],
 )

@@ -212,7 +212,7 @@ def test_a_worker_without_its_model_that_serves_one_mode_or_has_a_key(commands: 
     assert states.pop("reach the worker") == states.pop("pad: what is served") == "ok"
     assert set(states.values()) == {"skipped"}
     [wrong] = failures(list(greeting_checks(Unnamed(endpoint)))).values()
-    assert "takes encrypted links alone" in wrong
+    assert "accepts only encrypted links" in wrong
 
 
 def test_a_worker_without_its_model_that_is_down(commands: Commands) -> None:

@@ -48,7 +48,7 @@ def test_another_model_is_one_sentence(command: str, main: Main, speaking: Path,
     result = main(command, speaking, "--privacy", "tee", "--expect-model", OTHER, *prompt)
     assert (result.status, result.stdout) == (1, "")
     assert re.search(
-        rf"has the digest sha256:.{{64}}, and --expect-model asks for {OTHER}", result.error
+        rf"has the digest sha256:.{{64}}, but --expect-model asks for {OTHER}", result.error
     )
 
 
@@ -80,4 +80,4 @@ def test_a_gguf_header_is_read_once(demo_path: Path, tmp_path: Path) -> None:
 def test_a_mode_without_a_name_is_refused(main: Main) -> None:
     result = main("digest", "random:tiny", "--privacy", "none")
     assert (result.status, result.stdout) == (2, "")
-    assert "no privacy mode 'none'" in result.error
+    assert "There is no such privacy mode" in result.error

@@ -185,7 +185,7 @@ def test_a_template_that_fails_tells_no_prompt_with_debug_either(
         (
             "p.jsonl",
             b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
-            "line 1: Message 1 has a part of type image_url, and TSQP serves text only",
+            "line 1: Message 1 has a part of type image_url, but TSQP supports only text",
         ),
         ("p.jsonl", b'{"prompt": "\xff"}', "p.jsonl, line 1: "),
         ("p.csv", b"one", "p.csv must be a .txt file with one prompt a line, or a .jsonl file"),

@@ -77,7 +77,7 @@ def test_what_cannot_be_forbidden_is_said(
     monkeypatch.setattr(hardening, "_forbid_dumps", refuse)
     assert not harden_process()
     [message] = [record.getMessage() for record in caplog.records]
-    assert message.startswith("this system does not let debuggers be forbidden (")
+    assert message.startswith("this system does not allow TSQP to forbid debuggers (")
 
 
 def test_every_command_that_sees_a_prompt_is_hardened_before_its_options_are_read(

@@ -136,7 +136,7 @@ def test_a_wrong_or_missing_key_is_one_sentence(
     encrypted, other = two
     cases = [
         (encrypted.endpoint, ["--worker-key", other.key], "does not hold the secret key"),
-        (encrypted.endpoint, [], "takes encrypted links alone; give its public key"),
+        (encrypted.endpoint, [], "accepts only encrypted links; give its public key"),
         (plain, ["--worker-key", other.key], "does not encrypt, and a --worker-key was given"),
     ]
     for endpoint, keys, sentence in cases:
@@ -158,7 +158,9 @@ def test_keys_in_the_wrong_order_are_refused(two: list[Encrypted], main: Main, i
 def test_the_worker_shows_its_public_key_and_never_the_secret_one(two: list[Encrypted]) -> None:
     for worker in two:
         assert worker.endpoint
-        assert f"encrypted links alone; public key: {worker.key}\n" in worker.running.stderr
+        assert (
+            f"accepting only encrypted links; public key: {worker.key}\n" in worker.running.stderr
+        )
         secret = worker.secret_file.read_text().split()[-1]
         assert secret not in worker.running.stderr + worker.running.stdout
 
@@ -194,7 +196,7 @@ def test_tee_passes_over_a_key_that_is_a_setting(main: Main, ids: Path) -> None:
     assert main(*command, env={"TSQP_WORKER_KEY": "nonsense"}).status == 0
     result = main(*command, "--worker-key", "nonsense")
     assert result.status == 2
-    assert "takes no --worker and no --worker-key" in result.error
+    assert "has no --worker and no --worker-key" in result.error
 
 
 def test_a_local_worker_is_not_touched_by_a_key_file_that_is_a_setting(
@@ -285,8 +287,8 @@ def refusal(privacy: str, worker: Sequence[str], keys: Sequence[str], **options:
 @pytest.mark.parametrize("count", [0, 1])
 def test_shares_with_fewer_than_two_workers_is_refused(count: int) -> None:
     text = refusal("shares", [HERE][:count], KEYS[:count], insecure_same_host=True)
-    assert "shares needs two --worker or more, on hosts that do not tell" in text
-    assert f"not {count}; with one worker, choose pad" in text
+    assert f"shares needs two or more --worker, not {count}, on hosts that do not" in text
+    assert "with one worker, choose pad" in text
 
 
 def test_the_other_modes_take_one_worker() -> None:
@@ -302,7 +304,7 @@ def test_there_is_a_key_for_each_worker_or_none(count: int) -> None:
 
 @pytest.mark.parametrize("worker", ["local", "inproc"])
 def test_a_worker_that_this_side_starts_has_no_key(worker: str) -> None:
-    assert f"A worker that is {worker} has no key" in refusal("pad", [worker], KEYS[:1])
+    assert f"A {worker} worker has no key" in refusal("pad", [worker], KEYS[:1])
 
 
 @pytest.mark.parametrize(
@@ -334,7 +336,7 @@ def test_a_worker_that_this_side_starts_has_no_key(worker: str) -> None:
         (["tcp://localhost.localdomain:1", "tcp://127.1:2"], KEYS[:2], "are on the same host"),
         (["tcp://a.LOCALHOST.:1", "tcp://b.localhost:2"], KEYS[:2], "are on the same host"),
         (["tcp://gpu%eth0:1", "tcp://gpu:2"], KEYS[:2], "are on the same host"),
-        ([HERE, THERE], [KEYS[0], KEYS[0]], "have the same --worker-key, and may be one"),
+        ([HERE, THERE], [KEYS[0], KEYS[0]], "have the same --worker-key, and may be the same"),
     ],
 )
 def test_shares_that_could_meet_are_refused_and_the_flag_is_named(
@@ -355,7 +357,7 @@ def test_an_open_link_to_another_machine_wants_a_key_or_insecure(
     workers = [HERE, HERE][: 1 if privacy == "open" else 2]
     text = refusal(privacy, workers, [], **flags)
     assert f"The link to {HERE} is not encrypted" in text
-    assert "give its --worker-key, or use a worker on this machine, or pass --insecure" in text
+    assert "give its --worker-key, use a worker on this machine, or pass --insecure" in text
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,13 @@ def test_benchmarks_are_reported_and_compared(main: Main) -> None:
 def test_a_log_and_a_benchmark_are_not_compared(log: Path, main: Main) -> None:
     result = main("report", log, "--against", BENCHMARKS[0])
     assert result.status == 2
-    assert "are not of one kind" in result.error
+    assert "are not of the same kind" in result.error
 
 
 def test_a_page_of_benchmarks_alone_is_refused(main: Main, tmp_path: Path) -> None:
     result = main("report", BENCHMARKS[0], "--html", tmp_path / "page.html")
     assert result.status == 2
-    assert "--html and --trace are made of call logs" in result.error
+    assert "--html and --trace need a call log" in result.error
     assert not (tmp_path / "page.html").exists()
 
 

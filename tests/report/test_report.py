@@ -131,7 +131,7 @@ def test_two_logs_in_one_file_are_refused(tmp_path: Path) -> None:
 
 def test_a_log_that_goes_on_after_its_end_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "log", [*WHOLE, call()])
-    with pytest.raises(ReportError, match="goes on after its last line"):
+    with pytest.raises(ReportError, match="continues after its summary line"):
         read_file(path)
 
 

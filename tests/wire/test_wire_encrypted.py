@@ -87,7 +87,7 @@ def test_another_key_than_the_worker_s_is_refused(address: str) -> None:
 def test_without_a_key_a_worker_that_has_one_is_out_of_reach(address: str) -> None:
     with WorkerThread(address, secret_key=SECRET) as worker:
         assert refusals(worker.endpoint, None) == {
-            f"The worker at {worker.endpoint} takes encrypted links alone; give its public key, "
+            f"The worker at {worker.endpoint} accepts only encrypted links; give its public key, "
             "which it shows when it starts, as --worker-key."
         }
         assert serves(worker)

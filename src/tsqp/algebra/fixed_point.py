@@ -100,12 +100,12 @@ class Bounds:
         largest = field.half - (delta // 2)  # of Δ · Wq · xq
         if 2 * largest <= self.l1 * delta:
             raise ValueError(
-                f"a row's weights add up to {self.l1}, and the field ends at {largest}"
+                f"a row's weights add up to {self.l1}, but the field ends at {largest}"
             )
         room = (1 - ROUNDING_MARGIN) * (largest / delta - self.l1 / 2)
         if (levels := self._typical_levels(room)) < MIN_LEVELS:
             raise ValueError(
-                f"a typical row of {self.width} activations would keep {levels:.0f} levels, and "
+                f"a typical row of {self.width} activations would keep {levels:.0f} levels, but "
                 f"{MIN_LEVELS} are needed"
             )
         return room

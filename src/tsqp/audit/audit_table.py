@@ -30,10 +30,10 @@ def print_report(report: Report, model: str, *, json_output: bool) -> None:
         console.print(_table(report, findings))
         if not findings[0].counted:
             console.print(
-                "Together they are the prompt: that the workers do not talk to one another is "
-                "what this mode rests on."
+                "Added up they give the prompt: this mode relies on workers that do not share what "
+                "they receive."
                 if any(report.is_above_chance(finding) for finding in findings)
-                else "Together they are no prompt: some worker's recording is missing."
+                else "Added up they do not give the prompt: the recording of a worker is missing."
             )
     text = None if report.recovered is None else read_text(report.recovered, Tokenizer(model))
     console.print(f"\n{_verdict(report)}")

@@ -126,7 +126,7 @@ class Auditor:
         """
         folders = [folder, *shares, *([] if again is None else [again])]
         if len({session_folder(path).resolve() for path in folders}) < len(folders):
-            raise UsageError("One recording is given twice; name different folders.")
+            raise UsageError("The same recording is given twice; name different folders.")
         recordings = [self._open(path) for path in (folder, *shares)]
         first = recordings[0]
         self._check(ids, first)
@@ -170,7 +170,7 @@ class Auditor:
             raise PromptError(f"A token id lies outside the vocabulary of {self._model}.")
         if len(ids) != recording.prompt_tokens:
             raise PromptError(
-                f"The prompt has {len(ids)} tokens, and the one in {recording.name} has "
+                f"The prompt has {len(ids)} tokens, but the one in {recording.name} has "
                 f"{recording.prompt_tokens}; give the ids of the recorded prompt."
             )
 

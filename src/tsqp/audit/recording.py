@@ -62,7 +62,7 @@ class Recording:
         """
         keys = [call.key for call in self.calls]
         if HEAD not in keys:
-            raise RecordingError(f"{self.name} holds no whole prompt; record an answer to one.")
+            raise RecordingError(f"{self.name} holds no complete prompt; record an answer to one.")
         before = self.calls[: keys.index(HEAD)]
         return sum(call.rows for call in before if call.key == FIRST)
 
@@ -103,15 +103,15 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
     everything = _read_index(session / INDEX)
     if any(call.operation == "layer" for call in everything):
         raise RecordingError(
-            f"{session} holds whole layers, of which a worker reads everything and which no attack "
-            "looks at; record without --fuse layer."
+            f"{session} holds calls of whole layers, which the worker reads completely and no "
+            "attack uses; record without --fuse layer."
         )
     calls = [call for call in everything if call.group is not None]
     if not calls:
         raise RecordingError(f"{session} holds no call of a linear layer; record an answer.")
     fields = {call.field for call in calls}
     if len(fields) > 1:
-        raise RecordingError(f"{session} mixes privacy modes or fields, as no session does.")
+        raise RecordingError(f"{session} mixes privacy modes or fields, which no session does.")
     known = {key: group_shape(config, *key)[1] for key in linear_groups(config)}
     recorded = []
     values: Counter[Key] = Counter()

@@ -132,7 +132,7 @@ def tables(result: KernelResult) -> Iterator[Table]:
 def notes(result: KernelResult) -> Iterator[str]:
     """The ceilings."""
     yield (
-        f"Both: one input and one output element, checks included, wanted at most "
+        f"Both: one input and one output element, including checks; the target is at most "
         f"{result.target_ns} ns. One core copies a residue of 4 bytes in "
         f"{result.copy_ns_per_residue:.2f} ns and multiplies and adds two int8 in "
         f"{result.int8_product_ps:.2f} ps at best."

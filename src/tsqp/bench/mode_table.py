@@ -27,10 +27,10 @@ def notes(result: Result) -> Iterator[str]:
     """What a reader must know to read the tables."""
     c = result.ceilings
     yield (
-        f"Medians of {result.rounds} rounds (least to most); ratios are taken round by round. "
+        f"Medians of {result.rounds} rounds (lowest to highest); ratios are taken within a round. "
         f"Best rates of this machine: {c.matmul_flops / 1e9:.0f} GFLOP/s, "
         f"{c.int8_ops / 1e9:.0f} Gop/s of int8, {c.read_bytes_per_s / 1e9:.1f} GB/s read, "
-        f"{c.copy_bytes_per_s / 1e9:.1f} GB/s copied; at best is what they allow."
+        f'{c.copy_bytes_per_s / 1e9:.1f} GB/s copied; "at best" is what these rates allow.'
     )
     if (d := result.device_ceilings) is not None:
         yield (
@@ -41,7 +41,7 @@ def notes(result: Result) -> Iterator[str]:
     for mode, rows in result.stock_rows.items():
         yield f"{mode}: pads for {rows} tokens lie ready before each run."
         if rows < result.setting.forwards:
-            yield f"A run takes {result.setting.forwards}: memory did not allow more."
+            yield f"A run takes {result.setting.forwards}: there was not enough memory for more."
 
 
 def _times(result: Result) -> Table:
@@ -73,9 +73,9 @@ def _ratios(result: Result) -> Table:
 
 def _work(result: Result) -> Table:
     table = new_table(
-        "Processor time of the trusted side, and what crossed",
-        "", "ms a prompt token", "ms a new token", "pads, ms a token", "workers, s a run",
-        "calls a forward", "MB a run", "socket kB",
+        "Processor time of the trusted side, and traffic",
+        "", "ms per prompt token", "ms per new token", "pads, ms per token", "workers, s per run",
+        "calls per forward", "MB per run", "socket kB",
     )  # fmt: skip
     figures = result.figures
     for mode in result.floors:
@@ -95,7 +95,7 @@ def _work(result: Result) -> Table:
 def _sustained(result: Result) -> Table:
     table = new_table(
         "Once the stock of pads is used up",
-        "", "tokens", "tokens a second", "processor, ms a token", "of it pads", "pads ahead",
+        "", "tokens", "tokens per second", "processor, ms per token", "of it pads", "pads ahead",
         "stock, tokens",
     )  # fmt: skip
     for mode, found in result.sustained.items():
@@ -113,7 +113,7 @@ def _sustained(result: Result) -> Table:
 
 def _starts(result: Result) -> Table:
     table = new_table(
-        "Starts, each in a process of its own",
+        "Starts, each in a separate process",
         "", "cache", "ready after, s", "of it loading", "stock of pads, s", "peak MB",
         "peak MB of workers",
     )  # fmt: skip

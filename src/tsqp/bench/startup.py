@@ -67,7 +67,7 @@ def _start(mode: str, state: str, setting: dict[str, object], cache: str) -> Sta
         found, words = process.communicate()
     if process.returncode != 0:
         said = words.strip().splitlines() or ["it said nothing"]
-        raise TSQPError(f"Starting {mode} in a process of its own failed: {said[-1]}")
+        raise TSQPError(f"Starting {mode} in a separate process failed: {said[-1]}")
     return Start(mode=mode, cache=state, process_s=process_s, **json.loads(found))
 
 

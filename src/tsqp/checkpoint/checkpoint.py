@@ -119,7 +119,7 @@ def _check_path(path: Path) -> None:
     if not path.is_dir() and not path.is_file():
         raise CheckpointError(
             f"There is no checkpoint at {shown(path, 'that path')}: give a directory, a .gguf file,"
-            " random:NAME or demo_model."
+            " random:NAME or demo."
         )
 
 

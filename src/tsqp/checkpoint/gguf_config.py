@@ -78,7 +78,7 @@ def read_config(header: GGUFHeader, rope_freqs: Tensor | None) -> ModelConfig:
     architecture = header.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"The GGUF file has the architecture {show(architecture)}, and TSQP supports"
+            f"The GGUF file has the architecture {show(architecture)}, but TSQP supports"
             f" {', '.join(ARCHITECTURES)}."
         )
     if EMBEDDING not in header.tensors:
@@ -165,7 +165,7 @@ def _check_options(start: str, own: dict[str, Any], config: ModelConfig) -> None
         found = own.get(key, supported)
         if found != supported:
             raise UnsupportedModel(
-                f"The GGUF file has {start}{key} {show(found)}, and TSQP supports {supported} here."
+                f"The GGUF file has {start}{key} {show(found)}, but TSQP supports {supported} here."
             )
     known = {*_REQUIRED.values(), *_OPTIONAL.values(), *_SCALING.values(), *_SPELLED_ELSEWHERE}
     for key in sorted(own.keys() - known - only.keys()):

@@ -243,7 +243,7 @@ def _check_version(file: BinaryFile) -> None:
         )
     version = int.from_bytes(start[4:], "little")
     if version not in READABLE_VERSIONS:
-        raise UnsupportedModel(f"{file.path} has GGUF version {version}, and TSQP reads 2 and 3.")
+        raise UnsupportedModel(f"{file.path} has GGUF version {version}, but TSQP reads 2 and 3.")
 
 
 def _stored(name: str, encoding: int, shape: tuple[int, ...], offset: int) -> StoredTensor:

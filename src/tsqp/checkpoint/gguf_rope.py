@@ -49,8 +49,8 @@ def llama3_scaling(factors: Tensor, rope_theta: float, head_dim: int) -> Llama3S
         if torch.allclose(factors.double(), expected, rtol=1e-4, atol=0):
             return scaling
     raise UnsupportedModel(
-        "The GGUF file's rope_freqs.weight is not the rotary scaling of any Llama 3 model, and"
-        " TSQP supports no other."
+        "The GGUF file's rope_freqs.weight is not the rotary scaling of a Llama 3 model, the only"
+        " kind that TSQP supports."
     )
 
 

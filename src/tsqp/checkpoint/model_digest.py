@@ -97,6 +97,6 @@ def check_expected(found: str, expected: str | None, model: str) -> None:
     """Raise UnexpectedModel unless the digests are equal, or none is expected."""
     if expected not in (None, found):
         raise UnexpectedModel(
-            f"{model} has the digest {found}, and --expect-model asks for {expected}: give the"
-            " model, the --dtype and the kind of --privacy that it was taken of."
+            f"{model} has the digest {found}, but --expect-model asks for {expected}: use the"
+            " model, the --dtype and the kind of --privacy that the digest was computed for."
         )

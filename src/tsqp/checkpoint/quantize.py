@@ -58,8 +58,8 @@ def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWei
     features, width = group_shape(checkpoint.config, layer, group)
     if width > MAX_WIDTH:
         raise UnsupportedModel(
-            f"{checkpoint.name} has layers with {width} inputs, and the private modes take "
-            f"{MAX_WIDTH} at most."
+            f"{checkpoint.name} has layers with {width} inputs, but the private modes support at "
+            f"most {MAX_WIDTH}."
         )
     weight_FD = torch.empty(features, width, dtype=torch.int8)
     scale_F = torch.empty(features, dtype=torch.float32)

@@ -79,7 +79,7 @@ class SafetensorsFile:
         dtype = _STORED[stored] if stored else _DTYPES.get(entry.dtype)
         if dtype is None:
             raise UnsupportedModel(
-                f"Tensor {name} of {where} has dtype {entry.dtype[:40]!a}, and TSQP reads"
+                f"Tensor {name} of {where} has dtype {entry.dtype[:40]!a}, but TSQP reads"
                 f" {', '.join(_DTYPES)}."
             )
         begin, end = entry.data_offsets
@@ -147,8 +147,8 @@ class SafetensorsCheckpoint:
         config = parse_json(text, directory / CONFIG)
         if config.get("transformers_weights") is not None:
             raise UnsupportedModel(
-                f"{directory / CONFIG} names the file of the weights (transformers_weights), and"
-                f" TSQP reads {WEIGHTS} or {INDEX} only: rename it."
+                f"{directory / CONFIG} names the file of the weights (transformers_weights), but"
+                f" TSQP reads only {WEIGHTS} or {INDEX}: rename it."
             )
         self.config = from_hf(config, self._generation_config())
         self._files: dict[str, SafetensorsFile] = {}

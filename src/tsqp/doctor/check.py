@@ -53,4 +53,4 @@ def run_check(name: str, check: Callable[[], str]) -> Check:
         return ended("bad", exc)
     except Exception as exc:
         trace = without_foreign_messages(exc)
-        return ended("bad", "This check failed in a way nobody foresaw.", trace)
+        return ended("bad", "This check failed unexpectedly.", trace)

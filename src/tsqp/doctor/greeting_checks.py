@@ -33,7 +33,7 @@ def greeting_checks(target: Unnamed) -> Iterator[Check]:
         )
         [link] = links
         if link.endpoint.scheme not in ("ipc", "tcp"):
-            raise Wrong(f"A worker that is {link.endpoint} is started for a model; name MODEL.")
+            raise Wrong(f"--worker {link.endpoint} starts a worker for a model; give MODEL too.")
         check_reachable(link.endpoint, link.key)
         return f"{link.endpoint}, {'encrypted' if link.key else 'not encrypted'}"
 
@@ -50,7 +50,7 @@ def greeting_checks(target: Unnamed) -> Iterator[Check]:
         "weights and products",
         "skipped",
         0.0,
-        "Not checked: that takes the worker's model; add MODEL.",
+        "Not checked: this needs the worker's model; add MODEL.",
     )
 
 

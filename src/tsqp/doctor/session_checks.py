@@ -172,7 +172,7 @@ class _Mode:
         """Q·Kᵀ, and P·V with the output projection, as `--attention gpu` has them; in float64."""
         if ATTENTION_ABILITY not in self._channel.welcome.abilities:
             raise Wrong(
-                "The worker cannot do attention, which --attention gpu wants; install the same "
+                "The worker cannot do attention, which --attention gpu needs; install the same "
                 "version of tsqp on both sides."
             )
         c, rows = self._checkpoint.config, FEW_ROWS

@@ -62,7 +62,8 @@ def serve(
         serve: "private" holds integer weights, "open" floating-point ones, "all" both.
         dtype: of the floating-point weights.
         quotas: what clients may take.
-        keyfile: holds the secret key of `tsqp keygen`; takes encrypted links alone.
+        keyfile: the file with the secret key made by `tsqp keygen`. With it, the worker accepts
+            only encrypted links.
         insecure: listen on an address that other machines can reach, without encryption.
         record: a new or empty folder for everything that arrives; see `tsqp.gpu.record`.
         supervised: say "ready ADDRESS" on standard output, and stop at the end of standard input.
@@ -92,7 +93,7 @@ def serve(
     server = Server(endpoint, secret_key=secret_key, quotas=quotas, log=log.info)
     try:
         if secret_key is not None:
-            log.info("encrypted links alone; public key: %s", public_key_of(secret_key))
+            log.info("accepting only encrypted links; public key: %s", public_key_of(secret_key))
         log.info("loading %s …", model)
         worker = load()
         log.info("%s", loading.describe(worker.layers))
@@ -116,7 +117,7 @@ def _prepare_to_load(
         raise UsageError(f"--serve does not take this; choose {', '.join(SERVE)}.")
     if model.endswith(SUFFIX):
         if serve == "open":
-            raise UsageError(f"{model} holds integer weights alone; leave --serve open out.")
+            raise UsageError(f"{model} holds only integer weights; leave --serve open out.")
         return lambda: Worker(None, read_prepared(Path(model).expanduser(), device, progress))
     checkpoint = open_checkpoint(model)
     config = checkpoint.config

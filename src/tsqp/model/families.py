@@ -76,7 +76,7 @@ def _phi3(config: Json) -> Fields:
     rope = parse_rope(config)
     if rope.scaling is not None:
         raise UnsupportedModel(
-            "The model has scaled rotary embeddings, and TSQP supports Phi-3 only without (4k)."
+            "The model has scaled rotary embeddings, but TSQP supports only Phi-3 without (4k)."
         )
     return _mistral(config) | {"fused": True}
 
@@ -119,7 +119,7 @@ def _gemma2(config: Json) -> Fields:
 def _gemma3(config: Json) -> Fields:
     if config.get("attn_logit_softcapping") is not None:
         raise UnsupportedModel(
-            "The model has attn_logit_softcapping, which transformers passes over in Gemma 3: set"
+            "The model has attn_logit_softcapping, which transformers ignores in Gemma 3: set"
             " it to null in the config."
         )
     pattern = integer(config, "sliding_window_pattern", 1, MAX_LAYERS, 6)
@@ -142,7 +142,7 @@ def _gemma3_ropes(config: Json) -> tuple[Rope, Rope]:
 def _gemma(config: Json) -> Fields:
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModel(
-            "The model has use_bidirectional_attention, and TSQP supports causal attention only."
+            "The model has use_bidirectional_attention, but TSQP supports only causal attention."
         )
     act = choice(config, "hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
     return {

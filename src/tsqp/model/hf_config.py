@@ -88,8 +88,8 @@ def _check_architectures(config: Json, supported: tuple[str, ...]) -> None:
         raise wrong_type("architectures", "a list", found)
     if found and not any(name in supported for name in found):
         raise UnsupportedModel(
-            f"The model has architectures {show(found)}, and TSQP supports {supported[0]} of this"
-            " family."
+            f"The model has architectures {show(found)}, but TSQP supports only {supported[0]} of"
+            " this family."
         )
 
 

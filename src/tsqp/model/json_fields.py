@@ -45,7 +45,7 @@ def choice(config: Json, key: str, choices: tuple[str, ...], default: str | None
         raise wrong_type(key, "a string", value)
     if value not in choices:
         raise UnsupportedModel(
-            f"The model has {key} {show(value)}, and TSQP supports {', '.join(choices)}."
+            f"The model has {key} {show(value)}, but TSQP supports {', '.join(choices)}."
         )
     return value
 

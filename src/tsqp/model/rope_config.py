@@ -61,7 +61,7 @@ def build_rope(parameters: Json, config: Json, theta: float) -> Rope:
     for key, value in parameters.items():
         if isinstance(value, dict):
             raise UnsupportedModel(
-                f"The model has rotary parameters of its own for {show(key)}, which TSQP does not"
+                f"The model has separate rotary parameters for {show(key)}, which TSQP does not"
                 " support in this family."
             )
     parameters = _outside(config) | {k: v for k, v in parameters.items() if v is not None}

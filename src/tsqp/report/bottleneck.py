@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """What to do, and the part of the bottleneck's time that it would save."""
+    """Advice, and the share of the bottleneck's time that it would save."""
 
     advice: str
     saves: float
@@ -25,34 +25,36 @@ class Remedy:
 
 REMEDIES = {
     "worker compute": Remedy(
-        "Run the worker on a faster device, or give it more --threads; half the time is assumed.",
+        "Run the worker on a faster device, or give it more --threads; the estimate assumes half "
+        "the time.",
         0.5,
     ),
     "serialisation": Remedy(
-        "Make fewer and larger calls: run several prompts together; twice as many are assumed.",
+        "Make fewer and larger calls: run several prompts together; the estimate assumes twice as "
+        "many.",
         0.5,
     ),
     "TEE pads": Remedy(
-        "Let pads lie ready: more --pad-memory, and pauses in which they are made.", 1.0
+        "Make more pads ahead of time: raise --pad-memory, and leave pauses to make them.", 1.0
     ),
     "TEE masking": Remedy(
-        "Give the trusted side more cores and --threads; twice as many are assumed.", 0.5
+        "Give the trusted side more cores and --threads; the estimate assumes twice as many.", 0.5
     ),
     "TEE own work": Remedy(
-        "Give the trusted side more cores and --threads; twice as many are assumed.", 0.5
+        "Give the trusted side more cores and --threads; the estimate assumes twice as many.", 0.5
     ),
 }
 LINK_REMEDIES = {
     "inline": Remedy(
-        "Put both sides on one machine with shared memory (transport poll), or take a faster "
-        "network; if others use the worker, give this side a worker of its own; half the time is "
-        "assumed.",
+        "Put both sides on one machine with shared memory (transport poll), or use a faster "
+        "network; if others use the worker, give this side a worker of its own; the estimate "
+        "assumes half the time.",
         0.5,
     ),
     "": Remedy(
-        "The time goes for each call, not for its bytes: run several prompts together, and leave "
-        "both sides cores of their own; if others use the worker, give this side a worker of its "
-        "own; half the time is assumed.",
+        "The time is spent per call, not per byte: run several prompts together, and give each "
+        "side its own cores; if others use the worker, give this side a worker of its own; the "
+        "estimate assumes half the time.",
         0.5,
     ),
 }

@@ -62,7 +62,7 @@ def read_file(path: Path) -> LogFile | BenchFile:
     values = _decode_object(text)
     if values is None or "command" not in values:
         raise ReportError(
-            f"{path} is neither a call log of --rpc-log nor a result of `tsqp bench`; name one."
+            f"{path} is neither a call log of --rpc-log nor a result of `tsqp bench`; give one."
         )
     return BenchFile(path.name, values)
 
@@ -120,11 +120,10 @@ def _read_log(path: Path, text: bytes, version: int) -> LogFile:
     for number, line in decoded.rest(lines[1:]):
         if isinstance(line, Header):
             raise ReportError(
-                f"{path} holds a second log from line {number} on; report each in a file of its "
-                "own."
+                f"{path} holds a second log from line {number} on; put each log into its own file."
             )
         if summary is not None:
-            raise ReportError(f"{path} goes on after its last line; it is no log that tsqp wrote.")
+            raise ReportError(f"{path} continues after its summary line; tsqp did not write it.")
         if isinstance(line, Summary):
             summary = line
         else:

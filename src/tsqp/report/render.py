@@ -38,9 +38,7 @@ def print_reports(
     compared = [{} if other is None else _ratios(report, other) for report in reports]
     logs = [report for report in reports if isinstance(report, LogReport)]
     if (html or trace) and not logs:
-        raise UsageError(
-            "--html and --trace are made of call logs, and none was given; name one of --rpc-log."
-        )
+        raise UsageError("--html and --trace need a call log; give a file that --rpc-log wrote.")
     console = Console(stderr=json_output, width=140, highlight=False, markup=False)
     for report, by in zip(reports, compared, strict=True):
         _print(console, report)
@@ -73,8 +71,8 @@ def _ratios(report: Report, other: Report) -> dict[str, float]:
     if isinstance(report, BenchFile) and isinstance(other, BenchFile):
         return bench_ratios(report, other)
     raise UsageError(
-        f"{_name(report)} and {_name(other)} are not of one kind; compare two call logs, or two "
-        "results of a benchmark."
+        f"{_name(report)} and {_name(other)} are not of the same kind; compare two call logs or "
+        "two results of a benchmark."
     )
 
 

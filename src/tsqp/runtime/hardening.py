@@ -33,7 +33,7 @@ def harden_process() -> bool:
         try:
             forbid()
         except (OSError, ValueError, ImportError, AttributeError) as exc:
-            log.warning("this system does not let %s be forbidden (%s)", what, exc)
+            log.warning("this system does not allow TSQP to forbid %s (%s)", what, exc)
             done = False
     return done
 

@@ -46,17 +46,15 @@ def check_links(
     links = tuple(map(Link, map(parse_endpoint, workers), each_key))
     for link in links:
         if link.key is not None and link.endpoint.scheme not in ("ipc", "tcp"):
-            raise UsageError(
-                f"A worker that is {link.endpoint} has no key; leave --worker-key out."
-            )
+            raise UsageError(f"A {link.endpoint} worker has no key; leave --worker-key out.")
     if privacy == "shares" and not insecure_same_host:
         _check_apart(links)
     for link in links:
         if privacy != "pad" and not link.is_private and not insecure:
             raise UsageError(
-                f"The link to {link.endpoint} is not encrypted, and whoever it passes can read and "
-                "change what crosses; give its --worker-key, or use a worker on this machine, or "
-                "pass --insecure."
+                f"The link to {link.endpoint} is not encrypted, so anyone on its path can read and "
+                "change what is sent; give its --worker-key, use a worker on this machine, or pass "
+                "--insecure."
             )
     return links
 
@@ -64,12 +62,12 @@ def check_links(
 def _check_numbers(privacy: str, workers: int, keys: int) -> None:
     if privacy == "tee" and workers + keys:
         raise UsageError(
-            "--privacy tee takes no --worker and no --worker-key; leave them out, or choose pad."
+            "--privacy tee has no --worker and no --worker-key; leave them out, or choose pad."
         )
     if privacy == "shares" and workers < 2:
         raise UsageError(
-            "--privacy shares needs two --worker or more, on hosts that do not tell each other "
-            f"what they receive, not {workers}; with one worker, choose pad."
+            f"--privacy shares needs two or more --worker, not {workers}, on hosts that do not "
+            "share what they receive; with one worker, choose pad."
         )
     if privacy in ("pad", "open") and workers != 1:
         raise UsageError(
@@ -88,8 +86,8 @@ def _check_apart(links: Sequence[Link]) -> None:
     for link in links:
         if link.endpoint.scheme != "tcp":
             raise UsageError(
-                f"--privacy shares wants workers on hosts of their own, and {link.endpoint} is on "
-                f"this one; name each as tcp://HOST:PORT, {FOR_TESTING}."
+                f"--privacy shares needs workers on separate hosts, but {link.endpoint} is on this "
+                f"one; give each as tcp://HOST:PORT, {FOR_TESTING}."
             )
         if link.key is None:
             raise UsageError(
@@ -100,12 +98,12 @@ def _check_apart(links: Sequence[Link]) -> None:
         if _host(one.endpoint) == _host(other.endpoint):
             raise UsageError(
                 f"{one.endpoint} and {other.endpoint} are on the same host, which could add up "
-                f"their shares; use hosts that do not tell each other anything, {FOR_TESTING}."
+                f"their shares; use hosts that do not share what they receive, {FOR_TESTING}."
             )
         if one.key == other.key:
             raise UsageError(
                 f"The workers at {one.endpoint} and {other.endpoint} have the same --worker-key, "
-                f"and may be one; run `tsqp keygen` for each, {FOR_TESTING}."
+                f"and may be the same worker; run `tsqp keygen` for each, {FOR_TESTING}."
             )
 
 

@@ -109,9 +109,9 @@ class Options:
     field: Annotated[
         str,
         Option(
-            "Residues of the private modes: wide (4 bytes), compact (3 bytes), or lattice (6 bytes, in "
-            "pad only), whose masks cost the TEE less in wide layers and rest on RLWE. auto: measure "
-            "whether wide or lattice costs less.",
+            "Residues of the private modes: wide (4 bytes), compact (3 bytes), or lattice (6 bytes, "
+            "pad only), whose masks cost the TEE less in wide layers and rest on RLWE. auto: "
+            "measure whether wide or lattice costs less.",
             str,
             env=("TSQP_FIELD",),
         ),

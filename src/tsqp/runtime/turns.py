@@ -56,8 +56,8 @@ class Turns:
         """
         if self._is_forked:
             raise UsageError(
-                "This LLM belongs to the process that this one was forked from, and its worker "
-                "and its pads with it; make a new LLM in this process."
+                "This LLM belongs to the process that this one was forked from, and so do its "
+                "worker and its pads; make a new LLM in this process."
             )
         if self._ending:
             raise UsageError("This LLM is closed; make a new one.")
@@ -85,7 +85,7 @@ class Turns:
         if self._is_inside:
             raise UsageError(
                 "This LLM was called from its own callback (on_text, on_progress or should_stop), "
-                "and it is still busy; call it after it has returned, or use a second LLM."
+                "and is still busy; call it after the callback has returned, or use a second LLM."
             )
         turn, began = _Turn(), False
         try:
@@ -151,8 +151,8 @@ class Turns:
                 self.check()
             elif monotonic() > deadline:
                 raise UsageError(
-                    f"This LLM is in use by another thread, and was still after {END_S:.0f} "
-                    "seconds; end that call before closing."
+                    f"This LLM was still in use by another thread after {END_S:.0f} seconds; end "
+                    "that call before closing."
                 )
 
     def _wake_next(self) -> None:

@@ -99,7 +99,7 @@ def check_prompt(prompt_ids: Sequence[int], config: ModelConfig, answer: int = 1
     if len(prompt_ids) + answer > config.max_positions:
         raise PromptTooLong(len(prompt_ids), config.max_positions)
     if any(type(token_id) is not int for token_id in prompt_ids):
-        raise PromptError("A prompt of token ids holds something else than integers.")
+        raise PromptError("A prompt of token ids may hold only integers.")
     if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
         raise PromptError(
             f"The prompt has a token id outside the model's vocabulary of {config.vocab_size}: "

@@ -73,7 +73,7 @@ def why_not(endpoint: Endpoint, *, encrypting: bool) -> WorkerError:
         )
     if not encrypting:
         return HandshakeError(
-            f"The worker at {endpoint} takes encrypted links alone; give its public key, "
+            f"The worker at {endpoint} accepts only encrypted links; give its public key, "
             "which it shows when it starts, as --worker-key."
         )
     if mechanism == "NULL":

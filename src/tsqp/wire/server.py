@@ -118,7 +118,7 @@ class Server:
         """Bind `endpoint`.
 
         Args:
-            secret_key: makes the worker take encrypted links alone, see `ServerSocket`.
+            secret_key: if given, the worker accepts only encrypted links; see `ServerSocket`.
             quotas: what clients may take.
             log: takes one line about a session that begins or ends.
 

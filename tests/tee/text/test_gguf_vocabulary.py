@@ -364,9 +364,9 @@ def test_the_checkpoints_header_is_the_one_that_is_used(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bos_token_id": 999}, r"bos_token_id 999, and its vocabulary has 264 tokens"),
-        ({"scores": [1.0]}, "no number for each token"),
-        ({"add_space_prefix": 1}, "add_space_prefix 1, which is no flag"),
+        ({"bos_token_id": 999}, r"bos_token_id 999, but its vocabulary has 264 tokens"),
+        ({"scores": [1.0]}, "not one number for each token"),
+        ({"add_space_prefix": 1}, "add_space_prefix 1, which is not a flag"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
         ({"scores": [float("nan")] * 264}, "not a finite number"),
     ],

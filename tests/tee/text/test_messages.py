@@ -22,7 +22,7 @@ from tsqp.tee.text.messages import MAX_DEPTH, check_messages, check_tools
         ([{"role": 3}], "has no role"),
         ([{"role": "user", "content": 5}], "not text, text parts, an object or null"),
         ([{"role": "user", "content": True}], "not text, text parts, an object or null"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "of type image_url, and TSQP"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "of type image_url, but TSQP"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "of type input_audio"),
         ([{"role": "user", "content": [{"type": "cinnamon"}]}], "a part that is not"),
         ([{"role": "user", "content": [{"type": "text"}]}], "a part that is not"),

@@ -115,7 +115,7 @@ def find_pre_type(name: object) -> PreType:
     found = _BY_NAME.get(name) if isinstance(name, str) else None
     if found is None:
         raise TokenizerError(
-            f"The GGUF file cuts text by the rules {show(name)} (tokenizer.ggml.pre), which TSQP"
+            f"The GGUF file splits text by the rules {show(name)} (tokenizer.ggml.pre), which TSQP"
             " does not support: pass token ids with --prompt-ids."
         )
     return found

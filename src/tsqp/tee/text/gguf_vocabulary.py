@@ -60,7 +60,7 @@ def from_gguf(header: GGUFHeader) -> Vocabulary:
         )
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(
-            f"The GGUF file has a tokenizer of the type {show(kind)}, and TSQP supports gpt2 and"
+            f"The GGUF file has a tokenizer of the type {show(kind)}, but TSQP supports gpt2 and"
             " llama: pass token ids with --prompt-ids."
         )
     pieces = _pieces(metadata)
@@ -86,8 +86,8 @@ def from_gguf(header: GGUFHeader) -> Vocabulary:
 def _sentencepiece(metadata: dict[str, Any], pieces: Pieces) -> tokenizers.Tokenizer:
     if _flag(metadata, "remove_extra_whitespaces", False):
         raise TokenizerError(
-            "The GGUF file has tokenizer.ggml.remove_extra_whitespaces, which TSQP supports in no"
-            " file of this type: pass token ids with --prompt-ids."
+            "The GGUF file has tokenizer.ggml.remove_extra_whitespaces, which TSQP does not support"
+            " in files of this type: pass token ids with --prompt-ids."
         )
     backend = bpe_backend(pieces)
     space_prefix = _flag(metadata, "add_space_prefix", True)
@@ -156,14 +156,14 @@ def _numbers(metadata: dict[str, Any], key: str, count: int, kind: type) -> list
         or len(found) < count
         or not all(type(each) in (int, kind) for each in found)
     ):
-        raise TokenizerError(f"{_START}{key} of the GGUF file is no number for each token.")
+        raise TokenizerError(f"{_START}{key} of the GGUF file is not one number for each token.")
     return found[:count]
 
 
 def _flag(metadata: dict[str, Any], key: str, default: bool) -> bool:
     found = metadata.get(_START + key, default)
     if not isinstance(found, bool):
-        raise TokenizerError(f"The GGUF file has {_START}{key} {show(found)}, which is no flag.")
+        raise TokenizerError(f"The GGUF file has {_START}{key} {show(found)}, which is not a flag.")
     return found
 
 
@@ -177,7 +177,7 @@ def _named_ids(metadata: dict[str, Any], kind: str, count: int) -> dict[str, int
     for name, value in ids.items():
         if value is not None and (type(value) is not int or not 0 <= value < count):
             raise TokenizerError(
-                f"The GGUF file has {_START}{_NAMED_IDS[name]} {show(value)}, and its vocabulary"
+                f"The GGUF file has {_START}{_NAMED_IDS[name]} {show(value)}, but its vocabulary"
                 f" has {count} tokens."
             )
     return {name: value for name, value in ids.items() if value is not None}
@@ -189,7 +189,7 @@ def _end(metadata: dict[str, Any], ids: dict[str, int], name: str, default: bool
         return None
     if name not in ids:
         raise TokenizerError(
-            f"The model adds {name} to each text, and the GGUF file has no {_START}{name}_id."
+            f"The model adds {name} to each text, but the GGUF file has no {_START}{name}_id."
         )
     return ids[name]
 

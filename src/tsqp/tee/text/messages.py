@@ -62,7 +62,7 @@ def _checked(message: object, name: str) -> dict[str, Any]:
 def _check_part(part: object, name: str) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in OTHER_PARTS:
-        raise PromptError(f"{name} has a part of type {kind}, and TSQP serves text only.")
+        raise PromptError(f"{name} has a part of type {kind}, but TSQP supports only text.")
     if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
         raise PromptError(f'{name} has a part that is not {{"type": "text", "text": "..."}}.')
 
