@@ -1,44 +1,44 @@
-"""Everything TSQP raises on purpose.
+"""All exceptions that TSQP raises on purpose.
 
     TSQPError
-    ├── UsageError                 options that are unknown or contradict each other, or an LLM
-    │                              that is called where it cannot be: closed, busy, forked
+    ├── UsageError                 options are unknown or contradict each other, or an LLM cannot
+    │                              be called now: it is closed, busy or forked
     ├── ModelError                 a checkpoint cannot be used
-    │   ├── UnsupportedModel       an architecture, option or format we do not implement
-    │   ├── CheckpointError        a file is missing, cut, or contradicts the config
-    │   ├── UnexpectedModel        another model than --expect-model asks for
-    │   ├── HintsError             hints of lattice masks that cannot be used or written
-    │   └── TokenizerError         no tokenizer or no chat template where one is needed
-    ├── NumericalError             an activation that is not a finite number
-    ├── PromptError                an empty prompt, or an impossible parameter
-    │   └── PromptTooLong          a prompt that leaves no room in the model's context
-    ├── OutOfMemory                would not fit; names the bytes needed and the bytes there are
+    │   ├── UnsupportedModel       an architecture, option or format is not implemented
+    │   ├── CheckpointError        a file is missing, truncated, or contradicts the config
+    │   ├── UnexpectedModel        the model is not the one that --expect-model asks for
+    │   ├── HintsError             hints of lattice masks cannot be used or written
+    │   └── TokenizerError         the model has no tokenizer or chat template that can be used
+    ├── NumericalError             an activation is not a finite number
+    ├── PromptError                a prompt is empty, or a parameter is out of range
+    │   └── PromptTooLong          a prompt leaves no room in the model's context
+    ├── OutOfMemory                something would not fit; gives the bytes needed and available
     ├── OutputError                standard output cannot be written
-    ├── LatticeError               a lattice mask whose own product is wrong: no worker's doing
-    ├── RecordingError             what a worker received cannot be written down, or not be read
-    ├── ReportError                a file is no call log and no result of a benchmark
-    └── WorkerError                something between here and the worker
-        ├── WorkerUnavailable      nobody serves that endpoint, or it cannot be served
-        ├── HandshakeError         both sides are up, but disagree on model, dtype, version or key
+    ├── LatticeError               a lattice mask does not fit its own product; no worker's fault
+    ├── RecordingError             a recording of what a worker received cannot be written or read
+    ├── ReportError                a file is neither a call log nor a result of a benchmark
+    └── WorkerError                something failed between this process and a worker
+        ├── WorkerUnavailable      nobody serves the endpoint, or it cannot be served
+        ├── HandshakeError         both sides run, but disagree on model, dtype, version or key
         ├── ProtocolError          the peer sent something that is not a valid message
         ├── WorkerLost             the worker vanished or stopped answering during a session
-        ├── IntegrityError         the worker's product is wrong: nothing of it was used
-        └── RemoteError            the worker reported a failure; carries its traceback
+        ├── IntegrityError         the worker's product is wrong; no part of it was used
+        └── RemoteError            the worker reported a failure; has its traceback
 
-Each message is one sentence: what happened, to which thing, and what to do about it.
-No message holds a prompt, an answer or a token id. What a user typed may be a prompt in the wrong
-place, so a message names the option and what it takes, and repeats a value only if it is a path.
+Each message is one sentence: what happened, to which thing, and what to do about it. No message
+contains a prompt, an answer or a token id. A user may have typed a prompt in the wrong place, so a
+message names the option and the values it takes, and repeats a value only if it is a path.
 """
 
 import os
 
 
 def shown(path: str | os.PathLike[str], instead: str = "that file") -> str:
-    """How a message names a path that a user gave.
+    """A path that a user gave, as shown in a message.
 
     Args:
-        instead: what to say where the path does not exist and does not look like one, because it
-            has no slash or has spaces: it may be part of a prompt.
+        instead: shown if the path does not exist and does not look like a path, because it has no
+            slash or has spaces: it may be part of a prompt.
     """
     text = os.fspath(path)
     is_path = "/" in text and not any(character.isspace() for character in text)
@@ -65,11 +65,11 @@ class UnsupportedModel(ModelError):
 
 
 class CheckpointError(ModelError):
-    """A checkpoint file is missing, cut short, or contradicts its config."""
+    """A checkpoint file is missing, truncated, or contradicts its config."""
 
 
 class UnexpectedModel(ModelError):
-    """The model does not have the digest that was asked for; nothing was sent or computed."""
+    """The model does not have the expected digest; nothing was sent or computed."""
 
 
 class HintsError(ModelError):
@@ -77,7 +77,7 @@ class HintsError(ModelError):
 
 
 class TokenizerError(ModelError):
-    """The model has no tokenizer, or no chat template, where one is needed."""
+    """The model has no tokenizer, or no chat template, that can be used."""
 
 
 class NumericalError(TSQPError):
@@ -89,28 +89,28 @@ class PromptError(TSQPError):
 
 
 class PromptTooLong(PromptError):
-    """A prompt that does not fit the model's context with an answer.
+    """A prompt that does not fit into the model's context together with an answer.
 
     Attributes:
-        tokens: how many the prompt has.
-        limit: how many prompt and answer may have together.
+        tokens: number of tokens in the prompt.
+        limit: maximum number of tokens in prompt and answer together.
     """
 
     def __init__(self, tokens: int, limit: int) -> None:
         super().__init__(
-            f"The prompt has {tokens} tokens, and this model's maximum context length is {limit} "
-            "tokens, the answer included: shorten the prompt."
+            f"The prompt has {tokens} tokens, but this model's maximum context length is {limit} "
+            "tokens, including the answer: shorten the prompt."
         )
         self.tokens = tokens
         self.limit = limit
 
 
 class OutOfMemory(TSQPError):
-    """Something would not fit in memory; the message names both figures in bytes."""
+    """Something would not fit in memory; the message gives the bytes needed and available."""
 
 
 class OutputError(TSQPError):
-    """Standard output cannot be written, and with it the answer."""
+    """Standard output cannot be written, so the answer is lost."""
 
 
 class LatticeError(TSQPError):
@@ -118,11 +118,11 @@ class LatticeError(TSQPError):
 
 
 class RecordingError(TSQPError):
-    """A recording of what a worker received cannot be written, or is none."""
+    """A recording of what a worker received cannot be written or read."""
 
 
 class ReportError(TSQPError):
-    """A file that is no call log and no result of a benchmark, or a damaged one."""
+    """A file is neither a call log nor a result of a benchmark, or is damaged."""
 
 
 class WorkerError(TSQPError):
@@ -155,7 +155,7 @@ class RemoteError(WorkerError):
     Attributes:
         remote_traceback: the worker's own traceback, as text. It comes from outside, so it is
             shown to people and never interpreted.
-        out_of_memory: what failed would not have fitted in the worker's memory.
+        out_of_memory: whether it failed because the worker has too little memory.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""numba with its own defaults, whoever wrote the folder that this process works in.
+"""Imports numba with its default settings, whatever the working folder contains.
 
 numba reads `.numba_config.yaml` in the working folder and NUMBA_* variables, when it is imported
 and again for each function that it compiles. They can turn compiling off, add checks and debug
@@ -31,7 +31,7 @@ def numba() -> Any:
 
 
 class _NoYaml:
-    """Keeps one thread from importing yaml, without which numba does not read its file."""
+    """Stops one thread from importing yaml. Without yaml, numba does not read its file."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()

@@ -91,10 +91,10 @@ class Bounds:
         return 1 << math.ceil(math.log2(wanted))
 
     def room(self, field: Field) -> float:
-        """How large |Wq · xq| may get before rounding [P2], [P12]; over its bound, the scale.
+        """The limit of |Wq · xq| before rounding [P2], [P12]; divided by its bound, the scale.
 
         Raises:
-            ValueError: the field is too small for these weights; says what it would keep.
+            ValueError: the field is too small for these weights; the message says what it keeps.
         """
         delta = self.delta(field)
         largest = field.half - (delta // 2)  # of Δ · Wq · xq
@@ -119,6 +119,6 @@ class Bounds:
 
 
 def row_blocks(rows: int, width: int) -> list[slice]:
-    """All rows of a matrix, in pieces of at most BLOCK_ELEMENTS, or one row."""
+    """Blocks of the rows of a matrix, of at most BLOCK_ELEMENTS elements or one row."""
     step = max(1, BLOCK_ELEMENTS // max(1, width))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]

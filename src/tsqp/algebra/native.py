@@ -1,9 +1,10 @@
-"""How loops over whole arrays become machine code: numba, compiled once, when a loop is needed.
+"""Compiles loops over whole arrays to machine code with numba, once, when a loop is needed.
 
-Compiling takes tenths of a second a loop, and so does importing numba. Modes that use no loop wait
-for neither, and those that do call `Kernel.compile` while they load. No cache on disk, which would
-be unpickled code; no parallel loops, two of which at once abort the process: callers split rows
-over a thread pool, for which every kernel releases the interpreter.
+Compiling takes tenths of a second per loop, and so does importing numba. Modes without such loops
+do not wait for this, and the other modes call `Kernel.compile` while they load. There is no cache
+on disk, because it would be unpickled code. There are no parallel loops, because two of them at
+once abort the process. Instead callers divide rows over a thread pool, for which every kernel
+releases the interpreter.
 """
 
 import threading
@@ -67,12 +68,12 @@ class Inlined:
 
     @property
     def _numba_type_(self) -> Any:
-        """Asked for by numba where a kernel that it compiles names this object."""
+        """Read by numba when it compiles a kernel that uses this object."""
         return self._dispatcher._numba_type_
 
 
 class Instruction:
-    """One LLVM instruction in a kernel, where numba has a call that is not vectorised.
+    """One LLVM instruction in a kernel, in place of a numba call that is not vectorised.
 
     Args:
         signature: numba's, as "float64(float64)".

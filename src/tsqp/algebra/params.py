@@ -32,7 +32,7 @@ class Field:
 
     @property
     def dtype(self) -> Any:
-        """Of arrays of residues: int32, or int64 where they do not fit."""
+        """The dtype of arrays of residues: int32, or int64 if they do not fit into that."""
         return np.int32 if self.bits < 32 else np.int64
 
     @property

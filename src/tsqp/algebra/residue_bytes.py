@@ -1,8 +1,8 @@
-"""Residues as they cross: rows of bytes.
+"""Residues on the wire, as rows of bytes.
 
-Where p is wide, a row is little-endian int32. Where it is compact, a row of N residues is three
-planes of N bytes, all low ones first: packed as tightly, and no harder to read than whole words. In
-the lattice field it is N words of the low 32 bits, and then N of the upper 16.
+In the wide field, a row is little-endian int32. In the compact field, a row of N residues is three
+planes of N bytes, beginning with all low bytes. This is packed tightly, and as easy to read as
+whole words. In the lattice field, a row is N words of the low 32 bits, and then N of the upper 16.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ _NO_WORDS: Int32 = np.empty((0, 0), np.int32)
 
 
 def pack(residues_TN: NDArray[Any], field: Field, bytes_TB: Bytes) -> None:
-    """Write rows of bytes, as many for each residue as the field has."""
+    """Write rows of bytes; each residue takes the field's `residue_bytes`."""
     if field.residue_bytes == 3:
         _write_planes(residues_TN, bytes_TB)
     elif field.residue_bytes == 6:
@@ -32,7 +32,7 @@ def pack(residues_TN: NDArray[Any], field: Field, bytes_TB: Bytes) -> None:
 
 
 def unpack(bytes_TB: Bytes, field: Field, residues_TN: NDArray[Any]) -> None:
-    """Read rows of bytes, each once; what is no residue comes as it is."""
+    """Read rows of bytes, each once. Values that are not residues are returned unchanged."""
     if field.residue_bytes == 3:
         _read_planes(bytes_TB, residues_TN)
     elif field.residue_bytes == 6:
@@ -60,7 +60,7 @@ def as_low_and_high(bytes_TB: Bytes) -> tuple[NDArray[np.uint32], NDArray[np.uin
 
 
 def prepare(field: Field) -> None:
-    """Compile what rows of this field need."""
+    """Compile the loops for rows of this field."""
     if field.residue_bytes == 3:
         _write_planes.compile()
         _read_planes.compile()

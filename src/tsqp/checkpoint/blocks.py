@@ -1,4 +1,4 @@
-"""Large tensors, a few rows at a time: nobody holds a second copy of one for converting it."""
+"""Reads large tensors a few rows at a time, so that converting one never needs a second copy."""
 
 import math
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ def read_blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """One tensor of a checkpoint in `dtype`, from its first row to its last.
 
-    Each block is contiguous, finite, and not used again by anybody else. A number that is not
-    finite would end a run with an error whenever its token, or none but its token, is in a prompt.
+    Each block is contiguous and finite, and belongs to the caller. Numbers that are not finite are
+    refused because they would cause errors that depend on which tokens a prompt contains.
 
     Raises:
         CheckpointError: there is no such tensor, it is cut short, has another shape, or holds

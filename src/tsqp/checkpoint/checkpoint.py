@@ -1,4 +1,4 @@
-"""Where weights come from: one interface over four kinds of source."""
+"""Sources of weights: one interface for four kinds of source."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ class Checkpoint(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call this model; for logs and messages."""
+        """The model's name for logs and messages."""
         ...
 
     @property
@@ -33,10 +33,10 @@ class Checkpoint(Protocol):
         ...
 
     def file_digests(self) -> dict[str, str]:
-        """The SHA-256 of what is used beside the tensors, by the name of its file.
+        """The SHA-256 of each file that is used besides the tensors, by its name.
 
-        Of a directory its config and tokenizer files, of a GGUF file its header, of random weights
-        what they are called.
+        For a directory, the config and tokenizer files; for a GGUF file, its header; for random
+        weights, their name.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -51,7 +51,7 @@ class Checkpoint(Protocol):
 
         Args:
             shape: of the whole tensor.
-            rows: the part of the first dimension that is wanted, START:STOP; None for all.
+            rows: the range START:STOP of the first dimension to read; None for all.
 
         Raises:
             CheckpointError: there is no such tensor, it is cut short, or has another shape.
@@ -67,7 +67,7 @@ def open_checkpoint(model: str, files: ModelFiles | None = None) -> Checkpoint:
     """Open "demo", "random:NAME[:SEED]", a .gguf file, or a Hugging Face directory.
 
     Args:
-        files: those of a directory, if the tokenizer reads them too.
+        files: the files of a directory, if the tokenizer reads them too.
 
     Raises:
         UnsupportedModel: a kind of model that TSQP does not implement.
@@ -86,10 +86,10 @@ def open_checkpoint(model: str, files: ModelFiles | None = None) -> Checkpoint:
 
 
 def check_exists(model: str) -> None:
-    """Find out whether there is a file or folder of that name, without opening it.
+    """Check that there is a file or folder of this name, without opening it.
 
     Raises:
-        CheckpointError: there is not.
+        CheckpointError: there is none.
     """
     if model == "demo" or model.startswith("random:"):
         return

@@ -62,10 +62,10 @@ def cache_folder() -> Path:
 
 
 def locate() -> Path:
-    """The model's file, its contents checked.
+    """The path of the model's file, after checking its contents.
 
     Raises:
-        CheckpointError: it has not been fetched, or is not the file it should be.
+        CheckpointError: the file has not been fetched, or is not the right file.
     """
     path = cache_folder() / SOURCE.file_name
     try:
@@ -83,7 +83,7 @@ def fetch(progress: Progress) -> Path:
     """Download the model's file into the cache, unless it is there; leave nothing else behind.
 
     Args:
-        progress: called with the bytes that have arrived and the bytes expected, about.
+        progress: called with the approximate numbers of bytes received and expected.
 
     Raises:
         CheckpointError: no pip, no network, no space, or not the pinned file.

@@ -1,7 +1,7 @@
-"""A digest of what a worker may hold, the same for every file format of the same numbers.
+"""A digest of the tensors that a worker may hold. It does not depend on the file format.
 
-It covers every tensor of the model, norms as they are stored: a worker that runs whole layers
-holds them all.
+It covers every tensor of the model, including norms as they are stored, because a worker that runs
+whole layers holds all of them.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ SMALL_BYTES = 2**16  # hashed sooner than another thread has taken it
 
 
 class TensorHash:
-    """SHA-256 of one tensor, whose rows may come block by block.
+    """SHA-256 of one tensor, whose rows may be added block by block.
 
     It covers the Hugging Face name, shape, dtype and little-endian bytes.
     """
@@ -44,11 +44,11 @@ class TensorHash:
 
 @contextmanager
 def hashing(found: TensorHash | None) -> Iterator[Callable[[Tensor], None]]:
-    """Hash blocks of rows on another thread while the caller goes on to the next one.
+    """Hash blocks of rows on another thread while the caller continues with the next block.
 
     Yields:
-        what takes the next rows, which must not change any more; nothing is hashed where there is
-        no `found`. All have been hashed at the end of the block.
+        a function that takes the next rows, which must not change afterwards. Without `found`,
+        nothing is hashed. At the end of the `with` block all rows have been hashed.
     """
     if found is None:
         yield lambda rows: None
@@ -73,14 +73,14 @@ def hashing(found: TensorHash | None) -> Iterator[Callable[[Tensor], None]]:
 class WeightsDigest:
     """SHA-256 over the tensors' own SHA-256s in the order of their names.
 
-    So the order of the updates and the fusing of layers do not matter.
+    The result therefore does not depend on the order of updates or on the fusing of layers.
     """
 
     def __init__(self) -> None:
         self._hashes: dict[str, bytes] = {}
 
     def update(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor, contiguous and on the CPU; a name that was seen counts once."""
+        """Add one tensor, contiguous and on the CPU. A repeated name counts once."""
         if name in self:  # a tied output projection is the embedding
             return
         found = TensorHash(name, tuple(tensor.shape), tensor.dtype)
@@ -88,14 +88,14 @@ class WeightsDigest:
         self.add(found)
 
     def add(self, found: TensorHash) -> None:
-        """Add one tensor that has been hashed as a whole; a name that was seen counts once."""
+        """Add one tensor that has been hashed completely. A repeated name counts once."""
         self._hashes.setdefault(found.name, found.digest())
 
     def __contains__(self, name: str) -> bool:
         return name in self._hashes
 
     def hexdigest(self) -> str:
-        """The digest of what was added so far: 64 hexadecimal digits."""
+        """The digest of all tensors added so far: 64 hexadecimal digits."""
         return hashlib.sha256(b"".join(h for _, h in sorted(self._hashes.items()))).hexdigest()
 
 
@@ -110,11 +110,11 @@ def weights_digest(
 ) -> str:
     """The digest of a model's tensors, converted to `dtype`.
 
-    Holds one block of rows a thread at a time.
+    Each thread holds one block of rows at a time.
 
     Args:
-        shapes: of the tensors by name; None for all of the model.
-        digest: holds tensors that were read already, which are not read again.
+        shapes: shapes of the tensors by name; None for all tensors of the model.
+        digest: a digest of tensors that were read already; they are not read again.
         progress: called with the bytes done and their total.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reading files that may be missing, cut short or hostile, with one sentence for each mishap."""
+"""Reads files that may be missing, truncated or hostile; each failure has a one-sentence error."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
 
 class BinaryFile:
-    """A file read at given places into memory of our own.
+    """A file that is read at given offsets into our own memory.
 
     Never mapped: a mapping would fault later, inside computation, if the file changed, and
     inside an enclave it would occupy the whole file's size at once.
@@ -42,11 +42,11 @@ class BinaryFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as exc:
             raise CheckpointError(f"Cannot open {shown(path)}: {exc.strerror}.") from exc
-        self.resolved_path = path.resolve()  # now, as its name may lead elsewhere later
+        self.resolved_path = path.resolve()  # now, because the name may lead elsewhere later
         self.size = self.stat().st_size
 
     def stat(self) -> os.stat_result:
-        """Of the file that is open, whatever its name leads to by now."""
+        """The status of the open file, whatever its name leads to now."""
         assert self._descriptor is not None, "closed"
         return os.fstat(self._descriptor)
 

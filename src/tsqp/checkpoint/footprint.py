@@ -1,4 +1,4 @@
-"""How much memory the weights of each side take: docs/memory.md as code."""
+"""How much memory the weights of each side take. Implements the table in docs/memory.md."""
 
 import torch
 
@@ -21,7 +21,7 @@ def trusted_bytes(
     fixed_point: bool = False,
     lattice: bool = False,
 ) -> int:
-    """What the trusted side keeps of a model.
+    """Bytes of a model's weights on the trusted side.
 
     Args:
         privacy: "tee", "pad", "shares" or "open".
@@ -51,7 +51,7 @@ def hint_bytes(config: ModelConfig) -> int:
 
 
 def worker_bytes(config: ModelConfig, dtype: torch.dtype, serve: str) -> int:
-    """What a worker keeps that serves "private", "open" or "all"."""
+    """Bytes of a model's weights on a worker that serves "private", "open" or "all"."""
     integers = 0 if serve == "open" else integer_bytes(config)
     return integers + (0 if serve == "private" else float_bytes(config, dtype))
 

@@ -1,6 +1,6 @@
 """A `ModelConfig` from the metadata of a GGUF file.
 
-The metadata is spelled as a Hugging Face config and checked as one, so there is one set of rules.
+The metadata is converted to a Hugging Face config and checked as one, so there is one set of rules.
 """
 
 from typing import Any
@@ -101,7 +101,7 @@ def read_config(header: GGUFHeader, rope_freqs: Tensor | None) -> ModelConfig:
 
 
 def _spelled(architecture: str, own: dict[str, Any]) -> dict[str, Any]:
-    """The architecture's own metadata as Hugging Face spells it; what is absent has defaults."""
+    """The architecture's own metadata under Hugging Face's names; missing keys get defaults."""
     found = {hf: own.get(key) for hf, key in (_REQUIRED | _OPTIONAL).items()}
     spelled = {key: value for key, value in found.items() if value is not None}
     spelled |= {"model_type": ARCHITECTURES[architecture], "rope_scaling": _rope_scaling(own)}
@@ -121,7 +121,7 @@ def _spelled(architecture: str, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_file(header: GGUFHeader) -> dict[str, Any]:
-    """What the tensors and the tokenizer say, as Hugging Face spells it."""
+    """Values from the tensors and the tokenizer, under Hugging Face's names."""
     embedding = header.tensors[EMBEDDING]
     tokenizer = {
         key: header.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", *_END_TOKENS)
@@ -148,7 +148,7 @@ def _rope_scaling(own: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_options(start: str, own: dict[str, Any], config: ModelConfig) -> None:
-    """Refuse what would silently compute something else."""
+    """Refuse options that would silently change the computation."""
     only: dict[str, object] = {
         "attention.causal": True,
         "attention.key_length_swa": config.head_dim,

@@ -1,4 +1,4 @@
-"""GGUF files, dequantised exactly to float32, and what their converter did undone."""
+"""GGUF files: dequantised exactly to float32, with the converter's changes undone."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class GGUFCheckpoint:
     """One GGUF file. See `checkpoint.Checkpoint`.
 
     Attributes:
-        header: from which the config was read, and the tokenizer can be.
+        header: the header, from which the config was read. The tokenizer can be read from it too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +84,7 @@ class GGUFCheckpoint:
 
 
 def _check_whole(header: GGUFHeader, name: str) -> None:
-    """Refuse a part of a model that llama.cpp's gguf-split has cut."""
+    """Refuse a part of a model that llama.cpp's gguf-split has split."""
     parts = header.metadata.get("split.count")
     if parts in (None, 0, 1):
         return

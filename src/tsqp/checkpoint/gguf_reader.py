@@ -92,7 +92,7 @@ class StringArray:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What is in front of the tensors' data.
+    """The header: everything before the tensors' data.
 
     Attributes:
         metadata: values by key; arrays of numbers are lists, arrays of strings `StringArray`s.
@@ -124,7 +124,7 @@ def read_header(file: BinaryFile) -> GGUFHeader:
 
 
 class _Bytes:
-    """The header's bytes in private memory, read from the file as far as they are needed."""
+    """The header's bytes, read from the file into private memory as far as they are needed."""
 
     def __init__(self, file: BinaryFile) -> None:
         self.file = file
@@ -164,7 +164,7 @@ class _Bytes:
         return StringArray(count, self.take(at - start))
 
     def sha256(self) -> str:
-        """Of everything in front of the position."""
+        """The SHA-256 of everything before the current position."""
         return hashlib.sha256(memoryview(self._data)[: self.position]).hexdigest()
 
     def _read_up_to(self, end: int) -> None:

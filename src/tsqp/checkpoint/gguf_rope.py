@@ -1,4 +1,4 @@
-"""The parameters of llama3 rotary scaling from the factors that GGUF files hold instead."""
+"""Finds the parameters of llama3 rotary scaling; GGUF files hold only the resulting factors."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR, ORIGINAL_MAX_POSITIONS = 1.0, 4.0, 8192
 
 
 def with_scaling(config: ModelConfig, factors: Tensor) -> ModelConfig:
-    """The config with the llama3 scaling that `factors`, [head_dim / 2], stand for.
+    """The config with the llama3 scaling that gives `factors`, [head_dim / 2].
 
     Raises:
         UnsupportedModel: no llama3 scaling gives these factors.

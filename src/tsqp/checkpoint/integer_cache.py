@@ -1,8 +1,9 @@
 """The cache that makes a second start fast: a prepared file for each state of a checkpoint.
 
-A state is told by inode, times, size and pages from all over each file: hashing all of it would
-take longer than reading the cache does, inodes and times alone are made up by read-only images and
-enclaves, and the number of the device is left out because it changes whenever a container starts.
+A state is identified by the inode, times and size of each file and by pages from all over it.
+Hashing the whole file would take longer than reading the cache. Inodes and times are not enough,
+because read-only images and enclaves make them up. The device number is left out, because it
+changes whenever a container starts.
 """
 
 import hashlib
@@ -45,16 +46,16 @@ def load_integers(
     place: Callable[[Key, IntegerWeights], None],
     progress: Progress = silent,
 ) -> str:
-    """Give every group of a model to `place`, from the cache where it is there; fills the cache.
+    """Pass every group of a model to `place`, from the cache if possible; fills the cache.
 
-    `place` may get a group a second time, where the cache turns out to be damaged at its end:
-    only what it got last counts, and nothing before this returns.
+    `place` may get a group a second time, if the cache turns out to be damaged at its end. Only the
+    last version counts, and none may be used before this function returns.
 
     Returns:
-        the digest of all of them.
+        the digest of all groups.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used. A cache that cannot is passed over.
+        CheckpointError: the checkpoint cannot be used. A cache that cannot be used is ignored.
     """
     path = cached_file(checkpoint)
     if path is not None and path.exists():
@@ -105,7 +106,7 @@ def _place_all(
 def cached_file(checkpoint: Checkpoint, ending: str = SUFFIX) -> Path | None:
     """Where what is made of a checkpoint is kept, by its ending; a changed one has another place.
 
-    What counts is the files that are open, not what their names lead to by now.
+    It depends on the files that are open, not on what their names lead to now.
     """
     sources = checkpoint.sources
     if not sources:
@@ -124,7 +125,7 @@ def cached_file(checkpoint: Checkpoint, ending: str = SUFFIX) -> Path | None:
 
 
 def _state(file: BinaryFile) -> tuple[int, int, int, int, str]:
-    """What tells the contents of a file from others, without reading all of them."""
+    """Identifies the contents of a file without reading all of them."""
     stat = file.stat()
     pages = hashlib.sha256()
     for place in range(0, file.size, max(PAGE_BYTES, file.size // PAGES)):

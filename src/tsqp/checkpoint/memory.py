@@ -1,4 +1,4 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still use."""
 
 import ctypes
 from pathlib import Path
@@ -17,8 +17,8 @@ def available_bytes() -> int:
 def give_back() -> None:
     """Return freed memory to the system, where the C library can.
 
-    Of its own accord it keeps the gaps that short-lived tensors leave between those that stay,
-    which grow with the model.
+    By itself, the C library keeps the gaps that short-lived tensors leave between long-lived ones.
+    These gaps grow with the model.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

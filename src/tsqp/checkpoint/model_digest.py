@@ -1,13 +1,13 @@
 """One digest of a model: every byte of it that the trusted side uses.
 
-Whoever relies on a model pins this digest. It covers the files that say how to compute, speak and
-stop (config, generation config, tokenizer, chat templates; of a GGUF file its whole header) and
-every tensor as it is used. It does not cover how safetensors are spread over files, so the same
-model in other shards has the same digest.
+Users who rely on a model can pin this digest. It covers the files that define the computation, the
+text and the end of answers (config, generation config, tokenizer, chat templates; for a GGUF file
+its whole header), and every tensor as it is used. It does not cover how tensors are distributed
+over files, so the same model in other shards has the same digest.
 
-It is one for each model and numeric form. A form is the dtype of the run, and whether linear layers
-are computed in integers, as in the private modes and with --fixed-point. All modes of one form
-agree.
+There is one digest for each model and numeric form. A form is the dtype of the run, and whether
+linear layers are computed with integers, as in the private modes and with --fixed-point. All modes
+of one form have the same digest.
 """
 
 import hashlib
@@ -41,10 +41,10 @@ def model_digest(
     part of the model.
 
     Args:
-        files: the SHA-256 of each file but those of tensors, by name; hexadecimal digits.
-        dtype: of the run.
-        weights: the digest of what a worker holds too: all tensors, or the integers.
-        trusted: where these are integers, the digest of the other tensors.
+        files: the SHA-256 of each file except those of tensors, by name; hexadecimal digits.
+        dtype: the dtype of the run.
+        weights: the digest of what a worker may hold too: all tensors, or the integers.
+        trusted: the digest of the other tensors, if `weights` is that of integers.
 
     Returns:
         "sha256:" and 64 hexadecimal digits.
@@ -66,11 +66,11 @@ def compute_digest(
     integers: bool,
     progress: Progress = silent,
 ) -> str:
-    """The digest that a run has, without a run. Holds a group of weights at a time.
+    """The digest that a run would have. Holds one group of weights at a time.
 
     Args:
         files: as for `model_digest`.
-        integers: of the form of the private modes; reads and fills their cache.
+        integers: compute the form of the private modes; this reads and fills their cache.
         progress: called with the bytes of integers, or of weights, and their total.
 
     Raises:
@@ -85,7 +85,7 @@ def compute_digest(
 
 
 def check_digest(digest: str) -> str:
-    """The digest that a user wrote, or UsageError."""
+    """The digest that a user gave. Raises UsageError if it is malformed."""
     if not _DIGEST.match(digest):
         raise UsageError(
             "--expect-model takes sha256: and 64 hexadecimal digits, as `tsqp digest` prints them."

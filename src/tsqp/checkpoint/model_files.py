@@ -26,7 +26,7 @@ MAX_FILE_BYTES = 64 * 2**20  # the largest tokenizer.json takes half of it
 class ModelFiles:
     """Reads each file of a folder once: what is used is what is hashed.
 
-    A file that changes on the disk later changes nothing here. Not thread-safe.
+    Later changes of a file on disk have no effect. Not thread-safe.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class ModelFiles:
         self._names: dict[str, list[str]] = {}
 
     def read(self, name: str) -> bytes | None:
-        """The content of the file called `name`, the same on every call; None where there is none.
+        """The content of the file called `name`, the same on every call; None if it is missing.
 
         Args:
             name: relative to the folder; chosen by this program, never by a file.
@@ -82,7 +82,7 @@ def read_tokenizer_files(files: ModelFiles) -> None:
 
 
 def additional_templates(files: ModelFiles) -> dict[str, str]:
-    """The paths of the chat templates beside the default one, by their names.
+    """The paths of the chat templates besides the default one, by their names.
 
     Raises:
         CheckpointError: the folder cannot be read, or holds more than MAX_TEMPLATES.

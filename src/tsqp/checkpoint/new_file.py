@@ -1,4 +1,4 @@
-"""Large files that appear all at once or not at all, whatever ends the process that writes them."""
+"""Large files that are written completely or not at all, even if the writing process is killed."""
 
 import fcntl
 import os
@@ -17,8 +17,8 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.part\Z", re.DOTALL)
 def new_file(path: Path, ending: str) -> Iterator[BinaryIO]:
     """A file to write, which gets the name `path` when the block ends without an exception.
 
-    Until then it has a name of its own in the same folder and is locked, by which others know that
-    its writer lives: what dead writers of such files have left there is removed.
+    Until then it has a temporary name in the same folder and is locked. The lock shows others that
+    its writer is alive. Temporary files that dead writers have left in the folder are removed.
 
     Args:
         ending: of `path`, and of the names of all such files.

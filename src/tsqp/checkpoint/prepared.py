@@ -1,8 +1,8 @@
 """Integer weights on disk: what `tsqp prepare` writes, and what the cache holds.
 
 A prepared file is a safetensors file of int8 weights and float32 scales, named by layer and group,
-with the digest of all of them in its header. It appears under its name when it is whole, and
-nothing that was read from it is used before the digest has been computed again. The digest is no
+with the digest of all of them in its header. It gets its name only when it is complete, and nothing
+that was read from it is used before the digest has been computed again. The digest is not a
 signature: whoever can write the TEE's disk can change the model, here as in the checkpoint itself.
 """
 
@@ -38,15 +38,15 @@ Groups = Iterator[tuple[Key, IntegerWeights]]
 
 
 class WriteError(CheckpointError):
-    """A prepared file cannot be written, which says nothing about the checkpoint."""
+    """A prepared file cannot be written. The checkpoint is not at fault."""
 
 
 class PreparedFile:
     """A prepared file that is open.
 
     Attributes:
-        name: what people called the model that it was made from.
-        digest: as its header has it; true only once `groups` has ended.
+        name: the name of the model that it was made from.
+        digest: the digest in its header; verified only once `groups` has ended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,14 +62,14 @@ class PreparedFile:
         self.digest = metadata.get("digest", "")
 
     def shapes(self) -> dict[Key, tuple[int, ...]]:
-        """Of each group's weight, in the order of the file."""
+        """The shape of each group's weight, in the order of the file."""
         found = [match for name in self._file.names() if (match := _KEY.match(name))]
         keys = [(int(m[1]), m[2]) if m[1] else (-1, "lm_head") for m in found]
         return {key: self._file.shape(tensor_names(*key)[0]) for key in keys}
 
     @property
     def layers(self) -> int:
-        """How many layers it holds."""
+        """The number of layers in the file."""
         return len({layer for layer, _ in self.shapes() if layer >= 0})
 
     @property
@@ -78,13 +78,13 @@ class PreparedFile:
         return self._file.nbytes
 
     def groups(self, progress: Progress = silent) -> Groups:
-        """All groups; nothing may be used before the iterator has ended.
+        """All groups. None may be used before the iterator has ended.
 
         Args:
             progress: called after each group with the bytes done and their total.
 
         Raises:
-            CheckpointError: cut short, malformed, or its digest is not that of its contents.
+            CheckpointError: the file is truncated or malformed, or its digest does not match.
         """
         digest = WeightsDigest()
         shapes = self.shapes()
@@ -147,15 +147,15 @@ def prepare(model: str, path: Path, progress: Progress = silent) -> str:
 def write_prepared(
     checkpoint: Checkpoint, path: Path, groups: Groups, digest: WeightsDigest
 ) -> None:
-    """Write a prepared file, all at once or not at all.
+    """Write a prepared file, completely or not at all.
 
     Args:
         groups: as `quantize_all` gives them.
-        digest: still empty; every group that is taken from `groups` is added to it.
+        digest: an empty digest; every group that is taken from `groups` is added to it.
 
     Raises:
-        WriteError: the file cannot be written. What is left of `groups` can still be taken.
-        CheckpointError: what `groups` raises.
+        WriteError: the file cannot be written. The remaining `groups` can still be taken.
+        CheckpointError: raised by `groups`.
     """
     header, places = _layout(checkpoint)
     try:

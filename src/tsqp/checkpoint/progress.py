@@ -1,4 +1,4 @@
-"""How loading tells how far it is: in bytes of weights."""
+"""Progress of loading, in bytes of weights."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -7,11 +7,11 @@ Progress = Callable[[int, int], None]  # the bytes done, and their total
 
 
 def silent(done: int, total: int) -> None:
-    """Tell nobody."""
+    """A progress function that does nothing."""
 
 
 class Counter:
-    """Adds up what is done, and tells it each time, nothing at first."""
+    """Adds up the bytes done, and reports the sum each time, beginning with 0."""
 
     def __init__(self, total: int, progress: Progress = silent) -> None:
         self._done = 0
@@ -25,7 +25,7 @@ class Counter:
 
 
 class Rate:
-    """Passes progress on, and knows how long it took from the first call to the last."""
+    """Passes progress on, and measures the time from the first call to the last."""
 
     def __init__(self, progress: Progress = silent) -> None:
         self._progress = progress
@@ -40,7 +40,7 @@ class Rate:
         self._progress(done, total)
 
     def describe(self, layers: int) -> str:
-        """One line for people: what was loaded, and how fast."""
+        """A line of text: what was loaded, and how fast."""
         mebibytes = self._done / 2**20
         return (
             f"loaded {layers} layers, {mebibytes:,.0f} MiB in {self._seconds:.1f} s "
@@ -49,5 +49,5 @@ class Rate:
 
 
 def part_of(progress: Progress, before: int, total: int) -> Progress:
-    """What one of several steps calls: `before` bytes come from the steps before it."""
+    """The progress function of one of several steps; earlier steps have done `before` bytes."""
     return lambda done, _: progress(before + done, total)

@@ -175,7 +175,7 @@ class RandomCheckpoint:
 
 
 def _uniform(key: str, first: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """`count` float32 values from number `first` on of those that `key` stands for, around 0.
+    """`count` float32 values around 0 from the stream of `key`, beginning with number `first`.
 
     Every step is an integer operation, exact, or one correctly rounded IEEE product, and Philox
     is specified to the bit; so all machines agree.

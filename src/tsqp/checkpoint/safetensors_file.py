@@ -70,7 +70,7 @@ class SafetensorsFile:
     def read(
         self, name: str, shape: tuple[int, ...], stored: str = "", rows: slice | None = None
     ) -> Tensor:
-        """One tensor, or rows of it, of a checkpoint's dtypes, or of exactly the dtype `stored`."""
+        """One tensor, or rows of it. Its dtype is a checkpoint's, or exactly `stored` if given."""
         entry = self._entry(name)
         where = str(self.file.path)
         check_shape(where, name, tuple(entry.shape), shape)
@@ -103,7 +103,7 @@ class SafetensorsFile:
 
 
 def _read_header(file: BinaryFile) -> tuple[int, dict[str, _Entry], dict[str, str]]:
-    """Where the tensors' bytes start, the entries, which all lie inside the file, and metadata."""
+    """The offset of the tensors' bytes, the entries (all inside the file), and the metadata."""
     if file.size < 8:
         raise _corrupt(file)
     length = int.from_bytes(file.read(0, 8), "little")
@@ -136,7 +136,7 @@ class SafetensorsCheckpoint:
     """A directory as transformers writes it."""
 
     def __init__(self, directory: Path, files: ModelFiles | None = None) -> None:
-        """Args: files: the directory's, if something else reads them too."""
+        """Args: files: the files of the directory, if the caller reads them too."""
         self.name = str(directory)
         self.model_files = ModelFiles(directory) if files is None else files
         text = self.model_files.read(CONFIG)
@@ -178,7 +178,7 @@ class SafetensorsCheckpoint:
             raise _no_weights(directory)
         weight_map = _weight_map(text, directory / INDEX)
         where: dict[str, SafetensorsFile] = {}
-        # What a shard holds beside what the index says is in it counts too, as in transformers.
+        # Tensors of a shard that the index does not list count too, as in transformers.
         for shard in sorted(set(weight_map.values())):
             file = self._open(directory, shard)
             for name in file.names():

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's tensors is which of the model's, whatever prefix its name has there."""
+"""Matches the tensors of a checkpoint with those of the model, whatever prefix their names have."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,15 +14,15 @@ StoredNames = dict[str, str]  # what a checkpoint calls a tensor, by its name in
 def find_tensors(
     stored: Iterable[str], config: ModelConfig, checkpoint: str, *, is_wrapper: bool
 ) -> tuple[StoredNames, ModelConfig]:
-    """The tensors by their names in the model, and the config with what they say about the head.
+    """The tensors by their names in the model, and the config with the head that the tensors show.
 
-    Tensors outside the layers that the model does not have are left out, as transformers does: a
-    part that reads images, or a head for another task.
+    Tensors outside the layers that the model does not have are ignored, as in transformers, for
+    example a vision part or a head for another task.
 
     Args:
         stored: all names in the checkpoint's files.
         checkpoint: for messages.
-        is_wrapper: that the files hold a model of text and images.
+        is_wrapper: whether the files hold a model of text and images.
 
     Raises:
         CheckpointError: two tensors for one place; a tensor of a layer that the config leaves
@@ -70,7 +70,7 @@ def _without(name: str, prefixes: tuple[str, ...]) -> str:
 
 
 def _check_unknown(name: str, bare: str, checkpoint: str) -> None:
-    """Refuse what is a part of the computation that the config leaves out."""
+    """Refuse tensors that belong to a part of the computation that the config does not have."""
     in_layers = bare.startswith("layers.") or bare == "lm_head.bias"
     # Older checkpoints hold frequencies, which follow from the config.
     if in_layers and not bare.endswith(".rotary_emb.inv_freq"):
@@ -83,8 +83,8 @@ def _check_unknown(name: str, bare: str, checkpoint: str) -> None:
 def _settle_head(found: StoredNames, config: ModelConfig, checkpoint: str) -> ModelConfig:
     """Tie the output projection to the embedding exactly where transformers does.
 
-    It does not where the files hold both, whatever the config says; and where they hold only the
-    output projection of a tied pair, that is the embedding.
+    If the files hold both, they are not tied, whatever the config says. If the files hold only the
+    output projection of a tied pair, it is the embedding.
     """
     if HEAD in found and EMBEDDING in found:
         return replace(config, tie_word_embeddings=False)

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the tensors that computation uses, one group at a time.
+"""Converts a checkpoint's tensors to the tensors that computation uses, one group at a time.
 
 Shape suffixes: F output and D input features of a linear layer.
 """
@@ -100,9 +100,9 @@ def empty_matrix(
 ) -> Tensor:
     """Room for [F, D], in the memory order in which `device` multiplies one token fastest.
 
-    For float32 on a CPU that is column by column: MKL's matrix-vector product then reads memory
-    1.4 to 2 times as fast, and products with many tokens take as long as before. The half-width
-    types go through oneDNN, which wants rows.
+    For float32 on a CPU this is column order: MKL's matrix-vector product then reads memory 1.4 to
+    2 times as fast, and products with many tokens take as long as before. The half-width types use
+    oneDNN, which needs row order.
     """
     if dtype == torch.float32 and device.type == "cpu":
         return torch.empty(width, features).t()
@@ -120,7 +120,7 @@ def read_embedding(
     """The embedding table, [vocab_size, hidden_size], added to `digest`.
 
     Args:
-        multiplies: that it is the output projection too, and lies in memory like one.
+        multiplies: whether it is also the output projection, and needs that memory order.
     """
     shape = checkpoint.config.vocab_size, checkpoint.config.hidden_size
     if multiplies:
@@ -141,7 +141,7 @@ def read_norm(
 
 
 def norm_weight(config: ModelConfig, stored: Tensor) -> Tensor:
-    """What `ops.rms_norm` multiplies with; float32 where the family adds to what is stored."""
+    """The weight for `ops.rms_norm`; float32 if the family adds an offset to the stored weight."""
     return stored if config.norm_offset == 0 else stored.float() + config.norm_offset
 
 
@@ -179,11 +179,11 @@ def _elements(part: Part) -> int:
 
 
 def check_memory(required: int, what: str) -> None:
-    """Refuse early what would not fit.
+    """Raise early if something would not fit into memory.
 
     Args:
         required: bytes.
-        what: names the thing, as the subject of the message: "The model's weights".
+        what: the subject of the message, such as "The model's weights".
 
     Raises:
         OutOfMemory: fewer bytes are free, in the machine or in this process's control group.

@@ -1,1 +1,1 @@
-"""THE WORKER: assume it hostile. It holds public weights and no secret."""
+"""THE WORKER, which is assumed to be hostile. It holds public weights and no secrets."""

@@ -3,8 +3,8 @@
 Shape suffixes: T tokens; D input and F output features; B bytes; H query heads; J key/value heads;
 K features of one head; S tokens kept of a sequence; M rows of the query heads of one group.
 
-Inputs and outputs lie in host memory, shared with the TEE or about to be sent; on a GPU they are
-copied to the device and back.
+Inputs and outputs are in host memory, which is shared with the TEE or is about to be sent. With a
+GPU they are copied to the device and back.
 """
 
 import torch
@@ -16,7 +16,7 @@ from tsqp.gpu import cuda_product
 
 
 def prepare() -> None:
-    """Compile what products of residues need, sent or from a seed, before a client waits."""
+    """Compile the loops for products of residues and of seeds, before a client waits for them."""
     for field in FIELDS.values():
         digits.prepare(field)
         words.prepare(field)

@@ -3,8 +3,8 @@
     DIR/session-1/calls.jsonl           one line a call, a `RecordedCall`
     DIR/session-1/000001.safetensors    its tensors, as the worker saw them
 
-A session is what one TEE side asked from its handshake to its end. A line is written after its
-tensors, and a file under its name only once it is whole: of a worker that was killed, every call
+A session holds the calls of one TEE side, from its handshake to its end. A line is written after
+its tensors, and a file gets its name only when it is complete. So if a worker is killed, every call
 that has a line can be read.
 """
 
@@ -92,13 +92,13 @@ class Recorder:
             raise self._failed(exc) from exc
 
     def of(self, worker: Worker) -> OnCall:
-        """What notes every call to `worker`, before it is computed."""
+        """A function that records every call to `worker` before it is computed."""
         return lambda session, operation, inputs: self.note(
             session, operation, worker.received(operation, inputs)
         )
 
     def note(self, session: int, operation: Operation, received: Sequence[Tensor]) -> None:
-        """Write down one call.
+        """Record one call.
 
         Raises:
             RecordingError: it cannot be written.
@@ -167,7 +167,7 @@ def _sequences(operation: Operation) -> tuple[tuple[int, ...], ...]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All of it, or no file of that name."""
+    """Write a file completely, or leave no file of that name."""
     temporary = path.with_suffix(".part")
     try:
         temporary.write_bytes(content)

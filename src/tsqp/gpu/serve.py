@@ -1,4 +1,4 @@
-"""`tsqp worker`: load, listen, serve, and leave nothing behind."""
+"""`tsqp worker`: loads a model, listens, serves, and cleans up."""
 
 import logging
 import signal
@@ -66,7 +66,7 @@ def serve(
             only encrypted links.
         insecure: listen on an address that other machines can reach, without encryption.
         record: a new or empty folder for everything that arrives; see `tsqp.gpu.record`.
-        supervised: say "ready ADDRESS" on standard output, and stop at the end of standard input.
+        supervised: print "ready ADDRESS" on standard output, and stop at the end of standard input.
         progress: called while weights are loaded, with the bytes done and their total.
 
     Raises:
@@ -112,7 +112,7 @@ def serve(
 def _prepare_to_load(
     model: str, serve: str, dtype: str, device: torch.device, progress: Progress, kv_shares: int
 ) -> Callable[[], Worker]:
-    """Check what was asked for; what is returned loads it."""
+    """Check the arguments; returns a function that loads the weights."""
     if serve not in SERVE:
         raise UsageError(f"--serve does not take this; choose {', '.join(SERVE)}.")
     if model.endswith(SUFFIX):
@@ -175,7 +175,7 @@ def parse_device(name: str) -> torch.device:
 
 
 class _Stopped(Exception):
-    """A signal that came while loading, and that ends the loading."""
+    """Raised by a signal during loading, to end it."""
 
 
 def _until(stop: threading.Event, progress: Progress) -> Progress:
@@ -188,7 +188,7 @@ def _until(stop: threading.Event, progress: Progress) -> Progress:
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:
-    """Standard input ends when the parent does, however it ends."""
+    """Stop at the end of standard input, which ends with the parent process in any case."""
     sys.stdin.read()
     stop.set()
 

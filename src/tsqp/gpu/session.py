@@ -72,7 +72,7 @@ class KvStore:
             )
 
     def check_room_for(self, tokens: int) -> None:
-        """Raise OutOfMemory unless a layer's activations of so many tokens would fit."""
+        """Raise OutOfMemory unless a layer's activations of this many tokens would fit."""
         c, itemsize = self.weights.config, self.weights.dtype.itemsize
         heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         features = 4 * c.hidden_size + heads + 4 * c.intermediate_size
@@ -80,7 +80,7 @@ class KvStore:
 
 
 class KvSession:
-    """The sequences of one client. It reaches no others: it finds keys by its own book alone."""
+    """The sequences of one client. It finds keys only in its own table, and reaches no others."""
 
     def __init__(self, store: KvStore) -> None:
         self._store = store
@@ -99,7 +99,7 @@ class KvSession:
     def run(
         self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> None:
-        """Do what has passed `check`.
+        """Run an operation that has passed `check`.
 
         Raises:
             OutOfMemory: there is no room for another sequence.
@@ -129,7 +129,7 @@ class KvSession:
         self._keys.clear()
 
     def _specs(self, operation: Operation) -> tuple[list[Spec], list[Spec]]:
-        """The tensors that `operation` takes and gives, once it is found to be allowed."""
+        """The tensors that `operation` takes and returns, after checking that it is allowed."""
         c, dtype = self._config, self._store.weights.dtype
         match operation:
             case Allocate(sequence, capacity):
@@ -189,7 +189,7 @@ class KvSession:
             )
 
     def _check_spans(self, layer: int, spans: Sequence[Span]) -> int:
-        """The number of their tokens. A sequence may come again, where the span before ended."""
+        """The number of tokens of the spans. A sequence may occur twice, as adjacent spans."""
         self._check_layer(layer)
         held: dict[int, int] = {}
         for span in spans:

@@ -1,4 +1,4 @@
-"""What the worker loads: linear weights and the embedding table, all of them public."""
+"""The weights that the worker loads: linear layers and the embedding table. All are public."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +146,7 @@ def read_prepared(path: Path, device: torch.device, progress: Progress = silent)
     """Read what `tsqp prepare` wrote.
 
     Raises:
-        CheckpointError: it is no prepared file, or was changed.
+        CheckpointError: the file is not a prepared file, or was changed.
         OutOfMemory: the weights would not fit.
     """
     file = PreparedFile(path)

@@ -1,4 +1,4 @@
-"""What a worker does with a call: check it against the weights it holds, and compute."""
+"""The worker's operations: each call is checked against the weights, then computed."""
 
 from collections.abc import Sequence
 
@@ -40,7 +40,7 @@ MAX_ROWS = 2**20
 class Worker:
     """A `tsqp.wire.channel.Service` over one model's weights.
 
-    What it does itself needs no memory of earlier calls; what does is in `WorkerSession`.
+    Its operations keep no state between calls; operations with state are in `WorkerSession`.
 
     Args:
         weights: for `open`, or None.
@@ -80,10 +80,10 @@ class Worker:
         return ", ".join(served)
 
     def welcome(self, hello: Hello) -> Welcome:
-        """What this worker serves to a client that wants weights of `hello.dtype`.
+        """What this worker serves to a client that needs weights of `hello.dtype`.
 
         Raises:
-            HandshakeError: it does not hold that kind.
+            HandshakeError: the worker does not hold weights of this kind.
         """
         if hello.dtype == "int8":
             if self._integers is None:
@@ -104,7 +104,7 @@ class Worker:
         return Welcome(hello.nonce, digest, dtype, abilities, device, self._max_call_macs, None)
 
     def open(self) -> "WorkerSession":
-        """What does one client's calls."""
+        """A session for one client's calls."""
         return WorkerSession(self, None if self._store is None else KvSession(self._store))
 
     def check(self, operation: Stateless, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
@@ -168,7 +168,7 @@ class Worker:
         return torch.from_numpy(c_TD)
 
     def _specs(self, operation: Stateless, rows: int) -> tuple[list[Spec], Spec]:
-        """The inputs and the output that `operation` wants."""
+        """The inputs and the output that `operation` needs."""
         match operation:
             case Linear(layer, group):
                 features, width = self._float_weight(layer, group).shape
@@ -212,7 +212,7 @@ class Worker:
 
 
 class WorkerSession:
-    """One client's calls: keys and values are its own, weights are everybody's.
+    """One client's calls. Its keys and values are its own; the weights are shared by all clients.
 
     Args:
         kv: None on a worker of the private modes.

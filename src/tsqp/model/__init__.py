@@ -1,1 +1,1 @@
-"""WHAT A MODEL IS, for both sides: its shape, its files, its digest. Weights are public."""
+"""MODEL DESCRIPTIONS, for both sides: config, families and rotary parameters. All are public."""

@@ -1,4 +1,4 @@
-"""What a decoder-only model is: its shape, checked once, and the tensors that follow from it."""
+"""The config of a decoder-only model, checked once, and the tensors that follow from it."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ Key = tuple[int, str]  # of a group of linear layers: (layer, group); (-1, "lm_h
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one layer's attention sees.
+    """The attention of one layer.
 
     Attributes:
-        window: how many tokens, itself included, a token attends to; None for all before it.
+        window: number of tokens that a token attends to, including itself; None for all before it.
         rope: how queries and keys are rotated; None for a layer without positions (NoPE).
     """
 
@@ -36,19 +36,19 @@ class ModelConfig:
         layers: what differs between layers, in their order.
         head_dim: features of one head, even; num_heads · head_dim need not equal hidden_size.
         max_positions: the longest sequence the model was made for, in tokens.
-        tie_word_embeddings: the output projection is the embedding; where a checkpoint holds both,
-            it is not, whatever its config says.
-        attention_scale: by which q·k is multiplied before the softmax.
+        tie_word_embeddings: whether the output projection is the embedding. If a checkpoint holds
+            both, they are not tied, whatever its config says.
+        attention_scale: the factor for q·k before the softmax.
         attention_softcap, logits_softcap: cap · tanh(x / cap) bounds attention scores, or logits.
         biases: the groups of linear layers that have a bias.
         fused: the file holds q, k, v as one tensor, and gate and up as one.
         qk_norm: queries and keys are normed, each head by itself, before they are rotated.
-        post_norms: what attention and MLP give is normed too, before it is added.
+        post_norms: the outputs of attention and MLP are normed too, before they are added.
         norm_offset: added to every norm's weight as it is stored.
-        hidden_act: "silu" or "gelu_tanh", of the gate.
-        embedding_multiplier: of embeddings, itself rounded to the dtype of the run.
-        residual_multiplier: of what attention and MLP add.
-        logits_scaling: by which logits are divided.
+        hidden_act: activation of the gate, "silu" or "gelu_tanh".
+        embedding_multiplier: factor for embeddings, itself rounded to the dtype of the run.
+        residual_multiplier: factor for the outputs of attention and MLP.
+        logits_scaling: divisor of the logits.
         eos_token_ids: tokens that end an answer; may be empty.
         dtype: "float32", "float16" or "bfloat16", the checkpoint's own.
     """
@@ -102,7 +102,7 @@ class ModelConfig:
 
     @property
     def steady_positions(self) -> int:
-        """Tokens up to which no key depends on how long its sequence is to become."""
+        """Number of tokens up to which keys do not depend on the final length of the sequence."""
         scalings = [layer.rope.scaling for layer in self.layers if layer.rope is not None]
         dynamic = [each for each in scalings if isinstance(each, DynamicScaling)]
         return min((each.original_max_positions for each in dynamic), default=self.max_positions)
@@ -127,7 +127,7 @@ def parts(config: ModelConfig, layer: int, group: str) -> tuple[Part, ...]:
     """The linear layers that `group` of `layer` fuses, in the order of their outputs.
 
     `group` is one of LAYER_GROUPS, or "lm_head" with layer -1. A tied output projection is
-    named for the embedding whose tensor it shares. What the file has fused already is one part.
+    named for the embedding whose tensor it shares. Layers that the file has fused are one part.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     if group == "lm_head":
@@ -171,8 +171,8 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def layer_norms(config: ModelConfig, layer: int) -> dict[str, str]:
     """The names of a layer's norms by what they norm.
 
-    "attention" and "mlp" norm what goes in; "attention_out" and "mlp_out" what comes out, where
-    the model has `post_norms`; "q" and "k" each head, where it has `qk_norm`.
+    "attention" and "mlp" norm the inputs. With `post_norms`, "attention_out" and "mlp_out" norm the
+    outputs. With `qk_norm`, "q" and "k" norm each head.
     """
     names = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
     if config.post_norms:
@@ -198,7 +198,7 @@ def norm_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def trusted_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of what no worker of the private modes has: norms, biases and the embedding."""
+    """The shapes of the tensors that only the trusted side of the private modes has."""
     shapes = tensor_shapes(config)
     return {name: shape for name, shape in shapes.items() if name == EMBEDDING or len(shape) == 1}
 

@@ -1,6 +1,6 @@
-"""What each family of models makes of its Hugging Face config: one short function a family.
+"""Reads the Hugging Face config of each family of models, with one short function per family.
 
-A function gives the fields of `ModelConfig` in which its family differs from the plainest model.
+A function returns the fields of `ModelConfig` in which its family differs from the defaults.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,10 +32,10 @@ class Family:
     """How to read the configs of one family.
 
     Attributes:
-        fields: as described above; the config has its defaults, and nothing of it was checked.
-        architectures: the names of its language models, and last of the model below the output
-            projection, which AutoModel saves.
-        defaults: what transformers takes for keys that are absent; where one is null, null counts.
+        fields: the function described above. Its config includes the defaults, and is unchecked.
+        architectures: the names of the family's language models. The last one is the model without
+            output projection, which AutoModel saves.
+        defaults: transformers' values for missing keys. A key that is null stays null.
     """
 
     fields: Callable[[Json], Fields]
@@ -63,7 +63,7 @@ def _qwen3(config: Json) -> Fields:
 
 
 def _qwen_layers(config: Json) -> tuple[Layer, ...]:
-    """Where windows are used, the first max_window_layers do without."""
+    """If windows are used, the first max_window_layers layers have none."""
     first = integer(config, "max_window_layers", 0, MAX_LAYERS)
     if not boolean(config, "use_sliding_window"):
         config = config | {"sliding_window": None}
@@ -128,7 +128,7 @@ def _gemma3(config: Json) -> Fields:
 
 
 def _gemma3_ropes(config: Json) -> tuple[Rope, Rope]:
-    """Of layers that see everything, which the older rope_scaling means too; and of local ones."""
+    """The ropes of global layers, which the older rope_scaling applies to, and of local layers."""
     nested = rope_parameters(config, "rope_parameters")
     if not nested.keys() <= {FULL, SLIDING}:
         raise wrong_type("rope_parameters", f"an object with {FULL} and {SLIDING}", nested)
@@ -166,14 +166,14 @@ def _biases(config: Json) -> frozenset[str]:
 
 
 def _every(config: Json, pattern: int) -> list[str]:
-    """One layer in `pattern` sees everything."""
+    """One layer in every `pattern` layers attends to all tokens."""
     return [SLIDING if (n + 1) % pattern else FULL for n in range(_count(config))]
 
 
 def _layers(
     config: Json, kinds: Sequence[str], rope: Rope, local_rope: Rope | None = None
 ) -> tuple[Layer, ...]:
-    """Layers of the kinds that the config names, or else of `kinds`."""
+    """Layers of the kinds that the config lists; if it lists none, of `kinds`."""
     named = config.get("layer_types")
     if named is not None:
         if not isinstance(named, list) or len(named) != len(kinds):

@@ -16,7 +16,7 @@ WRAPPERS = {"gemma3": ("gemma3_text", ("Gemma3ForConditionalGeneration", "Gemma3
 def from_hf(config: Json, generation_config: Json | None) -> ModelConfig:
     """Check a Hugging Face config.json, in its old or its transformers-5 spelling.
 
-    Of a model that reads images too, its language model.
+    For a model that also reads images, this gives the config of its language model.
 
     Args:
         generation_config: of generation_config.json, or None where there is none.

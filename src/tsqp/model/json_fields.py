@@ -1,6 +1,6 @@
 """Typed access to a JSON object from outside; every refusal names the key.
 
-A key that is absent or null takes its default, and is refused where it has none.
+A key that is absent or null takes its default. If it has no default, it is refused.
 """
 
 from typing import Any

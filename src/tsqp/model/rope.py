@@ -81,8 +81,8 @@ class Rope:
     def max_positions(self, configured: int) -> int:
         """The longest context, in tokens, of a model whose config says `configured`.
 
-        Two variants go beyond what the config says: dynamic scaling changes nothing before, and
-        YaRN is often switched on by its own parameters alone.
+        Two variants may exceed it: dynamic scaling changes nothing up to that length, and YaRN is
+        often switched on only by its own parameters.
         """
         if isinstance(self.scaling, DynamicScaling):
             return int(configured * self.scaling.factor)
@@ -131,7 +131,7 @@ def _dynamic_theta(
 
 def _yarn(theta: float, scaling: YarnScaling, head_dim: int, exponents_h: Tensor) -> Tensor:
     def feature(turns: float) -> float:
-        """Which feature turns so often within the original context."""
+        """The feature that makes this many turns within the original context."""
         longest = scaling.original_max_positions / (turns * 2 * math.pi)
         return (head_dim * math.log(longest)) / (2 * math.log(theta))
 

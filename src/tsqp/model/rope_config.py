@@ -77,7 +77,7 @@ def build_rope(parameters: Json, config: Json, theta: float) -> Rope:
 
 
 def _outside(config: Json) -> Json:
-    """What older configs say beside the rotary parameters instead of in them."""
+    """Values that older configs have next to the rotary parameters instead of inside them."""
     keys = ("partial_rotary_factor", "original_max_position_embeddings")
     return {key: config[key] for key in keys if config.get(key) is not None}
 

@@ -1,4 +1,4 @@
-"""Attention over a KV cache, for whichever side keeps the keys and values.
+"""Attention over a KV cache, on the side that keeps the keys and values.
 
 Shape suffixes: T tokens of all sequences, flat; D features; H query heads; J key/value heads;
 K features of one head; S tokens in the cache.
@@ -23,8 +23,8 @@ class Segment:
         sequence: the id under which the cache keeps this sequence's KV.
         start: position of the first token in its sequence; equals the KV length before the step.
         length: number of tokens, at least 1.
-        known: tokens of the sequence that are known at this step, which dynamic rotary scaling
-            depends on; 0 where there are none behind the segment.
+        known: number of the sequence's tokens that are known at this step, for dynamic rotary
+            scaling; 0 if there are none after the segment.
     """
 
     sequence: int
@@ -34,7 +34,7 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """Position behind the last token."""
+        """Position after the last token."""
         return self.start + self.length
 
 
@@ -42,7 +42,7 @@ class CachedAttention:
     """Appends keys and values to the cache of their sequences, and attends causally.
 
     Args:
-        cache: one that exists already; a new one, unless given.
+        cache: an existing cache; without it, a new one is made.
     """
 
     def __init__(

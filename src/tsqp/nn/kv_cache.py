@@ -1,4 +1,4 @@
-"""Keys and values of the running sequences, on the side that attends.
+"""Keys and values of the running sequences, on the side that computes attention.
 
 Shape suffixes: L layers; J key/value heads; C capacity in tokens; S tokens held; T new tokens;
 K features of one head.
@@ -23,13 +23,13 @@ class _Entry:
 
 
 class KvCache:
-    """One buffer a sequence, so that each head's keys lie in one piece.
+    """Holds one buffer for each sequence, so that the keys of a head are contiguous.
 
-    Memory is reserved for the whole capacity and taken from the system page by page, as tokens
+    Memory is reserved for the whole capacity, but the system provides it page by page, as tokens
     arrive.
 
     Args:
-        check: called with the bytes wanted and what for; raises OutOfMemory.
+        check: called with the bytes needed and their purpose; raises OutOfMemory.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class KvCache:
         return entry.layers[layer][1][:, :length]
 
     def capacity(self, sequence: int) -> int:
-        """The tokens for which a sequence has room."""
+        """The number of tokens for which a sequence has room."""
         return self._entries[sequence].kv_L2JCK.shape[3]
 
     def length(self, sequence: int, layer: int) -> int:
-        """The tokens that a layer holds."""
+        """The number of tokens that a layer holds."""
         return self._entries[sequence].lengths[layer]
 
     def truncate(self, sequence: int, length: int) -> None:

@@ -1,4 +1,4 @@
-"""What layers compute between their linear layers and attention, for whichever side runs them.
+"""The operations of a layer between its linear layers and attention, for both sides.
 
 Shape suffixes: T tokens of all sequences, flat; D hidden, I inner and F output features; H query
 heads; J key/value heads; N heads of both sorts; K features of one head.
@@ -24,7 +24,7 @@ Tables = Mapping[Rope, tuple[Tensor, Tensor]]  # cosines and sines by way of rot
 
 
 class Layers:
-    """The norms and the rotary frequencies of all layers; no large weight."""
+    """The norms and the rotary frequencies of all layers, without the large weights."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Layers:
         self._gated = ops.GATED[config.hidden_act]
 
     def tables(self, positions_T: Tensor, segments: Sequence[Segment]) -> Tables:
-        """What `heads` wants to rotate these tokens."""
+        """The tables that `heads` needs to rotate these tokens."""
         found = {
             rope: rotary.tables(positions_T, segments, self._dtype)
             for rope, rotary in self._rotary.items()
@@ -59,15 +59,15 @@ class Layers:
         return {rope: (c.to(self._device), s.to(self._device)) for rope, (c, s) in found.items()}
 
     def norm(self, layer: int, use: str, x_TD: Tensor) -> Tensor:
-        """What goes into "attention" or "mlp"."""
+        """The normed input of "attention" or "mlp"."""
         return self._norm(x_TD, self._norms[layer][use])
 
     def final_norm(self, x_TD: Tensor) -> Tensor:
-        """What goes into the output projection."""
+        """The normed input of the output projection."""
         return self._norm(x_TD, self._final_norm_D)
 
     def heads(self, layer: int, qkv_TF: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-        """q_THK, k_TJK and v_TJK; the first two normed and rotated, where they are."""
+        """q_THK, k_TJK and v_TJK; q and k are normed and rotated if the model does so."""
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         norms, rope = self._norms[layer], self._config.layers[layer].rope
         qkv_TNK = qkv_TF.view(-1, heads + 2 * kv_heads, self._config.head_dim)
@@ -82,11 +82,11 @@ class Layers:
         return q_THK, k_TJK, v_TJK
 
     def gated(self, gate_up_TF: Tensor) -> Tensor:
-        """h_TI, what goes into "down"."""
+        """h_TI, the input of "down"."""
         return self._gated(gate_up_TF)
 
     def add(self, layer: int, use: str, x_TD: Tensor, branch_TD: Tensor) -> None:
-        """Add what "attention" or "mlp" gave to the residual stream, in place."""
+        """Add the output of "attention" or "mlp" to the residual stream, in place."""
         norm_D = self._norms[layer].get(f"{use}_out")
         if norm_D is not None:
             branch_TD = self._norm(branch_TD, norm_D)

@@ -75,12 +75,12 @@ def attention(
 ) -> list[Tensor]:
     """Causal softmax attention of one sequence's last T tokens over all its S tokens.
 
-    Query head h reads key/value head h // (H/J). The rows come in fixed blocks, counted from the
-    first, so that their numbers depend on nothing but this sequence.
+    Query head h reads key/value head h // (H/J). Rows are computed in fixed blocks, counted from
+    the first, so that the results depend only on this sequence.
 
     Args:
         scale: of q·k; 1/√K if None.
-        window: how many tokens, itself included, each token attends to; None for all before it.
+        window: number of tokens that each token attends to, including itself; None for all before.
         softcap: bound of the scores, see `soft_cap`.
 
     Returns:

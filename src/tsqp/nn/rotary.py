@@ -14,7 +14,7 @@ from tsqp.nn.attention import Segment
 
 
 class Rotary:
-    """One way of rotating, ready for any batch."""
+    """The rotation of one `Rope`, ready for any batch."""
 
     def __init__(self, rope: Rope, head_dim: int) -> None:
         self._rope = rope
@@ -24,13 +24,13 @@ class Rotary:
     def tables(
         self, positions_T: Tensor, segments: Sequence[Segment], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """What `ops.rope` wants, for these tokens."""
+        """The tables that `ops.rope` needs for these tokens."""
         frequency = self._frequency_h
         if isinstance(self._rope.scaling, DynamicScaling):
             frequency = torch.cat([self._frequencies_of(segment) for segment in segments])
         return ops.rope_tables(positions_T, frequency, dtype, self._rope.attention_factor)
 
     def _frequencies_of(self, segment: Segment) -> Tensor:
-        """[T, h]: those of the sequence's known length, however it is cut."""
+        """[T, h]: the frequencies for the sequence's known length, however it is divided."""
         known = max(segment.known, segment.end)
         return frequencies(self._rope, self._head_dim, known).expand(segment.length, -1)

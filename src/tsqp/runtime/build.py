@@ -58,7 +58,7 @@ class Builder:
     """Builds the offload of one model; reads from the checkpoint what the trusted side needs.
 
     Args:
-        norms: holds the model's norms, if they were read already.
+        norms: the model's norms, if they were read already.
         progress: called while weights are read, with the bytes done and their total.
 
     Attributes:
@@ -90,7 +90,8 @@ class Builder:
             workers: the worker processes of the options' endpoints, not yet connected.
 
         Raises:
-            UnexpectedModel: not the model that the options ask for; no worker was asked anything.
+            UnexpectedModel: this is not the model that the options ask for. Nothing was sent to a
+                worker.
         """
         if workers:
             process_limit.check()
@@ -261,7 +262,7 @@ class Builder:
         return RowPool(self.options.threads or torch.get_num_threads())
 
     def _identify(self, weights: str, trusted: str | None = None) -> None:
-        """Compute the model's digest, and refuse another one than the options ask for."""
+        """Compute the model's digest, and refuse it if the options ask for another one."""
         files = self._checkpoint.file_digests()
         self.model_digest = model_digest(files, self._dtype, weights, trusted)
         log.info("model digest %s", self.model_digest)
@@ -299,5 +300,5 @@ class Builder:
             scores = self._config.num_heads * rows * self._config.max_positions
             numbers.append(min(MAX_SCORES, scores))
         widest = itemsize * max(numbers)
-        # Room for an answer in use and for the next call, twice over for a second lane.
+        # Room for an answer in use and for the next call, doubled for a second microbatch.
         return min(max(4 * widest, MIN_SHM), MAX_SHM)

@@ -18,14 +18,14 @@ def generate(
     should_stop: Callable[[], bool] | None = None,
     conversation: Conversation | None = None,
 ) -> list[Completion]:
-    """Complete several prompts and return their answers in order; nothing else may be queued.
+    """Complete several prompts and return their answers in order. No other request may be queued.
 
     Args:
         prompts: token ids.
-        on_text: called with the place of an answer among all and each new piece of it.
-        on_progress: called after each step with prompt tokens: how many have been computed, and
-            how many are to be.
-        should_stop: asked before each step; once true, every answer ends with what it has.
+        on_text: called with the position of an answer in the result and each new piece of its text.
+        on_progress: called after each step that includes prompt tokens, with the number computed so
+            far and their total.
+        should_stop: called before each step. Once it returns true, every answer ends as it is.
         conversation: see `Engine.add`; for one answer.
 
     Raises:
@@ -33,7 +33,7 @@ def generate(
         TSQPError: the error of the first request that failed; then none of them goes on.
     """
     assert conversation is None or len(prompts) == params.n == 1
-    engine.abort_all()  # what an interrupt may have left of the last call
+    engine.abort_all()  # an interrupt may have left sequences of the last call
     stats = engine.stats
     completions: dict[int, Completion] = {}
     places: dict[int, int] = {}

@@ -11,16 +11,17 @@ PR_SET_DUMPABLE = 4  # of prctl(2)
 
 
 def harden_process() -> bool:
-    """Let no crash or debugger read the memory of this process: `tsqp generate` begins so.
+    """Keep the memory of this process out of core dumps and away from debuggers.
 
-    It concerns the whole process, which is why `LLM` does not do it: a program that uses `LLM` on
-    secret prompts calls it first. It can be called again, and it cannot be undone.
+    `tsqp generate` calls this first. `LLM` does not, because it affects the whole process: a
+    program that uses `LLM` with secret prompts should call it first. It may be called again, and it
+    cannot be undone.
 
     - RLIMIT_CORE is set to 0: a crash leaves no core file. Children inherit that.
     - PR_SET_DUMPABLE is set to 0 (Linux): a crash handler is not sent a core dump either, and
       processes of the same user can neither attach (gdb, strace, py-spy) nor read /proc/PID/mem or
       /proc/PID/environ. The files in /proc/PID then belong to root. Programs that this process
-      starts are dumpable again, as a local worker is, which knows nothing secret.
+      starts are dumpable again; a local worker is one, and knows nothing secret.
 
     Root, and whoever controls the kernel, can still read everything; so can snapshots of a virtual
     machine, and swap.

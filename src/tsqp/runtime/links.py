@@ -13,7 +13,7 @@ FOR_TESTING = "or pass --insecure-same-host, which is for testing"
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The way to one worker.
+    """The link to one worker.
 
     Attributes:
         key: the worker's public key; None for a link that is not encrypted.
@@ -24,7 +24,7 @@ class Link:
 
     @property
     def is_private(self) -> bool:
-        """Whether nobody on the way can read or change what crosses."""
+        """Whether nobody between the two sides can read or change what is sent."""
         return self.key is not None or self.endpoint.is_loopback
 
 
@@ -39,7 +39,7 @@ def check_links(
     """The links to the workers of a mode, in the order given.
 
     Raises:
-        UsageError: too few or too many workers or keys, or links that do not do for this mode.
+        UsageError: too few or too many workers or keys, or links that do not suit this mode.
     """
     _check_numbers(privacy, len(workers), len(keys))
     each_key = [parse_public_key(key) for key in keys] if keys else [None] * len(workers)
@@ -82,7 +82,7 @@ def _check_numbers(privacy: str, workers: int, keys: int) -> None:
 
 
 def _check_apart(links: Sequence[Link]) -> None:
-    """[P8]: nobody but the TEE may see all shares of an input; what can be told from here."""
+    """[P8]: only the TEE may see all shares of an input. Checks what this side can tell."""
     for link in links:
         if link.endpoint.scheme != "tcp":
             raise UsageError(
@@ -108,7 +108,7 @@ def _check_apart(links: Sequence[Link]) -> None:
 
 
 def _host(endpoint: Endpoint) -> str:
-    """One spelling of a host; names are not resolved, as nobody could be believed about them."""
+    """A normalised host. Names are not resolved, because no resolver is trusted."""
     ip = endpoint.ip
     if ip is not None:
         return "localhost" if ip.is_loopback or ip.is_unspecified else str(ip)

@@ -47,11 +47,11 @@ log = logging.getLogger("tsqp")
 class LLM:
     """A model that answers from this process, which is the trusted side.
 
-    Usable as a context manager. `close` ends the session with the worker, and so does dropping the
-    last reference, or the end of the program. Several threads may call one LLM: their calls run one
-    after the other. A callback of a call may not make another one, and a forked process cannot use
-    the LLM of its parent; both raise UsageError. A program with secret prompts calls
-    `tsqp.harden_process` first.
+    Usable as a context manager. `close` ends the session with the worker; dropping the last
+    reference, and the end of the program, do the same. Several threads may call one LLM: their
+    calls run one after the other. A callback may not start another call, and a forked process
+    cannot use the LLM of its parent; both raise UsageError. A program with secret prompts should
+    call `tsqp.harden_process` first.
     """
 
     def __init__(
@@ -67,14 +67,13 @@ class LLM:
 
         Args:
             model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
-            options: how to run it; or its fields as keywords, which `tsqp.Options` explains.
-            tokenizer: the model's, where it has been read already.
-            on_load: called while this side reads weights: how many bytes of them it has, and how
-                many it will have.
+            options: the options of the run. Or give its fields as keywords; see `tsqp.Options`.
+            tokenizer: the model's tokenizer, if it has been read already.
+            on_load: called while this side reads weights, with the bytes read and their total.
 
         Raises:
-            UsageError: options that are unknown or contradict each other, or a log that exists.
-            ModelError: the checkpoint cannot be used, or is not the one that was expected.
+            UsageError: options are unknown or contradict each other, or the call log exists.
+            ModelError: the checkpoint cannot be used, or is not the expected one.
             WorkerError: there is no worker, or it serves something else.
         """
         if options is not None and given:
@@ -113,27 +112,27 @@ class LLM:
         """Complete one or several prompts, all of them at once.
 
         Args:
-            prompts: a text, token ids, or several of either. Token ids may be a list, a tuple, a
-                range, or an array or tensor of one dimension; one of two dimensions has a prompt
-                in each row.
-            sampling_params: how to choose tokens; the same for all prompts.
-            on_text: called with the place of an answer in what is returned, which is the number of
-                its prompt unless `n` is above 1, and each new piece of its text.
-            on_progress: called after each step that reads prompts: how many prompt tokens have
-                been computed, and how many are to be.
-            should_stop: asked before each step; once it says so, every answer ends with what it
-                has, and the finish_reason "abort".
+            prompts: a text, token ids, or several of these. Token ids may be a list, a tuple, a
+                range, or a one-dimensional array or tensor; a two-dimensional one has a prompt in
+                each row.
+            sampling_params: the sampling parameters, the same for all prompts.
+            on_text: called with the position of an answer in the returned list, and each new piece
+                of its text. The position is the number of the prompt unless `n` is above 1.
+            on_progress: called after each step that includes prompt tokens, with the number
+                computed so far and their total.
+            should_stop: called before each step. Once it returns true, every answer ends as it is,
+                with the finish_reason "abort".
 
         Returns:
-            one completion a prompt, in order; with `n` above 1 that many for each prompt, those of
-            one prompt side by side, numbered by their `index`.
+            one completion for each prompt, in order. If `n` is above 1, there are `n` for each
+            prompt, next to each other, numbered by their `index`.
 
         Raises:
-            PromptError: a prompt is empty, or longer than the model's context, or neither text nor
-                token ids, or a parameter speaks of tokens that the model does not have.
+            PromptError: a prompt is empty, longer than the model's context, or neither text nor
+                token ids; or a parameter refers to tokens that the model does not have.
             WorkerError: the worker failed; nothing is left running.
-            UsageError: the LLM is closed, now or while this runs; or it is called from its own
-                callback, or in a forked process.
+            UsageError: the LLM was closed, before or during this call; or it was called from its
+                own callback or in a forked process.
         """
         params = one_params(sampling_params)
         given = several_prompts(prompts)
@@ -162,19 +161,19 @@ class LLM:
     ) -> Completion:
         """Answer a conversation, `[{"role": "user", "content": "..."}, ...]`, once.
 
-        The content of a message is a text, a list of text parts, or None beside `tool_calls`; other
-        keys are handed to the model's chat template.
+        The content of a message is a text, a list of text parts, or None if it has `tool_calls`.
+        Other keys are passed to the model's chat template.
 
         Args:
-            conversation: a handle. Keys and values are kept under it until the next call, which
-                begins with them as far as both prompts begin alike; floating-point results may
-                then differ in the last bits.
-            split_special: keep what messages hold from becoming control tokens. The other arguments
-                are those of `generate`.
+            conversation: a handle from `LLM.conversation`. Keys and values are kept until the next
+                call with it, and reused as far as both prompts begin alike. Floating-point results
+                may then differ in the last bits.
+            split_special: treat control tokens in messages as plain text. The other arguments are
+                those of `generate`.
 
         Raises:
-            TokenizerError: the model has no chat template, or one that fails.
-            PromptError: see `generate`; or `n` is above 1, for which `tokenize` and `generate` are;
+            TokenizerError: the model has no chat template, or the template fails.
+            PromptError: see `generate`; or `n` is above 1 (use `tokenize` and `generate` instead);
                 or the template refuses the conversation.
             UsageError: see `generate`.
         """
@@ -213,12 +212,12 @@ class LLM:
         chat: bool = False,
         split_special: bool = False,
     ) -> list[int]:
-        """The token ids of a text; with `chat`, of a conversation that begins with it.
+        """The token ids of a text; with `chat`, of a conversation with this text as first message.
 
-        A conversation may also be given as its messages.
+        A conversation may also be given as a list of messages.
 
         Args:
-            split_special: of a conversation: keep what messages hold from becoming control tokens.
+            split_special: in a conversation, treat control tokens in messages as plain text.
 
         Raises:
             TokenizerError: the model has no tokenizer, or no chat template.
@@ -233,7 +232,7 @@ class LLM:
         return self._tokenizer.encode_chat(prompt, split_special=split_special)
 
     def score(self, prompt: str | Iterable[int]) -> Scores:
-        """How likely each token of a text, or of token ids, is after those before it.
+        """The log-probability of each token of a text or of token ids, given those before it.
 
         Raises:
             PromptError: fewer than two tokens, or more than the model's context.
@@ -246,9 +245,9 @@ class LLM:
 
     @property
     def model_digest(self) -> str:
-        """Of every byte of the model that this side uses: "sha256:" and 64 digits.
+        """The digest of every byte of the model that this side uses: "sha256:" and 64 digits.
 
-        The same for all modes that compute in one form (docs/models.md).
+        It is the same for all modes that compute in the same numeric form (docs/models.md).
         """
         return self._model_digest
 
@@ -267,7 +266,7 @@ class LLM:
     def transport(self) -> str:
         """How calls and tensors reach the workers (docs/troubleshooting.md); "none" without any.
 
-        Where they are reached in different ways, all are named, in the order of the workers.
+        If the workers have different transports, all are listed, in the order of the workers.
         """
         return _each_once(channel.transport for channel in self._channels) or "none"
 
@@ -278,16 +277,16 @@ class LLM:
 
     @property
     def rpc(self) -> Counters:
-        """What has crossed between this side and all workers since the session began."""
+        """Counts of calls and bytes between this side and all workers since the session began."""
         return Counters.total(channel.counters for channel in self._channels)
 
     @property
     def pads(self) -> PadStats | None:
-        """How pads came about since the session began; None in a mode without them."""
+        """How many pads were made ahead and in line since the session began; None without pads."""
         return None if self._pads is None else self._pads.stats
 
     def fill_pads(self) -> None:
-        """Wait until the stock of pads is full, as it becomes while nothing is asked.
+        """Wait until the stock of pads is full. It also fills while the LLM is idle.
 
         Raises:
             UsageError: the LLM is closed, or this process is forked from its own.
@@ -299,9 +298,10 @@ class LLM:
     def close(self) -> None:
         """End all sessions, and stop local workers; safe to call twice, and from any thread.
 
-        An answer that another thread waits for ends at its next token, with a UsageError there.
-        Called from a callback of an answer, this returns at once, and that answer ends likewise. A
-        forked process closes nothing, as everything belongs to its parent.
+        An answer that another thread waits for ends at its next token, and that call raises
+        UsageError. If this is called from a callback, it returns at once, and the answer ends in
+        the same way. In a forked process this closes nothing, because everything belongs to the
+        parent.
 
         Raises:
             UsageError: a call in another thread does not end within a minute.

@@ -1,6 +1,7 @@
 """A worker as a child process: the endpoint `local`.
 
-Same machine, same user, same trust domain as the TEE side: for trying things out.
+It runs on the same machine, as the same user and in the same trust domain as the TEE side. It is
+meant for trying things out.
 """
 
 import os
@@ -17,9 +18,9 @@ from tsqp.gpu.serve import READY
 
 STOP_S = 5.0
 
-# All that the child gets of this process's environment. The rest may hold prompts, keys and tokens.
-# PYTHONPATH is among it, so that the child imports the same tsqp; what else makes Python or the
-# dynamic linker run code is not.
+# The only environment variables that the child inherits. Others may hold prompts, keys and tokens.
+# PYTHONPATH is included, so that the child imports the same tsqp. Other variables that make Python
+# or the dynamic linker run code are not.
 _INHERITED = {
     "HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONNOUSERSITE", "PYTHONPATH", "TMPDIR",
     "TSQP_CACHE", "TZ", "VIRTUAL_ENV", "XDG_CACHE_HOME",
@@ -30,15 +31,15 @@ _INHERITED_PREFIXES = ("CUDA_", "KMP_", "LC_", "MKL_", "NVIDIA_", "OMP_")
 class LocalWorker:
     """Starts `tsqp worker` and stops it again.
 
-    The child reads its standard input and stops at its end, so it cannot outlive this process,
-    however this process ends. It is this process's alone: a fork of it can do nothing to it.
+    The child stops when its standard input ends, so it cannot outlive this process, however this
+    process ends. Only this process controls it; a forked process cannot.
 
     Attributes:
-        endpoint: where it listens; of a port that the system chooses, known once it is ready.
+        endpoint: where it listens. If the system chooses the port, it is known once it is ready.
     """
 
     def __init__(self, arguments: Sequence[str], listen: str | None = None) -> None:
-        """Start a worker; it loads while this side does.
+        """Start a worker. It loads its weights while this process loads its own.
 
         Args:
             arguments: the model and options for `tsqp worker`, without --listen.
@@ -82,7 +83,7 @@ class LocalWorker:
         """Wait until the worker serves.
 
         Raises:
-            WorkerUnavailable: it ended instead; carries its last words.
+            WorkerUnavailable: the worker ended. The message has the last line of its output.
         """
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -99,7 +100,7 @@ class LocalWorker:
         )
 
     def _listen(self) -> None:
-        """Keep the child's last lines, and its pipe from filling up."""
+        """Read the child's output, so that its pipe does not fill up, and keep the last lines."""
         assert self._process.stderr is not None
         with self._process.stderr as stream:
             for line in stream:
@@ -120,7 +121,7 @@ _workers: weakref.WeakSet[LocalWorker] = weakref.WeakSet()
 
 
 def _let_go_in_child() -> None:
-    """A worker stops when nobody holds its standard input any more: a fork must not."""
+    """Close the worker's standard input in a forked child: the worker must stop with its parent."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for worker in list(_workers):
         pipe = worker._process.stdin

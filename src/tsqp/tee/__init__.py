@@ -1,1 +1,1 @@
-"""THE TRUSTED SIDE: everything that may see a prompt, an activation or an answer."""
+"""THE TRUSTED SIDE: all code that may see a prompt, an activation or an answer."""

@@ -1,8 +1,8 @@
-"""The lines of a call log: a header, one line a call, a summary. JSON, one object a line.
+"""The lines of a call log: a header, one line per call, and a summary. Each line is a JSON object.
 
-They hold numbers of rows and bytes, times, and names from fixed lists: no tensor, no token id, no
-text of a prompt or an answer, no address. Fields are bounded, because a log that is read may be
-anything.
+The lines hold only numbers of rows and bytes, times, and names from fixed lists. They hold no
+tensors, token ids, texts of prompts or answers, or addresses. Fields are bounded, because a log
+that is read may contain anything.
 """
 
 from typing import Annotated, Literal
@@ -52,11 +52,11 @@ class Header(Line, frozen=True, tag="header"):
     """What ran.
 
     Attributes:
-        format: of the log, FORMAT.
-        model: "demo", "random:NAME", or the beginning of the weights' digest; no path.
-        transport: of each worker, those that differ.
+        format: the format of the log, FORMAT.
+        model: "demo", "random:NAME", or the beginning of the weights' digest; never a path.
+        transport: the transports of the workers, without duplicates.
         machine: as benchmarks describe it, without the commit.
-        threads: of torch on this side.
+        threads: torch's threads on this side.
         start: when the log began, in unix seconds.
     """
 
@@ -78,13 +78,13 @@ class Header(Line, frozen=True, tag="header"):
 class CallLine(Line, frozen=True, tag="call"):
     """One call that was answered.
 
-    Laps follow one another on the trusted side, whose thread they fill between two calls:
-    pads, mask, serialise, send, away, wait, receive, unmask. No two laps of any calls overlap.
+    The stages of a call follow one another: pads, mask, serialise, send, away, wait, receive,
+    unmask. Stages of different calls do not overlap, because one thread runs all of them.
 
     Attributes:
-        time: when it began, in unix seconds.
-        step, phase: of the engine, to which it belongs.
-        method: of the operation; layer and group null where it has none.
+        time: when the call began, in unix seconds.
+        step, phase: the engine's step to which the call belongs, and the phase of that step.
+        method: the operation. layer and group are null if the operation has none.
         endpoint: number of the worker, from 0.
         pads_us: taking pads, and making those that do not lie ready.
         mask_us: reserving room, quantising and masking; in `open`, the copy.

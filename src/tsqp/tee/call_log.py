@@ -1,7 +1,7 @@
-"""`--rpc-log FILE`: where the time of every call went, and what the trusted side did between.
+"""`--rpc-log FILE`: the timing of every call, and of the trusted side's work between calls.
 
-While the model runs, a call's times are kept as they are; they become lines when a step ends, or
-when many have come together. Logging never fails a run: on a full disk it stops.
+While the model runs, the times of a call are kept in memory. They are written as lines when a step
+ends, or when there are many. Logging never makes a run fail: if the disk is full, it stops.
 """
 
 import logging
@@ -29,7 +29,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass(slots=True)
 class _Phase:
-    """What the steps of one phase add up to."""
+    """The totals of all steps of one phase."""
 
     steps: int = 0
     tokens: int = 0
@@ -52,13 +52,13 @@ class _Phase:
 
 
 class CallLog:
-    """A new file, readable by this user alone. Belongs to the engine's thread."""
+    """A new log file that only this user can read. Used by the engine's thread only."""
 
     def __init__(self, path: Path) -> None:
         """Make the file.
 
         Raises:
-            UsageError: there is one already, or it cannot be made.
+            UsageError: the file exists already, or cannot be made.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
@@ -83,7 +83,7 @@ class CallLog:
         self._write([header])
 
     def taker(self, endpoint: int, transport: str) -> OnTimes:
-        """Takes the times of one worker's calls."""
+        """A function that receives the times of one worker's calls."""
         calls = self._calls
 
         def take(times: CallTimes) -> None:
@@ -94,23 +94,23 @@ class CallLog:
         return take
 
     def flush(self) -> None:
-        """Write the calls that came since the last step, lest they pass for the next one's."""
+        """Write the calls since the last step, so that they do not count for the next step."""
         self._write_calls()
 
     def begin_step(self, phase: Phase, stats: Stats) -> None:
-        """Calls from here on, and since `flush`, belong to the next step of the engine."""
+        """Begin a step: calls since the last `flush`, and later ones, belong to it."""
         self._step += 1
         self._phase = phase
         self._before = tuple(stats.time(kind).seconds for kind in KINDS)
 
     def end_step(self, stats: Stats, wall_s: float, cpu_s: float, tokens: int) -> None:
-        """The step is over, or has failed; writes its calls.
+        """End a step, also one that failed, and write its calls.
 
-        Does nothing more than that where it failed before `begin_step`.
+        If the step failed before `begin_step`, this only writes the calls.
 
         Args:
-            stats: of the engine, as at `begin_step`.
-            tokens: that were computed; 0 by a step that failed.
+            stats: the engine's, as at `begin_step`.
+            tokens: number of tokens computed; 0 if the step failed.
         """
         if self._phase == "other":
             self._write_calls()
@@ -126,9 +126,9 @@ class CallLog:
         self._phase = "other"
 
     def close(self) -> None:
-        """Write what is left, and the last line; safe to call twice.
+        """Write the remaining calls and the summary; safe to call twice.
 
-        A file that nothing was written to is removed: it would only be in the way of the next.
+        An empty file is removed, because it would block the next log of the same name.
         """
         if self._file is None:
             return
@@ -151,7 +151,7 @@ class CallLog:
     def _line(self, endpoint: int, transport: str, times: CallTimes) -> CallLine:
         """One call as a line, and added to its phase."""
         pads, mask, serialise, send, away, wait, receive, unmask = times.laps_ns
-        # A worker may claim anything: of its word counts what can be true.
+        # A worker may claim anything, so its claims are limited to what can be true.
         compute = min(times.compute_ns, wait)
         overlap = min(times.compute_ns - compute, away)
         phase = self._phases[self._phase]

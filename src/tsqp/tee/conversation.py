@@ -6,18 +6,18 @@ from typing import Self
 
 
 class Conversation:
-    """Answers of one conversation begin with the keys and values of those before.
+    """Identifies a conversation, whose answers reuse the keys and values of earlier answers.
 
-    `LLM.conversation` makes one, and `LLM.chat` takes it. Nothing is shared between two
-    conversations: otherwise the time of an answer would tell how far both texts agree. An LLM keeps
-    the keys and values of one conversation at a time, the last that was answered.
+    `LLM.conversation` makes one, and `LLM.chat` takes it. Conversations share nothing with each
+    other: otherwise the time of an answer would reveal how much of two texts agrees. An LLM keeps
+    the keys and values of one conversation at a time, the last one that it answered.
     """
 
     def __init__(self, forget: Callable[["Conversation"], None]) -> None:
         self._forget = forget
 
     def close(self) -> None:
-        """Free what is kept; safe to call twice."""
+        """Free the keys and values that are kept; safe to call twice."""
         self._forget(self)
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
-"""Processor time of one thread and of those that compute for it.
+"""Processor time of one thread and of the OpenMP threads that compute for it.
 
-OpenMP gives each thread that uses it helpers of its own. Linux lets a new thread inherit the name
-of the thread that starts it, so a name that nobody else has marks them all.
+OpenMP starts separate helper threads for each thread that uses it. On Linux a new thread inherits
+the name of the thread that starts it, so a unique name marks all of them.
 """
 
 import os
@@ -14,7 +14,7 @@ _THREAD_CPU_CLOCK = 6  # CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED in Linux
 
 
 class ThreadClock:
-    """Adds up a thread and its helpers; stays at 0 where the system does not tell."""
+    """Adds up the time of a thread and its helpers; stays at 0 if the system does not report it."""
 
     def __init__(self) -> None:
         self._name = ""
@@ -22,7 +22,7 @@ class ThreadClock:
         self._ours: tuple[int, ...] = ()
 
     def mark(self) -> None:
-        """Mark the calling thread, before it has helpers."""
+        """Mark the calling thread. Call this before it has helpers."""
         thread = threading.get_native_id()
         self._name = f"tsqp-{thread}"[:15]
         try:
@@ -32,7 +32,7 @@ class ThreadClock:
         self.look()
 
     def look(self) -> None:
-        """Find helpers that have been started meanwhile."""
+        """Find helpers that have been started since the last look."""
         try:
             threads = [int(name) for name in os.listdir(_TASKS)]  # noqa: PTH208, five times faster
         except OSError:

@@ -1,8 +1,8 @@
 """The forward pass of all families, written once for every mode.
 
-It is a generator: it yields what it wants computed elsewhere and is resumed with the answer. An
-answer may lie in memory shared with the worker and is valid only until the next request has been
-started, so what is needed for longer is the result of an operation, in fresh memory.
+It is a generator: it yields requests for operations that run elsewhere, and is resumed with their
+answers. An answer may be in memory shared with the worker, and is valid only until the next request
+has been started. Values that are needed longer are results of operations, in fresh memory.
 
 Shape suffixes: T tokens of all sequences, flat; R rows whose logits are wanted; V vocabulary;
 D hidden features; F output features of a linear layer; H query heads; J key/value heads; N heads
@@ -47,8 +47,8 @@ class Decoder:
     """The model without its large weights, which belong to the offload.
 
     Args:
-        layers: the same model's, if they have been read already.
-        placement, most_scores: what the offload states.
+        layers: the layers of the same model, if they have been read already.
+        placement, most_scores: the offload's attributes of these names.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Decoder:
             attention = Attention(layer, q_THK, k_TJK, v_TJK, batch.segments)
             if layer < config.num_layers - 1:
                 o_TD = yield from self._attend(attention, None, stats)
-            else:  # only wanted rows matter from here on
+            else:  # from here on, only the wanted rows are needed
                 o_TD = yield from self._attend(attention, rows_R, stats)
                 x_TD = x_TD[rows_R]
                 if len(x_TD) == 0:
@@ -132,7 +132,7 @@ class Decoder:
     def _fused_layers(
         self, x_TD: Tensor, batch: Batch, stats: Stats
     ) -> Generator[Request, Tensor, Tensor]:
-        """The same, of layers that run elsewhere."""
+        """The same as `_run_layers`, if whole layers run on the worker."""
         for layer in range(self._config.num_layers):
             x_TD = yield Layer(layer, x_TD, batch.segments)
         return x_TD[batch.logits_rows_R]
@@ -140,7 +140,7 @@ class Decoder:
     def _attend(
         self, attention: Attention, wanted_R: Tensor | None, stats: Stats
     ) -> Generator[Request, Tensor, Tensor]:
-        """Attention and its output projection, of all rows or of those that are wanted."""
+        """Attention and its output projection, for all rows or only for the wanted rows."""
         if self._placement.splits_attention:
             return (
                 yield from split_attention(

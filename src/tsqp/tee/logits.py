@@ -1,4 +1,4 @@
-"""What a request's parameters make of the logits of one token, as pure functions.
+"""Pure functions that apply a request's sampling parameters to the logits of one token.
 
 Shape suffixes: V vocabulary; N token ids, repeated or not; C candidates.
 """
@@ -12,7 +12,7 @@ _LEAST = torch.finfo(torch.float32).min
 
 
 def add_bias(logits_V: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """`bias` is what to add to the logits of some token ids."""
+    """Add `bias` to the logits; it maps token ids to values."""
     added_V = logits_V.clone()
     for token_id, amount in bias.items():
         added_V[token_id] += amount
@@ -22,8 +22,8 @@ def add_bias(logits_V: Tensor, bias: Mapping[int, float]) -> Tensor:
 def penalize_repetition(logits_V: Tensor, ids_N: Tensor, penalty: float) -> Tensor:
     """Make the tokens of `ids_N` less likely, for a penalty above 1 (Keskar et al., CTRL, 2019).
 
-    Positive logits are divided by the penalty and negative ones multiplied with it; what exceeds
-    float32 stays at its limits.
+    Positive logits are divided by the penalty, and negative ones are multiplied by it. Results
+    beyond the range of float32 are set to its limits.
     """
     logits_N = logits_V[ids_N]
     penalized_V = logits_V.clone()
@@ -34,13 +34,13 @@ def penalize_repetition(logits_V: Tensor, ids_N: Tensor, penalty: float) -> Tens
 def penalize_occurrence(
     logits_V: Tensor, ids_N: Tensor, presence: float, frequency: float
 ) -> Tensor:
-    """Take `presence` off the logit of each token of `ids_N`, and `frequency` for each time."""
+    """Subtract `presence` once, and `frequency` per occurrence, for each token in `ids_N`."""
     count_V = torch.bincount(ids_N, minlength=len(logits_V))
     return logits_V - frequency * count_V - presence * (count_V > 0)
 
 
 def forbid(logits_V: Tensor, token_ids: Collection[int]) -> Tensor:
-    """Give some tokens no probability, as long as there are others."""
+    """Set the probability of some tokens to zero, unless no other tokens would remain."""
     forbidden_V = logits_V.clone()
     forbidden_V[list(token_ids)] = _LEAST
     return forbidden_V
@@ -52,9 +52,9 @@ def candidates(
     """The tokens that may be drawn and their weights.
 
     Returns:
-        ids_C, int64, and weight_C, float64, which are softmax(logits / temperature) of all
-        tokens; they add up to less than 1 where tokens were dropped. Sorted if `top_k` or `top_p`
-        dropped any.
+        ids_C, int64, and weight_C, float64. The weights are softmax(logits / temperature) over all
+        tokens, so they add up to less than 1 if tokens were dropped. Both are sorted if `top_k` or
+        `top_p` dropped any tokens.
     """
     weight_V = torch.softmax((logits_V.double() - logits_V.max()) / temperature, dim=0)
     ids_C, weight_C = _likeliest(logits_V, weight_V, top_k, top_p)

@@ -21,7 +21,7 @@ def in_blocks(logits_RV: Tensor, next_R: Tensor) -> Iterator[tuple[Tensor, Tenso
 
 
 def rate(logits_RV: Tensor, next_R: Tensor, count: int) -> list[TokenLogprobs]:
-    """How likely each token of `next_R`, int64, was after its row, and the `count` likeliest."""
+    """The log-probability of each token of `next_R`, int64, and the `count` likeliest tokens."""
     rated = []
     for logprobs_BV, next_B in in_blocks(logits_RV, next_R):
         chosen_B1 = logprobs_BV.gather(1, next_B[:, None])

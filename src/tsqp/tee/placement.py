@@ -1,4 +1,4 @@
-"""Which side runs which operation. An offload states it, and the decoder goes by it."""
+"""Which side runs which operation. An offload states this, and the decoder follows it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +11,8 @@ class Placement:
     """The side of each kind of operation.
 
     Attributes:
-        linear: what the worker gets may be masked.
-        rms_norm: "both" where the worker runs whole layers: the norm after the last is the TEE's.
+        linear: the worker's input may be masked.
+        rms_norm: "both" if the worker runs whole layers, because the TEE runs the last norm.
     """
 
     embedding: Side = "TEE"
@@ -32,7 +32,7 @@ class Placement:
 
     @property
     def splits_attention(self) -> bool:
-        """Whether the softmax and the products around it are on two sides."""
+        """Whether the softmax and the products around it run on different sides."""
         return self.softmax != self.qk_product
 
     @property

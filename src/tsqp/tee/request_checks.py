@@ -1,4 +1,4 @@
-"""What a model must know of a request before it is queued."""
+"""Checks of a request before it is queued."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,13 +11,13 @@ _FORMS = "Prompts must be a text, token ids, or a list of either"
 
 
 def several_prompts(prompts: object) -> list[str | list[int]]:
-    """What a caller gave as prompts: each a text, or token ids that the model may not have.
+    """The prompts that a caller gave: each a text, or token ids that are not checked yet.
 
-    Token ids by themselves are one prompt, as are an array or a tensor of one dimension; one of two
-    dimensions has a prompt in each row.
+    A plain sequence of token ids is one prompt, and so is a one-dimensional array or tensor. A
+    two-dimensional one has a prompt in each row.
 
     Raises:
-        PromptError: it is neither a text, nor token ids, nor some of either.
+        PromptError: the value is neither a text, nor token ids, nor several of these.
     """
     if isinstance(prompts, str):
         return [str(prompts)]
@@ -32,10 +32,10 @@ def several_prompts(prompts: object) -> list[str | list[int]]:
 
 
 def one_prompt(prompt: object) -> str | list[int]:
-    """What a caller gave as one prompt.
+    """The single prompt that a caller gave.
 
     Raises:
-        PromptError: it is neither a text nor token ids.
+        PromptError: the value is neither a text nor token ids.
     """
     return _one(prompt, "the prompt")
 
@@ -69,10 +69,10 @@ def _advice(value: object) -> str:
 
 
 def one_params(params: object) -> SamplingParams:
-    """What a caller gave as sampling parameters; None for the defaults.
+    """The sampling parameters that a caller gave; None stands for the defaults.
 
     Raises:
-        PromptError: it is something else than one `SamplingParams`.
+        PromptError: the value is not a `SamplingParams`.
     """
     if params is None:
         return SamplingParams()
@@ -85,14 +85,14 @@ def one_params(params: object) -> SamplingParams:
 
 
 def check_prompt(prompt_ids: Sequence[int], config: ModelConfig, answer: int = 1) -> None:
-    """Refuse a prompt that the model cannot go on with.
+    """Refuse a prompt that the model cannot continue.
 
     Args:
-        answer: tokens for which there must be room behind it.
+        answer: number of tokens that must fit into the context after the prompt.
 
     Raises:
-        PromptError: it is empty, or holds an id that the model does not have.
-        PromptTooLong: there is no room.
+        PromptError: the prompt is empty, or holds an id that the model does not have.
+        PromptTooLong: the prompt and the answer do not fit into the context.
     """
     if not prompt_ids:
         raise PromptError("The prompt is empty: give at least one token.")
@@ -108,10 +108,10 @@ def check_prompt(prompt_ids: Sequence[int], config: ModelConfig, answer: int = 1
 
 
 def check_params(params: SamplingParams, config: ModelConfig) -> None:
-    """Refuse parameters that speak of tokens that the model does not have.
+    """Check the parameters against the model's vocabulary.
 
     Raises:
-        PromptError: they do.
+        PromptError: the parameters refer to tokens that the model does not have.
     """
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         if ids and max(ids) >= config.vocab_size:

@@ -1,4 +1,4 @@
-"""Choosing the next token, reproducibly, whatever else runs beside.
+"""Samples the next token. The result does not depend on other requests.
 
 Shape suffixes: V vocabulary; N token ids; C candidates.
 """
@@ -18,10 +18,10 @@ _KEY_DOMAIN = b"tsqp sampler v1\0"
 
 
 class Sampler:
-    """One request's source of tokens.
+    """Samples the tokens of one request.
 
-    Its randomness is a ChaCha20 keystream of its own, so neither the other requests of a batch
-    nor the order of steps can change what it draws.
+    Its randomness is a separate ChaCha20 keystream, so neither the other requests of a batch nor
+    the order of steps can change what it draws.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class Sampler:
         """Start an answer.
 
         Args:
-            prompt_ids: what `repetition_penalty` counts besides the answer.
-            ending_ids: tokens that end the answer, which are not drawn before `min_tokens`.
+            prompt_ids: the prompt's tokens, which `repetition_penalty` applies to as well.
+            ending_ids: tokens that end the answer. They are not drawn before `min_tokens`.
         """
         self._params = params
         counted = () if params.repetition_penalty == 1 else set(prompt_ids)
@@ -46,7 +46,7 @@ class Sampler:
         self._keystream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def sample(self, logits_V: Tensor) -> int:
-        """The id of one token, which is then part of the answer.
+        """Choose one token and add it to the answer; returns its id.
 
         `logits_V` must be finite; equal logits go to the lowest id.
         """
@@ -77,8 +77,8 @@ class Sampler:
             logits_V, params.temperature, params.top_k, params.top_p, params.min_p
         )
         total_C = weight_C.cumsum(0)
-        # The draw lies strictly below the last total, in rounded arithmetic too, so the search
-        # ends on a candidate, and on one whose weight is not zero.
+        # The draw is strictly below the last total, even in rounded arithmetic. So the search ends
+        # on a candidate, and on one whose weight is not zero.
         draw = total_C[-1] * self._uniform()
         return int(ids_C[torch.searchsorted(total_C, draw, right=True)])
 

@@ -1,4 +1,4 @@
-"""What a request may ask for, and what it gets."""
+"""Sampling parameters and completions."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,44 +18,46 @@ MAX_BIAS = 100.0
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Names and defaults are vLLM's.
+    """Sampling parameters of a request, with vLLM's names and defaults.
 
-    Numbers may be Python's, numpy's, or arrays and tensors of no dimension; several may be a list,
-    a tuple, a range, or an array or tensor of one dimension. The attributes hold Python's own: an
-    integer, a float, a tuple, a dict. A bool is not an integer here, and neither is 16.0.
+    Numbers may be Python or numpy numbers, or arrays and tensors without dimensions. Sequences may
+    be a list, a tuple, a range, or a one-dimensional array or tensor. The attributes always hold
+    Python types: an integer, a float, a tuple, a dict. A bool or 16.0 is not an integer here.
 
     The logits of a token go through `logit_bias`, `repetition_penalty`, `frequency_penalty` and
     `presence_penalty`, then `temperature`, then `top_k`, `top_p` and `min_p`, as in transformers.
 
     Attributes:
-        temperature: 0 picks the likeliest token; above, probabilities are softmax(logits / it).
+        temperature: randomness of sampling. 0 picks the likeliest token; otherwise probabilities
+            are softmax(logits / temperature).
         top_p: keep the fewest likeliest tokens whose probabilities add up to at least this.
         top_k: keep this many likeliest tokens, before `top_p`; 0 or -1 keeps all.
-        max_tokens: tokens to generate at most.
-        stop: a string, or several, or None, that end the answer; they are not part of it.
-        seed: makes the answer reproducible; None draws one from the system.
-        ignore_eos: go on after the model's end-of-sequence token.
-        n: answers to each prompt. Answer i draws what a request with `seed` + i would. Each
-            computes the prompt for itself.
-        min_p: of what is left, keep the tokens at least this times as likely as the likeliest.
-        repetition_penalty: divides the positive logits of every token that is in the prompt or the
-            answer so far, and multiplies the negative ones; 1 for none.
-        presence_penalty: taken off the logit of every token that is in the answer so far; the
-            prompt does not count. From -2 to 2.
-        frequency_penalty: likewise, once for each time that it is there.
-        logit_bias: what to add to the logit of some token ids, from -100 to 100. An id may be a
-            string of digits, as keys of JSON objects are.
-        logprobs: for each token of the answer, give its log-probability and that of so many
-            likeliest tokens; None for none. They are of the model's own distribution, before
-            any of the above, as vLLM's.
-        prompt_logprobs: the same for each token of the prompt but the first.
-        stop_token_ids: tokens that end the answer, besides the model's end-of-sequence token; like
-            that, they are among its `token_ids` and not in its `text`.
-        min_tokens: tokens before which no stop token, end-of-sequence token or stop string ends
-            the answer.
+        max_tokens: maximum number of tokens to generate.
+        stop: one or several strings that end the answer, or None. The answer does not contain them.
+        seed: makes the answer reproducible; None draws a seed from the system.
+        ignore_eos: continue after the model's end-of-sequence token.
+        n: number of answers to each prompt. Answer i equals that of a request with `seed` + i. Each
+            answer computes the prompt again.
+        min_p: of the remaining tokens, keep those whose probability is at least this fraction of
+            the likeliest token's.
+        repetition_penalty: divides the positive logits of every token that appears in the prompt or
+            the answer so far, and multiplies the negative ones; 1 is off.
+        presence_penalty: subtracted from the logit of every token that appears in the answer so
+            far; the prompt does not count. From -2 to 2.
+        frequency_penalty: subtracted once for each time that a token appears in the answer so far.
+        logit_bias: values from -100 to 100 to add to the logits of the given token ids. An id may
+            be a string of digits, like the keys of JSON objects.
+        logprobs: give the log-probability of each token of the answer, and of this many likeliest
+            tokens; None for none. They describe the model's own distribution, before any of the
+            above is applied, as in vLLM.
+        prompt_logprobs: the same for each token of the prompt except the first.
+        stop_token_ids: tokens that end the answer, besides the model's end-of-sequence token. Like
+            that token, they appear in `token_ids` and not in `text`.
+        min_tokens: minimum number of tokens before a stop token, the end-of-sequence token or a
+            stop string may end the answer.
 
     Raises:
-        PromptError: a value is impossible, or of another type; the message does not show it.
+        PromptError: a value is out of range or has the wrong type; the message does not show it.
     """
 
     temperature: float = 1.0
@@ -136,7 +138,7 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def of_answer(self, index: int) -> Self:
-        """For one of the `n` answers."""
+        """The parameters for one of the `n` answers."""
         seed = None if self.seed is None else self.seed + index
         return replace(self, n=1, seed=seed)
 
@@ -151,12 +153,12 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """How likely one token was, and what else was.
+    """The probability of one token, and of the likeliest tokens in its place.
 
     Attributes:
         token_id: the token of the text.
         logprob: the natural logarithm of its probability.
-        rank: how likely it was among all: 1 is the likeliest.
+        rank: its rank among all tokens by probability; 1 is the likeliest.
         top: the likeliest tokens in its place, the likeliest first.
     """
 
@@ -168,17 +170,18 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One whole answer.
+    """One complete answer.
 
     Attributes:
-        text: without special tokens and without the stop string; empty if no tokenizer.
-        token_ids: every generated token, the end-of-sequence token included.
-        prompt_tokens: how many tokens the prompt had.
+        text: the answer without special tokens and the stop string; empty without a tokenizer.
+        token_ids: every generated token, including the end-of-sequence token.
+        prompt_tokens: number of tokens in the prompt.
         finish_reason: "stop" (end of sequence, a stop token, or a stop string), "length", "abort"
             (the caller ended it), or "error".
         index: which of the `n` answers to its prompt, from 0.
-        logprobs: of each of the token_ids; None unless asked for.
-        prompt_logprobs: of each token of the prompt, None for the first; None unless asked for.
+        logprobs: one for each of the `token_ids`; None unless requested.
+        prompt_logprobs: one for each token of the prompt, where the first is None; None unless
+            requested.
     """
 
     text: str

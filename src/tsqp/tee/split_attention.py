@@ -26,14 +26,14 @@ def split_attention(
     most_scores: int,
     stats: Stats,
 ) -> Generator[Request, Tensor, Tensor]:
-    """Attention and the output projection of a layer, in as many parts as its scores need.
+    """Attention and the output projection of a layer, in as many parts as the scores need.
 
     Args:
-        whole: what is to be computed.
-        config: says how scores become weights.
-        wanted_R: the rows whose answer is wanted, ascending, or None for all; keys and values are
-            kept of all.
-        most_scores: that one answer should hold.
+        whole: the attention to compute.
+        config: defines how scores become weights.
+        wanted_R: the rows whose answer is needed, ascending, or None for all. Keys and values of
+            all rows are kept.
+        most_scores: maximum number of scores in one answer.
 
     Returns:
         o_RD, in private memory.
@@ -68,10 +68,10 @@ def split_attention(
 
 
 def blocks(segments: Sequence[Segment], heads: int, most_scores: int) -> Iterator[list[Segment]]:
-    """Cut segments into pieces, and put as many into one request as its answer has room for.
+    """Cut segments into pieces, and put as many into one request as fit into its answer.
 
-    How a segment is cut depends on nothing but itself. A piece sees no key after its own last, so
-    about half of the square of a long prompt is never computed.
+    The pieces of a segment depend only on that segment. A piece does not see keys after its own
+    last one, so about half of the square of a long prompt is never computed.
     """
     block: list[Segment] = []
     room = most_scores

@@ -43,19 +43,20 @@ class Timer:
 class Stats:
     """Seconds and calls by kind, and the timings of whole steps, since the last `reset`.
 
-    "embedding", "layer" (a whole one), "linear" and "attention" are what the offload answers,
-    waiting included; the other kinds are computed here, "softmax" where it is apart from the
-    products of attention.
+    The offload answers "embedding", "layer" (a whole layer), "linear" and "attention"; their times
+    include waiting. The other kinds are computed on this side. "softmax" is counted separately only
+    if it runs apart from the products of attention.
 
     Attributes:
         prefill_s: wall time of steps that contain prompt tokens.
         decode_s: wall time of all other steps.
-        wait_s: the part of both in which no lane could go on.
+        wait_s: the part of both in which every microbatch waited for a worker.
         prefill_cpu_s, decode_cpu_s: processor time of this process, all threads, in the steps of
             each kind. Pads made in line count; pads made ahead do not, see `PadStats`.
-        prefill_tokens: prompt tokens computed.
-        reused_tokens: prompt tokens whose keys and values were there from an earlier answer.
-        decode_tokens: generated tokens computed in the steps of `decode_s`.
+        prefill_tokens: number of prompt tokens computed.
+        reused_tokens: number of prompt tokens whose keys and values were reused from an earlier
+            answer.
+        decode_tokens: number of generated tokens computed in the steps of `decode_s`.
     """
 
     def __init__(self) -> None:
@@ -73,12 +74,12 @@ class Stats:
         self.decode_tokens = 0
 
     def time(self, kind: str) -> Timer:
-        """`with stats.time("norm"): ...` adds to one of KINDS."""
+        """A timer for one of KINDS: `with stats.time("norm"): ...`."""
         return self._timers[kind]
 
     @property
     def tee_s(self) -> float:
-        """Seconds of the steps in which this side was at work."""
+        """Seconds of the steps in which this side was working, not waiting."""
         return self.prefill_s + self.decode_s - self.wait_s
 
     @property
@@ -97,7 +98,7 @@ class Stats:
         }
 
     def as_dict(self) -> dict[str, object]:
-        """Everything, ready for JSON; of the kinds, those that ran."""
+        """All figures, ready for JSON, with only those kinds that ran."""
         return {
             **self.timings(),
             "prefill_tokens": self.prefill_tokens,

@@ -1,4 +1,4 @@
-"""Numbers and token ids as callers have them: of Python, numpy and torch, made Python's own.
+"""Converts numbers and token ids of Python, numpy and torch to Python types.
 
 A bool is not a number here, and a float is not an integer even if it has no fraction: both are
 mistakes more often than not, and transformers refuses them too.
@@ -51,7 +51,7 @@ def as_list(value: object) -> list[object] | None:
     """The items of a list, tuple, range, iterator, array or tensor.
 
     Returns:
-        None for what has no items, or none in an order, and for text and bytes.
+        None for values without items or without an order, and for text and bytes.
     """
     if is_array(value):
         return list(_plain(value)) if value.ndim else None  # type: ignore[attr-defined, call-overload]
@@ -74,13 +74,13 @@ def is_array(value: object) -> bool:
 
 
 def type_of(value: object) -> str:
-    """How a message names a value that it must not show: "a float", "an ndarray"."""
+    """A description of a value that a message must not show: "a float", "an ndarray"."""
     name = type(value).__name__
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _unpacked(value: object) -> object:
-    """What an array, a tensor or a numpy scalar without dimensions holds."""
+    """The value of an array, a tensor or a numpy scalar without dimensions."""
     return _plain(value) if is_array(value) and value.ndim == 0 else value  # type: ignore[attr-defined]
 
 

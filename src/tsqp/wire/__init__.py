@@ -1,1 +1,1 @@
-"""WHAT CROSSES: everything that a hostile GPU host can see or send."""
+"""THE WIRE: everything that a hostile GPU host can see or send."""

@@ -1,7 +1,7 @@
-"""What a worker says of itself to whoever asks: no session, and no weights of one's own.
+"""Asks a worker what it serves, without a session and without own weights.
 
-The protocol has no question for it. A worker refuses a client that holds other weights, and its
-refusal says what it holds itself.
+The protocol has no message for this. But a worker refuses a client that holds other weights, and
+its refusal says which weights it holds itself.
 """
 
 import secrets

@@ -1,7 +1,7 @@
-"""Where the time of one call goes, as the TEE's side of a channel measures it.
+"""The times of one call, measured by the TEE's side of a channel.
 
-A call's life is cut into laps, one after the other, each measured once: laps of all calls never
-overlap, because one thread drives them. Nothing of this exists unless a log wants it.
+A call is divided into laps that follow one another, and each is measured once. Laps of different
+calls never overlap, because one thread drives all calls. Times are measured only for a log.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,9 @@ class CallTimes:
 
     Attributes:
         kind, layer, group: of the operation; None where it has none.
-        rows: of its input; of its answer where nothing is sent, or the input is flat.
-        sent_bytes, received_bytes: of tensors.
-        began_ns: of time.perf_counter_ns.
+        rows: rows of its input; of its answer if nothing is sent or the input is flat.
+        sent_bytes, received_bytes: bytes of tensors.
+        began_ns: start of the call, by time.perf_counter_ns.
         laps_ns: by the numbers above. "away" is time in which this side did something else.
         compute_ns: the worker's own word, which may be any number.
     """
@@ -45,7 +45,7 @@ class CallTimes:
     def __init__(
         self, on_end: OnTimes, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> None:
-        """Begin. Of the operation, only what it is called is kept: some hold secrets."""
+        """Start the clock. Only the name of the operation is kept: some operations hold secrets."""
         self.began_ns = self._lap_ns = perf_counter_ns()
         self._on_end: OnTimes | None = on_end
         self.kind: str = operation.__struct_config__.tag  # type: ignore[assignment]
@@ -65,7 +65,7 @@ class CallTimes:
         self._lap_ns = now
 
     def end(self) -> None:
-        """The answer has been read; does nothing the second time."""
+        """Stop the clock after the answer has been read; does nothing the second time."""
         if self._on_end is not None:
             self.lap(UNMASK)
             on_end, self._on_end = self._on_end, None
@@ -73,6 +73,6 @@ class CallTimes:
 
 
 def lap(times: CallTimes | None, number: int) -> None:
-    """`times.lap(number)`, where anybody wants times."""
+    """`times.lap(number)`, unless `times` is None."""
     if times is not None:
         times.lap(number)

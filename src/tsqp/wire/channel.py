@@ -28,7 +28,7 @@ from tsqp.wire.tensors import Spec
 
 @dataclass(slots=True)
 class Counters:
-    """What crossed one channel. Tensor bytes are counted wherever they travelled."""
+    """Traffic of one channel. Tensor bytes are counted whichever way they travel."""
 
     calls: dict[str, int] = field(default_factory=dict)  # by kind of operation
     sent_bytes: int = 0  # tensors, TEE → worker
@@ -38,7 +38,7 @@ class Counters:
 
     @classmethod
     def total(cls, parts: Iterable["Counters"]) -> Self:
-        """What crossed several channels."""
+        """The total traffic of several channels."""
         total = cls()
         for each in parts:
             for kind, calls in each.calls.items():
@@ -117,12 +117,12 @@ class Channel(Protocol):
         ...
 
     def wait(self, ticket: int, deadline: float) -> Reply:
-        """The answer to `ticket`, waiting until `deadline` (of time.monotonic) at most.
+        """Wait for the answer to `ticket`, until `deadline` (of time.monotonic) at most.
 
         Raises:
             RemoteError: the worker reported a failure.
             WorkerLost: the worker vanished, or the deadline passed.
-            ProtocolError: what came back is not a valid answer.
+            ProtocolError: the worker did not send a valid answer.
         """
         ...
 
@@ -136,14 +136,14 @@ class Channel(Protocol):
 
 
 class Service(Protocol):
-    """What a worker does, whatever carries its messages."""
+    """The work of a worker, independent of what carries its messages."""
 
     def welcome(self, hello: Hello) -> Welcome:
-        """What this worker serves. Agreement and segments are the carrier's business."""
+        """What this worker serves. The carrier handles agreement and segments."""
         ...
 
     def open(self) -> "ServiceSession":
-        """What does the calls of one client, which nobody else's calls reach."""
+        """A session for the calls of one client, which other clients cannot reach."""
         ...
 
 
@@ -151,7 +151,7 @@ class ServiceSession(Protocol):
     """The calls of one client, and what the worker keeps for it between them."""
 
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
-        """Raise ProtocolError unless these are the shapes that `operation` wants."""
+        """Raise ProtocolError unless these are the shapes that `operation` needs."""
         ...
 
     def run(
@@ -161,7 +161,7 @@ class ServiceSession(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of everything that was kept; called once."""
+        """Release everything that was kept; called once."""
         ...
 
 

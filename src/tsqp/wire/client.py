@@ -1,7 +1,7 @@
 """The TEE's channel to a worker process: messages over ZeroMQ, tensors in shared memory or inline.
 
-Everything that arrives is checked against this side's own books: the ticket must be one that is
-out, the tensors must have exactly the lengths that the call asked for.
+Everything that arrives is checked against this side's own records: the ticket must be an open one,
+and the tensors must have exactly the lengths that the call asked for.
 """
 
 import hmac
@@ -66,7 +66,7 @@ MAX_INLINE = 2**29  # bytes of a call that travels in frames; more are split
 def check_reachable(
     endpoint: Endpoint, worker_key: str | None = None, timeout: float = 5.0
 ) -> None:
-    """Find out whether something serves `endpoint`: cheap, before dear work.
+    """Find out whether something serves `endpoint`, cheaply, before expensive work.
 
     Raises:
         WorkerUnavailable: nothing does.
@@ -95,7 +95,7 @@ class RemoteChannel:
             hello: what this side needs; `shm_bytes` = 0 keeps the tensors inline.
             worker_key: the worker's public key, for an encrypted link.
             connect_timeout: seconds for the connection, and again for the handshake.
-            no_shm_reason: what to report where `shm_bytes` is 0.
+            no_shm_reason: the reason to report if `shm_bytes` is 0.
 
         Raises:
             WorkerUnavailable: nobody serves the endpoint.
@@ -241,7 +241,7 @@ class RemoteChannel:
 
     @property
     def _is_forked(self) -> bool:
-        """Whether this is a copy of the channel, in a fork of the process that it belongs to."""
+        """Whether this is a copy of the channel in a forked process."""
         return self._pid != os.getpid()
 
     def _check_open(self) -> None:
@@ -260,7 +260,7 @@ class RemoteChannel:
         return mail
 
     def _receive(self, deadline: float, waiting: CallTimes | None) -> None:
-        """Take one message from the socket and note whose answer it is.
+        """Take one message from the socket and record which call it answers.
 
         Args:
             waiting: times of the call that is waited for.

@@ -1,4 +1,4 @@
-"""Where a worker is: parsing `--listen` and `--worker`."""
+"""Parses the endpoints of `--listen` and `--worker`."""
 
 import ipaddress
 import re
@@ -41,9 +41,9 @@ class Endpoint:
 
     @property
     def ip(self) -> IPv4Address | IPv6Address | None:
-        """What libzmq takes the host of a tcp endpoint for; None for a name.
+        """The address that libzmq reads in the host of a tcp endpoint; None for a name.
 
-        Like libzmq, this takes 127.1, 0x7f000001 and the other spellings of inet_aton for
+        Like libzmq, this accepts 127.1, 0x7f000001 and the other spellings of inet_aton as
         addresses, and drops a zone, as in fe80::1%eth0.
         """
         host = self.host.rpartition("%")[0] or self.host
@@ -59,7 +59,7 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only processes of this machine can reach it, for certain."""
+        """Whether it is certain that only processes of this machine can reach it."""
         if self.scheme != "tcp":
             return True
         return self.host == "localhost" if self.ip is None else self.ip.is_loopback

@@ -1,8 +1,8 @@
-"""Why a ZeroMQ handshake failed: what the peer says of itself before it hangs up.
+"""Finds out why a ZeroMQ handshake failed, from the greeting of the peer.
 
-Two libzmq that want different mechanisms part so fast that either may see nothing but a connection
-that broke. This asks by hand: a peer that is sent the beginning of a greeting (ZMTP 3, RFC 23)
-answers with all of its own, which names the mechanism, and waits for the rest.
+If two libzmq peers use different mechanisms, they disconnect so fast that either side may see only
+a broken connection. So this module sends the beginning of a greeting (ZMTP 3, RFC 23) itself. A
+peer answers with its complete greeting, which names the mechanism, and waits for the rest.
 """
 
 import socket
@@ -22,7 +22,7 @@ _MECHANISMS: dict[bytes, Mechanism] = {b"NULL": "NULL", b"CURVE": "CURVE"}
 
 
 def ask_mechanism(endpoint: Endpoint, timeout: float) -> Mechanism | None:
-    """How a peer secures its links; None where nobody answers as ZeroMQ does.
+    """The security mechanism of a peer; None if the peer does not answer as ZeroMQ does.
 
     Args:
         endpoint: ipc or tcp.

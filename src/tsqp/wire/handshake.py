@@ -1,4 +1,4 @@
-"""What both sides must agree on before the first call; each of them checks."""
+"""What both sides must agree on before the first call. Each side checks it."""
 
 import hmac
 import re
@@ -11,9 +11,9 @@ _OTHER_WEIGHTS = re.compile(r"the worker holds other weights \(digest ([0-9a-f]{
 
 
 def read_refusal(reason: str) -> tuple[str | None, str | None]:
-    """What a refusal by `check_agreement` says of the worker: dtype, or first digits of the digest.
+    """Read the worker's dtype, or the first digits of its digest, from `check_agreement`'s refusal.
 
-    Both are None where it was refused for another reason.
+    Both are None if the worker was refused for another reason.
     """
     dtype, digest = _OTHER_DTYPE.search(reason), _OTHER_WEIGHTS.search(reason)
     return dtype and dtype[1], digest and digest[1]

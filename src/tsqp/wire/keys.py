@@ -36,7 +36,7 @@ _WRONG_KIND: dict[Kind, str] = {
 
 
 def write_key_pair(folder: Path) -> tuple[Path, Path, str]:
-    """Make a key pair in `folder`, which is made too if need be.
+    """Make a key pair in `folder`, which is created if it does not exist.
 
     Returns:
         the secret file, the public file, and the public key.
@@ -77,10 +77,10 @@ def read_secret_key(path: Path) -> str:
 
 
 def parse_public_key(text: str) -> str:
-    """A public key that is given as its 40 characters, or as the name of its file.
+    """A public key, given as its 40 characters or as the name of its file.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: `text` is neither.
     """
     return text if is_key(text) else _read(Path(text), "public")
 

@@ -1,9 +1,9 @@
-"""Messages through shared memory, polled: no system call, no thread to wake.
+"""Messages in shared memory that both sides poll, without a system call or a thread to wake.
 
-Waking an idle core costs more than most calls, and a message through a socket wakes three. So on
-one machine calls and answers lie in two small rings at the start of the segment, and each side
-looks for them for a bounded time before it goes to sleep on its socket. A side that sleeps says
-so in the segment, and is then woken through the socket.
+Waking an idle core costs more than most calls, and a message through a socket wakes three threads.
+So on one machine, calls and answers are in two small rings at the start of the segment. Each side
+polls them for a bounded time before it goes to sleep on its socket. A side that sleeps says so in
+the segment, and is then woken through the socket.
 
 The rings hold the same frames as the socket does, and what is taken from them is copied once
 and decoded by the same rules. x86 only: its stores become visible in order.
@@ -73,7 +73,7 @@ class Mailbox:
         self._fence = threading.Lock()
 
     def post(self, frame: bytes) -> bool:
-        """Put a frame of at most MAX_FRAME bytes where the peer sees it.
+        """Post a frame of at most MAX_FRAME bytes to the peer.
 
         Returns:
             whether the peer sleeps, and must be woken through the socket.
@@ -91,7 +91,7 @@ class Mailbox:
         return self._in.has_frame
 
     def say_asleep(self, asleep: bool) -> None:
-        """Tell the peer; look for mail once more after saying so, before going to sleep."""
+        """Tell the peer that this side sleeps. Look for mail once more before going to sleep."""
         self._flags[self._my_flag] = asleep
         self._order()
 

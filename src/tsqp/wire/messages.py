@@ -1,9 +1,9 @@
-"""Every message that crosses between the TEE and a worker, one frozen struct each.
+"""All messages between the TEE and a worker, each as a frozen struct.
 
-All fields are typed and bounded; msgspec refuses anything else while decoding. Tensors do not
-travel in messages: a `TensorRef` says where one lies, in the shared segment or in the frames that
+All fields are typed and bounded; msgspec refuses anything else while decoding. Messages do not
+contain tensors: a `TensorRef` says where a tensor is, in the shared segment or in the frames that
 follow. The TEE chooses every place and every shape, for requests and for answers, so an answer
-carries nothing that the TEE would have to believe.
+contains nothing that the TEE would have to believe.
 """
 
 from typing import Annotated, Literal
@@ -150,7 +150,7 @@ class SeedProduct(Message, frozen=True, tag="seed_product"):
 class Allocate(Message, frozen=True, tag="allocate"):
     """Make room for the keys and values of `capacity` tokens under a new number.
 
-    Sequences belong to the session that allocates them: another session's numbers mean others.
+    A sequence belongs to the session that allocates it; each session has its own numbers.
     """
 
     sequence: SequenceNumber
@@ -173,8 +173,8 @@ class Free(Message, frozen=True, tag="free"):
 class Span(Message, frozen=True):
     """Tokens [start, start + length) of a sequence, of which the worker holds the first `start`.
 
-    Where the worker rotates, dynamic scaling is for the first `known` tokens; 0: up to the span's
-    end.
+    If the worker applies the rotary embedding, dynamic scaling is for the first `known` tokens; 0
+    means up to the end of the span.
     """
 
     sequence: SequenceNumber
@@ -217,9 +217,9 @@ class WeightedValues(Message, frozen=True, tag="weighted_values"):
 
 
 class Layer(Message, frozen=True, tag="layer"):
-    """Run a whole layer on x [T, features], the tokens of all spans in order; the answer is alike.
+    """Run a whole layer on x [T, features], the tokens of all spans in order.
 
-    The worker keeps their keys and values.
+    The answer has the same shape. The worker keeps the keys and values.
     """
 
     layer: LayerNumber
@@ -256,7 +256,7 @@ class Failure(Message, frozen=True, tag="failure"):
 
 
 class Probe(Message, frozen=True, tag="probe"):
-    """Either way: wake up and look. Needs no answer; a dead link shows when it is sent."""
+    """Both directions: wake up and look for mail. Needs no answer; sending it shows a dead link."""
 
 
 class Bye(Message, frozen=True, tag="bye"):

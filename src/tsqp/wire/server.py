@@ -1,7 +1,7 @@
 """The worker's serving loop: sessions, their shared memory, and one call after the other.
 
-A client is no more trusted than the worker is: every reference it sends is checked against its
-own segment and against the shapes that the operation wants, before anything is read or allocated.
+Clients are not trusted either. Every reference that a client sends is checked against its own
+segment and against the shapes that the operation needs, before anything is read or allocated.
 """
 
 import time
@@ -60,7 +60,7 @@ OnCall = Callable[[int, Operation, Sequence[Tensor]], None]
 
 @dataclass(slots=True)
 class Session:
-    """What one client holds."""
+    """The state of one client's session."""
 
     number: int  # counted from 1
     service: ServiceSession
@@ -72,7 +72,7 @@ class Session:
     last_posted: int = 0  # and through the mailbox: the two may overtake each other
 
     def attach(self, message: Attach) -> None:
-        """The client has mapped the segment, or could not."""
+        """Note whether the client could map the segment."""
         if self.segment is not None:
             self.segment.withdraw()
             if message.poll and self.mailbox is None:
@@ -81,7 +81,7 @@ class Session:
             self.drop_segment()
 
     def note(self, ticket: int, posted: bool) -> None:
-        """Refuse a ticket that does not come after the one before it on its way."""
+        """Refuse a ticket that is not greater than the previous one on the same path."""
         if ticket <= (self.last_posted if posted else self.last_sent):
             raise ProtocolError("A client sent the same call twice.")
         if posted:
@@ -221,7 +221,7 @@ class Server:
         return found
 
     def _handle(self, identity: bytes, frame: bytes | memoryview, *, posted: bool = False) -> None:
-        """Do what one message asks, which came through the socket or was posted."""
+        """Handle one message, which came through the socket or was posted."""
         ticket = 0
         try:
             ticket, message = self._decoder.decode(frame)
@@ -372,7 +372,7 @@ class Server:
 
 
 def _inline(tensors: list[Tensor], refs: tuple[TensorRef, ...]) -> list[memoryview]:
-    """The bytes of those tensors that travel as frames."""
+    """The bytes of those tensors that are sent as frames."""
     pairs = zip(tensors, refs, strict=True)
     return [raw(tensor) for tensor, ref in pairs if ref.offset == INLINE]
 

@@ -292,7 +292,7 @@ class Arena:
         self._used: list[tuple[int, int]] = []
 
     def take(self, length: int) -> int | None:
-        """The offset of `length` free bytes, or None where there is no such room."""
+        """The offset of `length` free bytes, or None if there is no room."""
         length = max(ALIGNMENT, -(-length // ALIGNMENT) * ALIGNMENT)
         start = self._start
         for place, (used, end) in enumerate(self._used):

@@ -1,4 +1,4 @@
-"""The file of a Unix socket: what libzmq would overwrite, or leave behind."""
+"""The file of a Unix socket, which libzmq would overwrite or leave behind."""
 
 import socket
 import stat
@@ -26,7 +26,8 @@ def remove_stale(path: Path) -> None:
     """Remove a socket file that nobody listens on; libzmq itself would replace a live one too.
 
     Raises:
-        WorkerUnavailable: a live worker listens there, or it is no socket, or has no folder.
+        WorkerUnavailable: a live worker listens there, or the file is not a socket, or its folder
+            does not exist.
     """
     try:
         mode = path.lstat().st_mode

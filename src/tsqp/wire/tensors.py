@@ -1,4 +1,4 @@
-"""Tensors as the wire sees them: a dtype by name, a shape, and raw bytes."""
+"""Tensors on the wire: a dtype by name, a shape, and raw bytes."""
 
 from math import prod
 from typing import NamedTuple

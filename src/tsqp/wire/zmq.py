@@ -2,9 +2,9 @@
 
 ZeroMQ's exceptions end here and in `tsqp.wire.server_socket`.
 
-The worker binds and the TEE connects, also where the TEE could bind: inside Gramine binding a
-numeric TCP address aborts in libzmq. Heartbeats of libzmq's own thread show a peer that is gone or
-stopped even while a long computation keeps the main threads busy.
+The worker always binds and the TEE connects, because inside Gramine binding a numeric TCP address
+aborts in libzmq. The heartbeats of libzmq's own thread detect a peer that is gone or stopped, even
+while a long computation keeps the main threads busy.
 """
 
 import os
@@ -94,7 +94,7 @@ class BaseSocket:
         return seen
 
     def receive_into(self, buffer: memoryview | bytearray) -> int:
-        """The true length of the next frame, whose beginning is now in `buffer`."""
+        """Receive the beginning of the next frame into `buffer`; returns the full length."""
         return self._socket.recv_into(buffer)
 
     @property
@@ -104,11 +104,10 @@ class BaseSocket:
         return bool(events & zmq.POLLIN)
 
     def _wait(self, doorbell: Doorbell, *, spin: bool) -> bool:
-        """Wait for mail or a message for one tick; whether there is a message.
+        """Wait for mail or a message for one tick; returns whether there is a message.
 
-        Waking a core that sleeps takes longer than most answers, so with `spin` this looks for
-        a while first. Each look offers the core to whoever else wants it: a peer on the same
-        cores loses nothing.
+        Waking a sleeping core takes longer than most answers, so with `spin` this polls for a while
+        first. Each poll yields the core, so a peer on the same cores loses nothing.
         """
         end = time.perf_counter() + (SPIN_S if spin else 0)
         looks = 1 if doorbell is NO_DOORBELL else LOOKS  # at the mail; the socket is slower to ask
@@ -180,11 +179,11 @@ class ClientSocket(BaseSocket):
         """Connect within `timeout` seconds.
 
         Args:
-            worker_key: public key that the worker must prove to hold the secret one of; everything
-                that crosses is then encrypted. This side has a key pair for this connection alone.
+            worker_key: the worker must prove that it holds the secret key of this public key. All
+                traffic is then encrypted. This side uses a new key pair for each connection.
 
         Raises:
-            WorkerUnavailable: nobody listens there, or it is no ZeroMQ peer.
+            WorkerUnavailable: nobody listens there, or the listener is not a ZeroMQ peer.
             HandshakeError: only one side encrypts, or the worker has another key.
         """
         super().__init__(zmq.DEALER, endpoint)

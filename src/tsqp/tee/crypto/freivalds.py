@@ -1,4 +1,4 @@
-"""Check vectors: how a wrong product is noticed without computing it [P6].
+"""Check vectors, which detect a wrong product without computing the right one [P6].
 
 Shape suffixes: D input and F output features of a group.
 """
@@ -79,7 +79,7 @@ class FailureLimit:
         return self._left <= 0
 
     def check(self) -> None:
-        """Raise IntegrityError once the limit is reached; asked before every call and answer."""
+        """Raise IntegrityError once the limit is reached; called before every call and answer."""
         if self.reached:
             raise IntegrityError(
                 "Workers failed their checks too often in this process, so nothing is offloaded "
@@ -87,7 +87,7 @@ class FailureLimit:
             )
 
     def count(self) -> None:
-        """Note a failure."""
+        """Count a failure."""
         with self._lock:
             self._left -= 1
 

@@ -1,4 +1,4 @@
-"""Where pads come from: made ahead by a thread of their own, or in line where the stock is empty.
+"""Pads are made ahead by a background thread, or in line if the stock is empty.
 
 Lattice masks [P11] are pads here. `PadPool.take` is the only way to a pad, and it removes what it
 returns; there is no way to put one back. Shape suffixes: N rows; D input and F output features of a
@@ -84,11 +84,11 @@ class DirectProvider:
 
 @dataclass(slots=True)
 class PadStats:
-    """How the pads came about.
+    """How many pads were made ahead and in line.
 
     Attributes:
-        ahead_rows: taken from the stock.
-        inline_rows: made while the engine waited for them, which took `inline_s`, and
+        ahead_rows: rows taken from the stock.
+        inline_rows: rows made while the engine waited for them. This took `inline_s` seconds, and
             `inline_cpu_s` of processor time.
         background_cpu_s: processor time of the thread that makes pads ahead, and its helpers;
             0 where the system does not tell.
@@ -106,11 +106,11 @@ class PadStats:
 
 
 class PadPool:
-    """A bounded stock of pads, refilled by a thread of its own while the engine waits.
+    """A bounded stock of pads, refilled by a background thread while the engine waits.
 
-    It has no locks: an exception that comes from outside between two steps could leave one held,
-    and `close` would wait for ever. Every step that two threads must not both take is one of the
-    interpreter's own, on a deque or a SimpleQueue.
+    It has no locks: an asynchronous exception could leave a lock held, and `close` would wait for
+    ever. Every step that two threads must not both take is a single atomic operation of the
+    interpreter, on a deque or a SimpleQueue.
 
     Args:
         shapes: (F, D) of each group.
@@ -163,7 +163,7 @@ class PadPool:
         )
 
     def take(self, key: Key, rows: int) -> Pads:
-        """Remove and return pads; makes what is not in stock.
+        """Remove and return pads. Pads that are not in stock are made first.
 
         Raises:
             TSQPError: the pool is closed, or this is a forked process, whose parent has the same
@@ -196,7 +196,7 @@ class PadPool:
             rows -= len(made)
 
     def other_cpu_s(self) -> float:
-        """Processor time of this process without that of making pads ahead."""
+        """Processor time of this process, without the time to make pads ahead."""
         return process_time() - self._clock.seconds()
 
     def fill(self) -> None:
@@ -225,10 +225,10 @@ class PadPool:
         return taken
 
     def _next(self, *, whole: bool) -> tuple[Key, int] | None:
-        """The group with the least stock that has room, and how many rows to make.
+        """The group with the smallest stock that has room, and the number of rows to make.
 
         Args:
-            whole: only where there is room for a whole batch; else a part of one will do.
+            whole: consider only groups with room for a whole batch.
         """
         stocks = self._stocks
         rooms = {key: self._room(key, stock, whole=whole) for key, stock in stocks.items()}
@@ -288,7 +288,7 @@ class PadPool:
 
 
 def _give_way() -> None:
-    """Let the calling thread, and those that it starts, run where nobody else wants to."""
+    """Give the calling thread, and the threads that it starts, the lowest scheduling priority."""
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
     with suppress(OSError):  # some systems, Gramine for one, have no such policy
@@ -299,13 +299,13 @@ _pools: weakref.WeakSet[PadPool] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
-    """A child has a copy of the parent's pads; using one would be using it twice."""
+    """Drop the pads in a forked child: using the copy of a pad would use it twice."""
     for pool in list(_pools):
         pool._stocks = {}
 
 
 def _close_all() -> None:
-    """A thread that is making pads while Python ends would abort the process."""
+    """Close all pools at exit: a thread that makes pads while Python ends would abort it."""
     for pool in list(_pools):
         pool.close()
 

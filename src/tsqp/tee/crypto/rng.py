@@ -1,7 +1,7 @@
 """Secret uniform residues: the operating system's entropy, stretched by a stream cipher.
 
-Every call draws a fresh seed, so no generator state outlives a call, is inherited by a forked
-process, or lies in a snapshot for longer.
+Every call draws a fresh seed. So no generator state outlives a call: a forked process cannot
+inherit it, and a snapshot cannot keep it for longer.
 """
 
 import secrets

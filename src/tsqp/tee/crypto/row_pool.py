@@ -1,4 +1,4 @@
-"""A few threads that share the rows of one call."""
+"""A few threads that divide the rows of one call among them."""
 
 import threading
 from collections.abc import Callable
@@ -17,14 +17,15 @@ Kernel = Callable[[int, int], int]
 
 @dataclass(slots=True)
 class _Call:
-    """What the threads of one call share.
+    """The state that the threads of one call share.
 
-    A helper notes a part in `started`, then looks at `is_off`; who calls a call off sets `is_off`,
-    then looks at `started`. So no part is begun that nobody waits for.
+    A helper adds a part to `started`, then reads `is_off`. A thread that cancels the call sets
+    `is_off`, then reads `started`. So every part that runs is waited for.
 
     Attributes:
-        found: of each part that is done: a row at fault, ALL_ROWS, or what the kernel raised.
-        wake: something to look at in `found`.
+        found: the result of each finished part: a row at fault, ALL_ROWS, or the exception that the
+            kernel raised.
+        wake: signals a new entry in `found`.
     """
 
     kernel: Kernel
@@ -43,12 +44,12 @@ class _Call:
         self.wake.put(None)
 
     def call_off(self) -> None:
-        """Begin no part any more, and wait for those that run."""
+        """Start no more parts, and wait for those that run."""
         self.is_off = True
         self.wait(lambda: len(self.started))
 
     def wait(self, parts: Callable[[], int]) -> None:
-        """Wait until so many parts are done; an interrupt that comes meanwhile goes on then."""
+        """Wait until this many parts are done. An interrupt is raised only after that."""
         interrupt: BaseException | None = None
         while len(self.found) < parts():
             try:
@@ -61,10 +62,10 @@ class _Call:
 
 
 class RowPool:
-    """Runs parts of a call in threads of its own, and one in the calling thread.
+    """Runs parts of a call in its own threads, and one part in the calling thread.
 
-    There is nothing between the threads that an interrupt could leave locked, as there is in a
-    ThreadPoolExecutor, whose end would then wait for ever.
+    The threads share no lock that an interrupt could leave held. A ThreadPoolExecutor does, and
+    its shutdown would then wait for ever.
     """
 
     def __init__(self, threads: int) -> None:
@@ -74,9 +75,10 @@ class RowPool:
         self._closed = False
 
     def run(self, rows: int, kernel: Kernel) -> int:
-        """Call `kernel(first, stop)` on parts of the rows; the first row at fault, or ALL_ROWS.
+        """Call `kernel(first, stop)` on parts of the rows; returns the row at fault, or ALL_ROWS.
 
-        No kernel still runs when this returns or raises: they write to the caller's memory.
+        When this returns or raises, no kernel runs any more, because kernels write to the caller's
+        memory.
         """
         parts = min(self._threads, rows // MIN_ROWS)
         if parts <= 1 or self._closed:  # a token at a time: the rest would take longer

@@ -53,15 +53,15 @@ def residue_bytes_in_stock(field: Field) -> int:
 
 
 class Stock:
-    """The pads of one group that lie ready, in arrays whose memory is taken once.
+    """The pads of one group that are in stock, in arrays that are allocated once.
 
-    Arrays of their own for every batch would be cheaper by a copy, but the allocator would keep
-    what they leave: the process grew to twice the budget.
+    Separate arrays for every batch would save a copy, but the allocator would keep freed memory:
+    the process grew to twice the budget.
 
-    The number of a row is in `_ready`, in `_empty`, or with whoever popped it from there. A pop is
-    one step of the interpreter, so two threads never get the same row, and an exception that comes
-    at any moment (Ctrl-C) leaves a row ready or gone. A lock could be left held by it. What such
-    an exception costs is the room of the rows that were in the air.
+    The number of a row is in `_ready`, in `_empty`, or with the thread that popped it. A pop is one
+    atomic step of the interpreter, so two threads never get the same row. An exception at any
+    moment (Ctrl-C) leaves a row ready or gone, where a lock could stay held. Such an exception only
+    loses the room of the rows that were popped at that moment.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Stock:
         return len(self._empty)
 
     def put(self, pads: Pads) -> None:
-        """Add rows, as many as there is room for; the others are dropped, and were never used."""
+        """Add as many rows as there is room for. The others are dropped unused."""
         numbers = _pop(self._empty, len(pads))
         if numbers:
             place = _place(numbers)
@@ -91,7 +91,7 @@ class Stock:
             self._ready.extend(numbers)  # last: from here on they may be taken
 
     def take(self, rows: int) -> Pads | None:
-        """Remove the oldest rows, at most so many; None where there are none."""
+        """Remove the oldest rows, at most this many; None if there are none."""
         numbers = _pop(self._ready, rows)
         if not numbers:
             return None

@@ -12,10 +12,10 @@ from tsqp.tee.engine.sequence import Chunk
 def split_into_microbatches(
     chunks: Sequence[Chunk], microbatches: int, *, may_cut: bool = True
 ) -> list[list[Chunk]]:
-    """Share the tokens of a step; the later part of a long prompt goes to a later microbatch.
+    """Divide the tokens of a step; the later part of a long prompt goes to a later microbatch.
 
     Args:
-        may_cut: whether two microbatches may share a prompt.
+        may_cut: whether a prompt may be divided between microbatches.
     """
     parts: list[list[Chunk]] = [[] for _ in range(microbatches)]
     for chunk in chunks:
@@ -29,7 +29,7 @@ def split_into_microbatches(
 
 
 def flat_batch(chunks: Sequence[Chunk]) -> Batch:
-    """The tokens of these chunks as the decoder takes them."""
+    """The tokens of these chunks, in the form that the decoder takes."""
     token_ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []

@@ -1,4 +1,4 @@
-"""Keys and values of a conversation, kept from one answer to the next."""
+"""Keeps the keys and values of a conversation from one answer to the next."""
 
 from itertools import takewhile
 
@@ -10,13 +10,13 @@ from tsqp.tee.offload.base import Offload
 
 
 class ConversationKv:
-    """Holds the KV of one sequence that has ended, for the next of its conversation.
+    """Holds the KV of a finished sequence for the next sequence of its conversation.
 
-    A sequence of another conversation, or of none, never begins with it.
+    A sequence of another conversation, or of no conversation, never uses it.
 
-    What is computed on top of kept KV is cut into other pieces than a whole prompt is, so its
-    floating-point numbers may differ in the last bits. Keys that dynamic rotary scaling made for
-    another length are not taken over.
+    With kept KV, a prompt is divided into different pieces than without, so floating-point results
+    may differ in the last bits. Keys that dynamic rotary scaling made for another length are not
+    reused.
     """
 
     def __init__(self, offload: Offload, config: ModelConfig) -> None:
@@ -26,7 +26,7 @@ class ConversationKv:
         self._held: Sequence | None = None
 
     def admit(self, sequence: Sequence) -> None:
-        """Make room for a sequence, with as much of the kept KV as it begins with.
+        """Make room for a sequence, and reuse the kept KV as far as the token ids agree.
 
         Raises:
             OutOfMemory: it does not fit.
@@ -41,7 +41,7 @@ class ConversationKv:
                 sequence.computed = same
                 return
             self._offload.free(held.kv_id)
-        # More than it needs itself, for the turns that follow: KV that does not fit begins anew.
+        # Reserve more than this sequence needs, for later turns: KV that outgrows its room is lost.
         sequence.reserved = min(2 * sequence.capacity, self._max_positions)
         try:
             self._offload.alloc(sequence.kv_id, sequence.reserved)
@@ -55,7 +55,7 @@ class ConversationKv:
         self._held = sequence
 
     def drop(self, conversation: Conversation | None = None) -> None:
-        """Free what is kept, of one conversation or of any; safe where that is nothing."""
+        """Free the kept KV of one conversation, or of any; does nothing if there is none."""
         if conversation is not None and (
             self._held is None or self._held.conversation is not conversation
         ):
@@ -65,7 +65,7 @@ class ConversationKv:
             self._offload.free(held.kv_id)
 
     def _in_common(self, held: Sequence, sequence: Sequence) -> int:
-        """Tokens at the beginning whose KV can be taken over; the last one's logits are wanted."""
+        """Number of leading tokens whose KV can be reused; the last token is always computed."""
         longest = max(len(held.token_ids), len(sequence.token_ids))
         if sequence.rates_prompt or longest > self._steady_positions:
             return 0

@@ -37,24 +37,24 @@ from tsqp.tee.text.tokenizer import Tokenizer
 
 log = logging.getLogger("tsqp")
 
-# After these the session with a worker is over, and its offload cannot go on.
+# After these errors the session with a worker is over, and its offload cannot be used any more.
 SESSION_OVER = (WorkerLost, ProtocolError, IntegrityError, LatticeError)
-MAX_RESTARTS = 1  # of one sequence, whose prompt may be what ends the sessions
+MAX_RESTARTS = 1  # of one sequence, because its prompt may be what ends the sessions
 
 
 class Engine:
     """Runs requests together: a step computes the next token, or piece of the prompt, of each.
 
-    An error of one request is the output of that request, and the others go on. Not thread-safe:
-    one thread calls all methods.
+    An error of one request becomes the output of that request, and the others continue. Not
+    thread-safe: one thread calls all methods.
 
     Args:
         tokenizer: without one, prompts and answers are token ids only.
         observer: measures the steps.
         prefill_chunk, max_num_seqs: see `Scheduler`.
-        microbatches: parts into which a step's tokens are split, so that this side works on one
-            while the worker works on another.
-        rebuild: makes another offload where the session of this one is over, or raises TSQPError.
+        microbatches: number of parts into which the tokens of a step are divided, so that this side
+            works on one part while the worker works on another.
+        rebuild: makes a new offload after the session of this one has ended, or raises TSQPError.
             Requests whose worker was lost then begin again, each of them once.
     """
 
@@ -102,10 +102,9 @@ class Engine:
         """Queue a prompt and return the id of its sequence.
 
         Args:
-            params: of one answer; `n` is for `tsqp.runtime.generate`.
-            conversation: begin with the KV that the last sequence of this conversation left, as far
-                as the prompts begin alike, and leave it for the next. Without one, nothing is kept
-                any longer.
+            params: the parameters of one answer; `tsqp.runtime.generate` handles `n`.
+            conversation: reuse the KV of the last sequence of this conversation as far as the
+                prompts begin alike, and keep the KV for its next sequence. None frees kept KV.
 
         Raises:
             PromptError: the prompt is empty, leaves no room for an answer, or it or `params` hold
@@ -138,7 +137,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Compute one batch, and return an output for each sequence that got a token or an error.
 
-        Whatever is raised is a fault of this program or an interrupt, and ends all sequences.
+        An exception means a bug in this program or an interrupt, and ends all sequences.
         """
         try:
             with self._observer.step() as step, torch.inference_mode():
@@ -155,7 +154,7 @@ class Engine:
             raise
 
     def abort(self, number: int) -> None:
-        """Give up a sequence; one that has ended already is no error."""
+        """Give up a sequence. Does nothing if it has ended already."""
         sequence = self._scheduler.find(number)
         if sequence is not None:
             sequence.conversation = None
@@ -167,21 +166,21 @@ class Engine:
             self.abort(sequence.id)
 
     def stop(self) -> list[Output]:
-        """End every sequence with the answer that it has."""
+        """End every sequence with the answer so far."""
         stopped = self._scheduler.unfinished
         for sequence in stopped:
             self._release(sequence)
         return [Output(each.id, None, *each.complete("abort")) for each in stopped]
 
     def score(self, prompt_ids: abc.Sequence[int]) -> Scores:
-        """How likely each token of a prompt is after those before it; nothing else may be queued.
+        """The log-probability of each token of a prompt. No other request may be queued.
 
         Raises:
             PromptError: the prompt has fewer than two tokens, is longer than the context, or holds
                 an id that the model does not have.
             WorkerError: the worker failed.
         """
-        self.abort_all()  # what an interrupt may have left
+        self.abort_all()  # an interrupt may have left sequences
         if len(prompt_ids) < 2:
             raise PromptError("There is nothing to score: give at least two tokens.")
         check_prompt(prompt_ids, self._config, answer=0)
@@ -196,7 +195,7 @@ class Engine:
                 self._offload.free(sequence)
 
     def forget(self, conversation: Conversation) -> None:
-        """Free what is kept of a conversation."""
+        """Free the kept KV of a conversation."""
         self._drop_kept(conversation)
 
     def _stream(self, params: SamplingParams, prompt_ids: abc.Sequence[int]) -> TextStream | None:
@@ -207,7 +206,7 @@ class Engine:
         return None
 
     def _admit(self) -> list[Output]:
-        """Let sequences begin as far as there is memory; the errors of those that cannot."""
+        """Start sequences as far as there is memory; returns errors of those that cannot run."""
         outputs: list[Output] = []
         while (sequence := self._scheduler.next_to_admit()) is not None:
             try:
@@ -263,13 +262,13 @@ class Engine:
             return self._fail(sequence, error)
 
     def _recover(self, chunks: abc.Sequence[Chunk], error: TSQPError) -> list[Output]:
-        """Go on after a step whose chunks could not be computed, and give the errors there are."""
+        """Continue after a step whose chunks could not be computed; returns the errors."""
         sequences = [chunk.sequence for chunk in chunks]
         if isinstance(error, SESSION_OVER):
             return self._begin_again(sequences, error)
         if len(chunks) == 1:
             return [self._fail(sequences[0], error)]
-        # Only one may be at fault, such as one with a row that is not finite: each by itself.
+        # Perhaps only one sequence is at fault, so each chunk is computed separately.
         outputs: list[Output] = []
         try:
             for sequence in sequences:
@@ -286,10 +285,10 @@ class Engine:
         return outputs
 
     def _begin_again(self, affected: abc.Sequence[Sequence], error: TSQPError) -> list[Output]:
-        """Rebuild the offload after the end of its session, and let sequences begin again.
+        """Rebuild the offload after the end of its session, and restart the sequences.
 
-        Where the product was wrong, or where they have begun again before, those that are affected
-        end with the error. All do where there is no other offload.
+        If the product was wrong, or if sequences have been restarted before, the affected ones end
+        with the error. If there is no new offload, all of them do.
         """
         self._drop_kept()
         wrong = isinstance(error, IntegrityError | LatticeError)
@@ -318,7 +317,7 @@ class Engine:
         return Output(sequence.id, error=error)
 
     def _release(self, sequence: Sequence) -> None:
-        """Take a sequence out, and free its KV or keep it for the conversation."""
+        """Remove a sequence, and free its KV or keep it for the conversation."""
         if not self._scheduler.remove(sequence):
             return
         with suppress(TSQPError):  # a worker that is gone cannot free anything

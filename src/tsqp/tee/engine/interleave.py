@@ -1,4 +1,4 @@
-"""Forward passes in turn: the TEE computes for one while a worker computes for another."""
+"""Runs forward passes in turn: the TEE computes for one while a worker computes for another."""
 
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -15,10 +15,10 @@ ForwardPass = Generator[Request, Tensor, Tensor]
 def run_interleaved(offload: Offload, passes: Sequence[ForwardPass], stats: Stats) -> list[Tensor]:
     """Run several forward passes in turn, and return what each of them returns.
 
-    The request of one pass is started before the answer of another is waited for. A pass whose
-    answer is there at once goes on at once. No pass gets ahead of one before it, so the next pass
-    may hold the later tokens of the same prompt. An exception, of a pass or of the offload, closes
-    all passes, cancels the answers that are out, and goes on to the caller.
+    The request of one pass is started before waiting for the answer of another. A pass whose answer
+    is available at once continues at once. No pass overtakes an earlier one, so a later pass may
+    hold the later tokens of the same prompt. An exception of a pass or of the offload closes all
+    passes, cancels the open requests, and is passed to the caller.
     """
     results: dict[int, Tensor] = {}
     started: deque[tuple[int, Timer, Pending]] = deque()
@@ -29,7 +29,7 @@ def run_interleaved(offload: Offload, passes: Sequence[ForwardPass], stats: Stat
             return timer, offload.start(request)
 
     def advance(number: int, timer: Timer, pending: Pending) -> None:
-        """Wait for an answer, and go on until the next that is not there at once."""
+        """Wait for an answer, and continue until an answer is not available at once."""
         while True:
             began = perf_counter()
             with pending as answer:

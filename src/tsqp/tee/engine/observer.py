@@ -10,7 +10,7 @@ from tsqp.tee.stats import Stats
 
 
 class Step:
-    """What one step computes, once that is known; a step that fails counts for nothing."""
+    """What one step computes, once that is known. A step that fails is not counted."""
 
     def __init__(self, stats: Stats, call_log: CallLog | None) -> None:
         self._stats = stats
@@ -20,7 +20,7 @@ class Step:
         self.failed = False
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
-        """The chunks are known. A step with any tokens of a prompt counts as prefill."""
+        """Set the chunks of the step. A step with any prompt tokens counts as prefill."""
         self.prompt_tokens = sum(c.length for c in chunks if c.sequence.in_prompt)
         self.decode_tokens = 0 if self.prompt_tokens else len(chunks)
         if self._call_log is not None:
@@ -31,9 +31,9 @@ class Observer:
     """Measures the steps of an engine.
 
     Args:
-        stats: where times and tokens are added up.
-        cpu_clock: seconds of processor time that count as work of the steps.
-        call_log: told of each step.
+        stats: receives the times and numbers of tokens.
+        cpu_clock: returns the seconds of processor time that count as work of the steps.
+        call_log: notified of each step.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Observer:
 
     @contextmanager
     def step(self) -> Iterator[Step]:
-        """Measure what is done in the `with` block."""
+        """Measure the step that runs in the `with` block."""
         log, stats = self._call_log, self.stats
         if log is not None:
             log.flush()

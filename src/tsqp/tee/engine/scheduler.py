@@ -1,6 +1,6 @@
-"""Which sequences run, and which of their tokens the next step computes.
+"""Decides which sequences run, and which of their tokens the next step computes.
 
-Nothing here knows a model, a worker or a clock.
+This module does not depend on a model, a worker or a clock.
 """
 
 from collections import deque
@@ -9,12 +9,12 @@ from tsqp.tee.engine.sequence import Chunk, Sequence
 
 
 class Scheduler:
-    """First come, first served: a sequence that waits never overtakes one before it.
+    """First come, first served: a waiting sequence never overtakes an earlier one.
 
     Args:
-        max_num_seqs: sequences that run at the same time; the others wait.
-        prefill_chunk: most prompt tokens in one step. A prompt is cut at its multiples whatever
-            else runs, so a sequence's attention is computed alike in any company.
+        max_num_seqs: maximum number of sequences that run at the same time; the others wait.
+        prefill_chunk: maximum number of prompt tokens in one step. A prompt is always divided at
+            multiples of this number, so a sequence's attention does not depend on other sequences.
     """
 
     def __init__(self, *, max_num_seqs: int, prefill_chunk: int) -> None:
@@ -35,15 +35,15 @@ class Scheduler:
 
     @property
     def unfinished(self) -> list[Sequence]:
-        """All sequences, those that run first."""
+        """All unfinished sequences; the running ones come first."""
         return [*self._running, *self._waiting]
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Add a sequence to the waiting ones."""
         self._waiting.append(sequence)
 
     def next_to_admit(self) -> Sequence | None:
-        """The sequence whose turn it is to run, if there is a place for it."""
+        """The next waiting sequence, if another one may run."""
         if not self._waiting or len(self._running) >= self._max_num_seqs:
             return None
         return self._waiting[0]
@@ -53,7 +53,7 @@ class Scheduler:
         self._running.append(self._waiting.popleft())
 
     def schedule(self) -> list[Chunk]:
-        """The tokens of the next step: one of each sequence that decodes, and prompts in chunks.
+        """The tokens of the next step: one for each decoding sequence, and chunks of prompts.
 
         All prompt chunks of a step together have at most `prefill_chunk` tokens.
         """
@@ -68,11 +68,11 @@ class Scheduler:
                 budget -= length
                 chunks.append(chunk)
             else:
-                budget = 0  # who comes later does not overtake
+                budget = 0  # later sequences must not overtake
         return chunks
 
     def remove(self, sequence: Sequence) -> bool:
-        """Forget a sequence; whether it was running. One that was forgotten before is no error."""
+        """Remove a sequence; returns whether it was running. Does nothing if it is unknown."""
         if sequence in self._running:
             self._running.remove(sequence)
             return True
@@ -85,6 +85,6 @@ class Scheduler:
         return next((each for each in self.unfinished if each.id == number), None)
 
     def requeue(self) -> None:
-        """Send all running sequences back to the front of those that wait, in the same order."""
+        """Move all running sequences back to the front of the waiting ones, in the same order."""
         self._waiting.extendleft(reversed(self._running))
         self._running.clear()

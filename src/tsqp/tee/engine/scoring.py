@@ -1,4 +1,4 @@
-"""How likely a model finds a text it is given, token by token.
+"""Scores a given text: the log-probability of each of its tokens.
 
 Shape suffixes: T tokens; R rows of logits; B rows of one block; V vocabulary.
 """
@@ -19,7 +19,7 @@ from tsqp.tee.stats import Stats
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of each token but the first, given all before it.
+    """The scores of each token except the first, given all tokens before it.
 
     Attributes:
         logprobs_T: natural logarithms of probabilities, float64.
@@ -39,11 +39,11 @@ def score(
     chunk: int,
     stats: Stats,
 ) -> Scores:
-    """Score a text under an id for which the offload has room.
+    """Score a text. The offload must already have room for it under the given id.
 
     Args:
         token_ids: at least two.
-        chunk: tokens whose logits are in memory at once.
+        chunk: number of tokens whose logits are held in memory at once.
     """
     ids_T = torch.tensor(token_ids, dtype=torch.int64)
     parts = []

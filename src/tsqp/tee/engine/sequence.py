@@ -21,7 +21,7 @@ from tsqp.tee.text.text_stream import TextStream
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way through the engine."""
+    """The state of one request in the engine."""
 
     id: int
     params: SamplingParams
@@ -51,7 +51,7 @@ class Sequence:
 
     @property
     def rates_prompt(self) -> bool:
-        """Whether it wants the logits of the tokens to be computed next, to rate the prompt."""
+        """Whether it needs the logits of the next tokens, to rate the prompt."""
         return self.in_prompt and self.params.prompt_logprobs is not None
 
     def rate_prompt(self, logits_RV: Tensor) -> None:
@@ -64,7 +64,7 @@ class Sequence:
         self.prompt_logprobs += rate(rows_RV, torch.tensor(known, dtype=torch.int64), count)
 
     def restart(self) -> None:
-        """Compute everything again, under KV of its own; what was chosen stays chosen."""
+        """Compute everything again with new KV. The tokens chosen so far are kept."""
         self.kv_id, self.conversation, self.reserved = self.id, None, 0
         self.computed = 0
         self.prompt_logprobs = [None]
@@ -78,7 +78,7 @@ class Sequence:
         return token_id
 
     def read(self) -> tuple[str, FinishReason | None]:
-        """The text that the last token made certain, and why it ends the answer, if it does."""
+        """The text that the last token completed, and the finish reason if it ends the answer."""
         token_id, stream = self.token_ids[-1], self.stream
         if token_id in self.ending_ids:
             return "", "stop"
@@ -91,7 +91,7 @@ class Sequence:
         return text, "length" if len(self.token_ids) >= self.capacity else None
 
     def complete(self, reason: FinishReason) -> tuple[str, Completion]:
-        """The text that was still held, and the whole answer."""
+        """The text that was still held back, and the complete answer."""
         text = self.stream.finish() if self.stream else ""
         params = self.params
         return text, Completion(
@@ -111,9 +111,9 @@ class Output:
     Attributes:
         sequence: its id.
         token_id: the token that was chosen; None where the sequence was ended before one.
-        text: the text that became certain, which may be empty.
+        text: the new text, which may be empty.
         completion: the whole answer, if it has ended.
-        error: why there will be no answer; then there is nothing else. The sequence has ended.
+        error: why there will be no answer. The sequence has ended, and the other fields are empty.
     """
 
     sequence: int
@@ -137,7 +137,7 @@ class Chunk:
         return self.start + self.length == len(self.sequence.token_ids)
 
     def split(self, parts: int) -> list["Chunk"]:
-        """At most so many chunks, in order; attention is computed in the same blocks as in one."""
+        """Divide it into at most this many chunks; attention is computed in the same blocks."""
         step = ATTENTION_BLOCK * math.ceil(self.length / parts / ATTENTION_BLOCK)
         return [
             Chunk(self.sequence, self.start + first, min(step, self.length - first))
@@ -146,7 +146,7 @@ class Chunk:
 
     @property
     def wanted(self) -> range:
-        """Which of its tokens' logits are wanted: all, the last one's, or none."""
+        """Which of its tokens need logits: all, the last one, or none."""
         if self.sequence.rates_prompt:
             return range(self.length)
         return range(self.length - self.ends_known_tokens, self.length)

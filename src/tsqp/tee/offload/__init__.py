@@ -1,1 +1,1 @@
-"""Where a linear layer runs: one file a privacy mode."""
+"""Where a linear layer runs: one file for each privacy mode."""

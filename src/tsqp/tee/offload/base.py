@@ -1,4 +1,4 @@
-"""What the decoder asks for, and who answers.
+"""The decoder's requests, and the interface of the offloads that answer them.
 
 The decoder yields a request and is resumed with its answer. An `Offload` starts requests and
 owns the KV cache of its sequences. Shape suffixes: T tokens of all sequences, flat; D input and
@@ -69,8 +69,8 @@ class WeightedValues:
     Answer: o_TD, a row for each of the weights' rows.
 
     Attributes:
-        weights: sequences, and weights [H, T, S] over the first S tokens that the layer holds of
-            each.
+        weights: sequences, each with its weights [H, T, S] over the first S tokens that the layer
+            holds of it.
     """
 
     layer: int
@@ -99,7 +99,7 @@ class Pending(Protocol):
     worker: it is valid inside the block only, and must be copied to be kept.
 
     Attributes:
-        waited_s: seconds in which this side had nothing to do for the answer; set on entering.
+        waited_s: seconds in which this side only waited for the answer; set on entering.
     """
 
     waited_s: float
@@ -138,7 +138,7 @@ class Ready:
 
 
 def attend_here(attention: CachedAttention, request: Attention) -> Ready:
-    """Answer from a cache of this side's own."""
+    """Compute attention on this side, from its own KV cache."""
     r = request
     return Ready(attention.attend(r.layer, r.q_THK, r.k_TJK, r.v_TJK, r.segments))
 
@@ -147,8 +147,8 @@ class Offload(Protocol):
     """Answers the decoder's requests, and owns the KV cache of its sequences.
 
     Attributes:
-        placement: which side runs what, and with it which requests there are.
-        most_scores: attention scores that one answer should hold, where `placement` splits
+        placement: which side runs which operation. It decides which requests the decoder makes.
+        most_scores: maximum number of attention scores in one answer, if `placement` splits
             attention.
     """
 

@@ -30,7 +30,7 @@ class LocalOffload:
         """Read all weights.
 
         Args:
-            digest: gets every tensor that is read.
+            digest: receives every tensor that is read.
             progress: called with the bytes done and their total.
         """
         config = checkpoint.config

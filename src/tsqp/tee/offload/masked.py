@@ -1,4 +1,4 @@
-"""What the private modes share: fixed point, the check, and everything that stays in the TEE.
+"""The common part of the private modes: fixed point, the check, and all that stays in the TEE.
 
 Shape suffixes: T tokens; D input and F output features of a group; V vocabulary; B bytes of a row.
 """
@@ -81,11 +81,11 @@ class Group(Protocol[Kept]):
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """What the TEE keeps of an input that went out.
+    """What the TEE keeps of an input that was sent.
 
     Attributes:
         unit_T: size of one step of each row's integers, float64.
-        expected_T2: k_iW · xq mod P, what [P7] must find.
+        expected_T2: k_iW · xq mod P, the expected value of [P7].
     """
 
     unit_T: NDArray[np.float64]
@@ -126,7 +126,7 @@ class MaskedGroup:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row's residues, both ways."""
+        """Bytes of one row's residues, in both directions."""
         return self.field.residue_bytes * (self.width + self.features)
 
     def __str__(self) -> str:
@@ -135,7 +135,7 @@ class MaskedGroup:
         )
 
     def mask(self, x_TD: Tensor, r_TD: Int32, c_TB: Tensor, rows: RowPool) -> Masked:
-        """[P2], [P5]: write c = xq + r mod p, the only thing that leaves.
+        """[P2], [P5]: write c = xq + r mod p, the only value that leaves the TEE.
 
         Args:
             x_TD: float32, contiguous.
@@ -202,7 +202,7 @@ class MaskedGroup:
             y_TF.add_(self._bias_F)
 
     def wrong_product(self, culprit: str) -> IntegrityError:
-        """What to raise where an answer is not the product."""
+        """The error to raise if an answer is not the product."""
         return IntegrityError(
             f"{culprit} returned a wrong product for {self}; nothing of it was used, and nothing "
             "more should be asked there."
@@ -226,7 +226,7 @@ class Groups(Generic[Kept]):
         return self._groups[request.layer, request.group]
 
     def forget(self) -> None:
-        """End; safe to call twice."""
+        """Forget all groups; safe to call twice."""
         self._groups.clear()
 
 
@@ -287,14 +287,14 @@ class _BlockSender(Protocol[Block, Kept]):
         ...
 
     def cancel(self, block: Block) -> None:
-        """Give up a block, or what is left of it where `receive` has failed."""
+        """Give up a block, or the rest of it after `receive` has failed."""
         ...
 
 
 def start_in_blocks(
     sender: _BlockSender[Block, Kept], group: Group[Kept], x_TD: Tensor, dtype: torch.dtype
 ) -> Pending:
-    """Send the first blocks of rows; the rest follows as answers come."""
+    """Send the first blocks of rows; the others are sent as answers arrive."""
     return _Blocks(sender, group, x_TD.float().contiguous(), dtype)
 
 

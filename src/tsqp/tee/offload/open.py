@@ -1,8 +1,8 @@
 """`--privacy open`: linear layers and the embedding run on a worker that reads everything.
 
-For a GPU that is trusted, and the yardstick for the private modes. Attention and the KV cache stay
-in the TEE (`--attention tee`); `open_attention.py` has them on the worker. Biases are added here,
-as [P3] wants it in every mode.
+This mode is for a trusted GPU, and is the baseline for the private modes. Attention and the KV
+cache stay in the TEE (`--attention tee`); `open_attention.py` runs them on the worker. Biases are
+added in the TEE, as [P3] requires in every mode.
 
 Shape suffixes: T tokens; D input and F output features of a linear layer.
 """
@@ -137,7 +137,7 @@ class OpenLinear:
 
 
 class OpenOffload(OpenLinear):
-    """Attention and the KV cache here, everything else as above."""
+    """Attention and the KV cache on this side, the rest as in `OpenLinear`."""
 
     placement = OPEN
     most_scores = 0
@@ -160,7 +160,7 @@ class OpenOffload(OpenLinear):
 
 
 class RemoteAnswer:
-    """An answer on its way. Without a bias it is read where the worker wrote it."""
+    """A pending answer. Without a bias it is read from where the worker wrote it."""
 
     def __init__(
         self, channel: Channel, ticket: int, bias_F: Tensor | None, timeout: float

@@ -1,7 +1,7 @@
 """`--privacy open --attention gpu`: the worker keeps the KV and computes Q·Kᵀ and P·V too.
 
-Only the keys and values of new tokens cross; P·V and the output projection are one call. The
-softmax between them stays in the TEE.
+Only the keys and values of new tokens are sent. P·V and the output projection are one call. The
+softmax between the products stays in the TEE.
 
 Shape suffixes: T tokens; H query heads; S tokens of a sequence; N numbers of all sequences, flat.
 """

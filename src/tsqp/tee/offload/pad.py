@@ -1,4 +1,4 @@
-"""`--privacy pad`: one untrusted worker, which sees uniform residues and cannot lie.
+"""`--privacy pad`: one untrusted worker, which sees uniform residues and cannot lie unnoticed.
 
 With pads, [P4] takes them from a pool, [P5] masks and unmasks, [P6] and [P7] check every row. With
 lattice masks, which come from the same pool, [P12] masks, [P13] checks every row as it crossed, and
@@ -48,7 +48,7 @@ class PadLinear(Generic[Kept]):
 
     Args:
         timeout: seconds that the worker may take for one call.
-        failures: counts failed checks of the whole process.
+        failures: the counter of failed checks of the whole process.
     """
 
     placement = MASKED

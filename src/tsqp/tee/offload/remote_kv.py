@@ -36,7 +36,7 @@ class RemoteKv:
         self._ask(Truncate(sequence, length))
 
     def free(self, sequence: int) -> None:
-        """Give a sequence's memory back; nobody waits until it is."""
+        """Give back a sequence's memory, without waiting for the worker."""
         self._channel.cancel(self._submit(Free(sequence)))
 
     def _submit(self, operation: Operation) -> int:

@@ -1,8 +1,8 @@
 """`--privacy shares`: several workers that do not collude; each sees uniform residues.
 
-[P8] shares out every input afresh and needs no pads; [P6] and [P7] check every row of the sum. All
-workers but the last get their share as a seed. Shape suffixes: T tokens; D input and F output
-features of a group; B bytes of a row.
+[P8] makes new shares of every input and needs no pads; [P6] and [P7] check every row of the sum.
+All workers except the last get their share as a seed. Shape suffixes: T tokens; D input and F
+output features of a group; B bytes of a row.
 """
 
 import time
@@ -38,18 +38,18 @@ from tsqp.wire.tensors import Spec
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Rows that are out: what it takes to read their answers."""
+    """Rows in flight, with everything that is needed to read their answers."""
 
     tickets: tuple[int, ...]  # one a worker
     masked: Masked
 
 
 class SharesLinear:
-    """Linear layers by n >= 2 workers at once.
+    """Runs linear layers on n >= 2 workers at once.
 
     Args:
-        channels: one a worker. What one carries must be hidden from the other workers: any share
-            alone says nothing, all of them together are the input.
+        channels: one for each worker. The other workers must not be able to read it: one share
+            reveals nothing, but all of them together reveal the input.
         timeout: seconds that the workers may take for one call.
         failures: counts failed checks of the whole process.
     """

@@ -1,7 +1,7 @@
 """A model's chat template: a conversation becomes one text.
 
-The template is a program of the model's author, which nobody has read. Jinja parses it;
-`template_run` runs it, within limits. What it raises is told without words of the conversation.
+The template is an unreviewed program from the model's author. Jinja parses it, and `template_run`
+runs it within limits. Its errors are reported without quoting the conversation.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -127,7 +127,7 @@ class ChatTemplate:
 
         Raises:
             PromptError: the template refuses the conversation, or cannot use it.
-            TokenizerError: the template does what it may not do, or wants more than it may have.
+            TokenizerError: the template does something forbidden, or exceeds its limits.
         """
         wants_tools = tools is not None and WITH_TOOLS in self._parsed
         parsed = self._parsed[WITH_TOOLS if wants_tools else DEFAULT]
@@ -172,7 +172,7 @@ def _run(parsed: _Parsed, values: Mapping[str, Any]) -> Text:
 
 
 def _not_accepted(messages: Sequence[Mapping[str, Any]], needed: str = "") -> PromptError:
-    """What is said of messages that a template fails on; `needed` is a name of the template's."""
+    """The error for messages that a template fails on; `needed` is a name from the template."""
     without = [n for n, each in enumerate(messages, 1) if each.get("content") is None]
     reason = "check their roles, their order, and what each of them has"
     if without:
@@ -183,9 +183,9 @@ def _not_accepted(messages: Sequence[Mapping[str, Any]], needed: str = "") -> Pr
 
 
 def _refusal(sentence: object, texts: Set[str]) -> str:
-    """What the template said, where it is a constant of its source.
+    """The template's message, if it is a constant in its source.
 
-    Anything else could spell out the conversation.
+    Any other message could quote the conversation.
     """
     refused = "The model's chat template refuses these messages"
     if isinstance(sentence, str) and is_written(sentence) and sentence in texts:
@@ -195,7 +195,7 @@ def _refusal(sentence: object, texts: Set[str]) -> str:
 
 
 def _fields(message: Mapping[str, Any]) -> dict[str, Any]:
-    """What a message has, with its reasoning under each name that templates know it by."""
+    """The fields of a message, with its reasoning under each name that templates use for it."""
     found = {
         name: value for name, value in message.items() if value is not None or name == "content"
     }

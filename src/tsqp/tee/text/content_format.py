@@ -1,7 +1,7 @@
-"""Whether a chat template wants the content of a message as one text, or in parts.
+"""Finds out whether a chat template takes the content of a message as one text or in parts.
 
 The rule is vLLM's: a template with a loop over the content of a message takes parts, and any other
-takes one text. Other names that a template gives to its messages and their contents are followed.
+template takes one text. Variables to which a template assigns messages or contents are followed.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def with_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _macro_reads_parts(tree: nodes.Template, messages: set[str], contents: set[str]) -> bool:
-    """Whether a content is given to a macro that goes through what it is given."""
+    """Whether a content is passed to a macro that loops over its argument."""
     loops_over: dict[str, list[bool]] = {}  # for each macro, whether it does so by parameter
     for macro in tree.find_all(nodes.Macro):
         looped = {_name(loop.iter) for loop in macro.find_all(nodes.For)}
@@ -52,7 +52,7 @@ def _macro_reads_parts(tree: nodes.Template, messages: set[str], contents: set[s
 
 
 def _with_aliases(tree: nodes.Template, names: set[str]) -> set[str]:
-    """The names, and those of variables that are set to what one of them holds."""
+    """The names, and the names of variables that are set to the value of one of them."""
     aliases: dict[str, list[str]] = {}
     for each in tree.find_all(nodes.Assign):
         if isinstance(each.target, nodes.Name):

@@ -1,13 +1,12 @@
-"""Keep what people write from becoming control tokens.
+"""Prevents text in messages from becoming control tokens.
 
 A chat template marks messages with control tokens such as `<|im_start|>`. Someone who writes the
-same characters in a message makes the same tokens, and can pretend to be the system. Here a control
-token is one only where the template wrote all of its characters.
+same characters in a message makes the same tokens, and can pretend to be the system. With this
+module, text becomes a control token only if the template wrote all of its characters.
 
-Each control token of the template is replaced by a mark that nobody can guess, and the text is
-encoded once, by a copy of the tokenizer that knows the marks and none of the control tokens. So the
-rest of the text is cut and encoded as it always is, and text without control tokens gets the ids
-that it always gets.
+Each control token of the template is replaced by a mark that nobody can guess. The text is then
+encoded once, by a copy of the tokenizer that knows the marks but none of the control tokens. So the
+rest of the text is split and encoded as usual, and text without control tokens gets the usual ids.
 """
 
 import re

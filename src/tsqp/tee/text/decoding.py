@@ -23,7 +23,7 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(slots=True)
 class _Steps:
-    """What a decoder does to each token, and to the beginning of the text."""
+    """The changes that a decoder makes to each token, and to the beginning of the text."""
 
     byte_level: bool = False
     byte_fallback: bool = False
@@ -59,7 +59,7 @@ class Decoding:
         self.stripped = self._steps.stripped
 
     def bytes_of(self, token_id: int, *, first: bool) -> bytes | None:
-        """What a token adds to a text; None for special tokens and for ids without a token.
+        """The bytes that a token adds to a text; None for special tokens and unused ids.
 
         Args:
             first: no token before it has text of its own.

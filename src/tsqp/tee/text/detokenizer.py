@@ -1,12 +1,12 @@
-"""Text as it comes, one token at a time, only ever in whole characters.
+"""Decodes tokens to text one at a time, always in complete characters.
 
 The text of a sequence of tokens is that of the bytes they stand for. Bytes that belong to no
-character become U+FFFD. A character of several tokens belongs to the last of them: where a prompt
-ends inside a character, the answer's text begins with that character. So the prompt's text up to
-that character, then the answer's text, is the text of the whole sequence, wherever it is cut.
+character become U+FFFD. A character of several tokens belongs to the last of them: if a prompt ends
+inside a character, the answer's text begins with that character. So the prompt's text up to that
+character, followed by the answer's text, is always the text of the whole sequence.
 
-transformers, which decodes whole sequences, replaces all bytes of a run of byte tokens when one of
-them is wrong; here, as in SentencePiece, the characters that are whole stay.
+transformers decodes whole sequences, and replaces all bytes of a run of byte tokens if one of them
+is invalid. This module, like SentencePiece, keeps the complete characters.
 """
 
 import codecs
@@ -23,7 +23,7 @@ class Detokenizer:
     """Turns an answer's tokens into text."""
 
     def __init__(self, decoding: Decoding, prompt_ids: Sequence[int] = ()) -> None:
-        """Begin after a prompt, whose own text is not given again."""
+        """Begin after a prompt, whose own text is not returned."""
         self._decoding = decoding
         self._first = True
         self._strip, self._strips = decoding.stripped
@@ -45,7 +45,7 @@ class Detokenizer:
         return self._text(self._utf8.decode(found))
 
     def flush(self) -> str:
-        """What is left at the end: a character of which bytes are missing."""
+        """The rest at the end: a character with missing bytes."""
         return self._text(self._utf8.decode(b"", final=True))
 
     def _end(self, prompt_ids: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""How byte-level vocabularies of GGUF files cut text before merging: "tokenizer.ggml.pre".
+"""How byte-level vocabularies of GGUF files split text before merging: "tokenizer.ggml.pre".
 
 Which types there are, and which of them add a beginning token or look words up before merging, is
 llama.cpp's table (`src/llama-vocab.cpp`). The patterns are those of the models' own tokenizer.json,
@@ -105,7 +105,7 @@ _BY_NAME = {name: pre_type for pre_type, names in _TYPES.items() for name in nam
 
 
 def find_pre_type(name: object) -> PreType:
-    """The type of that name; llama.cpp's default where a file names none.
+    """The type of that name; llama.cpp's default if the file names none.
 
     Raises:
         TokenizerError: one that TSQP does not support.

@@ -22,7 +22,7 @@ from tsqp.tee.text.vocabulary import MAX_TOKENS, Vocabulary, add_ends, rust_erro
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A tokenizer before the folder's other files have their say.
+    """A tokenizer before the folder's other files are applied.
 
     Attributes:
         named: its tokens with a name.

@@ -1,4 +1,4 @@
-"""What a conversation may be, wherever it comes from: Python, a file, or a client."""
+"""Checks conversations, whether they come from Python, a file or a client."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,8 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
     message that only calls tools. All other keys are for the template.
 
     Raises:
-        PromptError: it is not such a list; says which message is wrong, in no words of it.
+        PromptError: it is not such a list. The error gives the number of the wrong message, without
+            quoting it.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise PromptError(f"{FORM}.")

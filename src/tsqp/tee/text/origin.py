@@ -1,7 +1,7 @@
-"""Texts that know which of their characters a chat template wrote.
+"""Texts that record which of their characters a chat template wrote.
 
-Everything else came with the conversation. A plain `str` counts as that, so an operation that
-forgets where characters came from is never taken for the template's own words.
+All other characters come from the conversation. A plain `str` counts as coming from there, so if an
+operation loses the origin of characters, they never count as the template's text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -51,12 +51,12 @@ def concat(parts: Sequence[str]) -> Text:
 
 
 def cut(value: str, where: slice | int) -> Text:
-    """What `value[where]` is."""
+    """`value[where]`, with its origin."""
     return text_of(str.__getitem__(value, where), origin_of(value)[where])
 
 
 def strip(value: str, chars: str | None, *, left: bool = True, right: bool = True) -> Text:
-    """What `value.strip(chars)` is; or `lstrip` or `rstrip`."""
+    """`value.strip(chars)`, or `lstrip` or `rstrip`, with its origin."""
     start = len(value) - len(value.lstrip(chars)) if left else 0
     end = len(value.rstrip(chars)) if right else len(value)
     return cut(value, slice(start, max(start, end)))
@@ -84,7 +84,7 @@ def split(value: str, pieces: Iterable[str], separator: str) -> list[str]:
 
 
 def join(separator: str, parts: Sequence[str]) -> Text:
-    """What `separator.join(parts)` is."""
+    """`separator.join(parts)`, with its origin."""
     between = [each for part in parts for each in (separator, part)]
     return concat(between[1:])
 

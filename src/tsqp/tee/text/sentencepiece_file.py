@@ -36,7 +36,7 @@ _WHITESPACE += "".join(map(chr, range(0x2000, 0x2010)))
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceFile:
-    """What a tokenizer.model describes.
+    """The contents of a tokenizer.model.
 
     Attributes:
         backend: encodes; adds no beginning token yet.

@@ -1,4 +1,4 @@
-"""What chat templates do with values, each operation paid for before it is done."""
+"""The operations of chat templates on values. Each is paid for before it is done."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -43,7 +43,7 @@ class Operations:
         self.allowance = allowance
 
     def text(self, value: Any) -> str:
-        """What a value looks like where it is written."""
+        """The text of a value in the output."""
         if isinstance(value, str):
             return value
         if isinstance(value, Undefined):

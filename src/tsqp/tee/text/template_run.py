@@ -1,8 +1,8 @@
 """Runs the syntax tree of a chat template.
 
-Jinja compiles a template to Python, and then nothing counts what it does: one comparison of two
-nested lists can take years. Here each step of a template is a step of this file, paid for before it
-is taken, and what is not written here cannot be done.
+Jinja compiles a template to Python, and its work cannot be limited then: a single comparison of two
+nested lists can take years. Here each step of a template is a step of this file and is paid for
+before it is taken. A template can only do what is implemented here.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -62,7 +62,7 @@ class Run(Operations):
         self._nesting = 0
 
     def render(self, tree: nodes.Template, values: Mapping[str, Any]) -> Text:
-        """The text that a template writes of some values."""
+        """The text that a template writes for the given values."""
         outermost = Scope(None, {**FUNCTIONS, **values})
         return self._written(tree.body, Scope(outermost))
 

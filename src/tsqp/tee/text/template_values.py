@@ -1,7 +1,8 @@
-"""The values that a chat template works with, and how much work it may make of them.
+"""The values that a chat template works with, and the limit of its work.
 
-Every list and object knows its weight: how many values it holds, texts counted by their length, and
-values that it holds twice counted twice. Whatever walks through a value pays for its weight first.
+Every list and object knows its weight: the number of values that it holds, where texts count by
+their length and repeated values count again. Code that walks through a value pays for its weight
+first.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,18 +31,18 @@ class TemplateFault(Exception):
 
 
 class Stopped(TemplateFault):
-    """It wanted more than it may have; the message completes "it ..."."""
+    """The template exceeded its limits; the message completes "it ..."."""
 
 
 class NotAllowed(TemplateFault):
-    """It used something that templates may not use here; the message names it."""
+    """The template used something that is not allowed here; the message names it."""
 
 
 class Refused(TemplateFault):
-    """It called `raise_exception`.
+    """The template called `raise_exception`.
 
     Attributes:
-        sentence: what it said, which may hold words of the conversation.
+        sentence: its message, which may quote the conversation.
     """
 
     def __init__(self, sentence: object) -> None:
@@ -50,7 +51,7 @@ class Refused(TemplateFault):
 
 
 class MissingValue(TemplateFault):
-    """It needed a value that is not there; the message is the name, or empty."""
+    """The template needed a missing value; the message is the name, or empty."""
 
 
 class Items(list[Any]):
@@ -75,14 +76,14 @@ class Fields(dict[Any, Any]):
 
 
 class Opaque:
-    """What a template can hold and use, but not write: it has no weight of its own."""
+    """A value that a template can hold and use, but not write. It has no weight."""
 
     def __repr__(self) -> str:
         raise NotAllowed("a value that cannot be written")
 
 
 class Stream(Opaque):
-    """Values that can be gone through once, as Jinja's lazy filters give them."""
+    """Values that can be iterated once, as Jinja's lazy filters return them."""
 
     def __init__(self, values: Iterable[Any]) -> None:
         self._values = iter(values)
@@ -92,7 +93,7 @@ class Stream(Opaque):
 
 
 class Namespace(Opaque):
-    """What `namespace(...)` gives: the only thing that a template can change."""
+    """The result of `namespace(...)`: the only value that a template can change."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values: dict[str, Any] = {}
@@ -128,7 +129,7 @@ class Function(Opaque):
 
 
 def weigh(value: Any) -> int:
-    """How much there is to go through in a value."""
+    """The weight of a value: how many values it contains."""
     if isinstance(value, Items | Row | Fields):
         return value.weight
     if isinstance(value, str):
@@ -208,7 +209,7 @@ class Allowance:
             raise Stopped("runs for too long or makes too much of its values")
 
     def spend_search(self, text: str, wanted: str) -> None:
-        """Pay for looking for one text in another, the slowest way there is."""
+        """Pay for the slowest possible search for one text in another."""
         self.spend(weigh(text) * weigh(wanted))
 
     def text(self, text: Text) -> Text:

@@ -6,9 +6,9 @@ from tsqp.tee.text.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns tokens into text that will not be taken back.
+    """Turns tokens into text that is final.
 
-    Text that may be the beginning of a stop string is held until that is settled.
+    Text that may be the beginning of a stop string is held back until this is certain.
 
     Attributes:
         text: everything released so far.
@@ -35,7 +35,7 @@ class TextStream:
         return self._release(at_end=False) if may_stop else self._let_go(len(self._held))
 
     def finish(self) -> str:
-        """Return what was still held, unless a stop string came."""
+        """Return the text that was held back, unless a stop string appeared."""
         self._held += self._detokenizer.flush()
         return self._release(at_end=True)
 

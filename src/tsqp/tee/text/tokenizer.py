@@ -108,7 +108,7 @@ class Tokenizer:
             return False
 
     def preload(self) -> None:
-        """Read it now; if there is none, that shows when it is needed."""
+        """Read the tokenizer now. If there is none, the error comes when it is needed."""
         _ = self.exists
 
     @property
@@ -146,11 +146,11 @@ class Tokenizer:
         return decode(self._decoding, token_ids)
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """Decodes, token by token, what comes after a prompt."""
+        """A detokenizer for the tokens after a prompt."""
         return Detokenizer(self._decoding, prompt_ids)
 
     def check_chat(self) -> None:
-        """Read it now, and find a chat template.
+        """Read the tokenizer now, and check that it has a chat template.
 
         Raises:
             TokenizerError: there is none, or none that can be used.
@@ -171,7 +171,7 @@ class Tokenizer:
         Args:
             messages: see `check_messages`.
             tools: what the model may call, as JSON schemas.
-            split_special: keep what messages and tools hold from becoming control tokens.
+            split_special: treat control tokens in messages and tools as plain text.
 
         Raises:
             TokenizerError: there is no template, or it cannot be used.

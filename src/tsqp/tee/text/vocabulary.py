@@ -1,4 +1,4 @@
-"""What every source of a vocabulary gives, and how errors of the Rust library become ours."""
+"""The common form of a vocabulary from any source, and translation of the Rust library's errors."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
