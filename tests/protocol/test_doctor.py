@@ -220,7 +220,7 @@ def test_a_worker_without_its_model_that_is_down(commands: Commands) -> None:
     assert name == "reach the worker"
     assert f"ipc://{commands.folder}" in found
     [found] = failures(list(greeting_checks(Unnamed("local")))).values()
-    assert "name MODEL" in found
+    assert "give MODEL too" in found
 
 
 def test_the_command_takes_a_worker_without_its_model(

@@ -150,7 +150,7 @@ def test_a_worker_from_a_variable_is_for_the_modes_that_take_one(main: Main, ids
     assert main(*GENERATE, "--prompt-ids", ids, env=variable).status == 0
     result = main(*GENERATE, "--prompt-ids", ids, "--worker", "ipc:///nowhere.sock")
     assert result.status == 2
-    assert "takes no --worker" in result.error
+    assert "has no --worker" in result.error
 
 
 @pytest.mark.parametrize("timeout", ["nan", "inf"])
