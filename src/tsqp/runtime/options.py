@@ -109,7 +109,7 @@ class Options:
     field: Annotated[
         str,
         Option(
-            "Residues of the private modes: wide (4 bytes), compact (3 bytes), or lattice (6 bytes, "
+            "Residues of the private modes: wide (4 bytes), compact (3 bytes), or lattice (6, in "
             "pad only), whose masks cost the TEE less in wide layers and rest on RLWE. auto: "
             "measure whether wide or lattice costs less.",
             str,
