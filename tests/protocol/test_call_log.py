@@ -159,7 +159,7 @@ def test_the_header_and_the_summary_have_no_place_for_content(tmp_path: Path) ->
     header, *calls, summary = lines_of(path)
     assert set(header) == {
         "line", "format", "tsqp", "privacy", "field", "dtype", "model", "geometry", "transport",
-        "threads", "lanes", "prefill_chunk", "start", "machine",
+        "threads", "microbatches", "prefill_chunk", "start", "machine",
     }  # fmt: skip
     assert header["model"] == MODEL
     assert set(header["machine"]) == {"cpu", "simd", "python", "torch", "tsqp", "date"}

@@ -24,7 +24,7 @@ def header(**changes: Any) -> Header:
         "geometry": Geometry(2, 64, 128, 512),
         "transport": "poll",
         "threads": 2,
-        "lanes": 1,
+        "microbatches": 1,
         "prefill_chunk": 512,
         "start": START,
         "machine": {"cpu": "a processor, 2 cores"},

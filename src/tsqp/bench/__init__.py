@@ -1,1 +1,1 @@
-"""MEASUREMENTS, from outside: only the command line imports this."""
+"""MEASUREMENTS, from outside: nothing that runs a model imports this."""

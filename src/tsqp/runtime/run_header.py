@@ -40,7 +40,7 @@ def run_header(
         ),
         transport=transport,
         threads=torch.get_num_threads(),
-        lanes=options.microbatches,
+        microbatches=options.microbatches,
         prefill_chunk=options.prefill_chunk,
         start=time.time(),
         machine=describe_machine(version),

@@ -69,7 +69,7 @@ class Header(Line, frozen=True, tag="header"):
     geometry: Geometry
     transport: Word
     threads: Count
-    lanes: Count
+    microbatches: Count
     prefill_chunk: Count
     start: UnixTime
     machine: Annotated[dict[Word, Text], Meta(max_length=16)]
