@@ -32,6 +32,8 @@ TAG = "LC_TESTS_TAG"  # whose a process is; local workers inherit LC_*
 
 # Read when an interpreter starts, or when torch loads: a fork comes too late for them.
 READ_ONCE = ("PYTHON", "OMP_", "GOMP_", "MKL_", "NUMBA_", "LANG", "LC_", "LD_")
+# Of these, what no program of ours can tell; local workers do not inherit it.
+NO_MATTER = (TAG, "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
 LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 WITH_MOUNTS = ("unshare", "--mount", "sh", "-c")
 TAKE_TERMINAL = (
@@ -62,7 +64,11 @@ def fork_name(tag: str) -> str:
 def may_fork(command: Command, env: Mapping[str, str]) -> bool:
     """Whether this Python is to run this, with variables that mean the same in a fork."""
     once = [
-        {name: value for name, value in each.items() if name.startswith(READ_ONCE) and name != TAG}
+        {
+            name: value
+            for name, value in each.items()
+            if name.startswith(READ_ONCE) and name not in NO_MATTER
+        }
         for each in (env, _born_with)
     ]
     return _forks and command[0] == sys.executable and once[0] == once[1]

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 WAYS: dict[str, dict[str, Any]] = {
     "whole": {},
     "chunks": {"prefill_chunk": 70},
-    "lanes": {"prefill_chunk": LONG_CHUNK, "lanes": 2},
+    "microbatches": {"prefill_chunk": LONG_CHUNK, "microbatches": 2},
     "attention on the worker": {
         "privacy": "open",
         "worker": "inproc",
@@ -91,7 +91,7 @@ def test_pad_in_two_lanes_gives_the_numbers_of_fixed_point(model: Model) -> None
     found = []
     for options in (
         {"fixed_point": True},
-        {"privacy": "pad", "worker": "inproc", "pad_memory": 0, "lanes": 2},
+        {"privacy": "pad", "worker": "inproc", "pad_memory": 0, "microbatches": 2},
     ):
         with opened(model, prefill_chunk=LONG_CHUNK, **options) as llm:
             found.append(llm.generate([PROMPT], GREEDY))
