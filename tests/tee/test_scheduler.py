@@ -153,3 +153,15 @@ def test_microbatches_hold_all_tokens_once_and_later_ones_later(
         ]
         assert sum(c.length for c in mine) == length
         assert may_cut or len(mine) == 1
+
+
+def test_sequences_that_begin_again_share_the_budget_too() -> None:
+    """Their answers so far are known tokens, as a prompt's are."""
+    scheduler = Scheduler(max_num_seqs=4, prefill_chunk=16)
+    for number in range(3):
+        sequence = a_sequence(number, 4, max_tokens=40)
+        sequence.token_ids += [7] * 20
+        sequence.computed = 4
+        scheduler.add(sequence)
+    assert step(scheduler) == [(0, 4, 16)]
+    assert step(scheduler) == [(0, 20, 4)]

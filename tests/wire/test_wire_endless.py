@@ -288,3 +288,16 @@ with socket.socket(socket.AF_UNIX) as peer:
     except ConnectionError:
         print("hung up")
 """
+
+
+def test_heartbeats_of_an_idle_connection_are_no_endless_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    inflow = Inflow(SLACK)
+    assert inflow.excess(0) < 0
+    now += 7 * 24 * 3600
+    assert inflow.excess(100 * 7 * 24 * 3600) < 0, "a week of heartbeats with CURVE"
+    now += 1
+    assert inflow.excess(2**40) > 0

@@ -15,10 +15,12 @@ import socket
 import struct
 import termios
 import threading
+import time
 from contextlib import suppress
 
 LOOK_MS = 50  # how often connections are looked at
-SLACK = 2**22  # bytes of messages that nobody asked for: failures, probes, heartbeats
+SLACK = 2**22  # bytes of messages that nobody asked for: failures and probes
+IDLE_BYTES_S = 1024  # that heartbeats may bring in a second: about 80 with CURVE, 16 without
 _INFO_BYTES = 136  # of struct tcp_info, up to the end of tcpi_bytes_received
 _RECEIVED = struct.Struct("=Q")
 _UNREAD = struct.Struct("=i")
@@ -40,6 +42,7 @@ class Inflow:
         self.is_over = False
         self._seen = 0
         self._start = 0
+        self._since = time.monotonic()
 
     def expect(self, count: int) -> None:
         """Let `count` bytes more come; or take that back, after `received_message`."""
@@ -61,9 +64,11 @@ class Inflow:
         if count is None:
             assert connection is not None
             count = received_bytes(connection)
+        now = time.monotonic()
         if messages != self._seen:
-            self._seen, self._start = messages, count
-        return count - self._start - limit
+            self._seen, self._start, self._since = messages, count, now
+        heartbeats = int(IDLE_BYTES_S * (now - self._since))
+        return count - self._start - limit - heartbeats
 
 
 class Guard:

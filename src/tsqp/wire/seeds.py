@@ -35,7 +35,10 @@ def expand(seed: bytes | bytearray, residues_N: NDArray[Any], field: Field) -> N
     words = np.empty(CHUNK_WORDS, np.uint32 if field.dtype == np.int32 else np.uint64)
     zeros = memoryview(_ZEROS)
     done = 0
-    while done < residues_N.size:
-        count = min(CHUNK_WORDS, residues_N.size - done)
-        stream.update_into(zeros[: words.itemsize * count], words[:count].view(np.uint8).data)
-        done += accept(words[:count], field.bits, field.p, residues_N[done : done + count])
+    try:
+        while done < residues_N.size:
+            count = min(CHUNK_WORDS, residues_N.size - done)
+            stream.update_into(zeros[: words.itemsize * count], words[:count].view(np.uint8).data)
+            done += accept(words[:count], field.bits, field.p, residues_N[done : done + count])
+    finally:
+        words[:] = 0  # what they hold may be a secret [P11]

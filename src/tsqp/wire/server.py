@@ -272,7 +272,11 @@ class Server:
         check_agreement(hello, welcome)
         self._opened += 1
         session = Session(self._opened, self._service.open(), client, hello)
-        reason = self._share_memory(session, may_seal=True)
+        try:
+            reason = self._share_memory(session, may_seal=True)
+        except BaseException:
+            session.close()
+            raise
         self.sessions[identity] = session
         self._log(f"session opened, {len(self.sessions)} now")
         ref = session.segment.ref if session.segment else None

@@ -28,6 +28,7 @@ from tsqp.algebra import ring as ring_module
 from tsqp.algebra.hints import Polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import BLOCK, ClassTransform, products_of_class
+from tsqp.errors import LatticeError
 from tsqp.model.config import Key
 from tsqp.tee.crypto.stock import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.wire.seeds import SEED_BYTES, expand
@@ -54,12 +55,14 @@ class _Batch:
 
     def secret(self, transform: ClassTransform, row_class: int) -> NDArray[np.float64]:
         """What the values at the roots are multiplied by for this class; to be erased."""
-        assert any(self._key), "A secret was about to be used after its end."
+        if not any(self._key):
+            raise LatticeError("A secret was about to be used after its end.")
         return transform.secret(self._s_N, row_class)
 
     def noise(self, row_class: int, block: int, words_MB: NDArray[np.uint32]) -> None:
         """Fill with the uniform bits of the noise of one block of features."""
-        assert any(self._key), "A key was about to be used after its end."
+        if not any(self._key):
+            raise LatticeError("A key was about to be used after its end.")
         first = CLASS_COUNTERS * (1 + row_class) + block * words_MB.nbytes // 16
         mode = modes.CTR(first.to_bytes(16, "big"))
         stream = Cipher(algorithms.AES256(self._key), mode).encryptor()

@@ -288,7 +288,8 @@ class Engine:
         """Rebuild the offload after the end of its session, and restart the sequences.
 
         If the product was wrong, or if sequences have been restarted before, the affected ones end
-        with the error. If there is no new offload, all of them do.
+        with the error. If there is no new offload, all of them do. After a wrong lattice mask
+        there is none, because that is never tried again.
         """
         self._drop_kept()
         wrong = isinstance(error, IntegrityError | LatticeError)
@@ -302,7 +303,9 @@ class Engine:
             sequence.restart()
         self._scheduler.requeue()
         try:
-            if self._rebuild is not None:
+            if self._rebuild is not None and not isinstance(error, LatticeError):
+                with suppress(TSQPError):  # with its masks and check vectors, before there are more
+                    self._offload.close()
                 self._offload = self._rebuild()
                 self._kept = ConversationKv(self._offload, self._config)
                 return outputs

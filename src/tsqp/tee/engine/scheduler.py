@@ -55,14 +55,14 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The tokens of the next step: one for each decoding sequence, and chunks of prompts.
 
-        All prompt chunks of a step together have at most `prefill_chunk` tokens.
+        Chunks of prompts and of restarted sequences together have at most `prefill_chunk` tokens.
         """
         chunks = []
         budget = self._prefill_chunk
         for sequence in self._running:
             length = min(sequence.remaining, self._prefill_chunk)
             chunk = Chunk(sequence, sequence.computed, length)
-            if not sequence.in_prompt:
+            if length == 1 and not sequence.in_prompt:
                 chunks.append(chunk)
             elif length <= budget:
                 budget -= length
