@@ -286,12 +286,13 @@ class ClientSocket(BaseSocket):
         return memoryview(self._message)[:length]
 
     def _check_connection(self) -> None:
+        is_lost = self._events() & zmq.EVENT_DISCONNECTED  # first: the guard says why, then ends it
         if self.inflow.is_over:
             raise ProtocolError(
                 f"The worker at {self._name} sent more than it was asked for, in a message without "
                 "an end; restart the worker, and do not trust it."
             )
-        if self._events() & zmq.EVENT_DISCONNECTED:
+        if is_lost:
             raise WorkerLost(
                 f"The worker at {self._name} is gone: the connection broke; "
                 "look at its output, restart it and try again."

@@ -119,7 +119,7 @@ def test_the_widest_group_there_may_be() -> None:
     x_TD = torch.randn(2, 131_072, generator=torch.Generator().manual_seed(0))
     x_TD[1] = 1.0
     Exact(light).run(x_TD)
-    with pytest.raises(UnsupportedModel, match=r"would keep . levels, and 64 are needed"):
+    with pytest.raises(UnsupportedModel, match=r"would keep . levels, but 64 are needed"):
         Exact(torch.full((1, 131_072), 127))
 
 
