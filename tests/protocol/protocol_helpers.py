@@ -239,7 +239,8 @@ class Commands:
     def processes(self) -> list[psutil.Process]:
         """Every process that a command started, and that still runs, whoever its parent is."""
         found, name = [], processes.fork_name(self.tag[TAG])
-        mine = {running.pid for running in self._started}  # whose environment only root can read
+        # Whose environment only root can read. An ended one's number may be another's by now.
+        mine = {running.pid for running in self._started if running.is_alive}
         for process in psutil.process_iter():
             try:
                 if process.status() == psutil.STATUS_ZOMBIE:

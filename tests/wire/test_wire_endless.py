@@ -1,5 +1,6 @@
 """A peer whose message never ends is hung up on, before it fills the memory."""
 
+import errno
 import os
 import secrets
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from wire_floods import FloodingWorker, flood_worker, memory_stays_below
 from wire_helpers import TIMEOUT, Echo, WorkerThread, begin, echoes, eventually, finish, hello
 from wire_peers import CountingProxy, LyingWorker, RawClient
 
+import tsqp.wire.inflow
 import tsqp.wire.peers
 from tsqp.errors import ProtocolError
 from tsqp.wire.client import RemoteChannel
@@ -33,6 +36,12 @@ pytestmark = pytest.mark.usefixtures("nothing_is_left")
 MIB = 2**20
 BOUND = 300 * MIB  # a flood that nobody stops passes it in two seconds
 PUBLIC, SECRET = new_key_pair()
+
+
+@pytest.fixture(autouse=True)
+def exact_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more for heartbeats, which would depend on how fast this machine is."""
+    monkeypatch.setattr(tsqp.wire.inflow, "IDLE_BYTES_S", 0)
 
 
 @pytest.fixture(params=["tcp", "ipc"])
@@ -294,6 +303,7 @@ def test_heartbeats_of_an_idle_connection_are_no_endless_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
+    monkeypatch.undo()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     inflow = Inflow(SLACK)
     assert inflow.excess(0) < 0
@@ -301,3 +311,63 @@ def test_heartbeats_of_an_idle_connection_are_no_endless_message(
     assert inflow.excess(100 * 7 * 24 * 3600) < 0, "a week of heartbeats with CURVE"
     now += 1
     assert inflow.excess(2**40) > 0
+
+
+def test_a_connection_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_descriptor_left(descriptor: int) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(tsqp.wire.peers, "duplicate", no_descriptor_left)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        peers = tsqp.wire.peers.Peers()
+        peers.meet(ours.fileno())
+        assert theirs.recv(1) == b""
+        assert len(peers) == 0
+        assert ours.fileno() >= 0, "the descriptor is still libzmq's"
+        ours.getsockname()
+
+
+def test_one_connection_is_bounded_by_itself(low_limit: None) -> None:
+    """However much all of them together may bring."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peers = Peers()
+        with closing(peers), socket.create_connection(listener.getsockname()) as ours:
+            theirs, _ = listener.accept()
+            with theirs:
+                peers.meet(theirs.fileno())
+                for sent, watched in ((MIB, 1), (1, 0)):
+                    ours.sendall(bytes(sent))
+                    assert len(theirs.recv(sent, socket.MSG_WAITALL)) == sent
+                    peers.look()
+                    assert len(peers) == watched
+                assert ours.recv(1) == b"", "it was hung up on"
+
+
+VISIT = """
+import os, socket, sys
+os.setuid(65534)
+connection = socket.socket(socket.AF_UNIX)
+connection.settimeout(5)
+connection.connect("\\0" + sys.argv[1])
+try:
+    print("hung up" if connection.recv(1) == b"" else "served")
+except TimeoutError:
+    print("let in")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to be another user")
+def test_a_unix_connection_of_another_user_is_not_let_in() -> None:
+    """Without libzmq, which hangs up on silent peers by itself."""
+    name = f"tsqp-test-{secrets.token_hex(8)}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen()
+        visitor = subprocess.Popen(
+            [sys.executable, "-c", VISIT, name], stdout=subprocess.PIPE, text=True
+        )
+        theirs, _ = listener.accept()
+        with theirs:
+            Peers().meet(theirs.fileno())
+            assert visitor.communicate(timeout=60)[0] == "hung up\n"

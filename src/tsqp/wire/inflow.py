@@ -117,6 +117,16 @@ def shut_down(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+def end_connection(descriptor: int) -> None:
+    """End a connection of libzmq's, without a descriptor of our own."""
+    with suppress(OSError):  # it has ended
+        connection = socket.socket(fileno=descriptor)
+        try:
+            shut_down(connection)
+        finally:
+            connection.detach()  # it stays libzmq's
+
+
 def received_bytes(connection: socket.socket) -> int:
     """How many bytes libzmq took from a TCP connection since it began.
 

@@ -1,10 +1,11 @@
 """The connections of a worker: none, and not all together, may fill its memory."""
 
+import errno
 import socket
 from contextlib import suppress
 
 from tsqp.checkpoint.memory import available_bytes
-from tsqp.wire.inflow import Inflow, duplicate, is_trusted_user, shut_down
+from tsqp.wire.inflow import Inflow, duplicate, end_connection, is_trusted_user, shut_down
 
 MAX_INFLOW = 2**30  # bytes of one connection that are not received as messages yet
 
@@ -32,13 +33,16 @@ class Peers:
     def meet(self, descriptor: int) -> None:
         """A connection begins. Over a Unix socket, it is ended if another user made it.
 
-        The kernel counts no bytes there; but whoever is let in could end this process anyway.
+        The kernel counts no bytes there; but whoever is let in could end this process anyway. A
+        connection for which there is no descriptor left is ended too.
         """
         self.part(descriptor)  # an earlier one, whose end was not reported yet
         try:
             connection = duplicate(descriptor)
-        except OSError:
-            return  # it has ended
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):  # it could not be watched
+                end_connection(descriptor)
+            return  # else it has ended
         if connection.family == socket.AF_UNIX:
             if not is_trusted_user(connection):
                 shut_down(connection)

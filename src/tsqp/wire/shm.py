@@ -84,7 +84,11 @@ class Segment:
         self._mapping[self.size - len(data) :] = data
 
     def withdraw(self) -> None:
-        """Let nobody else open it from now on; the memory stays while anyone maps it."""
+        """End the offer: remove the name, or close the descriptor that was offered.
+
+        The memory stays while anyone maps it. So long, Python's mmap keeps a descriptor of its own,
+        by which this user's processes can open sealed memory.
+        """
 
     def close(self) -> None:
         """Withdraw and unmap; views that are still alive keep the mapping until they die."""
@@ -126,7 +130,7 @@ class SealedSegment(Segment):
     def open(cls, pid: int, descriptor: int, size: int) -> "SealedSegment":
         """Map the segment that process `pid` has as `descriptor`.
 
-        The worker may name anything at all, so nothing is opened before it is known to be a file: a
+        The worker may name anything at all, so nothing is opened before it is known to be memory: a
         pipe could make this wait, and a device could act.
 
         Raises:
@@ -136,7 +140,9 @@ class SealedSegment(Segment):
             path = PROCESSES / f"{pid:d}" / "fd" / f"{descriptor:d}"
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
-                if not stat.S_ISREG(os.fstat(place).st_mode):
+                # By its name first: to ask a file of another file system may wait for that system.
+                is_memory = str(Path(f"/proc/self/fd/{place:d}").readlink()).startswith("/memfd:")
+                if not is_memory or not stat.S_ISREG(os.fstat(place).st_mode):
                     raise WorkerUnavailable("the worker offers something else than memory")
                 flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
                 own = os.open(f"/proc/self/fd/{place:d}", flags)

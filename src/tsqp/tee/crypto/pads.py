@@ -248,7 +248,9 @@ class PadPool:
         return batch if room >= batch else 0 if whole else room
 
     def _make_ahead(self, key: Key, rows: int) -> None:
-        self._put(key, self._make(key, rows))
+        made = self._make(key, rows)
+        self._put(key, made)
+        wipe(made, slice(None))  # the stock has copies
 
     def _make(self, key: Key, rows: int) -> Pads:
         made, thread = self._provider.make(key, rows), threading.get_ident()
