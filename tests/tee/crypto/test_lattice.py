@@ -143,6 +143,16 @@ def test_values_that_are_no_residues_are_refused(layer: Layer, value: int) -> No
         layer.unmask(z_TF, masks, masked)
 
 
+def test_the_right_residue_plus_q_is_refused_too(layer: Layer) -> None:
+    # The check vectors cannot tell it from the right one.
+    masks = layer.take(1)
+    masked, c_TD = layer.mask(rows_of(1, layer.group.width), masks)
+    z_TF = layer.answer(c_TD)
+    z_TF[0, 0] += Q
+    with pytest.raises(IntegrityError):
+        layer.unmask(z_TF, masks, masked)
+
+
 def test_a_wrong_product_of_a_mask_is_another_error_and_ends_all_lattice_offload(
     layer: Layer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
