@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tsqp.runtime.llm import LLM
     from tsqp.runtime.options import Options
     from tsqp.tee.conversation import Conversation
-    from tsqp.tee.crypto.pads import PadStats
+    from tsqp.tee.crypto.pad_pool import PadStats
     from tsqp.tee.engine.scoring import Scores
     from tsqp.tee.placement import Placement
     from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs
@@ -53,7 +53,7 @@ _MODULES = {
     "Conversation": "tsqp.tee.conversation",
     "Counters": "tsqp.wire.channel",
     "Options": "tsqp.runtime.options",
-    "PadStats": "tsqp.tee.crypto.pads",
+    "PadStats": "tsqp.tee.crypto.pad_pool",
     "Placement": "tsqp.tee.placement",
     "SamplingParams": "tsqp.tee.sampling",
     "Scores": "tsqp.tee.engine.scoring",

@@ -16,7 +16,8 @@ from tsqp.bench.timing import seconds
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.quantize import group_shape
 from tsqp.model.config import ModelConfig, linear_groups, tensor_shapes
-from tsqp.tee.crypto.pads import PadPool, Pads
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pads import Pads
 
 RATE_NAMES = ("matmul_flops", "int8_ops", "read_bytes_per_s", "copy_bytes_per_s")
 SETTING = Setting("random:tiny", "float32", "wide", prompt_tokens=10, new_tokens=3, threads=1)
@@ -113,7 +114,13 @@ def test_the_stock_has_room_for_the_rows_it_was_made_for(tiny: ModelConfig) -> N
     shapes = {key: group_shape(tiny, *key) for key in linear_groups(tiny)}
 
     class Zeros:
-        field, unit = FIELDS["wide"], 1
+        field = FIELDS["wide"]
+
+        def stock_rows(self, memory_rows: int) -> int:
+            return memory_rows
+
+        def batch_rows(self, key: tuple[int, str], room: int, memory_rows: int) -> int:
+            return room
 
         def forget(self) -> None:
             pass

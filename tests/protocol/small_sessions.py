@@ -19,9 +19,10 @@ from tsqp.gpu.weights import IntegerModel
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
 from tsqp.model.config import Key
 from tsqp.tee.crypto.freivalds import FailureLimit
-from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pad_providers import DirectProvider
+from tsqp.tee.crypto.pads import residue_bytes_in_stock
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.crypto.stock import residue_bytes_in_stock
 from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import MaskedGroup

@@ -22,7 +22,7 @@ from tsqp.gpu import worker as worker_module
 from tsqp.gpu.worker import Worker
 from tsqp.runtime import build
 from tsqp.tee.crypto.lattice import LatticeProvider
-from tsqp.tee.crypto.stock import Pads
+from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.offload import lattice_group
 from tsqp.tee.offload.field_choice import MaskCosts, measure_costs
 from tsqp.tee.offload.lattice_group import Switch

@@ -53,9 +53,9 @@ from tsqp.errors import (
 from tsqp.model.config import Key
 from tsqp.runtime import build
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
-from tsqp.tee.crypto.pads import DirectProvider, PadProvider
+from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
+from tsqp.tee.crypto.pads import Pads, empty_rows
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.crypto.stock import Pads, empty_rows
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import Group, MaskedGroup
 

@@ -21,9 +21,10 @@ from tsqp.checkpoint.quantize import group_shape
 from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel, WorkerLost
 from tsqp.gpu.worker import Worker
 from tsqp.model.config import Key, linear_groups
-from tsqp.tee.crypto import pads
+from tsqp.tee.crypto import pad_providers
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
-from tsqp.tee.crypto.pads import PadPool, Pads
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.masked import Masked, MaskedGroup
 from tsqp.wire.client import RemoteChannel
@@ -277,7 +278,7 @@ def test_whoever_maps_the_shared_memory_sees_finished_residues_only(
     field: str, broad: Path, exposed: Exposed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p, r = FIELDS[field].p, 0x5A3C1E77 if field == "wide" else 0x5A3C1E
-    monkeypatch.setattr(pads, "uniform", lambda shape, _: np.full(shape, r, np.int32))
+    monkeypatch.setattr(pad_providers, "uniform", lambda shape, _: np.full(shape, r, np.int32))
     options = {"worker": "local", "field": field, "dtype": "float32", "prefill_chunk": ROWS}
     x_TD = torch.ones(ROWS, WIDTH)
     with LLM(str(broad), pad_memory=0, timeout=60, **options) as llm:  # type: ignore[arg-type]

@@ -18,14 +18,16 @@ import torch
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import WIDE
-from tsqp.tee.crypto import pads
+from tsqp.tee.crypto import pad_pool
 from tsqp.tee.crypto.kernels import prepare
+from tsqp.tee.crypto.pad_providers import DirectProvider
+from tsqp.tee.crypto.pads import Pads
 
 FEW = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
 KEPT: list[Any] = []
 SQUARE = torch.ones(500, 500)
-MAKE = pads.DirectProvider.make
+MAKE = DirectProvider.make
 
 
 class SlowEnd:
@@ -35,7 +37,7 @@ class SlowEnd:
         sleep(1)
 
 
-def stay_busy(provider: pads.DirectProvider, key: tuple[int, str], rows: int) -> pads.Pads:
+def stay_busy(provider: DirectProvider, key: tuple[int, str], rows: int) -> Pads:
     """Make pads; the thread that makes them ahead is in native code nearly all the time."""
     if threading.current_thread().name == "tsqp-pads":
         for _ in range(20):
@@ -108,8 +110,9 @@ CASES = {
 
 if __name__ == "__main__":
     slow_end = SlowEnd()
-    pads.DirectProvider.make = stay_busy  # type: ignore[method-assign]
-    pads._give_way = lambda: None  # else a busy machine would keep the thread from its native code
+    DirectProvider.make = stay_busy  # type: ignore[method-assign]
+    # Else a busy machine would keep the thread from its native code.
+    pad_pool._give_way = lambda: None
     torch.set_num_threads(1)  # threads that torch starts would be missing in the forks
     prepare(WIDE, shares=False)  # loaded once, for all of them
     running = []

@@ -17,7 +17,7 @@ from tsqp.errors import TSQPError, UsageError, WorkerLost
 from tsqp.nn import kv_cache
 from tsqp.runtime import turns
 from tsqp.runtime.generate import generate
-from tsqp.tee.crypto import pads, row_pool, stock
+from tsqp.tee.crypto import pad_pool, pad_providers, pads, row_pool, stock
 from tsqp.tee.engine import engine, interleave, observer, scheduler
 from tsqp.tee.offload import masked, pad
 from tsqp.wire import channel
@@ -269,7 +269,8 @@ def test_an_interrupt_anywhere_leaves_a_session_that_answers_and_ends(threads: i
     llm = LLM("random:tiny", privacy="pad", worker="inproc", threads=threads, pad_memory=10**6)
     expected = llm.generate([prompt], FEW)
     loop = (engine, interleave, observer, scheduler)
-    modules = (turns, *loop, pads, stock, row_pool, masked, pad, channel, kv_cache)
+    crypto = (pad_pool, pad_providers, pads, stock, row_pool)
+    modules = (turns, *loop, *crypto, masked, pad, channel, kv_cache)
 
     def run() -> None:
         llm.generate([prompt], FEW)

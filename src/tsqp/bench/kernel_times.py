@@ -24,10 +24,10 @@ from tsqp.bench.output import new_table, show
 from tsqp.bench.timing import seconds
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.config import Key
-from tsqp.tee.crypto.pads import DirectProvider, PadProvider
+from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
+from tsqp.tee.crypto.pads import residue_bytes_in_stock
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.crypto.stock import residue_bytes_in_stock
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import BLOCK_ROWS, Group, MaskedGroup
 
@@ -157,8 +157,9 @@ class _Layer:
         else:
             self.group = MaskedGroup(key, integers, None, field)
             self.provider = DirectProvider({key: weight_FD}, field)
-        self._pads = self.provider.make(key, tokens)[:tokens]
-        self._tokens = tokens
+        made = self.provider.make(key, tokens)
+        self.pads_made = len(made)  # at once
+        self._pads = made[:tokens]
         self._x_TD = torch.randn(tokens, width, generator=generator)
         self._c_TB = torch.empty(tokens, width * field.residue_bytes, dtype=torch.uint8)
         # As in a call: blocks of rows, the last of which may be short.
@@ -167,18 +168,13 @@ class _Layer:
         self._masked = self.mask()
         self._z_TB = _answer(self._c_TB, weight_FD, field)
 
-    @property
-    def pads_made(self) -> int:
-        """How many pads are made at once."""
-        return self._tokens if self.provider.unit == 1 else self.provider.unit
-
     def mask(self) -> list[Any]:
         x_TD, r_TD, c_TB = self._x_TD, self._pads.r_ND, self._c_TB
         return [self.group.mask(x_TD[b], r_TD[b], c_TB[b], self._one_thread) for b in self._blocks]
 
     def unmask(self) -> None:
         z_TB, u_TF, rows = self._z_TB, self._pads.u_NF, self._one_thread
-        y_TF = torch.empty(self._tokens, self.group.features)
+        y_TF = torch.empty(len(self._pads), self.group.features)
         for b, masked in zip(self._blocks, self._masked, strict=True):
             self.group.unmask(z_TB[b], u_TF[b], masked, y_TF[b], "The worker", rows)
 

@@ -18,8 +18,8 @@ from tsqp.checkpoint.weights import parse_dtype
 from tsqp.gpu.serve import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.tee.crypto.lattice import MIN_ROWS
-from tsqp.tee.crypto.pads import PadStats
-from tsqp.tee.crypto.stock import residue_bytes_in_stock
+from tsqp.tee.crypto.pad_pool import PadStats
+from tsqp.tee.crypto.pads import residue_bytes_in_stock
 
 TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
 

@@ -29,7 +29,8 @@ from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.freivalds import process_limit
 from tsqp.tee.crypto.kernels import prepare
-from tsqp.tee.crypto.pads import DirectProvider, PadPool
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pad_providers import DirectProvider
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.field_choice import measure_costs

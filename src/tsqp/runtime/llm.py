@@ -28,7 +28,7 @@ from tsqp.runtime.turns import Turns
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.call_log import CallLog
 from tsqp.tee.conversation import Conversation
-from tsqp.tee.crypto.pads import PadPool, PadStats
+from tsqp.tee.crypto.pad_pool import PadPool, PadStats
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
 from tsqp.tee.engine.observer import Observer

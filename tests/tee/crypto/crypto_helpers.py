@@ -16,9 +16,9 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, LATTICE, WIDE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.config import Key
+from tsqp.tee.crypto.pads import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.crypto.stock import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.tee.offload.masked import Masked, MaskedGroup
 
 Int32 = NDArray[np.int32]
@@ -81,6 +81,15 @@ class NumberingProvider:
         self._lock = threading.Lock()
         self._calls = 0
         self._fails_every = fails_every
+
+    def stock_rows(self, memory_rows: int) -> int:
+        whole = memory_rows - memory_rows % self.unit
+        return whole if self.unit == 1 else max(self.unit, whole)
+
+    def batch_rows(self, key: Key, room: int, memory_rows: int) -> int:
+        if self.unit > 1:
+            return self.unit if room >= self.unit else 0
+        return min(room, max(1, memory_rows // 4))
 
     def make(self, key: Key, rows: int) -> Pads:
         rows = rows if self.unit == 1 else self.unit

@@ -17,8 +17,8 @@ from tsqp.errors import HintsError, IntegrityError, LatticeError
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.hints import check_hints
 from tsqp.tee.crypto.lattice import LatticeProvider
+from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.crypto.stock import Pads
 from tsqp.tee.offload.lattice_group import LatticeGroup, MaskedRows, Switch
 
 KEY = (3, "qkv")

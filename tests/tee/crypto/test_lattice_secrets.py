@@ -15,7 +15,7 @@ from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.errors import LatticeError
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.lattice import LatticeProvider
-from tsqp.tee.crypto.stock import Pads
+from tsqp.tee.crypto.pads import Pads
 
 QKV, HEAD = (0, "qkv"), (-1, "lm_head")
 ROWS = 32

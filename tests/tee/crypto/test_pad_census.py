@@ -14,8 +14,9 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, LATTICE, Field
 from tsqp.model.config import Key
 from tsqp.tee.crypto import rng
-from tsqp.tee.crypto.pads import DirectProvider, PadPool
-from tsqp.tee.crypto.stock import Pads, residue_bytes_in_stock
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pad_providers import DirectProvider
+from tsqp.tee.crypto.pads import Pads, residue_bytes_in_stock
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.wire.seeds import SEED_BYTES
 

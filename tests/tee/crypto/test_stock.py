@@ -8,10 +8,12 @@ from crypto_helpers import DIRECT, KINDS, Kind, NumberingProvider
 
 from every_opcode import at_every_opcode
 from tsqp.errors import TSQPError
+from tsqp.tee.crypto import pad_pool as pool_module
 from tsqp.tee.crypto import pads as pads_module
 from tsqp.tee.crypto import stock as stock_module
-from tsqp.tee.crypto.pads import PadPool
-from tsqp.tee.crypto.stock import Pads, Stock
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pads import Pads
+from tsqp.tee.crypto.stock import Stock
 
 ROWS = 8
 KEY = (0, "qkv")
@@ -75,7 +77,7 @@ def test_an_exception_at_any_opcode_repeats_no_row_and_gives_none_that_was_not_f
             given += numbers_of(stock.take(3))
             given += numbers_of(stock.take(ROWS))
 
-        for _ in at_every_opcode(run, stock_module):
+        for _ in at_every_opcode(run, stock_module, pads_module):
             interrupted += 1
             given += numbers_of(stock.take(ROWS))
             for _ in range(3):  # every place is used again
@@ -131,7 +133,7 @@ def test_an_exception_at_any_opcode_of_a_pool_repeats_no_pad_and_leaves_it_usabl
         for rows in (1, 2, ROWS):  # the last of them partly made in line
             given.extend(numbers_of(pool.take(KEY, rows), kind))
 
-    opcodes = list(at_every_opcode(run, pads_module, stock_module))
+    opcodes = list(at_every_opcode(run, pool_module, pads_module, stock_module))
     assert len(opcodes) > 300
     assert_each_once(given, provider)
     pool.close()  # nothing that it waits for is held by a call that was broken off
@@ -150,7 +152,7 @@ def test_a_close_that_was_broken_off_anywhere_can_be_done_again(kind: Kind) -> N
         pools[-1].take(KEY, ROWS)
         pools[-1].close()
 
-    assert len(list(at_every_opcode(run, pads_module, step=7))) > 20
+    assert len(list(at_every_opcode(run, pool_module, step=7))) > 20
     for pool in pools:
         pool.close()
         assert not pool._thread.is_alive()

@@ -9,8 +9,8 @@ noise of the batch come from one key, and both are erased after the last row. Cl
 made one at a time, each once. Shape suffixes: N roots and rows of a batch; M rows of a class;
 G blocks of features; B features of a block; D input and F output features.
 
-There are no locks, as in `pads`: what two threads must not both take is taken from a deque in one
-step of the interpreter.
+There are no locks, as in `pad_pool`: what two threads must not both take is taken from a deque in
+one step of the interpreter.
 """
 
 import os
@@ -30,7 +30,7 @@ from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import BLOCK, ClassTransform, products_of_class
 from tsqp.errors import LatticeError
 from tsqp.model.config import Key
-from tsqp.tee.crypto.stock import Pads, empty_rows, residue_bytes_in_stock
+from tsqp.tee.crypto.pads import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.wire.seeds import SEED_BYTES, expand
 
 _ZEROS = memoryview(bytes(4 * DEGREE * BLOCK))
@@ -112,10 +112,15 @@ class LatticeProvider:
         # Classes that nobody has been given, each with the batch that it belongs to.
         self._classes: dict[Key, deque[tuple[_Batch, int]]] = {key: deque() for key in hints}
 
-    @property
-    def unit(self) -> int:
-        """M."""
-        return self._transform.rows
+    def stock_rows(self, memory_rows: int) -> int:
+        """Whole classes. One at least: the rest of a class that was made in line is kept."""
+        rows = self._transform.rows
+        return max(rows, memory_rows - memory_rows % rows)
+
+    def batch_rows(self, key: Key, room: int, memory_rows: int) -> int:
+        """One class."""
+        rows = self._transform.rows
+        return rows if room >= rows else 0
 
     def make(self, key: Key, rows: int = 0) -> Pads:
         """The next class of a group's rows, never given out before; M of them, not `rows`."""

@@ -1,316 +1,59 @@
-"""Pads are made ahead by a background thread, or in line if the stock is empty.
+"""What a pad is: r with its product u, used for one row and never again. Lattice masks are pads.
 
-Lattice masks [P11] are pads here. `PadPool.take` is the only way to a pad, and it removes what it
-returns; there is no way to put one back. Shape suffixes: N rows; D input and F output features of a
-group.
+Shape suffixes: N rows; D input and F output features of a group; B bytes of a row.
 """
 
-import atexit
-import logging
-import os
-import threading
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
-from time import monotonic, perf_counter, process_time
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from tsqp.algebra.int8_product import residue_product
-from tsqp.algebra.params import DIRECT_FIELDS, Field
-from tsqp.errors import TSQPError
-from tsqp.model.config import Key
-from tsqp.tee.cpu_clock import ThreadClock
-from tsqp.tee.crypto.rng import uniform
-from tsqp.tee.crypto.stock import Pads, Stock, residue_bytes_in_stock, wipe
+from tsqp.algebra.params import LATTICE, Field
 
-log = logging.getLogger("tsqp")
-
-BATCH_ROWS = 64  # made at once: enough for the matrix units
-BATCH_PRODUCTS = 2**29  # and at most this many, so that the engine never waits long for a core
-BATCHES = 4  # at least, of a small stock: it is refilled before it is used up
-RETRY_S = 1.0  # after pads could not be made
-NICE = 10  # of the background thread, where the system knows no idle policy
+USED = -1  # every bit is set, as in no residue: what lies in the place of a row that was given out
 
 
-class PadProvider(Protocol):
-    """Makes batches of pads."""
-
-    @property
-    def field(self) -> Field:
-        """Of the residues."""
-        ...
-
-    @property
-    def unit(self) -> int:
-        """Rows that are always made together; 1 where any number can be."""
-        ...
-
-    def make(self, key: Key, rows: int) -> Pads:
-        """Fresh pads for one group, never given out before: `rows`, or `unit` if that is not 1."""
-        ...
-
-    def forget(self) -> None:
-        """Erase what pads to come would be made from; safe to call twice."""
-        ...
-
-
-class DirectProvider:
-    """[P4]: the TEE multiplies its own random rows."""
-
-    unit = 1
-
-    def __init__(self, weights_FD: Mapping[Key, Tensor], field: Field) -> None:
-        assert field in DIRECT_FIELDS
-        self._weights_FD = weights_FD
-        self.field = field
-
-    def make(self, key: Key, rows: int) -> Pads:
-        weight_FD = self._weights_FD[key]
-        features, width = weight_FD.shape
-        r_ND = uniform((rows, width), self.field)
-        u_NF = np.empty((rows, features), np.int32)
-        residue_product(torch.from_numpy(r_ND), weight_FD, self.field, torch.from_numpy(u_NF))
-        return Pads(r_ND, u_NF)
-
-    def forget(self) -> None:
-        pass
-
-
-@dataclass(slots=True)
-class PadStats:
-    """How many pads were made ahead and in line.
+@dataclass(frozen=True, slots=True)
+class Pads:
+    """Rows of one group: int32 residues, or in the lattice field rows of bytes (`residue_bytes`).
 
     Attributes:
-        ahead_rows: rows taken from the stock.
-        inline_rows: rows made while the engine waited for them. This took `inline_s` seconds, and
-            `inline_cpu_s` of processor time.
-        background_cpu_s: processor time of the thread that makes pads ahead, and its helpers;
-            0 where the system does not tell.
-        stock_bytes: of the pads that lie ready.
-        made_rows: of all groups, in line or ahead, whether they were used or not.
+        r_ND: on [0, p): uniform, or a lattice mask.
+        u_NF: Wq · r mod p; of a lattice mask, but for the small Wq · e.
     """
 
-    ahead_rows: int = 0
-    inline_rows: int = 0
-    inline_s: float = 0.0
-    inline_cpu_s: float = 0.0
-    background_cpu_s: float = 0.0
-    stock_bytes: int = 0
-    made_rows: int = 0
+    r_ND: NDArray[Any]
+    u_NF: NDArray[Any]
 
+    def __len__(self) -> int:
+        return len(self.r_ND)
 
-class PadPool:
-    """A bounded stock of pads, refilled by a background thread while the engine waits.
-
-    It has no locks: an asynchronous exception could leave a lock held, and `close` would wait for
-    ever. Every step that two threads must not both take is a single atomic operation of the
-    interpreter, on a deque or a SimpleQueue.
-
-    Args:
-        shapes: (F, D) of each group.
-        memory_bytes: what the stock may take. Every group gets as many rows. Where it is not enough
-            for rows that are always made together, they take more, and none are made ahead.
-    """
-
-    def __init__(
-        self, provider: PadProvider, shapes: Mapping[Key, tuple[int, int]], memory_bytes: int
-    ) -> None:
-        self._stats = PadStats()
-        self._made: dict[int, int] = {}  # rows, by thread: each is written by that one only
-        self._clock = ThreadClock()
-        self._provider = provider
-        self._shapes = dict(shapes)
-        self._each = residue_bytes_in_stock(provider.field)
-        rows = memory_bytes // (self._each * sum(map(sum, shapes.values())))
-        unit = provider.unit
-        self._is_ahead = rows >= unit
-        # What is made together with a row that was asked for is kept, however little memory is.
-        self._rows = max(rows - rows % unit, unit if unit > 1 else 0)
-        # Replaced as a whole by an empty one at the end, and never changed: others iterate over it.
-        numbers = list(range(self._rows))
-        self._stocks = {
-            key: Stock(numbers, *shape, provider.field) for key, shape in shapes.items()
-        }
-        self._wake: SimpleQueue[None] = SimpleQueue()  # something to look at for the thread
-        self._closed = False
-        self._pid = os.getpid()
-        _pools.add(self)
-        self._thread = threading.Thread(target=self._refill, name="tsqp-pads", daemon=True)
-        self._thread.start()
-
-    @property
-    def stats(self) -> PadStats:
-        """How the pads came about, until now."""
-        return replace(
-            self._stats,
-            background_cpu_s=self._clock.seconds(),
-            stock_bytes=self.nbytes,
-            made_rows=sum(list(self._made.values())),
-        )
+    def __getitem__(self, rows: slice) -> "Pads":
+        return Pads(self.r_ND[rows], self.u_NF[rows])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pads that lie ready."""
-        stocks = self._stocks
-        return sum(
-            self._each * stock.ready * sum(self._shapes[key]) for key, stock in stocks.items()
-        )
-
-    def take(self, key: Key, rows: int) -> Pads:
-        """Remove and return pads. Pads that are not in stock are made first.
-
-        Raises:
-            TSQPError: the pool is closed, or this is a forked process, whose parent has the same
-                pads.
-        """
-        taken = self._remove(key, rows)
-        ahead = 0 if taken is None else len(taken)
-        self._stats.ahead_rows += ahead
-        if taken is not None and ahead == rows:
-            return taken
-        began, cpu_began = perf_counter(), self.other_cpu_s()
-        parts = [] if taken is None else [taken]
-        parts += self._make_in_line(key, rows - ahead)
-        self._stats.inline_rows += rows - ahead
-        self._stats.inline_s += perf_counter() - began
-        self._stats.inline_cpu_s += self.other_cpu_s() - cpu_began
-        if len(parts) == 1:
-            return parts[0]
-        r_ND = np.concatenate([part.r_ND for part in parts])
-        return Pads(r_ND, np.concatenate([part.u_NF for part in parts]))
-
-    def _make_in_line(self, key: Key, rows: int) -> Iterator[Pads]:
-        """Exactly so many rows; what was made beyond them goes into the stock."""
-        while rows > 0:
-            made = self._make(key, rows)
-            yield made[:rows]
-            if len(made) > rows:
-                self._put(key, made[rows:])
-                wipe(made, slice(rows, None))
-            rows -= len(made)
-
-    def other_cpu_s(self) -> float:
-        """Processor time of this process, without the time to make pads ahead."""
-        return process_time() - self._clock.seconds()
-
-    def fill(self) -> None:
-        """Wait until the stock is full."""
-        while not self._closed and (batch := self._next(whole=False)) is not None:
-            self._make_ahead(*batch)
-
-    def close(self) -> None:
-        """Forget all pads and stop making any; safe to call twice, and from any thread."""
-        self._closed = True
-        self._stocks = {}
-        self._wake.put(None)
-        if self._pid == os.getpid() and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._provider.forget()
-
-    def _remove(self, key: Key, rows: int) -> Pads | None:
-        if self._pid != os.getpid():
-            raise TSQPError("A forked process cannot use its parent's pads; make its own LLM.")
-        stock = self._stocks.get(key)
-        if stock is None:
-            raise TSQPError("The pads of this session are gone; begin a new one.")
-        taken = stock.take(rows)
-        if self._wake.empty():
-            self._wake.put(None)
-        return taken
-
-    def _next(self, *, whole: bool) -> tuple[Key, int] | None:
-        """The group with the smallest stock that has room, and the number of rows to make.
-
-        Args:
-            whole: consider only groups with room for a whole batch.
-        """
-        stocks = self._stocks
-        rooms = {key: self._room(key, stock, whole=whole) for key, stock in stocks.items()}
-        with_room = (key for key, rows in rooms.items() if rows)
-        key = min(with_room, key=lambda key: stocks[key].ready, default=None)
-        return None if key is None else (key, rooms[key])
-
-    def _room(self, key: Key, stock: Stock, *, whole: bool) -> int:
-        """Rows of the next batch; 0 if there is no room, or none are to be made ahead."""
-        if not self._is_ahead:
-            return 0
-        features, width = self._shapes[key]
-        a_few, unit = -(-self._rows // BATCHES), self._provider.unit
-        batch = max(1, min(BATCH_ROWS, a_few, BATCH_PRODUCTS // (features * width)))
-        batch = unit if unit > 1 else batch
-        room = stock.room - stock.room % unit
-        return batch if room >= batch else 0 if whole else room
-
-    def _make_ahead(self, key: Key, rows: int) -> None:
-        made = self._make(key, rows)
-        self._put(key, made)
-        wipe(made, slice(None))  # the stock has copies
-
-    def _make(self, key: Key, rows: int) -> Pads:
-        made, thread = self._provider.make(key, rows), threading.get_ident()
-        self._made[thread] = self._made.get(thread, 0) + len(made)
-        return made
-
-    def _put(self, key: Key, pads: Pads) -> None:
-        stock = self._stocks.get(key)
-        if stock is not None:
-            stock.put(pads)
-
-    def _refill(self) -> None:
-        _give_way()
-        self._clock.mark()
-        failed = False
-        while not self._closed:
-            batch = self._next(whole=True)
-            if batch is None:
-                self._wake.get()
-                continue
-            try:
-                self._make_ahead(*batch)
-                failed = False
-            except Exception as exc:  # memory is short, for one: it may not be for ever
-                if not failed:
-                    log.warning("cannot make pads ahead (%s); going on trying", type(exc).__name__)
-                failed = True
-                self._pause()
-            self._clock.look()
-
-    def _pause(self) -> None:
-        """Wait before the next attempt, or until the pool is closed."""
-        end = monotonic() + RETRY_S
-        with suppress(Empty):
-            while not self._closed:
-                self._wake.get(timeout=max(0.0, end - monotonic()))
+        return int(self.r_ND.nbytes + self.u_NF.nbytes)
 
 
-def _give_way() -> None:
-    """Give the calling thread, and the threads that it starts, the lowest scheduling priority."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-    with suppress(OSError):  # some systems, Gramine for one, have no such policy
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+def empty_rows(rows: int, residues: int, field: Field) -> NDArray[Any]:
+    """Memory for rows of masks, or of their products, with nothing in it yet."""
+    if field is LATTICE:
+        return np.empty((rows, field.residue_bytes * residues), np.uint8)
+    return np.empty((rows, residues), np.int32)
 
 
-_pools: weakref.WeakSet[PadPool] = weakref.WeakSet()
+def residue_bytes_in_stock(field: Field) -> int:
+    """Of one residue in `empty_rows`."""
+    return field.residue_bytes if field is LATTICE else 4
 
 
-def _forget_in_child() -> None:
-    """Drop the pads in a forked child: using the copy of a pad would use it twice."""
-    for pool in list(_pools):
-        pool._stocks = {}
+def wipe(pads: Pads, place: list[int] | slice) -> None:
+    """Overwrite rows that must not be found again."""
+    pads.r_ND[place] = pads.u_NF[place] = used_mark(pads.r_ND)
 
 
-def _close_all() -> None:
-    """Close all pools at exit: a thread that makes pads while Python ends would abort it."""
-    for pool in list(_pools):
-        pool.close()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
-atexit.register(_close_all)
+def used_mark(rows: NDArray[Any]) -> Any:
+    """The number that `wipe` writes, in the type of these rows."""
+    return np.array(USED).astype(rows.dtype)

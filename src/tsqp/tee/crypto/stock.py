@@ -1,55 +1,14 @@
-"""Pads and lattice masks: r with its product u, each used for one row and never again.
+"""The pads of one group that were made ahead, in memory that is allocated once.
 
-Shape suffixes: N rows; D input and F output features of a group; B bytes of a row.
+Shape suffixes: D input and F output features of a group.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from tsqp.algebra.params import LATTICE, WIDE, Field
-
-USED = -1  # every bit is set, as in no residue: what lies in the place of a row that was given out
-
-
-@dataclass(frozen=True, slots=True)
-class Pads:
-    """Rows of one group: int32 residues, or in the lattice field rows of bytes (`residue_bytes`).
-
-    Attributes:
-        r_ND: on [0, p): uniform, or a lattice mask.
-        u_NF: Wq · r mod p; of a lattice mask, but for the small Wq · e.
-    """
-
-    r_ND: NDArray[Any]
-    u_NF: NDArray[Any]
-
-    def __len__(self) -> int:
-        return len(self.r_ND)
-
-    def __getitem__(self, rows: slice) -> "Pads":
-        return Pads(self.r_ND[rows], self.u_NF[rows])
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.r_ND.nbytes + self.u_NF.nbytes)
-
-
-def empty_rows(rows: int, residues: int, field: Field) -> NDArray[Any]:
-    """Memory for rows of masks, or of their products, with nothing in it yet."""
-    if field is LATTICE:
-        return np.empty((rows, field.residue_bytes * residues), np.uint8)
-    return np.empty((rows, residues), np.int32)
-
-
-def residue_bytes_in_stock(field: Field) -> int:
-    """Of one residue in `empty_rows`."""
-    return field.residue_bytes if field is LATTICE else 4
+from tsqp.algebra.params import WIDE, Field
+from tsqp.tee.crypto.pads import Pads, empty_rows, used_mark, wipe
 
 
 class Stock:
@@ -97,22 +56,13 @@ class Stock:
             return None
         place = _place(numbers)
         pads = Pads(self._r_ND[place].copy(), self._u_NF[place].copy())
-        if (pads.r_ND[:, -1] == _used(pads.r_ND)).any():  # the highest bits of a residue
+        if (pads.r_ND[:, -1] == used_mark(pads.r_ND)).any():  # the highest bits of a residue
             raise AssertionError("A pad was about to be given out twice.")
         # Whoever reads this memory later should not find what an earlier call was masked with. It
         # costs half a copy; and a row that came twice after all would be noticed above.
         wipe(Pads(self._r_ND, self._u_NF), place)
         self._empty.extend(numbers)
         return pads
-
-
-def wipe(pads: Pads, place: list[int] | slice) -> None:
-    """Overwrite rows that must not be found again."""
-    pads.r_ND[place] = pads.u_NF[place] = _used(pads.r_ND)
-
-
-def _used(rows: NDArray[Any]) -> Any:
-    return np.array(USED).astype(rows.dtype)
 
 
 def _pop(numbers: deque[int], most: int) -> list[int]:

@@ -12,7 +12,7 @@ from tsqp.algebra.params import DEGREE, LATTICE, WIDE
 from tsqp.algebra.ring import BLOCK, ClassTransform, Ring
 from tsqp.model.config import Key
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
-from tsqp.tee.crypto.pads import BATCH_ROWS, DirectProvider
+from tsqp.tee.crypto.pad_providers import BATCH_ROWS, DirectProvider
 
 Shapes = Mapping[Key, tuple[int, int]]  # (F, D) of each group
 

@@ -16,8 +16,8 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import Field
 from tsqp.model.config import Key
+from tsqp.tee.crypto.pads import empty_rows
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.crypto.stock import empty_rows
 from tsqp.tee.offload.base import Linear, Ready
 from tsqp.tee.offload.masked import Group
 from tsqp.tee.placement import IN_TEE

@@ -42,7 +42,7 @@ AHEAD = 2  # blocks that are out at once
 class Group(Protocol[Kept]):
     """One group of linear layers, as the private modes use it: masks, and what checks products.
 
-    Masks and their products are residues in arrays as `tsqp.tee.crypto.stock.empty_rows` makes.
+    Masks and their products are residues in arrays as `tsqp.tee.crypto.pads.empty_rows` makes.
     """
 
     layer: int

@@ -16,9 +16,9 @@ from torch import Tensor
 from tsqp.errors import IntegrityError, LatticeError
 from tsqp.model.config import Key
 from tsqp.tee.crypto.freivalds import FailureLimit
-from tsqp.tee.crypto.pads import PadPool
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.crypto.stock import Pads
 from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import (
     Group,

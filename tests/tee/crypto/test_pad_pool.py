@@ -7,23 +7,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from crypto_helpers import (
     DIRECT,
     IN_CLASSES,
     KINDS,
     Kind,
     NumberingProvider,
-    integer_weights,
-    product,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqp.algebra.params import DIRECT_FIELDS, LATTICE, WIDE, Field
+from tsqp.algebra.params import LATTICE
 from tsqp.errors import TSQPError
-from tsqp.tee.crypto.pads import DirectProvider, PadPool
-from tsqp.tee.crypto.stock import Pads, Stock
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pads import Pads
+from tsqp.tee.crypto.stock import Stock
 
 QKV, HEAD = (0, "qkv"), (-1, "lm_head")
 SHAPES = {QKV: (3, 2), HEAD: (5, 2)}
@@ -97,7 +95,7 @@ def test_a_provider_that_fails_loses_pads_and_repeats_none(kind: Kind) -> None:
 def test_a_stock_that_could_not_be_refilled_is_refilled_later(
     kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tsqp.tee.crypto.pads.RETRY_S", 0.001)
+    monkeypatch.setattr("tsqp.tee.crypto.pad_pool.RETRY_S", 0.001)
     pool = pool_of(kind, 100, fails_every=2)
     full = 100 * kind.bytes_of(RESIDUES)
     assert eventually(lambda: pool.nbytes == full)  # whole batches of each
@@ -244,18 +242,3 @@ def test_a_forked_process_has_none_of_its_parents_pads(pool: PadPool) -> None:
     os.waitpid(child, 0)
     assert os.read(reader, 100) == b"0 left, refused"
     assert len(pool.take(QKV, 1)) == 1
-
-
-@pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
-def test_pads_of_the_tee_are_uniform_rows_and_their_products(field: Field) -> None:
-    weight_FD = integer_weights(6, 9).weight_FD
-    pads = DirectProvider({QKV: weight_FD}, field).make(QKV, 40)
-    for r_D, u_F in zip(pads.r_ND.tolist(), pads.u_NF.tolist(), strict=True):
-        assert u_F == [v % field.p for v in product(weight_FD, r_D)]
-    assert len({tuple(row) for row in pads.r_ND.tolist()}) == 40
-
-
-def test_two_batches_of_pads_have_nothing_in_common() -> None:
-    provider = DirectProvider({QKV: torch.ones(1, 1000, dtype=torch.int8)}, WIDE)
-    first, second = provider.make(QKV, 10), provider.make(QKV, 10)
-    assert (first.r_ND == second.r_ND).sum() == 0

@@ -1,0 +1,83 @@
+"""Who makes pads: the interface, and the provider of pads [P4]. Lattice masks: see `lattice`.
+
+Shape suffixes: N rows; D input and F output features of a group.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsqp.algebra.int8_product import residue_product
+from tsqp.algebra.params import DIRECT_FIELDS, Field
+from tsqp.model.config import Key
+from tsqp.tee.crypto.pads import Pads
+from tsqp.tee.crypto.rng import uniform
+
+BATCH_ROWS = 64  # made at once: enough for the matrix units
+BATCH_PRODUCTS = 2**29  # and at most this many, so that the engine never waits long for a core
+BATCHES = 4  # at least, of a small stock: it is refilled before it is used up
+
+
+class PadProvider(Protocol):
+    """Makes batches of pads."""
+
+    @property
+    def field(self) -> Field:
+        """Of the residues."""
+        ...
+
+    def stock_rows(self, memory_rows: int) -> int:
+        """How many rows the stock of a group has room for, where memory suffices for this many.
+
+        It may be more than that: the rest of a batch that was made in line is kept in any case.
+        """
+        ...
+
+    def batch_rows(self, key: Key, room: int, memory_rows: int) -> int:
+        """How many rows of a group to make ahead at once; 0 if there is too little room.
+
+        Args:
+            room: rows that the stock of the group has room for, at most `memory_rows`.
+        """
+        ...
+
+    def make(self, key: Key, rows: int) -> Pads:
+        """Fresh pads for one group, never given out before.
+
+        At least one row, but the provider may make fewer or more than `rows`.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Erase what pads to come would be made from; safe to call twice."""
+        ...
+
+
+class DirectProvider:
+    """[P4]: the TEE multiplies its own random rows."""
+
+    def __init__(self, weights_FD: Mapping[Key, Tensor], field: Field) -> None:
+        assert field in DIRECT_FIELDS
+        self._weights_FD = weights_FD
+        self.field = field
+
+    def stock_rows(self, memory_rows: int) -> int:
+        return memory_rows
+
+    def batch_rows(self, key: Key, room: int, memory_rows: int) -> int:
+        a_part, products = -(-memory_rows // BATCHES), self._weights_FD[key].numel()
+        return min(room, max(1, min(BATCH_ROWS, a_part, BATCH_PRODUCTS // products)))
+
+    def make(self, key: Key, rows: int) -> Pads:
+        weight_FD = self._weights_FD[key]
+        features, width = weight_FD.shape
+        r_ND = uniform((rows, width), self.field)
+        u_NF = np.empty((rows, features), np.int32)
+        residue_product(torch.from_numpy(r_ND), weight_FD, self.field, torch.from_numpy(u_NF))
+        return Pads(r_ND, u_NF)
+
+    def forget(self) -> None:
+        pass
