@@ -39,6 +39,13 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
         commands.close()
 
 
+@pytest.fixture(autouse=True)
+def _shared_workers_live(shared_commands: Commands) -> Iterator[None]:
+    """No test may end what others use."""
+    yield
+    shared_commands.still_serve()
+
+
 @pytest.fixture(scope="session")
 def shared_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     """For workers that tests share."""

@@ -232,6 +232,12 @@ class Commands:
         running = self.start("worker", model, "--listen", endpoint, *arguments)
         return running.says("serving ")
 
+    def still_serve(self) -> None:
+        """Fail if a worker has ended, and say how."""
+        for running in self._started:
+            if "worker" in running.process.args and not running.is_alive:
+                raise AssertionError(f"A shared worker has ended: {running.ends()}")
+
     def ipc(self) -> str:
         """An endpoint of this folder."""
         return f"ipc://{self.folder}/worker.sock"
