@@ -118,6 +118,12 @@ def echoes(channel: Channel, value: float = 7.0) -> bool:
     return torch.equal(finish(channel, begin(channel, sent))[0], sent)
 
 
+def mapped_segments() -> set[str]:
+    """Where segments are mapped in this process, those of earlier tests included."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line for line in lines if "tsqp-segment" in line}
+
+
 def eventually(condition: Callable[[], bool], timeout: float = TIMEOUT) -> bool:
     """Whether `condition` becomes true in time."""
     deadline = time.monotonic() + timeout
