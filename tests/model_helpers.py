@@ -8,6 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.model.linear_group import LinearGroup
+
 WriteGGUF = Callable[..., Path]
 
 LLAMA3_ROPE = {
@@ -43,6 +46,12 @@ def make_model(**changes: object) -> LlamaForCausalLM:
         for parameter in model.parameters():  # biases and norms are constant at first
             parameter.copy_(torch.randn_like(parameter))
     return model
+
+
+def group_of(config: ModelConfig, layer: int | None, name: str) -> LinearGroup:
+    """The group of a model at this place."""
+    [found] = [g for g in linear_groups(config) if (g.layer, g.name) == (layer, name)]
+    return found
 
 
 def permute(weights: np.ndarray, heads: int) -> np.ndarray:

@@ -9,33 +9,34 @@ from torch import Tensor
 
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.quantize import group_shape
 from tsqp.gpu.record import Recorder
-from tsqp.model.config import linear_groups
-from tsqp.wire.messages import Linear, Product
+from tsqp.model.config import layer_groups, linear_groups
+from tsqp.model.linear_group import LinearGroup
+from tsqp.wire.messages import Linear, Product, place_of
 
 MODEL = "random:tiny"
 CONFIG = open_checkpoint(MODEL).config
-WIDTHS = {key: group_shape(CONFIG, *key)[1] for key in linear_groups(CONFIG)}
+WIDTHS = {group: group.width for group in linear_groups(CONFIG)}
 WIDE, COMPACT = FIELDS["wide"], FIELDS["compact"]
-FIRST = (0, "qkv")
+FIRST = layer_groups(CONFIG, 0).qkv
 
 # 40 of 512 tokens, some of them again.
 PROMPT = [(37 * n + 11) % 512 for n in range(34)] + [11, 48, 85, 11, 11, 500]
 
-Rows = Mapping[tuple[int, str], Tensor]
+Rows = Mapping[LinearGroup, Tensor]
 
 
 def write(folder: Path, rows: Rows, field: Field | None, session: int = 1) -> Path:
     """Record these rows as one session."""
     recorder = Recorder(folder)
-    for (layer, group), rows_ND in rows.items():
-        operation = Linear(layer, group) if field is None else Product(layer, group, field.name)
+    for group, rows_ND in rows.items():
+        place = place_of(group)
+        operation = Linear(*place) if field is None else Product(*place, field.name)
         recorder.note(session, operation, [rows_ND])
     return folder
 
 
-def noise(seed: int, field: Field = WIDE, rows: int = len(PROMPT)) -> dict[tuple[int, str], Tensor]:
+def noise(seed: int, field: Field = WIDE, rows: int = len(PROMPT)) -> dict[LinearGroup, Tensor]:
     """Uniform residues for every group, as many rows each."""
     generator = torch.Generator().manual_seed(seed)
     return {key: uniform(generator, (rows, width), field) for key, width in WIDTHS.items()}
@@ -45,7 +46,7 @@ def uniform(generator: torch.Generator, shape: Sequence[int], field: Field = WID
     return torch.randint(field.p, tuple(shape), generator=generator).int()
 
 
-def activations(seed: int = 0) -> dict[tuple[int, str], Tensor]:
+def activations(seed: int = 0) -> dict[LinearGroup, Tensor]:
     """Normal numbers for every group; the true rows for the first."""
     generator = torch.Generator().manual_seed(seed)
     found = {

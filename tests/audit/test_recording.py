@@ -33,6 +33,7 @@ from tsqp.wire.messages import (
     Span,
     Weighted,
     WeightedValues,
+    place_of,
 )
 
 SESSION = "session-1"
@@ -81,9 +82,9 @@ def test_residues_are_centred(tmp_path: Path) -> None:
 def test_an_embedding_call_is_written_and_not_read(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "a")
     recorder.note(1, Embed(), [torch.tensor([4, 5])])
-    recorder.note(1, Linear(*FIRST), [torch.ones(2, 64)])
+    recorder.note(1, Linear(*place_of(FIRST)), [torch.ones(2, 64)])
     assert (tmp_path / "a" / SESSION / "000001.safetensors").is_file()
-    assert [call.key for call in read(tmp_path / "a").calls] == [FIRST]
+    assert [call.group for call in read(tmp_path / "a").calls] == [FIRST]
 
 
 def test_calls_about_kept_keys_and_values_are_written_whole_and_not_read(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_calls_about_kept_keys_and_values_are_written_whole_and_not_read(tmp_pat
     recorder.note(1, Allocate(7, 100), [])
     recorder.note(1, AttentionScores(0, (Span(7, 0, 2), Span(8, 3, 3))), [q, k, v])
     recorder.note(1, WeightedValues(0, (Weighted(7, 2, 2),)), [torch.ones(16)])
-    recorder.note(1, Linear(*FIRST), [torch.ones(2, 64)])
+    recorder.note(1, Linear(*place_of(FIRST)), [torch.ones(2, 64)])
     recorder.note(1, Free(7), [])
     session = tmp_path / "a" / SESSION
     lines = [json.loads(line) for line in (session / INDEX).read_text().splitlines()]
@@ -104,13 +105,13 @@ def test_calls_about_kept_keys_and_values_are_written_whole_and_not_read(tmp_pat
     ]  # fmt: skip
     found = load_file(session / lines[1]["tensor"])
     assert all(torch.equal(found[name], x) for name, x in {"q": q, "k": k, "v": v}.items())
-    assert [call.key for call in read(tmp_path / "a").calls] == [FIRST]
+    assert [call.group for call in read(tmp_path / "a").calls] == [FIRST]
 
 
 def test_each_session_has_its_folder(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "a")
     for session in (1, 2, 1):
-        recorder.note(session, Linear(*FIRST), [torch.full((1, 64), float(session))])
+        recorder.note(session, Linear(*place_of(FIRST)), [torch.full((1, 64), float(session))])
     error = r"holds 2 sessions; name one, as .*/session-1"
     with pytest.raises(RecordingError, match=error):
         read(tmp_path / "a")
@@ -250,7 +251,7 @@ def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_recording_that_ends_within_the_prompt_is_no_audit(tmp_path: Path) -> None:
-    rows = {key: each for key, each in noise(1).items() if key != (-1, "lm_head")}
+    rows = {key: each for key, each in noise(1).items() if key.layer is not None}
     recording = read(write(tmp_path / "a", rows, WIDE))
     with pytest.raises(RecordingError, match="holds no complete prompt"):
         _ = recording.prompt_tokens

@@ -14,8 +14,8 @@ from tsqp.bench.floors import floor
 from tsqp.bench.modes import MODES, Setting, stock_bytes
 from tsqp.bench.timing import seconds
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.quantize import group_shape
 from tsqp.model.config import ModelConfig, linear_groups, tensor_shapes
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pads import Pads
 
@@ -111,7 +111,7 @@ def test_a_worker_on_a_gpu_has_the_floor_of_the_gpu(tiny: ModelConfig) -> None:
 
 
 def test_the_stock_has_room_for_the_rows_it_was_made_for(tiny: ModelConfig) -> None:
-    shapes = {key: group_shape(tiny, *key) for key in linear_groups(tiny)}
+    shapes = {group: group.shape for group in linear_groups(tiny)}
 
     class Zeros:
         field = FIELDS["wide"]
@@ -119,15 +119,15 @@ def test_the_stock_has_room_for_the_rows_it_was_made_for(tiny: ModelConfig) -> N
         def stock_rows(self, memory_rows: int) -> int:
             return memory_rows
 
-        def batch_rows(self, key: tuple[int, str], room: int, memory_rows: int) -> int:
+        def batch_rows(self, key: LinearGroup, room: int, memory_rows: int) -> int:
             return room
 
         def forget(self) -> None:
             pass
 
-        def make(self, key: tuple[int, str], rows: int) -> Pads:
-            features, width = shapes[key]
-            return Pads(np.zeros((rows, width), np.int32), np.zeros((rows, features), np.int32))
+        def make(self, group: LinearGroup, rows: int) -> Pads:
+            r_ND = np.zeros((rows, group.width), np.int32)
+            return Pads(r_ND, np.zeros((rows, group.features), np.int32))
 
     enough = stock_bytes(tiny, 17, "wide")
     for memory, rows in ((enough, 17), (enough - 1, 16)):

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import torch
 
+from model_helpers import group_of
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.prepared import write_prepared
 from tsqp.checkpoint.quantize import IntegerWeights, quantize_all
+from tsqp.model.linear_group import LinearGroup
 
-Key = tuple[int, str]
 
-
-def expected(model: Path) -> dict[Key, IntegerWeights]:
+def expected(model: Path) -> dict[LinearGroup, IntegerWeights]:
     return dict(quantize_all(open_checkpoint(str(model))))
 
 
-def check(found: dict[Key, IntegerWeights], model: Path) -> None:
+def check(found: dict[LinearGroup, IntegerWeights], model: Path) -> None:
     right = expected(model)
     assert list(found) == list(right)
     for key, weights in right.items():
@@ -49,10 +49,13 @@ def without_a_largest(weights: IntegerWeights) -> None:
 
 
 def write_changed(
-    model: Path, path: Path, change: Callable[[IntegerWeights], None], key: Key = (1, "down")
+    model: Path,
+    path: Path,
+    change: Callable[[IntegerWeights], None],
+    place: tuple[int, str] = (1, "down"),
 ) -> None:
     """A prepared file with a right digest whose integers or scales no quantisation makes."""
     checkpoint = open_checkpoint(str(model))
     groups = expected(model)
-    change(groups[key])
+    change(groups[group_of(checkpoint.config, *place)])
     write_prepared(checkpoint, path, iter(groups.items()), WeightsDigest())

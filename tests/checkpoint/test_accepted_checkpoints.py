@@ -19,6 +19,7 @@ from tsqp.checkpoint.quantize import quantize_all
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.config import tensor_shapes
+from tsqp.model.linear_group import LinearGroup
 
 INDEX = "model.safetensors.index.json"
 
@@ -146,7 +147,7 @@ def test_shards_in_folders(
     move_shards(sharded, lambda number: f"part{number}/model.safetensors")
     check_tensors(sharded)
     for _ in range(2):
-        found: dict[tuple[int, str], Any] = {}
+        found: dict[LinearGroup, Any] = {}
         load_integers(open_checkpoint(str(sharded)), found.__setitem__)
         assert all(torch.equal(found[k].weight_FD, expected[k].weight_FD) for k in expected)
 

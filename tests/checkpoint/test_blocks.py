@@ -12,7 +12,7 @@ from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.checkpoint.digest import WeightsDigest, weights_digest
 from tsqp.checkpoint.quantize import quantize_all
 from tsqp.checkpoint.weights import read_embedding, read_linear
-from tsqp.model.config import tensor_shapes
+from tsqp.model.config import layer_groups, tensor_shapes
 
 
 @pytest.fixture(params=["sharded", "gguf", "gguf-q8", "random"])
@@ -42,9 +42,10 @@ def test_blocks_of_any_size_give_the_same_integers_layout_and_digest(
 ) -> None:
     def everything() -> tuple[list[torch.Tensor], list[str]]:
         digests = WeightsDigest(), WeightsDigest()
+        gate_up = layer_groups(checkpoint.config, 1).gate_up
         found = [weights.weight_FD for _, weights in quantize_all(checkpoint)]
         found += [weights.scale_F for _, weights in quantize_all(checkpoint)]
-        found.append(read_linear(checkpoint, 1, "gate_up", torch.float32, digests[0]).weight_FD)
+        found.append(read_linear(checkpoint, gate_up, torch.float32, digests[0]).weight_FD)
         found.append(read_embedding(checkpoint, torch.float32, digests[1], multiplies=True))
         ends = [digest.hexdigest() for digest in digests]
         return found, [*ends, weights_digest(checkpoint, torch.bfloat16)]
@@ -79,6 +80,6 @@ def test_reading_takes_a_block_and_no_whole_tensor(
     monkeypatch.setattr(type(checkpoint), "read", measured)
     for _ in quantize_all(checkpoint):
         pass
-    read_linear(checkpoint, 0, "down", torch.float32)
+    read_linear(checkpoint, layer_groups(checkpoint.config, 0).down, torch.float32)
     weights_digest(checkpoint, torch.float32)
     assert 0 < largest <= 256

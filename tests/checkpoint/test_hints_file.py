@@ -14,11 +14,13 @@ from tsqp.algebra.hints import Polynomials
 from tsqp.checkpoint.hints_file import HintsFile, new_hints_file, write_hints
 from tsqp.checkpoint.prepared import PreparedFile, prepare
 from tsqp.errors import HintsError, UsageError
+from tsqp.model.linear_group import LinearGroup
 from tsqp.runtime import build
 from tsqp.tee.offload import lattice_load
 from tsqp.tee.offload.lattice_load import LatticeLoad
 
 MODEL, OTHER = "random:tiny", "random:tiny:1"
+QKV = LinearGroup(0, "qkv", 5, 64)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPT = [[3, 141, 59, 26]]
 
@@ -194,7 +196,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_warning(
 
 def test_small_models_keep_no_hints() -> None:
     builder = object.__new__(build.Builder)
-    builder._shapes = lambda: {(0, "qkv"): (64, 64)}  # type: ignore[method-assign]
+    builder._shapes = lambda: {QKV: (64, 64)}  # type: ignore[method-assign]
     assert builder._cached_hints() is None
 
 
@@ -202,13 +204,13 @@ def test_a_writer_that_is_interrupted_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "new.tsqp.hints"
     with (
         pytest.raises(KeyboardInterrupt),
-        new_hints_file(path, bytes(32), {(0, "qkv"): 5}) as writer,
+        new_hints_file(path, bytes(32), [QKV]) as writer,
     ):
-        writer.add((0, "qkv"), Polynomials.empty(2048, 5))
+        writer.add(QKV, Polynomials.empty(2048, QKV.features))
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_two_loads_share_a_seed() -> None:
-    shapes = {(0, "qkv"): (3, 5)}
+    shapes = {QKV: QKV.shape}
     assert LatticeLoad(shapes, {}).seed != LatticeLoad(shapes, {}).seed

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from prepared_helpers import (
-    Key,
     change_byte,
     change_byte_in_place,
     check,
@@ -29,6 +28,7 @@ from tsqp.checkpoint.prepared import SUFFIX, prepare
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.checkpoint.safetensors_file import SafetensorsCheckpoint
 from tsqp.errors import CheckpointError
+from tsqp.model.linear_group import LinearGroup
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def load(model: Path) -> tuple[dict[Key, IntegerWeights], str]:
-    found: dict[Key, IntegerWeights] = {}
+def load(model: Path) -> tuple[dict[LinearGroup, IntegerWeights], str]:
+    found: dict[LinearGroup, IntegerWeights] = {}
     digest = load_integers(open_checkpoint(str(model)), found.__setitem__)
     return found, digest
 

@@ -15,6 +15,7 @@ from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
 from tsqp.checkpoint.quantize import IntegerWeights, quantize_all
+from tsqp.model.linear_group import LinearGroup
 
 DEADLINE_S = 60
 PAUSED = """
@@ -132,7 +133,7 @@ def test_integers_of_a_checkpoint_that_was_replaced_meanwhile_are_not_those_of_t
     os.replace(tmp_path / "new", weights)  # noqa: PTH105  after it was opened
 
     load_integers(old, lambda key, weights: None)
-    found: dict[tuple[int, str], IntegerWeights] = {}
+    found: dict[LinearGroup, IntegerWeights] = {}
     load_integers(open_checkpoint(str(directory)), found.__setitem__)
 
     assert len(names(tmp_path / "cache" / "prepared")) == 2

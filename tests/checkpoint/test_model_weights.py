@@ -21,7 +21,8 @@ from tsqp.checkpoint.weights import (
     read_norm,
 )
 from tsqp.errors import ModelError, OutOfMemory
-from tsqp.model.config import LAYER_GROUPS
+from tsqp.model.config import layer_groups, output_projection
+from tsqp.model.linear_group import LayerGroups
 
 PARTS = {
     "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -31,12 +32,14 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("group", LAYER_GROUPS)
+@pytest.mark.parametrize("group", LayerGroups._fields)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_group_computes_its_layers_outputs_concatenated(
     model: Any, directory: Path, group: str, dtype: torch.dtype
 ) -> None:
-    found = read_linear(open_checkpoint(str(directory)), 1, group, dtype)
+    checkpoint = open_checkpoint(str(directory))
+    groups = layer_groups(checkpoint.config, 1)
+    found = read_linear(checkpoint, getattr(groups, group), dtype)
     state = model.state_dict()
     weights = [state[f"model.layers.1.{part}.weight"] for part in PARTS[group]]
     biases = [state[f"model.layers.1.{part}.bias"] for part in PARTS[group]]
@@ -49,13 +52,15 @@ def test_a_group_computes_its_layers_outputs_concatenated(
 
 def test_a_group_without_biases_has_none(tied_model: Any, tmp_path: Path) -> None:
     tied_model.save_pretrained(tmp_path)
-    assert read_linear(open_checkpoint(str(tmp_path)), 0, "qkv", torch.float32).bias_F is None
+    checkpoint = open_checkpoint(str(tmp_path))
+    qkv = layer_groups(checkpoint.config, 0).qkv
+    assert read_linear(checkpoint, qkv, torch.float32).bias_F is None
 
 
 def test_a_tied_output_projection_is_the_embedding(tied_model: Any, tmp_path: Path) -> None:
     tied_model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
-    head = read_linear(checkpoint, -1, "lm_head", torch.float32)
+    head = read_linear(checkpoint, output_projection(checkpoint.config), torch.float32)
     assert torch.equal(head.weight_FD, read_embedding(checkpoint, torch.float32))
 
 

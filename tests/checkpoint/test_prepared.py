@@ -43,7 +43,7 @@ def test_a_prepared_file_holds_the_integers_of_the_checkpoint(
     check(dict(file.groups()), directory)
     digest = WeightsDigest()
     for key, weights in expected(directory).items():
-        add_to_digest(digest, *key, weights)
+        add_to_digest(digest, key, weights)
     assert file.digest == digest.hexdigest()
 
 

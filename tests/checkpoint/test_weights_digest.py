@@ -11,7 +11,7 @@ from model_helpers import WriteGGUF
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.digest import WeightsDigest, weights_digest
 from tsqp.checkpoint.weights import read_embedding, read_linear, read_norm
-from tsqp.model.config import LAYER_GROUPS, norm_shapes
+from tsqp.model.config import linear_groups, norm_shapes
 
 TENSOR = torch.arange(12.0).view(3, 4)
 
@@ -88,10 +88,8 @@ def test_fused_loading_gives_the_same_digest(name: str, tied_model: Any, tmp_pat
         name = str(tmp_path)
     checkpoint = open_checkpoint(name)
     digest = WeightsDigest()
-    read_linear(checkpoint, -1, "lm_head", torch.bfloat16, digest)
-    for layer in range(checkpoint.config.num_layers):
-        for group in LAYER_GROUPS:
-            read_linear(checkpoint, layer, group, torch.bfloat16, digest)
+    for group in reversed(linear_groups(checkpoint.config)):  # in another order
+        read_linear(checkpoint, group, torch.bfloat16, digest)
     for name in norm_shapes(checkpoint.config):
         read_norm(checkpoint, name, torch.bfloat16, digest)
     read_embedding(checkpoint, torch.bfloat16, digest)

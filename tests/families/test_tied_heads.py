@@ -21,6 +21,7 @@ from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
 from tsqp.checkpoint.quantize import quantize_group
 from tsqp.errors import CheckpointError, UnsupportedModel
+from tsqp.model.config import output_projection
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.offload.local import LocalOffload
 
@@ -122,11 +123,13 @@ def test_every_mode_uses_the_head_of_the_file(
 
 def test_a_prepared_file_holds_the_head_of_the_file(tmp_path: Path) -> None:
     make_model("gemma2", tie_word_embeddings=False).save_pretrained(tmp_path)
-    right = quantize_group(open_checkpoint(str(tmp_path)), -1, "lm_head")
+    checkpoint = open_checkpoint(str(tmp_path))
+    lm_head = output_projection(checkpoint.config)
+    right = quantize_group(checkpoint, lm_head)
     set_flag(tmp_path, True)
     path = tmp_path / f"x{SUFFIX}"
     prepare(str(tmp_path), path)
-    found = dict(PreparedFile(path).groups())[-1, "lm_head"]
+    found = dict(PreparedFile(path).groups())[lm_head]
     assert torch.equal(found.weight_FD, right.weight_FD)
     assert torch.equal(found.scale_F, right.scale_F)
 

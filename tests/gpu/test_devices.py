@@ -14,6 +14,7 @@ from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.gpu import cuda_product
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
+from tsqp.model.config import layer_groups
 from tsqp.runtime.local_worker import LocalWorker
 from tsqp.wire.messages import Embed, Linear, Product, SeedProduct
 
@@ -83,7 +84,7 @@ def test_open_on_any_device_is_the_product_in_float64(
 ) -> None:
     weights = load_weights(checkpoint, dtype, device)
     worker = Worker(weights)
-    weight_FD = weights.linear_FD[0, "qkv"].cpu().double()
+    weight_FD = weights.linear_FD[layer_groups(checkpoint.config, 0).qkv].cpu().double()
     x_TD = torch.randn(9, weight_FD.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     y_TF = torch.empty(9, len(weight_FD), dtype=dtype)
     worker.run(Linear(0, "qkv"), [x_TD], [y_TF])

@@ -11,7 +11,8 @@ from tsqp.checkpoint.digest import weights_digest
 from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import MAX_ROWS, Worker
-from tsqp.model.config import LAYER_GROUPS
+from tsqp.model.config import output_projection
+from tsqp.model.linear_group import LayerGroups
 from tsqp.wire.messages import Embed, Hello, Linear, Operation
 from tsqp.wire.tensors import Spec
 
@@ -36,7 +37,9 @@ GROUPS = {
     "down": [(MLP + "down_proj.weight", (HIDDEN, INNER))],
     "lm_head": [("lm_head.weight", (VOCABULARY, HIDDEN))],
 }
-PLACES = [(layer, group) for layer in range(LAYERS) for group in LAYER_GROUPS] + [(-1, "lm_head")]
+PLACES = [(layer, group) for layer in range(LAYERS) for group in LayerGroups._fields] + [
+    (-1, "lm_head")
+]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_a_worker_says_what_it_serves(worker: Worker, checkpoint: Checkpoint) ->
 def test_weights_in_bfloat16_are_rounded_once(checkpoint: Checkpoint) -> None:
     weights = load_weights(checkpoint, torch.bfloat16, CPU)
     exact = checkpoint.read("lm_head.weight", (VOCABULARY, HIDDEN))
-    assert torch.equal(weights.linear_FD[-1, "lm_head"], exact.bfloat16())
+    assert torch.equal(weights.linear_FD[output_projection(checkpoint.config)], exact.bfloat16())
     assert weights.digest == weights_digest(checkpoint, torch.bfloat16)
 
 

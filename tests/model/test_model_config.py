@@ -9,7 +9,12 @@ from transformers import LlamaConfig
 
 from model_helpers import LLAMA3_ROPE, make_model
 from tsqp.errors import CheckpointError, ModelError, UnsupportedModel
-from tsqp.model.config import LAYER_GROUPS, Layer, ModelConfig, parts, tensor_shapes
+from tsqp.model.config import (
+    Layer,
+    ModelConfig,
+    output_projection,
+    tensor_shapes,
+)
 from tsqp.model.hf_config import from_hf
 from tsqp.model.rope import Llama3Scaling, Rope
 
@@ -231,12 +236,6 @@ def test_the_parts_are_the_linear_layers_of_transformers() -> None:
     assert tensor_shapes(config) == theirs
 
 
-def test_a_group_that_does_not_exist_is_our_own_mistake() -> None:
-    with pytest.raises(KeyError):
-        parts(from_hf(LLAMA_1_7B, None), 0, "norm")
-    assert "norm" not in LAYER_GROUPS
-
-
 def test_a_tied_output_projection_is_the_embedding() -> None:
-    (part,) = parts(from_hf(LLAMA_32_1B, None), -1, "lm_head")
+    (part,) = output_projection(from_hf(LLAMA_32_1B, None)).parts
     assert (part.name, part.out_features) == ("model.embed_tokens", 128256)

@@ -53,7 +53,7 @@ LATE_S = 1.0
 MEDDLE_S = 0.003  # how long memory keeps changing after the answer was posted
 PAGE = 4096
 
-Key = tuple[int, str]
+Place = tuple[int, str]  # of a group, as messages name it
 Frames = list[bytes | memoryview]
 
 
@@ -185,7 +185,7 @@ class Liar:
         self.order = order
         self.is_lying = False  # in the call that is being answered
         self.outputs: Sequence[Tensor] = ()
-        self.answers: dict[Key, Tensor] = {}
+        self.answers: dict[Place, Tensor] = {}
         self.segment: int | None = None
         self._worker = other if order.crime == "hides other weights" else honest
         self._session = self._worker.open()
@@ -238,7 +238,7 @@ class Liar:
             if wrong_TF is not None:
                 residue_bytes.pack(wrong_TF.numpy().astype(field.dtype), field, z_TB.numpy())
 
-    def _answer(self, field: Field, key: Key, c_TD: Tensor, z_TF: Tensor) -> Answer:
+    def _answer(self, field: Field, key: Place, c_TD: Tensor, z_TF: Tensor) -> Answer:
         def fitting(found_TF: Tensor | None) -> Tensor | None:
             return found_TF if found_TF is not None and found_TF.shape == z_TF.shape else None
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.quantize import group_shape
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import Worker
-from tsqp.model.config import linear_groups
+from tsqp.model.config import layer_groups
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import parse_endpoint
-from tsqp.wire.messages import Hello, Operation, Product
+from tsqp.wire.messages import Hello, Operation, Product, place_of
 from tsqp.wire.server import Server
 from tsqp.wire.tensors import Spec
 
@@ -52,11 +51,10 @@ def slow_worker(endpoint: str, delay_s: Callable[[int], float]) -> Iterator[str]
 def busy_neighbour(endpoint: str, hello: Hello, rows: int) -> Iterator[None]:
     """Another client of a worker, which asks for one product after the other."""
     checkpoint = open_checkpoint(MODEL)
-    key = next(iter(linear_groups(checkpoint.config)))
-    features, width = group_shape(checkpoint.config, *key)
+    qkv = layer_groups(checkpoint.config, 0).qkv
     checkpoint.close()
-    operation = Product(*key, "wide")
-    shapes = [Spec((rows, 4 * size), torch.uint8) for size in (width, features)]
+    operation = Product(*place_of(qkv), "wide")
+    shapes = [Spec((rows, 4 * size), torch.uint8) for size in (qkv.width, qkv.features)]
     begun = threading.Event()
 
     def ask(stop: threading.Event) -> None:

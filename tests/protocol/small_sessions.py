@@ -17,7 +17,7 @@ from tsqp.algebra.params import LATTICE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.gpu.weights import IntegerModel
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider
@@ -34,17 +34,16 @@ from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.messages import Hello
 from tsqp.wire.server import Server
 
-SHAPES: dict[Key, tuple[int, int]] = {
-    (0, "qkv"): (5, 7),
-    (0, "down"): (7, 19),
-    (-1, "lm_head"): (33, 7),
-}
+QKV = LinearGroup(0, "qkv", 5, 7)
+DOWN = LinearGroup(0, "down", 7, 19)
+HEAD = LinearGroup(None, "lm_head", 33, 7)
+SHAPES = {group: group.shape for group in (QKV, DOWN, HEAD)}
 DIGEST = "cd" * 32
 TIMEOUT_S = 30.0
 ROW_BYTES = 4 * sum(map(sum, SHAPES.values()))
 
 
-def small_weights() -> dict[Key, IntegerWeights]:
+def small_weights() -> dict[LinearGroup, IntegerWeights]:
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for key, shape in SHAPES.items():
@@ -67,7 +66,7 @@ def hello(shm_bytes: int = 0) -> Hello:
     return Hello(secrets.token_bytes(32), DIGEST, "int8", PRIVATE_ABILITIES, shm_bytes)
 
 
-def _groups(field: Field) -> dict[Key, MaskedGroup]:
+def _groups(field: Field) -> dict[LinearGroup, MaskedGroup]:
     return {key: MaskedGroup(key, weights, None, field) for key, weights in WEIGHTS.items()}
 
 
@@ -97,9 +96,9 @@ def shares_linear(
     return SharesLinear(channels, _groups(field), torch.float32, TIMEOUT_S, rows, failures)
 
 
-def ask(linear: PadLinear[Any] | SharesLinear, key: Key, x_TD: Tensor) -> Tensor:
+def ask(linear: PadLinear[Any] | SharesLinear, group: LinearGroup, x_TD: Tensor) -> Tensor:
     """A private copy of the answer to one request."""
-    with linear.start(Linear(*key, x_TD)) as y_TF:
+    with linear.start(Linear(group, x_TD)) as y_TF:
         return y_TF.clone()
 
 

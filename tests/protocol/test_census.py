@@ -10,13 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_sessions import SHAPES, ask, hello, pad_linear, shares_linear, small_worker
+from small_sessions import (
+    DOWN,
+    HEAD,
+    QKV,
+    SHAPES,
+    ask,
+    hello,
+    pad_linear,
+    shares_linear,
+    small_worker,
+)
 from torch import Tensor
 
 from tsqp.algebra.params import DIRECT_FIELDS, FIELDS, Field
 from tsqp.errors import IntegrityError, NumericalError
 from tsqp.gpu.worker import Worker
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.masked import BLOCK_ROWS
@@ -25,15 +35,15 @@ from tsqp.wire.messages import Operation, SeedProduct
 
 EVERY = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
 DIRECT = pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
-QKV, DOWN, HEAD = SHAPES
-WIDTHS = {key: width for key, (_, width) in SHAPES.items()}
 
 
 class Received:
     """Notes the rows and seeds that in-process workers receive."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: dict[int, list[np.ndarray]] = {width: [] for width in WIDTHS.values()}
+        self.rows: dict[int, list[np.ndarray]] = {
+            width: [] for width in {group.width for group in SHAPES}
+        }
         self.seeds: list[bytes] = []
         run = Worker.run
 
@@ -70,8 +80,8 @@ def received(monkeypatch: pytest.MonkeyPatch) -> Received:
     return Received(monkeypatch)
 
 
-def zeros(key: Key, rows: int) -> Tensor:
-    return torch.zeros(rows, WIDTHS[key])
+def zeros(group: LinearGroup, rows: int) -> Tensor:
+    return torch.zeros(rows, group.width)
 
 
 @EVERY
@@ -99,9 +109,9 @@ def test_calls_that_fail_or_are_given_up_use_their_pads_up(
         for _ in range(20):
             with pytest.raises(NumericalError):
                 ask(linear, QKV, bad_TD)
-            linear.start(Linear(*QKV, zeros(QKV, 300))).cancel()
+            linear.start(Linear(QKV, zeros(QKV, 300))).cancel()
             ask(linear, QKV, zeros(QKV, 3))
-    received.rows = {WIDTHS[QKV]: received.rows[WIDTHS[QKV]]}
+    received.rows = {QKV.width: received.rows[QKV.width]}
     assert received.assert_nothing_comes_twice(field) == 20 * (256 + 256 + 3)
 
 
@@ -124,7 +134,7 @@ def test_a_session_after_a_lie_shares_no_pad_with_the_one_before(
             pytest.raises(IntegrityError, match=says),
         ):
             ask(linear, QKV, zeros(QKV, 300))
-    received.rows = {WIDTHS[QKV]: received.rows[WIDTHS[QKV]]}
+    received.rows = {QKV.width: received.rows[QKV.width]}
     assert received.assert_nothing_comes_twice(field) == MAX_FAILURES * 256
 
 

@@ -20,6 +20,7 @@ from tsqp.checkpoint.random_weights import GEOMETRIES
 from tsqp.errors import HandshakeError, LatticeError, OutOfMemory, UnsupportedModel, UsageError
 from tsqp.gpu import worker as worker_module
 from tsqp.gpu.worker import Worker
+from tsqp.model.linear_group import LinearGroup
 from tsqp.runtime import build
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.pads import Pads
@@ -126,8 +127,10 @@ def test_auto_takes_pads_where_hints_do_not_fit(
 
 
 def test_auto_measures_that_masks_are_cheaper_in_wide_layers_and_pads_in_narrow_ones() -> None:
-    wide = measure_costs({(0, "up"): (16_384, 4096)}, 2**30)  # thirty times as cheap, or so
-    narrow = measure_costs({(0, "up"): (16, 16)}, 2**24)
+    wide = measure_costs(
+        {LinearGroup(0, "up", 16_384, 4096): (16_384, 4096)}, 2**30
+    )  # thirty times as cheap, or so
+    narrow = measure_costs({LinearGroup(0, "up", 16, 16): (16, 16)}, 2**24)
     assert wide.lattice_is_cheaper
     assert not narrow.lattice_is_cheaper
 
@@ -144,9 +147,9 @@ def test_a_wrong_product_of_a_mask_ends_lattice_offload_for_good(
     make, calls = LatticeProvider.make, list[int]()
     run = Worker.run
 
-    def make_wrong(provider: LatticeProvider, key: tuple[int, str], count: int) -> Pads:
-        pads = make(provider, key, count)
-        if key == (1, "o"):
+    def make_wrong(provider: LatticeProvider, group: LinearGroup, count: int) -> Pads:
+        pads = make(provider, group, count)
+        if (group.layer, group.name) == (1, "o"):
             pads.u_NF[:, -2] ^= 0x40  # more than the noise, which rounding would take away
         return pads
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_sessions import SHAPES, ask, hello, pad_linear, shares_linear, small_worker
+from small_sessions import QKV, ask, hello, pad_linear, shares_linear, small_worker
 from torch import Tensor
 
 from tsqp.algebra.params import FIELDS
@@ -19,7 +19,6 @@ from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.channel import InprocChannel
 
-QKV = (0, "qkv")
 BLOCKS = 4
 ROWS = BLOCKS * BLOCK_ROWS - 5
 Begin = Callable[[FailureLimit], PadLinear[Any] | SharesLinear]
@@ -71,7 +70,7 @@ def liar(monkeypatch: pytest.MonkeyPatch) -> Liar:
 
 
 def inputs(rows: int = ROWS) -> Tensor:
-    return torch.ones(rows, SHAPES[QKV][1])
+    return torch.ones(rows, QKV.width)
 
 
 @MODES
@@ -103,10 +102,10 @@ def test_a_lie_ends_the_session_and_forgets_pads_and_vectors(begin: Begin, liar:
 def test_an_answer_is_not_used_once_the_limit_is_reached(begin: Begin, liar: Liar) -> None:
     failures = FailureLimit()
     with closing(begin(failures)) as linear:
-        pending = linear.start(Linear(*QKV, inputs(1)))
+        pending = linear.start(Linear(QKV, inputs(1)))
         for _ in range(MAX_FAILURES):  # in other sessions, meanwhile
             failures.count()
         with pytest.raises(IntegrityError, match="nothing is offloaded any more"), pending:
             raise AssertionError("somebody was given the answer")
         with pytest.raises(WorkerError, match=r"nothing is offloaded any more|has ended"):
-            linear.start(Linear(*QKV, inputs(1)))
+            linear.start(Linear(QKV, inputs(1)))

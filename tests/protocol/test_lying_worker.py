@@ -50,7 +50,7 @@ from tsqp.errors import (
     WorkerError,
     WorkerLost,
 )
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.runtime import build
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
@@ -58,6 +58,7 @@ from tsqp.tee.crypto.pads import Pads, empty_rows
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import Group, MaskedGroup
+from tsqp.wire.messages import place_of
 
 pytestmark = [pytest.mark.usefixtures("nothing_is_left", "limit")]
 
@@ -444,7 +445,7 @@ def test_with_more_on_the_worker_a_broken_answer_gives_no_token(
 @pytest.mark.parametrize("field", ["wide", "compact"])
 @pytest.mark.parametrize("key", [(0, "qkv"), (1, "down"), (-1, "lm_head")])
 def test_a_wrong_product_of_a_pad_is_noticed(
-    key: Key,
+    key: tuple[int, str],
     field: str,
     worker: LyingWorker,
     sampled: list[int],
@@ -452,9 +453,9 @@ def test_a_wrong_product_of_a_pad_is_noticed(
 ) -> None:
     make = DirectProvider.make
 
-    def make_wrong(provider: DirectProvider, asked: Key, rows: int) -> Pads:
+    def make_wrong(provider: DirectProvider, asked: LinearGroup, rows: int) -> Pads:
         pads = make(provider, asked, rows)
-        if asked == key:
+        if place_of(asked) == key:
             pads.u_NF[-1, -1] = (pads.u_NF[-1, -1] + 1) % FIELDS[field].p
         return pads
 
@@ -497,19 +498,19 @@ def test_sessions_that_were_begun_before_give_no_further_tries(
 class Checked:
     """One group with an honest answer, to be corrupted."""
 
-    def __init__(self, key: Key, weights: IntegerWeights, field: Field) -> None:
+    def __init__(self, linear: LinearGroup, weights: IntegerWeights, field: Field) -> None:
         self.field = field
         self.pool = RowPool(1)
         self.group: Group[Any]
         self._weight_FD = weights.weight_FD
         if field is LATTICE:
-            load = LatticeLoad({key: (weights.weight_FD.shape[0], weights.weight_FD.shape[1])}, {})
-            load.add(key, weights)
-            self.group = load.groups[key]
+            load = LatticeLoad({linear: linear.shape}, {})
+            load.add(linear, weights)
+            self.group = load.groups[linear]
             self._provider: PadProvider = load.provider(0)
         else:
-            self.group = MaskedGroup(key, weights, None, field)
-            self._provider = DirectProvider({key: weights.weight_FD}, field)
+            self.group = MaskedGroup(linear, weights, None, field)
+            self._provider = DirectProvider({linear: weights.weight_FD}, field)
         self._made = Pads(np.empty((0, 0)), np.empty((0, 0)))
         self.refresh()
 
@@ -519,7 +520,7 @@ class Checked:
         x_1D = torch.randn(1, group.width) if x_1D is None else x_1D
         if pads is None:
             if not len(self._made):
-                self._made = self._provider.make((group.layer, group.name), 1)
+                self._made = self._provider.make(group.linear, 1)
             pads, self._made = self._made[:1], self._made[1:]
         c_1B = torch.empty(1, each * group.width, dtype=torch.uint8)
         self.masked = group.mask(x_1D, pads.r_ND, c_1B, self.pool)
@@ -549,12 +550,16 @@ class Checked:
 
 
 @cache
-def integer_weights() -> dict[Key, IntegerWeights]:
+def integer_weights() -> dict[LinearGroup, IntegerWeights]:
     checkpoint = open_checkpoint(MODEL)
-    weights: dict[Key, IntegerWeights] = {}
+    weights: dict[LinearGroup, IntegerWeights] = {}
     load_integers(checkpoint, weights.__setitem__)
     checkpoint.close()
     return weights
+
+
+def a_group() -> tuple[LinearGroup, IntegerWeights]:
+    return next(item for item in integer_weights().items() if place_of(item[0]) == (0, "o"))
 
 
 def missed(checked: Checked, bits: Sequence[int]) -> int:
@@ -570,13 +575,13 @@ def missed(checked: Checked, bits: Sequence[int]) -> int:
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
 def test_every_single_bit_of_an_answer_matters(field: Field) -> None:
-    checked = Checked((0, "o"), integer_weights()[0, "o"], field)
+    checked = Checked(*a_group(), field)
     assert missed(checked, range(checked.bits)) == 0
 
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
 def test_p_in_the_place_of_zero_is_refused(field: Field) -> None:
-    checked = Checked((0, "o"), integer_weights()[0, "o"], field)
+    checked = Checked(*a_group(), field)
     width, features = checked.group.width, checked.group.features
     zero = Pads(empty_rows(1, width, field), empty_rows(1, features, field))
     zero.r_ND[:] = zero.u_NF[:] = 0
@@ -592,7 +597,7 @@ def missed_at_random(field: Field, flips: int) -> int:
     """Random bits of answers of all groups, each with inputs and pads of its own."""
     random = np.random.default_rng(0)
     count, each = 0, 50
-    groups = [Checked(key, integer_weights()[key], field) for key in GROUPS]
+    groups = [Checked(*item, field) for item in integer_weights().items()]
     for checked in itertools.islice(itertools.cycle(groups), flips // each):
         checked.refresh()
         count += missed(checked, random.integers(checked.bits, size=each).tolist())
@@ -615,7 +620,9 @@ def test_what_is_checked_is_what_is_used_while_memory_changes(field: Field) -> N
     # So many that reading them takes longer than changing one; the loops of lattice are slower.
     features = 100_000 if field is LATTICE else 400_000
     weight_FD = torch.randint(-127, 128, (features, 4), dtype=torch.int8)
-    checked = Checked((0, "o"), IntegerWeights(weight_FD, torch.ones(features)), field)
+    checked = Checked(
+        LinearGroup(0, "o", features, 4), IntegerWeights(weight_FD, torch.ones(features)), field
+    )
     right_1F = checked.product()
     stop = threading.Event()
     thread = threading.Thread(target=keep_changing, args=(checked.z_1B, stop))

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
-from tsqp.checkpoint.quantize import group_shape
 from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel, WorkerLost
 from tsqp.gpu.worker import Worker
-from tsqp.model.config import Key, linear_groups
+from tsqp.model.config import layer_groups, linear_groups
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import pad_providers
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.pad_pool import PadPool
@@ -66,23 +66,20 @@ def tokens(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[tuple[int, ...]
     return [answer.token_ids for answer in llm.generate(prompts, GREEDY)]
 
 
-def linear(llm: LLM, layer: int, group: str, x_TD: Tensor) -> Tensor:
+def linear(llm: LLM, group: LinearGroup, x_TD: Tensor) -> Tensor:
     """What the offload answers to one request."""
     assert llm._offload is not None
-    with llm._offload.start(Linear(layer, group, x_TD)) as y_TF:
+    with llm._offload.start(Linear(group, x_TD)) as y_TF:
         return y_TF.clone()
 
 
-def every_group(llm: LLM) -> dict[Key, Tensor]:
+def every_group(llm: LLM) -> dict[LinearGroup, Tensor]:
     """The answers of all groups to rows that depend on nothing but their width."""
     generator = torch.Generator().manual_seed(5)
-    answers = {}
-    for layer, group in linear_groups(llm.config):
-        _, width = group_shape(llm.config, layer, group)
-        answers[layer, group] = linear(
-            llm, layer, group, torch.randn(3, width, generator=generator)
-        )
-    return answers
+    return {
+        group: linear(llm, group, torch.randn(3, group.width, generator=generator))
+        for group in linear_groups(llm.config)
+    }
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,7 @@ def test_groups_and_whole_answers_of_a_real_model_equal_the_fixed_point_referenc
         assert tokens(inline, prompts) == expected
         found = every_group(inline)
     assert len(groups) == 30 * 4 + 1
-    assert all(torch.equal(found[key], y_TF) for key, y_TF in groups.items())
+    assert all(torch.equal(found[group], y_TF) for group, y_TF in groups.items())
     with LLM("demo", worker="local", pad_memory=budget, timeout=60, **options) as ahead:
         ahead.fill_pads()
         assert tokens(ahead, prompts) == expected
@@ -124,14 +121,12 @@ def test_every_group_of_a_model_with_biases_is_bit_equal(
         LLM(str(small), privacy="tee", fixed_point=True, **options) as reference,
         LLM(str(small), privacy="pad", worker="inproc", **options) as padded,
     ):
-        groups = [(layer, g) for layer in (0, 1) for g in ("qkv", "o", "gate_up", "down")]
-        for layer, group in [*groups, (-1, "lm_head")]:
-            width = 88 if group == "down" else 48
+        for group in linear_groups(padded.config):
             for rows in (1, 2, 300):
-                x_TD = torch.randn(rows, width, generator=generator).to(reference.dtype)
-                y_TF = linear(padded, layer, group, x_TD)
+                x_TD = torch.randn(rows, group.width, generator=generator).to(reference.dtype)
+                y_TF = linear(padded, group, x_TD)
                 assert y_TF.dtype == reference.dtype
-                assert torch.equal(y_TF, linear(reference, layer, group, x_TD))
+                assert torch.equal(y_TF, linear(reference, group, x_TD))
 
 
 @EVERY
@@ -140,7 +135,7 @@ def test_the_fixed_point_product_is_that_of_float64(field: str, small: Path) -> 
     exact = LlamaForCausalLM.from_pretrained(small, dtype=torch.float64).model.layers[1]
     with LLM(str(small), privacy="tee", fixed_point=True, field=field, dtype="float32") as llm:
         x_TD = torch.randn(50, 48, generator=generator)
-        y_TF = linear(llm, 1, "o", x_TD).double()
+        y_TF = linear(llm, layer_groups(llm.config, 1).o, x_TD).double()
         weight_FD = exact.self_attn.o_proj.weight.detach()
         scale_F = weight_FD.abs().amax(1, keepdim=True) / 127
         rounded_FD = (weight_FD / scale_F).round() * scale_F
@@ -283,7 +278,7 @@ def test_whoever_maps_the_shared_memory_sees_finished_residues_only(
     x_TD = torch.ones(ROWS, WIDTH)
     with LLM(str(broad), pad_memory=0, timeout=60, **options) as llm:  # type: ignore[arg-type]
         assert llm.transport != "inline"
-        expected = linear(llm, 0, "down", x_TD)
+        expected = linear(llm, layer_groups(llm.config, 0).down, x_TD)
         places, xq = set(exposed.offsets), round(1 / exposed.unit)
         content = row_of((xq + r) % p, FIELDS[field]) * ROWS
         # As they cross, and as they are computed with.
@@ -294,7 +289,7 @@ def test_whoever_maps_the_shared_memory_sees_finished_residues_only(
             while answers < 100 or not reader.has_looked():
                 assert time.monotonic() < end
                 answers += 1
-                assert torch.equal(linear(llm, 0, "down", x_TD), expected)
+                assert torch.equal(linear(llm, layer_groups(llm.config, 0).down, x_TD), expected)
         assert exposed.offsets == places
     assert reader.seen["looks"] >= ENOUGH
     assert (reader.seen["others"], reader.seen["leaks"]) == (0, 0)
@@ -305,7 +300,7 @@ def test_an_activation_that_is_no_number_ends_the_request_by_its_layer(small: Pa
         x_TD = torch.ones(2, 48)
         x_TD[1, 3] = float("nan")
         with pytest.raises(NumericalError, match="input of group qkv of layer 1"):
-            linear(llm, 1, "qkv", x_TD)
+            linear(llm, layer_groups(llm.config, 1).qkv, x_TD)
         assert tokens(llm, [[1, 2, 3]])  # and the session goes on
 
 
@@ -385,12 +380,12 @@ def test_a_wrong_row_of_any_block_gives_up_all_of_the_answer(
     with LLM(str(small), worker="inproc", field=field) as llm:
         assert llm._offload is not None
         monkeypatch.setattr(Worker, "run", lie)
-        pending = llm._offload.start(Linear(1, "down", torch.randn(300, 88)))
+        pending = llm._offload.start(Linear(layer_groups(llm.config, 1).down, torch.randn(300, 88)))
         with pytest.raises(IntegrityError, match="group down of layer 1"), pending:
             raise AssertionError("somebody was given the answer")
         assert limit._left == MAX_FAILURES - 1  # one lie, counted once
         with pytest.raises(WorkerLost, match="has ended"):
-            llm._offload.start(Linear(1, "down", torch.randn(1, 88)))
+            llm._offload.start(Linear(layer_groups(llm.config, 1).down, torch.randn(1, 88)))
 
 
 @pytest.mark.parametrize("interrupted", [KeyboardInterrupt, MemoryError])
@@ -400,8 +395,8 @@ def test_a_call_that_is_interrupted_gives_back_its_memory_and_its_pads_are_gone(
     taken: list[np.ndarray] = []
     take, mask = PadPool.take, MaskedGroup.mask
 
-    def noting(pool: PadPool, key: tuple[int, str], rows: int) -> Pads:
-        pads = take(pool, key, rows)
+    def noting(pool: PadPool, group: LinearGroup, rows: int) -> Pads:
+        pads = take(pool, group, rows)
         taken.append(pads.r_ND)
         return pads
 
@@ -416,9 +411,9 @@ def test_a_call_that_is_interrupted_gives_back_its_memory_and_its_pads_are_gone(
         monkeypatch.setattr(MaskedGroup, "mask", interrupt)
         for _ in range(5):
             with pytest.raises(interrupted):
-                linear(llm, 0, "qkv", torch.ones(3, 48))
+                linear(llm, layer_groups(llm.config, 0).qkv, torch.ones(3, 48))
         monkeypatch.setattr(MaskedGroup, "mask", mask)
         assert not arena._used
-        linear(llm, 0, "qkv", torch.ones(3, 48))
+        linear(llm, layer_groups(llm.config, 0).qkv, torch.ones(3, 48))
     rows = np.concatenate(taken)
     assert len(rows) == len({row.tobytes() for row in rows}) == 18

@@ -11,26 +11,44 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_sessions import DIGEST, SHAPES, ask, connect, pad_linear, serving, shares_linear
+from small_sessions import (
+    DIGEST,
+    QKV,
+    SHAPES,
+    ask,
+    connect,
+    pad_linear,
+    serving,
+    shares_linear,
+)
 from watched_segment import WatchedSegment
 
 from tsqp.algebra.params import DIRECT_FIELDS, FIELDS, Field
 from tsqp.algebra.residue_bytes import unpack
 from tsqp.errors import NumericalError
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.codec import encode, worker_decoder
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.mailbox import CAN_POLL
-from tsqp.wire.messages import INLINE, Attach, Bye, Call, Hello, Probe, Product, SeedProduct
+from tsqp.wire.messages import (
+    INLINE,
+    Attach,
+    Bye,
+    Call,
+    Hello,
+    Probe,
+    Product,
+    SeedProduct,
+    place_of,
+)
 from tsqp.wire.tensors import spec_of
 from tsqp.wire.zmq import ClientSocket
 
 EVERY = pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
 DIRECT = pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
 SIZES = (1, 2, 3, 17, 128, 300)
-QKV = (0, "qkv")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +57,9 @@ def endpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Endpoin
         yield endpoints
 
 
-def inputs(key: Key, rows: int) -> torch.Tensor:
+def inputs(group: LinearGroup, rows: int) -> torch.Tensor:
     """Rows of every size of number, one of zeros among them."""
-    _, width = SHAPES[key]
-    x_TD = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
+    x_TD = torch.randn(rows, group.width, generator=torch.Generator().manual_seed(rows))
     x_TD *= torch.logspace(-30, 30, rows)[:, None]
     x_TD[rows // 2] = 0
     return x_TD
@@ -51,8 +68,8 @@ def inputs(key: Key, rows: int) -> torch.Tensor:
 def use(linear: PadLinear[Any] | SharesLinear) -> None:
     """All that a mode does: calls of all sizes, one that fails, and one after another."""
     for rows in SIZES:
-        for key in SHAPES:
-            ask(linear, key, inputs(key, rows))
+        for group in SHAPES:
+            ask(linear, group, inputs(group, rows))
     bad_TD = inputs(QKV, 3)
     bad_TD[2, 1] = float("inf")
     with pytest.raises(NumericalError):
@@ -72,7 +89,7 @@ def test_pad_writes_nothing_but_residues_and_calls(
         use(linear)
         watched.look()
     assert watched.gaps > 1000 and watched.looks > 100
-    assert set(watched.operations) == {Product(*key, field.name) for key in SHAPES}
+    assert set(watched.operations) == {Product(*place_of(group), field.name) for group in SHAPES}
 
 
 @pytest.mark.skipif(not CAN_POLL, reason="this processor reorders stores")
@@ -87,7 +104,9 @@ def test_shares_writes_nothing_but_residues_and_calls(
         for each in watched:
             each.look()
     assert all(each.gaps > 1000 and each.looks > 100 for each in watched)
-    assert set(watched[-1].operations) == {Product(*key, field.name) for key in SHAPES}
+    assert set(watched[-1].operations) == {
+        Product(*place_of(group), field.name) for group in SHAPES
+    }
     seeded = [each for some in watched[:-1] for each in some.operations]
     assert all(isinstance(each, SeedProduct) for each in seeded)
 

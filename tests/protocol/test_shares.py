@@ -19,6 +19,8 @@ from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import NumericalError, ProtocolError, RemoteError, WorkerLost
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import MAX_ROWS, Worker
+from tsqp.model.config import layer_groups, linear_groups
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.offload import shares
 from tsqp.tee.offload.base import Linear
 from tsqp.wire.channel import InprocChannel
@@ -34,8 +36,6 @@ NAMES = [field.name for field in DIRECT_FIELDS]
 BOTH = pytest.mark.parametrize("field", NAMES)
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 PROMPTS = [[5, 6, 7], list(range(100, 300)), [9]]
-GROUPS = [(layer, name) for layer in (0, 1) for name in ("qkv", "o", "gate_up", "down")]
-GROUPS.append((-1, "lm_head"))
 
 
 def private(worker: Sequence[str], model: str = MODEL, **options: Any) -> LLM:
@@ -47,10 +47,10 @@ def tokens(llm: LLM, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[tuple[i
     return [answer.token_ids for answer in llm.generate(prompts, GREEDY)]
 
 
-def linear(llm: LLM, layer: int, group: str, x_TD: Tensor) -> Tensor:
+def linear(llm: LLM, group: LinearGroup, x_TD: Tensor) -> Tensor:
     """What the offload answers to one request."""
     assert llm._offload is not None
-    with llm._offload.start(Linear(layer, group, x_TD)) as y_TF:
+    with llm._offload.start(Linear(group, x_TD)) as y_TF:
         return y_TF.clone()
 
 
@@ -160,13 +160,12 @@ def test_every_group_is_bit_equal(count: int, dtype: str, field: str) -> None:
         LLM(MODEL, privacy="tee", fixed_point=True, **options) as reference,
         private(["inproc"] * count, **options) as llm,
     ):
-        for layer, group in GROUPS:
-            width = 128 if group == "down" else 64
+        for group in linear_groups(llm.config):
             for rows in (1, 2, 300):
-                x_TD = torch.randn(rows, width, generator=generator).to(reference.dtype)
-                y_TF = linear(llm, layer, group, x_TD)
+                x_TD = torch.randn(rows, group.width, generator=generator).to(reference.dtype)
+                y_TF = linear(llm, group, x_TD)
                 assert y_TF.dtype == reference.dtype
-                assert torch.equal(y_TF, linear(reference, layer, group, x_TD))
+                assert torch.equal(y_TF, linear(reference, group, x_TD))
 
 
 def test_nobody_is_waited_for_before_everybody_has_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +180,9 @@ def test_nobody_is_waited_for_before_everybody_has_work(monkeypatch: pytest.Monk
         monkeypatch.setattr(InprocChannel, name, noted)
     with private(["inproc"] * 3) as llm:
         assert llm._offload is not None
-        pending = llm._offload.start(Linear(0, "qkv", torch.ones(300, 64)))  # of three blocks
+        pending = llm._offload.start(
+            Linear(layer_groups(llm.config, 0).qkv, torch.ones(300, 64))
+        )  # of three blocks
         assert events == ["submit"] * 6
         with pending:
             assert events == ["submit"] * 6 + ["wait"] * 3 + ["submit"] * 3 + ["wait"] * 6
@@ -199,7 +200,7 @@ def test_the_workers_compute_at_the_same_time(
 
     monkeypatch.setattr(Worker, "run", together)
     with private(workers.ipc) as llm:
-        linear(llm, 0, "qkv", torch.ones(2, 64))
+        linear(llm, layer_groups(llm.config, 0).qkv, torch.ones(2, 64))
 
 
 class Watched:
@@ -252,7 +253,7 @@ def test_the_shares_add_up_to_the_input_and_the_seeds_do_not_depend_on_it(
     with private(["inproc"] * 4, field=field) as llm:
         for x_TD in inputs:
             numbers = iter(range(3))
-            linear(llm, 0, "qkv", x_TD)
+            linear(llm, layer_groups(llm.config, 0).qkv, x_TD)
     p = FIELDS[field].p
     assert watched.seeds[:3] == watched.seeds[3:]
     total_TD = np.zeros((2, 64), np.int64)
@@ -274,7 +275,7 @@ def test_an_activation_that_is_no_number_leaves_nothing_behind(workers: Workers)
     with private(workers.ipc) as llm:
         for _ in range(40):  # more than the mailbox or the segment have room for
             with pytest.raises(NumericalError, match="input of group qkv of layer 1"):
-                linear(llm, 1, "qkv", x_TD)
+                linear(llm, layer_groups(llm.config, 1).qkv, x_TD)
         assert tokens(llm, [[1, 2, 3]])
         assert all(not channel._calls for channel in llm._channels)  # type: ignore[attr-defined]
 
@@ -296,7 +297,7 @@ def test_a_worker_s_failure_leaves_nothing_behind(
         failing.set()
         for _ in range(40):
             with pytest.raises(RemoteError, match=f"The worker at {workers.ipc[0]} failed"):
-                linear(llm, 1, "qkv", torch.ones(200, 64))
+                linear(llm, layer_groups(llm.config, 1).qkv, torch.ones(200, 64))
         failing.clear()
         assert tokens(llm, [[1, 2, 3]]) == right
         assert all(not channel._calls for channel in llm._channels)  # type: ignore[attr-defined]
@@ -316,7 +317,7 @@ def test_a_worker_that_does_not_answer_is_named(
 
     monkeypatch.setattr(Server, "_call", hesitates)
     with private(workers.ipc, timeout=0.5) as llm:
-        linear(llm, 0, "qkv", torch.ones(2, 64))
+        linear(llm, layer_groups(llm.config, 0).qkv, torch.ones(2, 64))
         silent.set()
         says = f"^The worker at {workers.ipc[lost]} (stopped answering|sent probes instead)"
         with pytest.raises(WorkerLost, match=says):
@@ -330,7 +331,7 @@ def test_statistics_are_those_of_all_workers(workers: Workers) -> None:
         two = stack.enter_context(private(workers.ipc[:2]))
         mixed = stack.enter_context(private(["inproc", workers.ipc[0], workers.ipc[1]]))
         for llm in (two, mixed):
-            linear(llm, 0, "qkv", torch.ones(10, 64))
+            linear(llm, layer_groups(llm.config, 0).qkv, torch.ones(10, 64))
         features = 128
         assert two.rpc.calls == {"seed_product": 1, "product": 1}
         assert two.rpc.sent_bytes == 10 * 4 * 64

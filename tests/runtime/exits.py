@@ -18,6 +18,7 @@ import torch
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import WIDE
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import pad_pool
 from tsqp.tee.crypto.kernels import prepare
 from tsqp.tee.crypto.pad_providers import DirectProvider
@@ -37,7 +38,7 @@ class SlowEnd:
         sleep(1)
 
 
-def stay_busy(provider: DirectProvider, key: tuple[int, str], rows: int) -> Pads:
+def stay_busy(provider: DirectProvider, key: LinearGroup, rows: int) -> Pads:
     """Make pads; the thread that makes them ahead is in native code nearly all the time."""
     if threading.current_thread().name == "tsqp-pads":
         for _ in range(20):

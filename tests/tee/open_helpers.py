@@ -9,7 +9,7 @@ from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.weights import read_bias
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
-from tsqp.model.config import LAYER_GROUPS
+from tsqp.model.config import linear_groups
 from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
@@ -43,10 +43,9 @@ class Side:
         self.channel = InprocChannel(worker, hello)
         self.channel.max_call_bytes = most_bytes
         biases = {
-            (layer, group): bias_F
-            for layer in range(config.num_layers)
-            for group in LAYER_GROUPS
-            if (bias_F := read_bias(checkpoint, layer, group, weights.dtype)) is not None
+            group: bias_F
+            for group in linear_groups(config)
+            if (bias_F := read_bias(checkpoint, group, weights.dtype)) is not None
         }
         self.offload: Offload = OFFLOADS[split](self.channel, config, weights.dtype, biases, 1.0)
         self.decoder = Decoder(

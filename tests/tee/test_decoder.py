@@ -11,10 +11,12 @@ from transformers import LlamaForCausalLM
 from references import reference_model
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import WorkerError
+from tsqp.model.config import output_projection
+from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
-from tsqp.tee.offload.base import LM_HEAD, Linear, Pending, Request
+from tsqp.tee.offload.base import Linear, Pending, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
 from tsqp.tee.stats import Stats
 
@@ -99,7 +101,7 @@ def test_a_batch_without_wanted_rows_asks_for_no_lm_head(
     )
     assert logits.shape == (0, 101)
     assert len(offload.linear) > 0
-    assert (LM_HEAD, "lm_head") not in offload.linear
+    assert output_projection(checkpoint.config) not in offload.linear
 
 
 class Recording(LocalOffload):
@@ -107,11 +109,11 @@ class Recording(LocalOffload):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint, torch.float32)
-        self.linear: list[tuple[int, str]] = []
+        self.linear: list[LinearGroup] = []
 
     def start(self, request: Request) -> Ready:
         if isinstance(request, Linear):
-            self.linear.append((request.layer, request.group))
+            self.linear.append(request.group)
         return super().start(request)
 
 
@@ -147,7 +149,7 @@ class Broken(LocalOffload):
     def start(self, request: Request) -> Ready:
         pending: Pending = super().start(request)
         with pending as answer:
-            if isinstance(request, Linear) and request.layer == LM_HEAD:
+            if isinstance(request, Linear) and request.group.layer is None:
                 answer[0, 5] = self.value
         return Ready(answer)
 

@@ -59,7 +59,7 @@ def run(engine: Engine) -> Results:
 class Poisoned(LocalOffload):
     """Fails at the given layer of every batch that holds BAD_TOKEN, as a row of NaN would."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, error: TSQPError) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: int | None, error: TSQPError) -> None:
         super().__init__(checkpoint, torch.float32)
         self._layer, self._error = layer, error
         self._is_bad = False
@@ -67,18 +67,18 @@ class Poisoned(LocalOffload):
     def start(self, request: Request) -> Ready:
         if isinstance(request, Embedding):
             self._is_bad = BAD_TOKEN in request.token_ids_T.tolist()
-        if isinstance(request, Linear) and request.layer == self._layer and self._is_bad:
+        if isinstance(request, Linear) and request.group.layer == self._layer and self._is_bad:
             raise self._error
         return super().start(request)
 
 
-@pytest.mark.parametrize("layer", [0, 2, -1])
+@pytest.mark.parametrize("layer", [0, 2, None])
 @pytest.mark.parametrize("error", [NumericalError("NaN"), RemoteError("refused")], ids=repr)
 @pytest.mark.parametrize("chunk", [512, 16])
 def test_an_error_of_one_request_leaves_the_others_running(
     checkpoint: Checkpoint,
     expected: list[tuple[int, ...]],
-    layer: int,
+    layer: int | None,
     error: TSQPError,
     chunk: int,
 ) -> None:
@@ -245,7 +245,7 @@ def test_an_interrupt_or_a_fault_of_the_program_ends_all(
         raises: Callable[[], None] | None = None
 
         def start(self, request: Request) -> Ready:
-            if isinstance(request, Linear) and request.layer == 1:
+            if isinstance(request, Linear) and request.group.layer == 1:
                 raise fault
             return super().start(request)
 

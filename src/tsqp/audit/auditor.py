@@ -15,7 +15,7 @@ from tsqp.audit.attacks import (
     match_row_space,
 )
 from tsqp.audit.finding import ABOVE_CHANCE, Finding
-from tsqp.audit.recording import FIRST, Recording, add, open_recording, session_folder
+from tsqp.audit.recording import Recording, add, open_recording, session_folder
 from tsqp.audit.uniformity import Agreement, Related, Repeats, Uniformity
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import PromptError, RecordingError, UsageError
@@ -185,9 +185,9 @@ class Auditor:
         self._check(ids, second)
         agreement = Agreement(first.field)
         others = set(second.groups())
-        for key in first.groups():
-            if key in others:
-                agreement.add(first.rows(key), second.rows(key))
+        for group in first.groups():
+            if group in others:
+                agreement.add(first.rows(group), second.rows(group))
         subject = "both recordings"
         report.findings += [
             agreement.equal(EQUAL, subject),
@@ -197,7 +197,7 @@ class Auditor:
 
     def _attack(self, report: Report, recording: Recording, ids: Sequence[int]) -> None:
         name = recording.name
-        rows_TD = recording.numbers(FIRST)[: len(ids)]
+        rows_TD = recording.numbers(recording.first)[: len(ids)]
         near, nearest = match_in_place(self._vocabulary, rows_TD, ids, NEAREST, name)
         by_value, sorted_nearest = match_in_place(self._sorted, rows_TD, ids, SORTED, name)
         report.findings += [
@@ -216,8 +216,8 @@ def _noise_findings(recording: Recording) -> list[Finding]:
     """One pass over everything that was received."""
     repeats, related = Repeats(recording.field), Related(recording.field)
     uniformity = None if recording.field is None else Uniformity(recording.field)
-    for key in recording.groups():
-        rows_ND = recording.rows(key)
+    for group in recording.groups():
+        rows_ND = recording.rows(group)
         repeats.add(rows_ND)
         related.add(rows_ND)
         if uniformity is not None:

@@ -5,7 +5,7 @@ Shape suffixes: N rows; D input features of a group.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from tsqp.algebra.params import FIELDS, Field
-from tsqp.checkpoint.quantize import group_shape
 from tsqp.checkpoint.safetensors_file import SafetensorsFile
 from tsqp.checkpoint.weights import check_memory
 from tsqp.errors import CheckpointError, RecordingError, shown
 from tsqp.gpu.record import INDEX, TENSOR, RecordedCall
-from tsqp.model.config import Key, ModelConfig, linear_groups
+from tsqp.model.config import ModelConfig, layer_groups, linear_groups, output_projection
+from tsqp.model.linear_group import LinearGroup
+from tsqp.wire.messages import place_of
 
-FIRST: Key = (0, "qkv")  # receives nothing but the prompt's embeddings, normed
-HEAD: Key = (-1, "lm_head")  # asked for once the prompt is through
 MAX_INDEX_BYTES = 2**28
 
 
@@ -30,7 +29,7 @@ MAX_INDEX_BYTES = 2**28
 class Recorded:
     """Rows that one call brought."""
 
-    key: Key
+    group: LinearGroup
     rows: int
 
 
@@ -41,10 +40,14 @@ class Recording:
     Attributes:
         name: for people.
         field: of the residues, or None where rows are activations.
+        first: the group that receives nothing but the prompt's embeddings, normed.
+        last: the group that is asked for once the prompt is through.
     """
 
     name: str
     field: Field | None
+    first: LinearGroup
+    last: LinearGroup
     calls: Sequence[Recorded]
     read: Callable[[int], Tensor]  # the rows of calls[i]: residues, or float32
 
@@ -60,27 +63,27 @@ class Recording:
         Raises:
             RecordingError: the recording ends before that.
         """
-        keys = [call.key for call in self.calls]
-        if HEAD not in keys:
+        groups = [call.group for call in self.calls]
+        if self.last not in groups:
             raise RecordingError(f"{self.name} holds no complete prompt; record an answer to one.")
-        before = self.calls[: keys.index(HEAD)]
-        return sum(call.rows for call in before if call.key == FIRST)
+        before = self.calls[: groups.index(self.last)]
+        return sum(call.rows for call in before if call.group == self.first)
 
-    def groups(self) -> list[Key]:
-        """All (layer, group), in order of appearance."""
-        return list(dict.fromkeys(call.key for call in self.calls))
+    def groups(self) -> list[LinearGroup]:
+        """All groups, in order of appearance."""
+        return list(dict.fromkeys(call.group for call in self.calls))
 
-    def rows(self, key: Key) -> Tensor:
+    def rows(self, group: LinearGroup) -> Tensor:
         """All rows that one group received, [N, D].
 
         Raises:
             RecordingError: a file is missing, damaged, or not of the model.
         """
-        return torch.cat([self.read(i) for i, call in enumerate(self.calls) if call.key == key])
+        return torch.cat([self.read(i) for i, call in enumerate(self.calls) if call.group == group])
 
-    def numbers(self, key: Key) -> Tensor:
+    def numbers(self, group: LinearGroup) -> Tensor:
         """The same as float32, residues centred: real values, up to the scale of each row."""
-        rows_ND = self.rows(key)
+        rows_ND = self.rows(group)
         return rows_ND if self.field is None else centred(rows_ND, self.field)
 
 
@@ -112,25 +115,26 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
     fields = {call.field for call in calls}
     if len(fields) > 1:
         raise RecordingError(f"{session} mixes privacy modes or fields, which no session does.")
-    known = {key: group_shape(config, *key)[1] for key in linear_groups(config)}
+    known = {place_of(group): group for group in linear_groups(config)}
     recorded = []
-    values: Counter[Key] = Counter()
+    values: Counter[LinearGroup] = Counter()
     for call in calls:
-        key = (call.layer or 0, call.group or "")
-        if key not in known:
+        group = known.get((call.layer or 0, call.group or ""))
+        if group is None:
             raise _other_model(session, model)
-        recorded.append(Recorded(key, call.rows))
-        values[key] += call.rows * known[key]
+        recorded.append(Recorded(group, call.rows))
+        values[group] += call.rows * group.width
     check_memory(32 * max(values.values()), f"A group of {session}")
     field_name = fields.pop()
 
     def read(number: int) -> Tensor:
-        shape = (recorded[number].rows, known[recorded[number].key])
+        shape = recorded[number].rows, recorded[number].group.width
         return _read_tensor(session / (calls[number].tensor or ""), shape, stored, model)
 
     field = None if field_name is None else FIELDS[field_name]
     stored = "" if field is None else "I32" if field.dtype == np.int32 else "I64"
-    return Recording(str(folder), field, recorded, read)
+    first, last = layer_groups(config, 0).qkv, output_projection(config)
+    return Recording(str(folder), field, first, last, recorded, read)
 
 
 def add(recordings: Sequence[Recording]) -> Recording:
@@ -154,7 +158,7 @@ def add(recordings: Sequence[Recording]) -> Recording:
         return torch.stack(parts).sum(0).remainder_(p).to(parts[0].dtype)
 
     name = " + ".join(recording.name for recording in recordings)
-    return Recording(name, first.field, first.calls, read)
+    return replace(first, name=name, read=read)
 
 
 def session_folder(folder: Path) -> Path:

@@ -11,9 +11,9 @@ import torch
 from tsqp.algebra.params import FIELDS, LATTICE
 from tsqp.bench.ceilings import Ceilings, DeviceCeilings
 from tsqp.bench.modes import Setting
-from tsqp.checkpoint.quantize import group_shape, integer_bytes
+from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import linear_bytes, parse_dtype
-from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.model.config import ModelConfig, linear_groups, output_projection
 
 # Products with each weight in the private modes, by who computes them.
 WORKER_PRODUCTS = {"pad": 1, "pad-inline": 1, "shares": 2}
@@ -72,9 +72,9 @@ def _products(config: ModelConfig, setting: Setting, read_s: float, ops_per_s: f
     Args:
         read_s: to read all weights.
     """
-    shapes = {key: group_shape(config, *key) for key in linear_groups(config)}
-    sizes = {key: features * width for key, (features, width) in shapes.items()}
-    weights, head = sum(sizes.values()), sizes[-1, "lm_head"]
+    weights = sum(group.features * group.width for group in linear_groups(config))
+    lm_head = output_projection(config)
+    head = lm_head.features * lm_head.width
     # The output projection is applied to the last position of a prompt alone.
     products = 2 * setting.batch * (setting.prompt_tokens * (weights - head) + head)
     return Floor(products / ops_per_s, max(read_s / setting.batch, 2 * weights / ops_per_s))
@@ -82,8 +82,8 @@ def _products(config: ModelConfig, setting: Setting, read_s: float, ops_per_s: f
 
 def _crossing(config: ModelConfig, setting: Setting, copy_bytes_per_s: float) -> Floor:
     """The residues of all linear layers, both ways."""
-    sizes = {key: sum(group_shape(config, *key)) for key in linear_groups(config)}
-    residues, head = sum(sizes.values()), sizes[-1, "lm_head"]
+    residues = sum(sum(group.shape) for group in linear_groups(config))
+    head = sum(output_projection(config).shape)
     copy_s = FIELDS[setting.field].residue_bytes / copy_bytes_per_s
     of_prompts = setting.batch * (setting.prompt_tokens * (residues - head) + head)
     return Floor(copy_s * of_prompts, copy_s * residues)

@@ -23,7 +23,7 @@ from tsqp.bench.host import describe_machine
 from tsqp.bench.output import new_table, show
 from tsqp.bench.timing import seconds
 from tsqp.checkpoint.quantize import IntegerWeights
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
 from tsqp.tee.crypto.pads import residue_bytes_in_stock
 from tsqp.tee.crypto.rng import uniform
@@ -142,22 +142,22 @@ def notes(result: KernelResult) -> Iterator[str]:
 class _Layer:
     """One group, and an honest worker's answer to random inputs."""
 
-    def __init__(self, field: Field, key: Key, shape: tuple[int, int], tokens: int) -> None:
-        features, width = shape
+    def __init__(self, field: Field, linear: LinearGroup, tokens: int) -> None:
+        features, width = shape = linear.shape
         generator = torch.Generator().manual_seed(features * width)
         weight_FD = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
         integers = IntegerWeights(weight_FD, torch.ones(features))
         self.group: Group[Any]
         if field is LATTICE:
-            load = LatticeLoad({key: shape}, {})
-            load.add(key, integers)
-            self.group = load.groups[key]
+            load = LatticeLoad({linear: shape}, {})
+            load.add(linear, integers)
+            self.group = load.groups[linear]
             memory = 2 * DEGREE * residue_bytes_in_stock(field) * sum(shape)  # for whole batches
             self.provider: PadProvider = load.provider(memory)
         else:
-            self.group = MaskedGroup(key, integers, None, field)
-            self.provider = DirectProvider({key: weight_FD}, field)
-        made = self.provider.make(key, tokens)
+            self.group = MaskedGroup(linear, integers, None, field)
+            self.provider = DirectProvider({linear: weight_FD}, field)
+        made = self.provider.make(linear, tokens)
         self.pads_made = len(made)  # at once
         self._pads = made[:tokens]
         self._x_TD = torch.randn(tokens, width, generator=generator)
@@ -195,17 +195,18 @@ class _Case:
     """One field, one group, one number of tokens, and what was measured so far."""
 
     def __init__(self, field: Field, group: str, tokens: int) -> None:
-        self._key, self._field, self._tokens = (0, group), field, tokens
-        self._layer = _Layer(field, self._key, SHAPES[group], tokens)
+        self._linear = LinearGroup(0, group, *SHAPES[group])
+        self._field, self._tokens = field, tokens
+        self._layer = _Layer(field, self._linear, tokens)
         self._measured: dict[str, list[float]] = defaultdict(list)
 
     def measure(self) -> None:
         """Once more."""
-        layer, tokens, (features, width) = self._layer, self._tokens, SHAPES[self._key[1]]
+        layer, tokens, (features, width) = self._layer, self._tokens, self._linear.shape
         mask_ns = 1e9 * seconds(layer.mask) / (tokens * width)
         unmask_ns = 1e9 * seconds(layer.unmask) / (tokens * features)
         random_s = seconds(partial(uniform, (tokens, width), self._field))
-        pads_s = seconds(partial(layer.provider.make, self._key, tokens))
+        pads_s = seconds(partial(layer.provider.make, self._linear, tokens))
         made = layer.pads_made
         products = tokens * features * width * self._field.digits
         measured = {
@@ -222,14 +223,13 @@ class _Case:
             self._measured[name].append(value)
 
     def figures(self) -> KernelFigures:
-        features, width = SHAPES[self._key[1]]
         figures = {name: Figure.of(values) for name, values in self._measured.items()}
         product_ps = figures.pop("pad_product_ps", None)
         return KernelFigures(
             field=self._field.name,
-            group=self._key[1],
-            features=features,
-            width=width,
+            group=self._linear.name,
+            features=self._linear.features,
+            width=self._linear.width,
             tokens=self._tokens,
             pad_product_ps=product_ps,
             **figures,

@@ -13,7 +13,6 @@ from tsqp.algebra.params import FIELDS, LATTICE, FieldName
 from tsqp.bench.baseline import Transformers
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.memory import available_bytes
-from tsqp.checkpoint.quantize import group_shape
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.gpu.serve import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
@@ -219,7 +218,7 @@ MODES: dict[str, Callable[[Setting], Runner]] = {
 def stock_bytes(config: ModelConfig, rows: int, field: FieldName) -> int:
     """Memory for pads of `rows` tokens."""
     each = residue_bytes_in_stock(FIELDS[field])
-    return each * rows * sum(sum(group_shape(config, *key)) for key in linear_groups(config))
+    return each * rows * sum(sum(group.shape) for group in linear_groups(config))
 
 
 def _time(run: Callable[[], None]) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import torch
 
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import BLOCK
-from tsqp.checkpoint.quantize import group_shape, integer_bytes
+from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import embedding_bytes, linear_bytes
 from tsqp.model.config import ModelConfig, linear_groups
 
@@ -32,11 +32,11 @@ def trusted_bytes(
         return 0
     if privacy == "tee" and not fixed_point:
         return float_bytes(config, dtype)
-    shapes = [group_shape(config, *key) for key in linear_groups(config)]
-    features = sum(map(sum, shapes))
+    groups = linear_groups(config)
+    features = sum(group.features + group.width for group in groups)
     if privacy == "pad" and lattice:
         # The integers of one group at a time, until its hints are made.
-        passing = max(rows * width for rows, width in shapes)
+        passing = max(group.features * group.width for group in groups)
         checks = LATTICE_CHECK_BYTES * features
         return hint_bytes(config) + passing + checks + embedding_bytes(config, dtype)
     checks = CHECK_BYTES * features
@@ -45,8 +45,8 @@ def trusted_bytes(
 
 def hint_bytes(config: ModelConfig) -> int:
     """Hints of all groups, and the public polynomials of the widest [P10]."""
-    shapes = [group_shape(config, *key) for key in linear_groups(config)]
-    polynomials = [features for features, _ in shapes] + [max(width for _, width in shapes)]
+    groups = linear_groups(config)
+    polynomials = [*(group.features for group in groups), max(group.width for group in groups)]
     return HINT_BYTES * sum(-(-count // BLOCK) * BLOCK for count in polynomials)
 
 

@@ -8,7 +8,7 @@ it is secret, and nothing in it is believed: whoever uses hints checks them in p
 import errno
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -21,10 +21,9 @@ from tsqp.algebra.ring import BLOCK, Ring
 from tsqp.checkpoint.new_file import new_file
 from tsqp.checkpoint.prepared import PreparedFile
 from tsqp.checkpoint.progress import Progress, silent
-from tsqp.checkpoint.quantize import tensor_names
 from tsqp.checkpoint.safetensors_file import SafetensorsFile
 from tsqp.errors import CheckpointError, HintsError
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 
 SUFFIX = ".tsqp.hints"
 _RING = {
@@ -69,23 +68,20 @@ class HintsFile:
                 f"{path} does not hold hints of this version; write them with `tsqp prepare`."
             )
 
-    def read(self, key: Key, count: int) -> Polynomials:
+    def read(self, group: LinearGroup) -> Polynomials:
         """The hints of one group, in memory of their own; still to be checked.
-
-        Args:
-            count: output features of the group.
 
         Raises:
             HintsError: they are not there, cut short, or of another shape.
         """
-        shape = -(-count // BLOCK), DEGREE, BLOCK
-        low_name, high_name = _names(key)
+        shape = -(-group.features // BLOCK), DEGREE, BLOCK
+        low_name, high_name = group.hint_names
         try:
             low = self._file.read(low_name, shape, stored="U32")
             high = self._file.read(high_name, shape, stored="U16")
         except CheckpointError as exc:
             raise HintsError(f"Cannot use the hints in {self._path}: {exc}") from exc
-        return Polynomials(low.numpy(), high.numpy(), count)
+        return Polynomials(low.numpy(), high.numpy(), group.features)
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -105,26 +101,26 @@ class HintsWriter:
         self._places = places
         self.digest = ""
 
-    def add(self, key: Key, hints: Polynomials) -> None:
+    def add(self, group: LinearGroup, hints: Polynomials) -> None:
         """One group."""
-        for name, part in zip(_names(key), (hints.low_GNB, hints.high_GNB), strict=True):
+        for name, part in zip(group.hint_names, (hints.low_GNB, hints.high_GNB), strict=True):
             self._file.seek(self._start + self._places[name])
             self._file.write(np.ascontiguousarray(part).data)
 
 
 @contextmanager
-def new_hints_file(path: Path, seed: bytes, counts: Mapping[Key, int]) -> Iterator[HintsWriter]:
+def new_hints_file(path: Path, seed: bytes, groups: Sequence[LinearGroup]) -> Iterator[HintsWriter]:
     """Write a hints file, all at once or not at all.
 
     Args:
         seed: of the public polynomials.
-        counts: output features of each group, all of which must be added.
+        groups: in the order of the file; the hints of all of them must be added.
 
     Raises:
         HintsError: the file cannot be written.
     """
     metadata = _RING | {"seed": seed.hex(), "digest": _NO_DIGEST}
-    header, places, end = _layout(counts, metadata)
+    header, places, end = _layout(groups, metadata)
     try:
         with new_file(path, SUFFIX) as file:
             file.truncate(len(header) + end)
@@ -149,31 +145,25 @@ def write_hints(prepared: PreparedFile, path: Path, progress: Progress = silent)
         HintsError: the file cannot be written.
     """
     seed = secrets.token_bytes(SEED_BYTES)
-    shapes = prepared.shapes()
-    counts = {key: shape[0] for key, shape in shapes.items()}
-    widest = max(shape[1] for shape in shapes.values())
+    groups = prepared.linear_groups()
+    widest = max(group.width for group in groups)
     public = public_polynomials(Ring.of(LATTICE.p, DEGREE), seed, widest)
-    with new_hints_file(path, seed, counts) as writer:
-        for key, weights in prepared.groups(progress):
-            writer.add(key, make_hints(public, weights.weight_FD))
+    with new_hints_file(path, seed, groups) as writer:
+        for group, weights in prepared.groups(progress):
+            writer.add(group, make_hints(public, weights.weight_FD))
         writer.digest = prepared.digest
 
 
-def _names(key: Key) -> tuple[str, str]:
-    prefix = tensor_names(*key)[0].removesuffix("weight")
-    return f"{prefix}hints_low", f"{prefix}hints_high"
-
-
 def _layout(
-    counts: Mapping[Key, int], metadata: dict[str, str]
+    groups: Sequence[LinearGroup], metadata: dict[str, str]
 ) -> tuple[bytes, dict[str, int], int]:
     """The header, where each tensor begins after it, and where the last one ends."""
     entries: dict[str, object] = {"__metadata__": metadata}
     places: dict[str, int] = {}
     start = 0
-    for key, count in counts.items():
-        shape = [-(-count // BLOCK), DEGREE, BLOCK]
-        for name, dtype, size in zip(_names(key), ("U32", "U16"), (4, 2), strict=True):
+    for group in groups:
+        shape = [-(-group.features // BLOCK), DEGREE, BLOCK]
+        for name, dtype, size in zip(group.hint_names, ("U32", "U16"), (4, 2), strict=True):
             end = start + size * shape[0] * shape[1] * shape[2]
             entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
             places[name], start = start, end

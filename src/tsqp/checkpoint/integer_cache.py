@@ -26,14 +26,10 @@ from tsqp.checkpoint.prepared import (
     write_prepared,
 )
 from tsqp.checkpoint.progress import Progress, silent
-from tsqp.checkpoint.quantize import (
-    IntegerWeights,
-    add_to_digest,
-    group_shape,
-    quantize_all,
-)
+from tsqp.checkpoint.quantize import IntegerWeights, add_to_digest, quantize_all
 from tsqp.errors import CheckpointError
-from tsqp.model.config import Key, linear_groups
+from tsqp.model.config import linear_groups
+from tsqp.model.linear_group import LinearGroup
 
 log = logging.getLogger("tsqp")
 
@@ -43,7 +39,7 @@ PAGE_BYTES = 4096
 
 def load_integers(
     checkpoint: Checkpoint,
-    place: Callable[[Key, IntegerWeights], None],
+    place: Callable[[LinearGroup, IntegerWeights], None],
     progress: Progress = silent,
 ) -> str:
     """Pass every group of a model to `place`, from the cache if possible; fills the cache.
@@ -65,9 +61,9 @@ def load_integers(
             log.warning("passing over the cache: %s", exc)
 
     def place_each() -> Groups:
-        for key, weights in quantize_all(checkpoint, progress):
-            place(key, weights)
-            yield key, weights
+        for group, weights in quantize_all(checkpoint, progress):
+            place(group, weights)
+            yield group, weights
 
     digest = WeightsDigest()
     groups = place_each()
@@ -79,25 +75,26 @@ def load_integers(
                 path.unlink(missing_ok=True)
         except (WriteError, OSError) as exc:
             log.warning("keeping no cache: %s", exc)
-    for key, weights in groups:  # those that have not been written
-        add_to_digest(digest, *key, weights)
+    for group, weights in groups:  # those that have not been written
+        add_to_digest(digest, group, weights)
     return digest.hexdigest()
 
 
 def _place_all(
     path: Path,
     checkpoint: Checkpoint,
-    place: Callable[[Key, IntegerWeights], None],
+    place: Callable[[LinearGroup, IntegerWeights], None],
     progress: Progress,
 ) -> str:
     """Place what the file holds, which must be the groups of this model."""
-    config = checkpoint.config
+    groups = {group: group for group in linear_groups(checkpoint.config)}
     file = PreparedFile(path)
     try:
-        if file.shapes() != {key: group_shape(config, *key) for key in linear_groups(config)}:
+        shapes = {group: group.shape for group in groups}
+        if {group: group.shape for group in file.linear_groups()} != shapes:
             raise CheckpointError(f"{path} was made from another model.")
-        for key, weights in file.groups(progress):
-            place(key, weights)
+        for group, weights in file.groups(progress):
+            place(groups[group], weights)
         return file.digest
     finally:
         file.close()

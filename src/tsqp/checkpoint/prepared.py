@@ -22,19 +22,18 @@ from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.checkpoint.quantize import (
     IntegerWeights,
     add_to_digest,
-    group_shape,
     quantize_all,
-    tensor_names,
 )
 from tsqp.checkpoint.safetensors_file import SafetensorsFile
 from tsqp.errors import CheckpointError, UsageError, shown
-from tsqp.model.config import Key, linear_groups
+from tsqp.model.config import linear_groups
+from tsqp.model.linear_group import LinearGroup
 
 FORMAT = "tsqp-prepared-1"
 SUFFIX = ".tsqp.safetensors"
-_KEY = re.compile(r"(?:layers\.(\d{1,4})\.([a-z_]{1,16})|lm_head)\.weight\Z")
+_WEIGHT = re.compile(r"(?:layers\.(0|[1-9][0-9]{0,3})\.([a-z_]{1,16})|lm_head)\.weight\Z")
 
-Groups = Iterator[tuple[Key, IntegerWeights]]
+Groups = Iterator[tuple[LinearGroup, IntegerWeights]]
 
 
 class WriteError(CheckpointError):
@@ -61,16 +60,26 @@ class PreparedFile:
         self.name = metadata.get("model", "")[:200]
         self.digest = metadata.get("digest", "")
 
-    def shapes(self) -> dict[Key, tuple[int, ...]]:
-        """The shape of each group's weight, in the order of the file."""
-        found = [match for name in self._file.names() if (match := _KEY.match(name))]
-        keys = [(int(m[1]), m[2]) if m[1] else (-1, "lm_head") for m in found]
-        return {key: self._file.shape(tensor_names(*key)[0]) for key in keys}
+    def linear_groups(self) -> list[LinearGroup]:
+        """The groups in the order of the file. They have no parts.
+
+        Raises:
+            CheckpointError: a weight is not a matrix, or too wide.
+        """
+        matches = (_WEIGHT.match(name) for name in self._file.names())
+        return [self._group(match) for match in matches if match]
+
+    def _group(self, match: re.Match[str]) -> LinearGroup:
+        shape = self._file.shape(match[0])
+        if len(shape) != 2 or shape[1] > MAX_WIDTH:
+            raise self._changed()
+        layer, name = (int(match[1]), match[2]) if match[1] else (None, "lm_head")
+        return LinearGroup(layer, name, *shape)
 
     @property
     def layers(self) -> int:
         """The number of layers in the file."""
-        return len({layer for layer, _ in self.shapes() if layer >= 0})
+        return len({group.layer for group in self.linear_groups()} - {None})
 
     @property
     def nbytes(self) -> int:
@@ -87,22 +96,19 @@ class PreparedFile:
             CheckpointError: the file is truncated or malformed, or its digest does not match.
         """
         digest = WeightsDigest()
-        shapes = self.shapes()
         done = Counter(self.nbytes, progress)
-        for key, shape in shapes.items():
-            weight_name, scale_name = tensor_names(*key)
-            if len(shape) != 2 or shape[1] > MAX_WIDTH:
-                raise self._changed()
-            weight_FD = self._file.read(weight_name, shape, stored="I8")
-            scale_F = self._file.read(scale_name, shape[:1], stored="F32")
+        for group in self.linear_groups():
+            weight_name, scale_name = group.integer_names
+            weight_FD = self._file.read(weight_name, group.shape, stored="I8")
+            scale_F = self._file.read(scale_name, (group.features,), stored="F32")
             if not are_quantized_rows(weight_FD, scale_F):
                 raise CheckpointError(
                     f"{self._path} holds integers or scales for {weight_name} that TSQP does not"
                     " make; write it again with `tsqp prepare`."
                 )
             weights = IntegerWeights(weight_FD, scale_F)
-            add_to_digest(digest, *key, weights)
-            yield key, weights
+            add_to_digest(digest, group, weights)
+            yield group, weights
             done.add(weights.nbytes)
         if digest.hexdigest() != self.digest:
             raise self._changed()
@@ -161,10 +167,10 @@ def write_prepared(
     try:
         with new_file(path, SUFFIX) as file:
             file.truncate(len(header) + max(end for _, end in places.values()))
-            for key, weights in groups:
-                add_to_digest(digest, *key, weights)
+            for group, weights in groups:
+                add_to_digest(digest, group, weights)
                 tensors = (weights.weight_FD, weights.scale_F)
-                for name, tensor in zip(tensor_names(*key), tensors, strict=True):
+                for name, tensor in zip(group.integer_names, tensors, strict=True):
                     file.seek(len(header) + places[name][0])
                     file.write(bytes_of(tensor))
             file.seek(0)
@@ -184,10 +190,10 @@ def _layout(checkpoint: Checkpoint) -> tuple[bytes, dict[str, tuple[int, int]]]:
     }
     places = {}
     start = 0
-    for key in linear_groups(checkpoint.config):
-        features, width = group_shape(checkpoint.config, *key)
+    for group in linear_groups(checkpoint.config):
+        features, width = group.shape
         shapes = (("I8", [features, width], features * width), ("F32", [features], features * 4))
-        for name, (dtype, shape, length) in zip(tensor_names(*key), shapes, strict=True):
+        for name, (dtype, shape, length) in zip(group.integer_names, shapes, strict=True):
             places[name] = (start, start + length)
             entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": places[name]}
             start += length

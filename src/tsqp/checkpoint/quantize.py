@@ -16,7 +16,8 @@ from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.errors import UnsupportedModel
-from tsqp.model.config import Key, ModelConfig, linear_groups, parts
+from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.model.linear_group import LinearGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +37,19 @@ class IntegerWeights:
         return self.weight_FD.nbytes + self.scale_F.nbytes
 
 
-def group_shape(config: ModelConfig, layer: int, group: str) -> tuple[int, int]:
-    """(F, D) of one group."""
-    members = parts(config, layer, group)
-    return sum(part.out_features for part in members), members[0].in_features
-
-
 def integer_bytes(config: ModelConfig) -> int:
     """Bytes of all integer weights and scales."""
-    shapes = [group_shape(config, *key) for key in linear_groups(config)]
-    return sum(features * (width + 4) for features, width in shapes)
+    return sum(group.features * (group.width + 4) for group in linear_groups(config))
 
 
-def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWeights:
+def quantize_group(checkpoint: Checkpoint, group: LinearGroup) -> IntegerWeights:
     """Read one group and convert it, a block of rows at a time.
 
     Raises:
         CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
         UnsupportedModel: it is too wide for exact products.
     """
-    features, width = group_shape(checkpoint.config, layer, group)
+    features, width = group.shape
     if width > MAX_WIDTH:
         raise UnsupportedModel(
             f"{checkpoint.name} has layers with {width} inputs, but the private modes support at "
@@ -64,7 +58,7 @@ def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWei
     weight_FD = torch.empty(features, width, dtype=torch.int8)
     scale_F = torch.empty(features, dtype=torch.float32)
     start = 0
-    for part in parts(checkpoint.config, layer, group):
+    for part in group.parts:
         name = f"{part.name}.weight"
         shape = part.out_features, width
         for rows, floats_ND in read_blocks(checkpoint, name, shape, torch.float32):
@@ -74,29 +68,23 @@ def quantize_group(checkpoint: Checkpoint, layer: int, group: str) -> IntegerWei
     return IntegerWeights(weight_FD, scale_F)
 
 
-def tensor_names(layer: int, group: str) -> tuple[str, str]:
-    """The names of a group's integers and scales, in digests and in prepared files."""
-    prefix = group if layer < 0 else f"layers.{layer}.{group}"
-    return f"{prefix}.weight", f"{prefix}.scale"
-
-
-def add_to_digest(digest: WeightsDigest, layer: int, group: str, weights: IntegerWeights) -> None:
+def add_to_digest(digest: WeightsDigest, group: LinearGroup, weights: IntegerWeights) -> None:
     """Add one group to the digest that both sides compare."""
-    weight_name, scale_name = tensor_names(layer, group)
+    weight_name, scale_name = group.integer_names
     digest.update(weight_name, weights.weight_FD)
     digest.update(scale_name, weights.scale_F)
 
 
 def quantize_all(
     checkpoint: Checkpoint, progress: Progress = silent
-) -> Iterator[tuple[Key, IntegerWeights]]:
+) -> Iterator[tuple[LinearGroup, IntegerWeights]]:
     """All groups of a model, one at a time, the output projection last.
 
     Args:
         progress: called after each group with the bytes done and their total.
     """
     done = Counter(integer_bytes(checkpoint.config), progress)
-    for key in linear_groups(checkpoint.config):
-        weights = quantize_group(checkpoint, *key)
-        yield key, weights
+    for group in linear_groups(checkpoint.config):
+        weights = quantize_group(checkpoint, group)
+        yield group, weights
         done.add(weights.nbytes)

@@ -13,7 +13,8 @@ from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.digest import TensorHash, WeightsDigest, hashing
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.errors import ModelError, OutOfMemory
-from tsqp.model.config import EMBEDDING, LAYER_GROUPS, ModelConfig, Part, norm_shapes, parts
+from tsqp.model.config import EMBEDDING, ModelConfig, linear_groups, norm_shapes
+from tsqp.model.linear_group import LinearGroup
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,44 +51,39 @@ def parse_dtype(name: str, config: ModelConfig) -> torch.dtype:
 
 def read_linear(
     checkpoint: Checkpoint,
-    layer: int,
-    group: str,
+    group: LinearGroup,
     dtype: torch.dtype,
     digest: WeightsDigest | None = None,
     device: torch.device = CPU,
 ) -> LinearWeights:
-    """Read one group (see `config.parts`) into one tensor, and add its parts to `digest`.
+    """Read one group into one tensor, and add its parts to `digest`.
 
     Holds a block of rows besides. The biases stay on the CPU.
 
     Raises:
         CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
     """
-    group_parts = parts(checkpoint.config, layer, group)
-    features = sum(part.out_features for part in group_parts)
-    weight_FD = empty_matrix(features, group_parts[0].in_features, dtype, device)
+    weight_FD = empty_matrix(group.features, group.width, dtype, device)
     start = 0
-    for part in group_parts:
+    for part in group.parts:
         rows = slice(start, start + part.out_features)
         _read_into(weight_FD[rows], checkpoint, f"{part.name}.weight", digest)
         start = rows.stop
-    return LinearWeights(weight_FD, read_bias(checkpoint, layer, group, dtype, digest))
+    return LinearWeights(weight_FD, read_bias(checkpoint, group, dtype, digest))
 
 
 def read_bias(
     checkpoint: Checkpoint,
-    layer: int,
-    group: str,
+    group: LinearGroup,
     dtype: torch.dtype,
     digest: WeightsDigest | None = None,
 ) -> Tensor | None:
     """The biases of one group, [F]: None if no part has one, zeros for the parts without."""
-    group_parts = parts(checkpoint.config, layer, group)
-    if not any(part.bias for part in group_parts):
+    if not group.has_bias:
         return None
-    bias_F = torch.zeros(sum(part.out_features for part in group_parts), dtype=dtype)
+    bias_F = torch.zeros(group.features, dtype=dtype)
     start = 0
-    for part in group_parts:
+    for part in group.parts:
         rows = slice(start, start + part.out_features)
         if part.bias:
             _read_into(bias_F[rows], checkpoint, f"{part.name}.bias", digest)
@@ -164,18 +160,14 @@ def _read_into(
 
 def linear_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of all linear weights and biases, the output projection (also a tied one) included."""
-    groups = [parts(config, layer, g) for layer in range(config.num_layers) for g in LAYER_GROUPS]
-    groups.append(parts(config, -1, "lm_head"))
-    return int(dtype.itemsize) * sum(_elements(part) for group in groups for part in group)
+    parts = [part for group in linear_groups(config) for part in group.parts]
+    elements = sum(part.out_features * (part.in_features + part.bias) for part in parts)
+    return int(dtype.itemsize) * elements
 
 
 def embedding_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of the embedding table."""
     return int(dtype.itemsize) * config.vocab_size * config.hidden_size
-
-
-def _elements(part: Part) -> int:
-    return part.out_features * (part.in_features + part.bias)
 
 
 def check_memory(required: int, what: str) -> None:

@@ -20,6 +20,8 @@ from tsqp.checkpoint.weights import parse_dtype, read_bias, read_embedding, read
 from tsqp.doctor.check import NOT_SERVED, Check, Skipped, Wrong, run_check
 from tsqp.errors import HandshakeError
 from tsqp.gpu.worker import ATTENTION_ABILITY
+from tsqp.model.config import layer_groups
+from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import Segment
 from tsqp.runtime.build import Builder
 from tsqp.runtime.options import Options
@@ -37,7 +39,6 @@ from tsqp.wire.channel import Channel
 from tsqp.wire.endpoint import parse_endpoint
 
 TIMEOUT_S = 8.0
-GROUP = (0, "qkv")
 FEW_ROWS, MANY_ROWS = 4, 512
 CALLS = 20
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -106,6 +107,7 @@ class _Mode:
         self._privacy = privacy
         self._stack = stack
         self._dtype = parse_dtype(target.dtype, checkpoint.config)
+        self._groups = layer_groups(checkpoint.config, 0)
 
     def steps(self) -> Iterator[Step]:
         """After `reach`."""
@@ -158,14 +160,14 @@ class _Mode:
         """Against float64; in `pad` the check of [P7] comes before."""
         x_TD = self._inputs(FEW_ROWS)
         if self._privacy == "pad":
-            integers = quantize_group(self._checkpoint, *GROUP)
+            integers = quantize_group(self._checkpoint, self._groups.qkv)
             weight_FD = integers.weight_FD.double() * integers.scale_F.double()[:, None]
         else:
-            weight_FD = read_linear(self._checkpoint, *GROUP, self._dtype).weight_FD.double()
+            weight_FD = self._weight(self._groups.qkv)
         expected_TF = x_TD.double() @ weight_FD.t()
-        bias_F = read_bias(self._checkpoint, *GROUP, self._dtype)
+        bias_F = read_bias(self._checkpoint, self._groups.qkv, self._dtype)
         expected_TF += 0.0 if bias_F is None else bias_F.double()
-        error = self._error("The product", self._ask(Linear(*GROUP, x_TD)), expected_TF)
+        error = self._error("The product", self._ask(Linear(self._groups.qkv, x_TD)), expected_TF)
         return f"{'padded, checked, and ' if self._privacy == 'pad' else ''}right to {error:.0e}"
 
     def _attend(self) -> str:
@@ -193,7 +195,7 @@ class _Mode:
         )
         expected_HTS = torch.einsum("thk,shk->hts", q_THK.double(), k_SHK)
         values_TD = torch.einsum("hts,shk->thk", p_HTS.double(), v_SHK).flatten(1)
-        weight_FD = read_linear(self._checkpoint, 0, "o", self._dtype).weight_FD.double()
+        weight_FD = self._weight(self._groups.o)
         error = max(
             self._error("Q·Kᵀ", scores_HTS, expected_HTS),
             self._error("P·V", o_TD, values_TD @ weight_FD.t()),
@@ -242,6 +244,10 @@ class _Mode:
     def _waves(self, *shape: int) -> Tensor:
         return torch.arange(math.prod(shape)).sin().view(shape).to(self._dtype)
 
+    def _weight(self, group: LinearGroup) -> Tensor:
+        """The weight that the worker should have, [F, D], float64."""
+        return read_linear(self._checkpoint, group, self._dtype).weight_FD.double()
+
     def _ask(self, request: Request, offload: Offload | None = None) -> Tensor:
         with (offload or self._offload).start(request) as answer:
             return answer.clone()
@@ -254,7 +260,7 @@ class _Mode:
         return error
 
     def _time(self, rows: int) -> float:
-        request = Linear(*GROUP, self._inputs(rows))
+        request = Linear(self._groups.qkv, self._inputs(rows))
         began = perf_counter()
         self._ask(request)
         return perf_counter() - began

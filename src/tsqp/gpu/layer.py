@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tsqp.gpu.weights import Weights
+from tsqp.model.config import layer_groups
+from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention, Segment
 from tsqp.nn.kv_cache import KvCache
 from tsqp.nn.layers import Tables
@@ -20,6 +22,8 @@ class FusedLayers:
 
     def __init__(self, weights: Weights, cache: KvCache) -> None:
         self._weights = weights
+        layers = range(weights.config.num_layers)
+        self._groups = [layer_groups(weights.config, layer) for layer in layers]
         self._attention = CachedAttention(weights.config, weights.dtype, cache)
 
     def tables(self, segments: Sequence[Segment]) -> Tables:
@@ -29,17 +33,17 @@ class FusedLayers:
 
     def run(self, layer: int, x_TD: Tensor, segments: Sequence[Segment], tables: Tables) -> Tensor:
         """x_TD after a layer, in fresh memory on the device of the weights."""
-        layers = self._weights.layers
+        layers, groups = self._weights.layers, self._groups[layer]
         x_TD = x_TD.to(self._weights.device, copy=True)
         h_TD = layers.norm(layer, "attention", x_TD)
-        qkv = layers.heads(layer, self._linear(layer, "qkv", h_TD), tables)
+        qkv = layers.heads(layer, self._linear(groups.qkv, h_TD), tables)
         y_TD = self._attention.attend(layer, *qkv, segments)
-        layers.add(layer, "attention", x_TD, self._linear(layer, "o", y_TD))
+        layers.add(layer, "attention", x_TD, self._linear(groups.o, y_TD))
         h_TD = layers.norm(layer, "mlp", x_TD)
-        h_TI = layers.gated(self._linear(layer, "gate_up", h_TD))
-        layers.add(layer, "mlp", x_TD, self._linear(layer, "down", h_TI))
+        h_TI = layers.gated(self._linear(groups.gate_up, h_TD))
+        layers.add(layer, "mlp", x_TD, self._linear(groups.down, h_TI))
         return x_TD
 
-    def _linear(self, layer: int, group: str, x_TD: Tensor) -> Tensor:
-        weights, key = self._weights, (layer, group)
-        return F.linear(x_TD, weights.linear_FD[key], weights.biases_F.get(key))
+    def _linear(self, group: LinearGroup, x_TD: Tensor) -> Tensor:
+        weights = self._weights
+        return F.linear(x_TD, weights.linear_FD[group], weights.biases_F.get(group))

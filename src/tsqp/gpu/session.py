@@ -15,6 +15,7 @@ from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu import product
 from tsqp.gpu.layer import FusedLayers
 from tsqp.gpu.weights import Weights, check_room, free_bytes
+from tsqp.model.config import layer_groups
 from tsqp.model.work import layer_macs
 from tsqp.nn.attention import Segment
 from tsqp.nn.kv_cache import KvCache
@@ -43,6 +44,9 @@ class KvStore:
     Args:
         max_call_macs: most multiply-accumulates of one call.
         shares: one session may take this part of the memory.
+
+    Attributes:
+        o_FD: the weight of each layer's attention output.
     """
 
     def __init__(self, weights: Weights, max_call_macs: int, shares: int) -> None:
@@ -54,6 +58,8 @@ class KvStore:
             config.num_layers, config.num_kv_heads, config.head_dim, weights.dtype, device, room
         )
         self.layers = FusedLayers(weights, self.cache)
+        groups = [layer_groups(config, layer) for layer in range(config.num_layers)]
+        self.o_FD = [weights.linear_FD[each.o] for each in groups]
         self.keys = count()
         self._shares = shares
 
@@ -168,7 +174,7 @@ class KvSession:
                 return attention_macs(c.num_heads, c.head_dim, _pairs(spans))
             case WeightedValues(layer, weighted):
                 pairs = [(each.rows, each.length) for each in weighted]
-                o_FD = self._store.weights.linear_FD[layer, "o"]
+                o_FD = self._store.o_FD[layer]
                 rows = sum(each.rows for each in weighted)
                 return attention_macs(c.num_heads, c.head_dim, pairs) + rows * o_FD.numel()
             case Layer(layer, spans):
@@ -234,7 +240,7 @@ class KvSession:
             )
             for each, weights_HTS in zip(weighted, _parts(weights_N, shapes), strict=True)
         ]
-        product.linear(torch.cat(values), self._store.weights.linear_FD[layer, "o"], out_TF)
+        product.linear(torch.cat(values), self._store.o_FD[layer], out_TF)
 
     def _layer(self, layer: int, spans: Sequence[Span], x_TD: Tensor, out_TD: Tensor) -> None:
         layers = self._store.layers

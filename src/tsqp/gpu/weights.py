@@ -16,7 +16,8 @@ from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
 from tsqp.checkpoint.weights import check_memory, read_embedding, read_linear
 from tsqp.errors import OutOfMemory
-from tsqp.model.config import LAYER_GROUPS, ModelConfig
+from tsqp.model.config import ModelConfig, linear_groups, output_projection
+from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.layers import Layers
 
 
@@ -25,9 +26,9 @@ class Weights:
     """The worker's tensors on its device.
 
     Attributes:
-        linear_FD: weight by (layer, group); layer -1 is the output projection.
-        biases_F: bias by (layer, group), of the groups that have one; they are for whole layers,
-            elsewhere the TEE adds them.
+        linear_FD: the weight of each group.
+        biases_F: of the groups that have one; they are for whole layers, elsewhere the TEE adds
+            them.
         layers: norms and rotation, for whole layers.
         embedding_VD: the embedding table, which a tied output projection shares.
         digest: of every tensor of the model, as both sides compute it.
@@ -36,8 +37,8 @@ class Weights:
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
-    linear_FD: dict[tuple[int, str], Tensor]
-    biases_F: dict[tuple[int, str], Tensor]
+    linear_FD: dict[LinearGroup, Tensor]
+    biases_F: dict[LinearGroup, Tensor]
     layers: Layers
     embedding_VD: Tensor
     digest: str
@@ -66,21 +67,17 @@ def load_weights(
     digest = WeightsDigest()
     embedding = read_embedding(checkpoint, dtype, digest, device, multiplies=tied)
     done.add(embedding.nbytes)
-    linear: dict[tuple[int, str], Tensor] = {}
-    biases: dict[tuple[int, str], Tensor] = {}
-    for layer in range(config.num_layers):
-        for group in LAYER_GROUPS:
-            weights = read_linear(checkpoint, layer, group, dtype, digest, device)
-            linear[layer, group] = weights.weight_FD
-            if weights.bias_F is not None:
-                biases[layer, group] = weights.bias_F.to(device)
-            done.add(weights.nbytes)
-    if tied:
-        linear[-1, "lm_head"] = embedding
-    else:
-        head = read_linear(checkpoint, -1, "lm_head", dtype, digest, device)
-        linear[-1, "lm_head"] = head.weight_FD
-        done.add(head.nbytes)
+    linear: dict[LinearGroup, Tensor] = {}
+    biases: dict[LinearGroup, Tensor] = {}
+    for group in linear_groups(config):
+        if tied and group == output_projection(config):
+            linear[group] = embedding
+            continue
+        weights = read_linear(checkpoint, group, dtype, digest, device)
+        linear[group] = weights.weight_FD
+        if weights.bias_F is not None:
+            biases[group] = weights.bias_F.to(device)
+        done.add(weights.nbytes)
     layers = Layers(checkpoint, dtype, digest, device)
     return Weights(config, dtype, device, linear, biases, layers, embedding, digest.hexdigest())
 
@@ -112,12 +109,12 @@ class IntegerModel:
     """The worker's weights in the private modes.
 
     Attributes:
-        linear_FD: int8 weight by (layer, group); layer -1 is the output projection.
+        linear_FD: the int8 weight of each group.
         digest: of these and their scales, as both sides compute it.
     """
 
     device: torch.device
-    linear_FD: dict[tuple[int, str], Tensor]
+    linear_FD: dict[LinearGroup, Tensor]
     digest: str
 
 
@@ -133,10 +130,10 @@ def load_integers(
         OutOfMemory: the weights would not fit.
     """
     check_room(integer_bytes(checkpoint.config), f"The weights of {checkpoint.name}", device)
-    linear: dict[tuple[int, str], Tensor] = {}
+    linear: dict[LinearGroup, Tensor] = {}
 
-    def place(key: tuple[int, str], weights: IntegerWeights) -> None:
-        linear[key] = weights.weight_FD.to(device)
+    def place(group: LinearGroup, weights: IntegerWeights) -> None:
+        linear[group] = weights.weight_FD.to(device)
 
     digest = integer_cache.load_integers(checkpoint, place, progress)
     return IntegerModel(device, linear, digest)
@@ -152,7 +149,7 @@ def read_prepared(path: Path, device: torch.device, progress: Progress = silent)
     file = PreparedFile(path)
     try:
         check_room(file.nbytes, f"The weights of {path}", device)
-        linear = {key: weights.weight_FD.to(device) for key, weights in file.groups(progress)}
+        linear = {group: weights.weight_FD.to(device) for group, weights in file.groups(progress)}
         return IntegerModel(device, linear, file.digest)
     finally:
         file.close()

@@ -1,6 +1,6 @@
 """The worker's operations: each call is checked against the weights, then computed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu import product
 from tsqp.gpu.session import KvSession, KvStore
 from tsqp.gpu.weights import IntegerModel, Weights
+from tsqp.model.linear_group import LinearGroup
 from tsqp.model.work import dearest_row_macs
 from tsqp.wire.channel import kind_of
 from tsqp.wire.messages import (
@@ -23,6 +24,7 @@ from tsqp.wire.messages import (
     SeedProduct,
     Stateless,
     Welcome,
+    place_of,
 )
 from tsqp.wire.seeds import expand
 from tsqp.wire.tensors import WEIGHTS_DTYPES, Spec
@@ -60,6 +62,8 @@ class Worker:
         self._max_call_macs = max_call_macs or _default_call_macs(weights, integers)
         self._weights = weights
         self._integers = integers
+        held = [each.linear_FD for each in (weights, integers) if each is not None]
+        self._groups = {place_of(group): group for weights_FD in held for group in weights_FD}
         self._store = None if weights is None else KvStore(weights, self._max_call_macs, kv_shares)
         if integers is not None:
             product.prepare()
@@ -67,8 +71,7 @@ class Worker:
     @property
     def layers(self) -> int:
         """How many layers' weights it holds."""
-        held = [each for each in (self._weights, self._integers) if each is not None]
-        return len({layer for layer, _ in held[0].linear_FD if layer >= 0})
+        return len({group.layer for group in self._groups.values()} - {None})
 
     def __str__(self) -> str:
         served = []
@@ -196,12 +199,19 @@ class Worker:
         return find(operation.layer, operation.group)
 
     def _float_weight(self, layer: int, group: str) -> Tensor:
-        return _find(self._open_weights.linear_FD, layer, group)
+        return self._find(self._open_weights.linear_FD, layer, group)
 
     def _integer_weight(self, layer: int, group: str) -> Tensor:
         if self._integers is None:
             raise ProtocolError("This worker holds no integer weights.")
-        return _find(self._integers.linear_FD, layer, group)
+        return self._find(self._integers.linear_FD, layer, group)
+
+    def _find(self, weights_FD: Mapping[LinearGroup, Tensor], layer: int, name: str) -> Tensor:
+        """The weight of the group that a call names."""
+        group = self._groups.get((layer, name))
+        if group is None or group not in weights_FD:
+            raise ProtocolError(f"There is no group {name!r} in layer {layer}.")
+        return weights_FD[group]
 
     def _embed(self, ids: Tensor, out_TD: Tensor) -> None:
         token_ids_T = ids.clone()  # what is checked must not change afterwards
@@ -259,10 +269,3 @@ def _default_call_macs(weights: Weights | None, integers: IntegerModel | None) -
 
 def _list(specs: Sequence[Spec]) -> str:
     return ", ".join(map(str, specs)) or "no tensor"
-
-
-def _find(weights: dict[tuple[int, str], Tensor], layer: int, group: str) -> Tensor:
-    found = weights.get((layer, group))
-    if found is None:
-        raise ProtocolError(f"There is no group {group!r} in layer {layer}.")
-    return found

@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 
 from tsqp.errors import CheckpointError
+from tsqp.model.linear_group import LayerGroups, LinearGroup, Part
 from tsqp.model.rope import DynamicScaling, Rope
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"  # the output projection, of a model that does not tie it
-
-LAYER_GROUPS = ("qkv", "o", "gate_up", "down")
-
-Key = tuple[int, str]  # of a group of linear layers: (layer, group); (-1, "lm_head") is the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,60 +105,45 @@ class ModelConfig:
         return min((each.original_max_positions for each in dynamic), default=self.max_positions)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One linear layer of the checkpoint.
-
-    Attributes:
-        name: prefix of its tensors, for example "model.layers.0.self_attn.q_proj"; the weight is
-            `name + ".weight"`, [out_features, in_features], and the bias `name + ".bias"`.
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    bias: bool
-
-
-def parts(config: ModelConfig, layer: int, group: str) -> tuple[Part, ...]:
-    """The linear layers that `group` of `layer` fuses, in the order of their outputs.
-
-    `group` is one of LAYER_GROUPS, or "lm_head" with layer -1. A tied output projection is
-    named for the embedding whose tensor it shares. Layers that the file has fused are one part.
-    """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    if group == "lm_head":
-        assert layer == -1, layer
-        name = EMBEDDING if config.tie_word_embeddings else HEAD
-        return (Part(name.removesuffix(".weight"), config.vocab_size, hidden, False),)
+def layer_groups(config: ModelConfig, layer: int) -> LayerGroups:
+    """The groups of linear layers of one layer."""
     assert 0 <= layer < config.num_layers, layer
+    hidden, inner = config.hidden_size, config.intermediate_size
     q = config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
-    outputs = {
-        "qkv": {"q_proj": q, "k_proj": kv, "v_proj": kv},
-        "o": {"o_proj": hidden},
-        "gate_up": {"gate_proj": inner, "up_proj": inner},
-        "down": {"down_proj": hidden},
-    }[group]
-    if config.fused and len(outputs) > 1:
-        outputs = {f"{group}_proj": sum(outputs.values())}
-    inputs = {"o": q, "down": inner}.get(group, hidden)
-    block = f"model.layers.{layer}." + ("self_attn" if group in ("qkv", "o") else "mlp")
-    bias = group in config.biases
-    return tuple(Part(f"{block}.{name}", size, inputs, bias) for name, size in outputs.items())
+
+    def group(name: str, block: str, width: int, outputs: dict[str, int]) -> LinearGroup:
+        if config.fused and len(outputs) > 1:
+            outputs = {f"{name}_proj": sum(outputs.values())}
+        prefix, bias = f"model.layers.{layer}.{block}", name in config.biases
+        parts = (Part(f"{prefix}.{each}", size, width, bias) for each, size in outputs.items())
+        return LinearGroup.of(layer, name, tuple(parts))
+
+    return LayerGroups(
+        qkv=group("qkv", "self_attn", hidden, {"q_proj": q, "k_proj": kv, "v_proj": kv}),
+        o=group("o", "self_attn", q, {"o_proj": hidden}),
+        gate_up=group("gate_up", "mlp", hidden, {"gate_proj": inner, "up_proj": inner}),
+        down=group("down", "mlp", inner, {"down_proj": hidden}),
+    )
 
 
-def linear_groups(config: ModelConfig) -> list[Key]:
-    """All groups of a model as (layer, group), the output projection last."""
-    layers = range(config.num_layers)
-    return [*((layer, group) for layer in layers for group in LAYER_GROUPS), (-1, "lm_head")]
+def output_projection(config: ModelConfig) -> LinearGroup:
+    """The last group. A tied one is named for the embedding, whose tensor it shares."""
+    name = EMBEDDING if config.tie_word_embeddings else HEAD
+    part = Part(name.removesuffix(".weight"), config.vocab_size, config.hidden_size, False)
+    return LinearGroup.of(None, "lm_head", (part,))
+
+
+def linear_groups(config: ModelConfig) -> list[LinearGroup]:
+    """All groups of a model in canonical order: layer by layer, the output projection last."""
+    layers = [layer_groups(config, layer) for layer in range(config.num_layers)]
+    return [*(group for groups in layers for group in groups), output_projection(config)]
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all linear weights, biases and the embedding by name; a tied one once."""
-    linears = [part for key in linear_groups(config) for part in parts(config, *key)]
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
-    for part in linears:
+    for part in (part for group in linear_groups(config) for part in group.parts):
         shapes[f"{part.name}.weight"] = (part.out_features, part.in_features)
         if part.bias:
             shapes[f"{part.name}.bias"] = (part.out_features,)

@@ -19,11 +19,12 @@ from tsqp.checkpoint.integer_cache import cached_file, load_integers
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.model_digest import check_expected, model_digest
 from tsqp.checkpoint.progress import Progress, part_of, silent
-from tsqp.checkpoint.quantize import IntegerWeights, group_shape, integer_bytes
+from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
 from tsqp.checkpoint.weights import check_memory, embedding_bytes, read_bias, read_embedding
 from tsqp.errors import HintsError
 from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
-from tsqp.model.config import LAYER_GROUPS, Key, linear_groups, trusted_shapes
+from tsqp.model.config import linear_groups, output_projection, trusted_shapes
+from tsqp.model.linear_group import LinearGroup
 from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
@@ -138,23 +139,23 @@ class Builder:
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
         options, field = self.options, self.options.residues
-        integers: dict[Key, IntegerWeights] = {}
+        integers: dict[LinearGroup, IntegerWeights] = {}
         biases_F = self._biases_F()
         digest, embedding_VD = self._load(integers.__setitem__)
-        weights_FD = {key: weights.weight_FD for key, weights in integers.items()}
+        weights_FD = {group: weights.weight_FD for group, weights in integers.items()}
         rows = self._row_pool()
         if options.fixed_point and field is LATTICE:
             lattice_kernels.prepare()
             digits.prepare(LATTICE)
             lattice_groups = {
-                key: LatticeGroup(key, weights, biases_F.get(key))
-                for key, weights in integers.items()
+                group: LatticeGroup(group, weights, biases_F.get(group))
+                for group, weights in integers.items()
             }
             exact = FixedPointLinear(lattice_groups, weights_FD, self._dtype, rows)
             return PrivateOffload(self._config, self._dtype, embedding_VD, exact), None
         groups = {
-            key: MaskedGroup(key, weights, biases_F.get(key), field)
-            for key, weights in integers.items()
+            group: MaskedGroup(group, weights, biases_F.get(group), field)
+            for group, weights in integers.items()
         }
         prepare(field, shares=options.privacy == "shares")
         if options.privacy == "tee":
@@ -233,15 +234,16 @@ class Builder:
     def _keep_hints(self, path: Path, load: LatticeLoad, digest: str) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            counts = {key: hints.count for key, hints in load.hints.items()}
-            with new_hints_file(path, load.seed, counts) as writer:
-                for key, hints in load.hints.items():
-                    writer.add(key, hints)
+            with new_hints_file(path, load.seed, list(load.hints)) as writer:
+                for group, hints in load.hints.items():
+                    writer.add(group, hints)
                 writer.digest = digest
         except (HintsError, OSError) as exc:
             log.warning("keeping no hints: %s", exc)
 
-    def _load(self, place: Callable[[Key, IntegerWeights], None]) -> tuple[str, torch.Tensor]:
+    def _load(
+        self, place: Callable[[LinearGroup, IntegerWeights], None]
+    ) -> tuple[str, torch.Tensor]:
         """The digest of the integer weights, which `place` gets, and the embedding."""
         total = integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
         digest = load_integers(self._checkpoint, place, part_of(self._progress, 0, total))
@@ -256,8 +258,8 @@ class Builder:
         self._identify(digest, trusted)
         return digest, embedding_VD
 
-    def _shapes(self) -> dict[Key, tuple[int, int]]:
-        return {key: group_shape(self._config, *key) for key in linear_groups(self._config)}
+    def _shapes(self) -> dict[LinearGroup, tuple[int, int]]:
+        return {group: group.shape for group in linear_groups(self._config)}
 
     def _row_pool(self) -> RowPool:
         return RowPool(self.options.threads or torch.get_num_threads())
@@ -269,13 +271,12 @@ class Builder:
         log.info("model digest %s", self.model_digest)
         check_expected(self.model_digest, self.options.expect_model, self._checkpoint.name)
 
-    def _biases_F(self) -> dict[Key, torch.Tensor]:
+    def _biases_F(self) -> dict[LinearGroup, torch.Tensor]:
         found = {
-            (layer, group): read_bias(self._checkpoint, layer, group, self._dtype, self._read)
-            for layer in range(self._config.num_layers)
-            for group in LAYER_GROUPS
+            group: read_bias(self._checkpoint, group, self._dtype, self._read)
+            for group in linear_groups(self._config)
         }
-        return {key: bias_F for key, bias_F in found.items() if bias_F is not None}
+        return {group: bias_F for group, bias_F in found.items() if bias_F is not None}
 
     def _pad_memory(self) -> int:
         wanted = self.options.pad_memory
@@ -294,8 +295,8 @@ class Builder:
     def _segment_bytes(self, itemsize: int) -> int:
         """Shared memory for the calls of one step."""
         rows = self.options.prefill_chunk
-        widths = {key: sum(group_shape(self._config, *key)) for key in linear_groups(self._config)}
-        head = widths.pop((-1, "lm_head"))
+        widths = {group: sum(group.shape) for group in linear_groups(self._config)}
+        head = widths.pop(output_projection(self._config))
         numbers = [rows * max(widths.values()), min(rows, HEAD_ROWS) * head]
         if self.options.gpu_attention:
             scores = self._config.num_heads * rows * self._config.max_positions

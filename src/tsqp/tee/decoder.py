@@ -17,10 +17,11 @@ from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import WorkerError
+from tsqp.model.config import layer_groups, output_projection
 from tsqp.nn import ops
 from tsqp.nn.attention import Segment
 from tsqp.nn.layers import Layers
-from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Layer, Linear, Request
+from tsqp.tee.offload.base import Attention, Embedding, Layer, Linear, Request
 from tsqp.tee.placement import IN_TEE, Placement
 from tsqp.tee.split_attention import split_attention
 from tsqp.tee.stats import Stats
@@ -61,6 +62,8 @@ class Decoder:
     ) -> None:
         config = self._config = checkpoint.config
         self._layers = Layers(checkpoint, dtype) if layers is None else layers
+        self._groups = [layer_groups(config, layer) for layer in range(config.num_layers)]
+        self._lm_head = output_projection(config)
         self._placement = placement
         self._most_scores = most_scores
         self._embedding_scale = torch.tensor(config.embedding_multiplier, dtype=dtype)
@@ -83,7 +86,7 @@ class Decoder:
             return torch.empty(0, config.vocab_size)
         with time("norm"):
             h_RD = self._layers.final_norm(x_RD)
-        logits_RV = (yield Linear(LM_HEAD, "lm_head", h_RD)).to(torch.float32, copy=True)
+        logits_RV = (yield Linear(self._lm_head, h_RD)).to(torch.float32, copy=True)
         if not logits_RV.isfinite().all():
             raise WorkerError(
                 "The lm_head output of this step is not finite, so no token can be chosen: check"
@@ -104,10 +107,10 @@ class Decoder:
         with time("rope"):
             tables = layers.tables(batch.positions_T, batch.segments)
 
-        for layer in range(config.num_layers):
+        for layer, groups in enumerate(self._groups):
             with time("norm"):
                 h_TD = layers.norm(layer, "attention", x_TD)
-            qkv_TF = yield Linear(layer, "qkv", h_TD)
+            qkv_TF = yield Linear(groups.qkv, h_TD)
             with time("rope"):
                 q_THK, k_TJK, v_TJK = layers.heads(layer, qkv_TF, tables)
             attention = Attention(layer, q_THK, k_TJK, v_TJK, batch.segments)
@@ -121,10 +124,10 @@ class Decoder:
             with time("norm"):
                 layers.add(layer, "attention", x_TD, o_TD)
                 h_TD = layers.norm(layer, "mlp", x_TD)
-            gate_up_TF = yield Linear(layer, "gate_up", h_TD)
+            gate_up_TF = yield Linear(groups.gate_up, h_TD)
             with time("activation"):
                 h_TI = layers.gated(gate_up_TF)
-            down_TD = yield Linear(layer, "down", h_TI)
+            down_TD = yield Linear(groups.down, h_TI)
             with time("norm"):
                 layers.add(layer, "mlp", x_TD, down_TD)
         return x_TD
@@ -150,4 +153,4 @@ class Decoder:
         y_TD = yield attention
         if wanted_R is not None:
             y_TD = y_TD[wanted_R]
-        return (yield Linear(attention.layer, "o", y_TD)) if len(y_TD) else y_TD
+        return (yield Linear(self._groups[attention.layer].o, y_TD)) if len(y_TD) else y_TD

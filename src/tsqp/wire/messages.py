@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from tsqp.algebra.params import FieldName
+from tsqp.model.linear_group import LinearGroup
 
 PROTOCOL_VERSION = 1
 
@@ -37,7 +38,13 @@ Macs = Annotated[int, Meta(ge=1, le=2**62)]
 Nanoseconds = Annotated[int, Meta(ge=0, le=2**62)]
 Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
+OUTPUT_LAYER = -1  # the layer of the output projection, here and in call logs and recordings
 INLINE = -1  # the offset of a tensor that travels as a frame of its own
+
+
+def place_of(group: LinearGroup) -> tuple[int, str]:
+    """The layer and group by which messages, call logs and recordings name a group."""
+    return OUTPUT_LAYER if group.layer is None else group.layer, group.name
 
 
 class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -119,7 +126,7 @@ class Offer(Message, frozen=True, tag="offer"):
 
 
 class Linear(Message, frozen=True, tag="linear"):
-    """y = x · Wᵀ for one group of one layer (-1 is the output projection)."""
+    """y = x · Wᵀ for one group of one layer (OUTPUT_LAYER is the output projection)."""
 
     layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)]
     group: Name

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, LATTICE, WIDE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pads import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
@@ -68,7 +68,7 @@ class NumberingProvider:
     def __init__(
         self,
         kind: Kind,
-        shapes: Mapping[Key, tuple[int, int]],
+        shapes: Mapping[LinearGroup, tuple[int, int]],
         *,
         first: int = 0,
         fails_every: int = 0,
@@ -86,12 +86,12 @@ class NumberingProvider:
         whole = memory_rows - memory_rows % self.unit
         return whole if self.unit == 1 else max(self.unit, whole)
 
-    def batch_rows(self, key: Key, room: int, memory_rows: int) -> int:
+    def batch_rows(self, key: LinearGroup, room: int, memory_rows: int) -> int:
         if self.unit > 1:
             return self.unit if room >= self.unit else 0
         return min(room, max(1, memory_rows // 4))
 
-    def make(self, key: Key, rows: int) -> Pads:
+    def make(self, key: LinearGroup, rows: int) -> Pads:
         rows = rows if self.unit == 1 else self.unit
         features, width = self._shapes[key]
         with self._lock:
@@ -157,7 +157,8 @@ class Layer:
     ) -> None:
         self.weights = integer_weights(features, width) if weights is None else weights
         self.field = field
-        self.group = MaskedGroup((3, "qkv"), self.weights, None, field)
+        linear = LinearGroup(3, "qkv", *self.weights.weight_FD.shape)
+        self.group = MaskedGroup(linear, self.weights, None, field)
         self.rows = RowPool(threads)
 
     def pads(self, rows: int) -> tuple[Int32, Int32]:

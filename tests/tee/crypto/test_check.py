@@ -14,10 +14,12 @@ from crypto_helpers import Int32, Layer, chi_square_p, integer_weights, rows_of_
 from tsqp.algebra.params import CHECK_MODULUS, DIRECT_FIELDS, WIDE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.offload.masked import Masked, MaskedGroup
 
+GROUP = LinearGroup(0, "o", 3, 4)
 BOTH = pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
 
 
@@ -142,7 +144,7 @@ def test_a_lie_about_a_group_of_zeros_is_noticed(field: Field) -> None:
 def test_check_vectors_are_spread_over_the_whole_range(bins: int) -> None:
     features = 200_000
     weights = IntegerWeights(torch.ones(features, 1, dtype=torch.int8), torch.ones(features))
-    k_2F = check_vectors(MaskedGroup((0, "o"), weights, None, WIDE))
+    k_2F = check_vectors(MaskedGroup(GROUP, weights, None, WIDE))
     assert k_2F.shape == (2, features)
     for k_F in k_2F.astype(np.int64):
         assert 0 <= k_F.min() <= k_F.max() < CHECK_MODULUS
@@ -155,7 +157,7 @@ def test_check_vectors_are_spread_over_the_whole_range(bins: int) -> None:
 def test_the_two_vectors_have_nothing_to_do_with_one_another() -> None:
     features = 2000
     weights = IntegerWeights(torch.ones(features, 1, dtype=torch.int8), torch.ones(features))
-    first_F, second_F = check_vectors(MaskedGroup((0, "o"), weights, None, WIDE)).tolist()
+    first_F, second_F = check_vectors(MaskedGroup(GROUP, weights, None, WIDE)).tolist()
     pairs = list(zip(first_F, second_F, strict=True))
     related = {
         "the same or shifted": [(b - a) % CHECK_MODULUS for a, b in pairs],
@@ -169,7 +171,7 @@ def test_the_two_vectors_have_nothing_to_do_with_one_another() -> None:
 
 def test_every_group_of_every_session_draws_its_own_vectors() -> None:
     weights = integer_weights(500, 3)
-    groups = [MaskedGroup((0, "o"), weights, None, WIDE) for _ in range(4)]
+    groups = [MaskedGroup(GROUP, weights, None, WIDE) for _ in range(4)]
     drawn = np.concatenate([check_vectors(group) for group in groups])
     assert len(np.unique(drawn)) > drawn.size - 10
 

@@ -17,6 +17,7 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, DIRECT_FIELDS, WIDE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, NumericalError
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.kernels import ALL_ROWS
 from tsqp.tee.crypto.row_pool import RowPool
@@ -174,7 +175,7 @@ def test_sums_of_the_largest_numbers_do_not_overflow(
     k_2F = np.repeat(np.array([[most], [inverse]], np.int32), size, axis=1)
     kw_2D = np.repeat(np.array([[most * 127 % CHECK_MODULUS], [most]], np.int32), size, axis=1)
     monkeypatch.setattr(CheckVectors, "draw", lambda _: CheckVectors(k_2F, kw_2D))
-    group = MaskedGroup((0, "o"), weights, None, field)
+    group = MaskedGroup(LinearGroup(0, "o", size, size), weights, None, field)
     pool = RowPool(1)
     x_TD = sign * torch.ones(1, size)
     c_TB = torch.empty(1, field.residue_bytes * size).byte()

@@ -14,6 +14,7 @@ from tsqp.algebra.params import LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import HintsError, IntegrityError, LatticeError
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.hints import check_hints
 from tsqp.tee.crypto.lattice import LatticeProvider
@@ -21,7 +22,7 @@ from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_group import LatticeGroup, MaskedRows, Switch
 
-KEY = (3, "qkv")
+GROUP = LinearGroup(3, "qkv", 40, 37)
 Q = LATTICE.p
 RING = Ring.of(Q, lattice.DEGREE)
 KNOWN = [
@@ -36,15 +37,15 @@ class Layer:
     def __init__(self, weights: IntegerWeights, classes: int = 8) -> None:
         self.weights = weights
         width = weights.weight_FD.shape[1]
-        self.group = LatticeGroup(KEY, weights, None, Switch())
+        self.group = LatticeGroup(GROUP, weights, None, Switch())
         self.public = public_polynomials(RING, bytes(range(32)), width)
         self.hints = make_hints(self.public, weights.weight_FD)
         transform = ClassTransform.of(RING, classes)
-        self.provider = LatticeProvider(self.public, {KEY: self.hints}, {KEY: width}, transform)
+        self.provider = LatticeProvider(self.public, {GROUP: self.hints}, {GROUP: width}, transform)
         self.rows = RowPool(2)
 
     def take(self, rows: int) -> Pads:
-        return self.provider.make(KEY)[:rows]
+        return self.provider.make(GROUP)[:rows]
 
     def mask(self, x_TD: torch.Tensor, masks: Pads) -> tuple[MaskedRows, torch.Tensor]:
         """What the TEE keeps, and the residues that go out, int64."""
@@ -104,7 +105,7 @@ def test_a_layer_equals_its_integers_in_exact_arithmetic(layer: Layer) -> None:
 
 
 def test_a_mask_and_its_product_differ_by_small_noise_only(layer: Layer) -> None:
-    masks = layer.provider.make(KEY)
+    masks = layer.provider.make(GROUP)
     r_MD, u_MF = residues(masks.r_ND), residues(masks.u_NF)
     l2 = layer.weights.weight_FD.double().square().sum(1).sqrt()
     errors = []
@@ -273,7 +274,7 @@ def test_each_class_is_made_once_and_the_secret_is_erased_after_the_last(
     made = batches(monkeypatch)
     rows = []
     for _ in range(2 * classes):
-        masks = layer.provider.make(KEY)
+        masks = layer.provider.make(GROUP)
         rows += residues(masks.r_ND)
     assert len(made) == 2
     assert all(not batch._s_N.any() and not any(batch._key) for batch in made)
@@ -285,16 +286,16 @@ def test_classes_of_one_batch_are_the_rows_of_the_whole_transform(
 ) -> None:
     monkeypatch.setattr(lattice.secrets, "token_bytes", lambda size: bytes(range(size)))
     whole, parts = Layer(integer_weights(8, 5), 1), Layer(integer_weights(8, 5), 4)
-    every = whole.provider.make(KEY)
+    every = whole.provider.make(GROUP)
     for row_class in range(4):
-        masks = parts.provider.make(KEY)
+        masks = parts.provider.make(GROUP)
         assert residues(masks.u_NF) == residues(every.u_NF[row_class::4])
 
 
 def test_secrets_that_are_forgotten_are_erased(monkeypatch: pytest.MonkeyPatch) -> None:
     made = batches(monkeypatch)
     layer = Layer(integer_weights(8, 5), 4)
-    layer.provider.make(KEY)
+    layer.provider.make(GROUP)
     [batch] = made
     assert batch._s_N.any()
     layer.provider.forget()

@@ -17,6 +17,7 @@ from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import LATTICE
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, UnsupportedModel
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_group import LatticeGroup, Switch
@@ -31,7 +32,9 @@ class Exact:
     def __init__(self, weight_FD: Tensor) -> None:
         self.weight_FD = weight_FD.to(torch.int8)
         self.weights = IntegerWeights(self.weight_FD, torch.ones(len(weight_FD)))
-        self.group = LatticeGroup((2, "down"), self.weights, None, Switch())
+        self.group = LatticeGroup(
+            LinearGroup(2, "down", *weight_FD.shape), self.weights, None, Switch()
+        )
 
     def pack(self, residues_TN: NDArray[np.int64]) -> NDArray[np.uint8]:
         rows = np.empty((len(residues_TN), 6 * residues_TN.shape[1]), np.uint8)

@@ -15,13 +15,14 @@ from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.hints import Polynomials, make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.lattice import LatticeProvider
 
 Q = LATTICE.p
 RING = Ring.of(Q, DEGREE)
-QKV, HEAD = (0, "qkv"), (-1, "lm_head")
 WIDTH = 96
+QKV, HEAD = LinearGroup(0, "qkv", WIDTH, WIDTH), LinearGroup(None, "lm_head", WIDTH, WIDTH)
 VARIANCE = 8  # 16 differences of two bits
 
 
@@ -33,7 +34,7 @@ def signed(rows_NB: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 @pytest.fixture(scope="module")
-def noise() -> dict[tuple[int, str], NDArray[np.int64]]:
+def noise() -> dict[LinearGroup, NDArray[np.int64]]:
     """Of two groups: masks of public polynomials that are zero are nothing else."""
     zeros = {key: Polynomials.empty(DEGREE, WIDTH) for key in (QKV, HEAD)}
     transform = ClassTransform.of(RING, 4)
@@ -43,7 +44,7 @@ def noise() -> dict[tuple[int, str], NDArray[np.int64]]:
     }
 
 
-def test_noise_is_binomial(noise: dict[tuple[int, str], NDArray[np.int64]]) -> None:
+def test_noise_is_binomial(noise: dict[LinearGroup, NDArray[np.int64]]) -> None:
     chances = np.array([math.comb(32, ones) for ones in range(33)]) / 2**32
     for e_ND in noise.values():
         assert np.abs(e_ND).max() <= 16
@@ -56,7 +57,7 @@ def test_noise_is_binomial(noise: dict[tuple[int, str], NDArray[np.int64]]) -> N
 
 
 def test_noise_of_features_rows_classes_and_groups_is_independent(
-    noise: dict[tuple[int, str], NDArray[np.int64]],
+    noise: dict[LinearGroup, NDArray[np.int64]],
 ) -> None:
     first, second = noise.values()
     pairs = {

@@ -13,11 +13,12 @@ from tsqp.algebra.hints import make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.errors import LatticeError
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.pads import Pads
 
-QKV, HEAD = (0, "qkv"), (-1, "lm_head")
+QKV, HEAD = LinearGroup(0, "qkv", 3, 5), LinearGroup(None, "lm_head", 4, 5)
 ROWS = 32
 CLASSES = DEGREE // ROWS
 RING = Ring.of(LATTICE.p, DEGREE)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, LATTICE, Field
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import rng
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider
@@ -23,7 +23,8 @@ from tsqp.wire.seeds import SEED_BYTES
 TAKES = 12_000
 MOST_NOISE = 127 * 16  # of one product with a weight
 WIDTH = 8  # residues of a row: no two rows are alike by chance
-GROUPS = {(0, "qkv"): integer_weights(3, WIDTH), (-1, "lm_head"): integer_weights(5, WIDTH)}
+QKV, HEAD = LinearGroup(0, "qkv", 3, WIDTH), LinearGroup(None, "lm_head", 5, WIDTH)
+GROUPS = {QKV: integer_weights(3, WIDTH), HEAD: integer_weights(5, WIDTH)}
 RESIDUES = 3 + 5 + 2 * WIDTH  # of a row
 
 
@@ -47,7 +48,7 @@ def residues(rows_NB: NDArray[Any], field: Field) -> NDArray[np.int64]:
     return found_ND
 
 
-def take_at_random(pads: PadPool, times: int, seed: int) -> list[tuple[Key, Pads]]:
+def take_at_random(pads: PadPool, times: int, seed: int) -> list[tuple[LinearGroup, Pads]]:
     """A row at a time, as tokens take them, and now and then the rows of a prompt."""
     choices = random.Random(seed)
     taken = []
@@ -57,7 +58,7 @@ def take_at_random(pads: PadPool, times: int, seed: int) -> list[tuple[Key, Pads
     return taken
 
 
-def assert_no_row_comes_twice(taken: list[tuple[Key, Pads]], field: Field) -> None:
+def assert_no_row_comes_twice(taken: list[tuple[LinearGroup, Pads]], field: Field) -> None:
     r_ND = residues(np.concatenate([pads.r_ND for _, pads in taken]), field)
     assert len({row.tobytes() for row in r_ND}) == len(r_ND)
     # Nor does a part of a row: what chance gives are so many values that have come before.
@@ -99,7 +100,7 @@ def test_no_row_of_many_thousand_takes_comes_twice(stock: int, field: Field) -> 
 def test_no_row_comes_twice_to_threads_that_take_at_once(field: Field) -> None:
     pads, together = pool(field, 64), threading.Barrier(4)
 
-    def take_many(number: int) -> list[tuple[Key, Pads]]:
+    def take_many(number: int) -> list[tuple[LinearGroup, Pads]]:
         together.wait(30)
         return take_at_random(pads, TAKES // 4, seed=number)
 
@@ -116,7 +117,7 @@ def test_sessions_share_no_row(field: Field) -> None:
     taken = []
     for _ in range(30):
         pads = pool(field, 20)
-        taken += [((0, "qkv"), pads.take((0, "qkv"), rows)) for rows in (1, 30, 1)]
+        taken += [(QKV, pads.take(QKV, rows)) for rows in (1, 30, 1)]
         pads.close()
     assert_no_row_comes_twice(taken, field)
 

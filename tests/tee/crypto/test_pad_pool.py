@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from tsqp.algebra.params import LATTICE
 from tsqp.errors import TSQPError
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.stock import Stock
 
-QKV, HEAD = (0, "qkv"), (-1, "lm_head")
-SHAPES = {QKV: (3, 2), HEAD: (5, 2)}
+QKV, HEAD = LinearGroup(0, "qkv", 3, 2), LinearGroup(None, "lm_head", 5, 2)
+SHAPES = {QKV: QKV.shape, HEAD: HEAD.shape}
 RESIDUES = 5 + 7  # of a row of both
 
 
@@ -61,7 +62,7 @@ def pool(kind: Kind) -> Iterator[PadPool]:
     memory_rows=st.integers(0, 150),
 )
 def test_no_pad_is_given_out_twice_to_any_of_many_threads(
-    kind: Kind, takes: list[tuple[tuple[int, str], int]], memory_rows: int
+    kind: Kind, takes: list[tuple[LinearGroup, int]], memory_rows: int
 ) -> None:
     pool = pool_of(kind, memory_rows)
     try:
@@ -110,7 +111,7 @@ class WatchedProvider(NumberingProvider):
         super().__init__(kind, SHAPES)
         self.alive = 0
 
-    def make(self, key: tuple[int, str], rows: int) -> Pads:
+    def make(self, key: LinearGroup, rows: int) -> Pads:
         pads = super().make(key, rows)
         for array in (pads.r_ND, pads.u_NF):
             self.alive += array.nbytes
@@ -182,7 +183,7 @@ class SlowProvider(NumberingProvider):
 
     TAKES_S = 0.02
 
-    def make(self, key: tuple[int, str], rows: int) -> Pads:
+    def make(self, key: LinearGroup, rows: int) -> Pads:
         time.sleep(self.TAKES_S)
         return super().make(key, rows)
 

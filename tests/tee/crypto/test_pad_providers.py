@@ -7,6 +7,7 @@ from crypto_helpers import integer_weights, product
 from tsqp.algebra.hints import make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, DIRECT_FIELDS, LATTICE, WIDE, Field
 from tsqp.algebra.ring import ClassTransform, Ring
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.pad_providers import (
     BATCH_PRODUCTS,
@@ -15,7 +16,7 @@ from tsqp.tee.crypto.pad_providers import (
     PadProvider,
 )
 
-QKV = (0, "qkv")
+QKV = LinearGroup(0, "qkv", 3, 2)  # whose sizes these providers take from the weights
 
 
 @pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)

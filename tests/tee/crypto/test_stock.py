@@ -8,6 +8,7 @@ from crypto_helpers import DIRECT, KINDS, Kind, NumberingProvider
 
 from every_opcode import at_every_opcode
 from tsqp.errors import TSQPError
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import pad_pool as pool_module
 from tsqp.tee.crypto import pads as pads_module
 from tsqp.tee.crypto import stock as stock_module
@@ -16,8 +17,8 @@ from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.stock import Stock
 
 ROWS = 8
-KEY = (0, "qkv")
-SHAPE = (3, 2)
+GROUP = LinearGroup(0, "qkv", 3, 2)
+SHAPE = GROUP.shape
 FIRST = 1000  # not what fresh memory is likely to hold
 
 
@@ -25,7 +26,7 @@ class Numbered(NumberingProvider):
     """Of one group; fresh memory is not likely to hold its numbers."""
 
     def __init__(self, kind: Kind = DIRECT) -> None:
-        super().__init__(kind, {KEY: SHAPE}, first=FIRST)
+        super().__init__(kind, {GROUP: SHAPE}, first=FIRST)
 
 
 def numbers_of(pads: Pads | None, kind: Kind = DIRECT) -> list[int]:
@@ -48,7 +49,7 @@ def test_a_stock_gives_its_rows_in_order_and_takes_new_ones_in_their_place() -> 
     stock, provider = Stock(range(ROWS), *SHAPE), Numbered()
     given = []
     for put, take in ((6, 2), (4, 3), (3, 5), (8, 8)):
-        stock.put(provider.make(KEY, min(put, stock.room)))
+        stock.put(provider.make(GROUP, min(put, stock.room)))
         given += numbers_of(stock.take(take))
     assert given == list(range(FIRST, FIRST + len(given)))
     assert (stock.ready, stock.room) == (0, ROWS)
@@ -56,9 +57,9 @@ def test_a_stock_gives_its_rows_in_order_and_takes_new_ones_in_their_place() -> 
 
 def test_rows_beyond_the_room_are_dropped_and_no_row_is_overwritten() -> None:
     stock, provider = Stock(range(ROWS), *SHAPE), Numbered()
-    stock.put(provider.make(KEY, 5))
-    stock.put(provider.make(KEY, 5))
-    stock.put(provider.make(KEY, 5))
+    stock.put(provider.make(GROUP, 5))
+    stock.put(provider.make(GROUP, 5))
+    stock.put(provider.make(GROUP, 5))
     assert numbers_of(stock.take(100)) == list(range(FIRST, FIRST + ROWS))
     assert stock.take(100) is None
 
@@ -71,9 +72,9 @@ def test_an_exception_at_any_opcode_repeats_no_row_and_gives_none_that_was_not_f
         def run(take_first: int = take_first) -> None:
             nonlocal stock, provider, given
             stock, provider, given = Stock(range(ROWS), *SHAPE), Numbered(), []
-            stock.put(provider.make(KEY, 6))
+            stock.put(provider.make(GROUP, 6))
             given += numbers_of(stock.take(take_first))
-            stock.put(provider.make(KEY, 4))
+            stock.put(provider.make(GROUP, 4))
             given += numbers_of(stock.take(3))
             given += numbers_of(stock.take(ROWS))
 
@@ -81,7 +82,7 @@ def test_an_exception_at_any_opcode_repeats_no_row_and_gives_none_that_was_not_f
             interrupted += 1
             given += numbers_of(stock.take(ROWS))
             for _ in range(3):  # every place is used again
-                stock.put(provider.make(KEY, ROWS))
+                stock.put(provider.make(GROUP, ROWS))
                 given += numbers_of(stock.take(ROWS))
             assert_each_once(given, provider)
             assert stock.ready == 0
@@ -95,7 +96,7 @@ def test_a_row_that_was_given_out_is_wiped_and_would_be_noticed_if_it_came_again
     kind: Kind,
 ) -> None:
     stock = Stock(range(ROWS), *SHAPE, kind.field)
-    stock.put(Numbered(kind).make(KEY, 4))
+    stock.put(Numbered(kind).make(GROUP, 4))
     taken = stock.take(3)
     assert taken is not None
     for rows in (stock._r_ND, stock._u_NF):
@@ -107,7 +108,7 @@ def test_a_row_that_was_given_out_is_wiped_and_would_be_noticed_if_it_came_again
 
 
 def pool_of(provider: Numbered, kind: Kind) -> PadPool:
-    return PadPool(provider, {KEY: SHAPE}, ROWS * kind.bytes_of(sum(SHAPE)))
+    return PadPool(provider, {GROUP: SHAPE}, ROWS * kind.bytes_of(sum(SHAPE)))
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_an_exception_at_any_opcode_of_a_pool_repeats_no_pad_and_leaves_it_usabl
     def run() -> None:
         pool.fill()
         for rows in (1, 2, ROWS):  # the last of them partly made in line
-            given.extend(numbers_of(pool.take(KEY, rows), kind))
+            given.extend(numbers_of(pool.take(GROUP, rows), kind))
 
     opcodes = list(at_every_opcode(run, pool_module, pads_module, stock_module))
     assert len(opcodes) > 300
@@ -139,7 +140,7 @@ def test_an_exception_at_any_opcode_of_a_pool_repeats_no_pad_and_leaves_it_usabl
     pool.close()  # nothing that it waits for is held by a call that was broken off
     assert not pool._thread.is_alive()
     with pytest.raises(TSQPError, match="are gone"):
-        pool.take(KEY, 1)
+        pool.take(GROUP, 1)
 
 
 @KINDS
@@ -149,7 +150,7 @@ def test_a_close_that_was_broken_off_anywhere_can_be_done_again(kind: Kind) -> N
     def run() -> None:
         pools.append(pool_of(Numbered(kind), kind))
         pools[-1].fill()
-        pools[-1].take(KEY, ROWS)
+        pools[-1].take(GROUP, ROWS)
         pools[-1].close()
 
     assert len(list(at_every_opcode(run, pool_module, step=7))) > 20

@@ -29,7 +29,7 @@ from tsqp.algebra.hints import Polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import BLOCK, ClassTransform, products_of_class
 from tsqp.errors import LatticeError
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pads import Pads, empty_rows, residue_bytes_in_stock
 from tsqp.wire.seeds import SEED_BYTES, expand
 
@@ -100,8 +100,8 @@ class LatticeProvider:
     def __init__(
         self,
         public: Polynomials,
-        hints: Mapping[Key, Polynomials],
-        widths: Mapping[Key, int],
+        hints: Mapping[LinearGroup, Polynomials],
+        widths: Mapping[LinearGroup, int],
         transform: ClassTransform,
     ) -> None:
         assert transform.ring.q == LATTICE.p and transform.ring.degree == DEGREE
@@ -110,19 +110,20 @@ class LatticeProvider:
         self._widths = dict(widths)
         self._transform = transform
         # Classes that nobody has been given, each with the batch that it belongs to.
-        self._classes: dict[Key, deque[tuple[_Batch, int]]] = {key: deque() for key in hints}
+        self._classes: dict[LinearGroup, deque[tuple[_Batch, int]]]
+        self._classes = {key: deque() for key in hints}
 
     def stock_rows(self, memory_rows: int) -> int:
         """Whole classes. One at least: the rest of a class that was made in line is kept."""
         rows = self._transform.rows
         return max(rows, memory_rows - memory_rows % rows)
 
-    def batch_rows(self, key: Key, room: int, memory_rows: int) -> int:
+    def batch_rows(self, key: LinearGroup, room: int, memory_rows: int) -> int:
         """One class."""
         rows = self._transform.rows
         return rows if room >= rows else 0
 
-    def make(self, key: Key, rows: int = 0) -> Pads:
+    def make(self, key: LinearGroup, rows: int = 0) -> Pads:
         """The next class of a group's rows, never given out before; M of them, not `rows`."""
         batch, row_class = self._take_class(key)
         try:
@@ -138,7 +139,7 @@ class LatticeProvider:
         for key in self._classes:
             self._give_up(key, None)
 
-    def _take_class(self, key: Key) -> tuple[_Batch, int]:
+    def _take_class(self, key: LinearGroup) -> tuple[_Batch, int]:
         classes = self._classes[key]
         while True:
             with suppress(IndexError):
@@ -146,7 +147,7 @@ class LatticeProvider:
             batch = _Batch(self._transform.classes)
             classes.extend((batch, row_class) for row_class in range(self._transform.classes))
 
-    def _give_up(self, key: Key, which: _Batch | None) -> None:
+    def _give_up(self, key: LinearGroup, which: _Batch | None) -> None:
         """Make no more classes of a batch, or of any."""
         kept = []
         with suppress(IndexError):
@@ -184,7 +185,7 @@ class LatticeProvider:
         return pads
 
 
-def rows_of_a_class(shapes: Mapping[Key, tuple[int, int]], memory_bytes: int) -> int:
+def rows_of_a_class(shapes: Mapping[LinearGroup, tuple[int, int]], memory_bytes: int) -> int:
     """M for a stock of so much memory: the most of which two fit, so that one is always ready.
 
     Args:

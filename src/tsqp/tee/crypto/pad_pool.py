@@ -19,7 +19,7 @@ from time import monotonic, perf_counter, process_time
 import numpy as np
 
 from tsqp.errors import TSQPError
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.cpu_clock import ThreadClock
 from tsqp.tee.crypto.pad_providers import PadProvider
 from tsqp.tee.crypto.pads import Pads, residue_bytes_in_stock, wipe
@@ -69,7 +69,10 @@ class PadPool:
     """
 
     def __init__(
-        self, provider: PadProvider, shapes: Mapping[Key, tuple[int, int]], memory_bytes: int
+        self,
+        provider: PadProvider,
+        shapes: Mapping[LinearGroup, tuple[int, int]],
+        memory_bytes: int,
     ) -> None:
         self._stats = PadStats()
         self._made: dict[int, int] = {}  # rows, by thread: each is written by that one only
@@ -109,7 +112,7 @@ class PadPool:
             self._each * stock.ready * sum(self._shapes[key]) for key, stock in stocks.items()
         )
 
-    def take(self, key: Key, rows: int) -> Pads:
+    def take(self, key: LinearGroup, rows: int) -> Pads:
         """Remove and return pads. Pads that are not in stock are made first.
 
         Raises:
@@ -132,7 +135,7 @@ class PadPool:
         r_ND = np.concatenate([part.r_ND for part in parts])
         return Pads(r_ND, np.concatenate([part.u_NF for part in parts]))
 
-    def _make_in_line(self, key: Key, rows: int) -> Iterator[Pads]:
+    def _make_in_line(self, key: LinearGroup, rows: int) -> Iterator[Pads]:
         """Exactly so many rows; what was made beyond them goes into the stock."""
         while rows > 0:
             made = self._make(key, rows)
@@ -160,7 +163,7 @@ class PadPool:
             self._thread.join()
         self._provider.forget()
 
-    def _remove(self, key: Key, rows: int) -> Pads | None:
+    def _remove(self, key: LinearGroup, rows: int) -> Pads | None:
         if self._pid != os.getpid():
             raise TSQPError("A forked process cannot use its parent's pads; make its own LLM.")
         stock = self._stocks.get(key)
@@ -171,7 +174,7 @@ class PadPool:
             self._wake.put(None)
         return taken
 
-    def _next(self, *, whole: bool) -> tuple[Key, int] | None:
+    def _next(self, *, whole: bool) -> tuple[LinearGroup, int] | None:
         """The group with the smallest stock that has room, and the number of rows to make.
 
         Args:
@@ -183,24 +186,24 @@ class PadPool:
         key = min(with_room, key=lambda key: stocks[key].ready, default=None)
         return None if key is None else (key, rooms[key])
 
-    def _room(self, key: Key, stock: Stock, *, whole: bool) -> int:
+    def _room(self, key: LinearGroup, stock: Stock, *, whole: bool) -> int:
         """Rows of the next batch; 0 if there is too little room for one."""
         room, batch = min(stock.room, self._rows), self._batches[key]
         if room >= batch:
             return batch
         return 0 if whole else self._provider.batch_rows(key, room, self._rows)
 
-    def _make_ahead(self, key: Key, rows: int) -> None:
+    def _make_ahead(self, key: LinearGroup, rows: int) -> None:
         made = self._make(key, rows)
         self._put(key, made)
         wipe(made, slice(None))  # the stock has copies
 
-    def _make(self, key: Key, rows: int) -> Pads:
+    def _make(self, key: LinearGroup, rows: int) -> Pads:
         made, thread = self._provider.make(key, rows), threading.get_ident()
         self._made[thread] = self._made.get(thread, 0) + len(made)
         return made
 
-    def _put(self, key: Key, pads: Pads) -> None:
+    def _put(self, key: LinearGroup, pads: Pads) -> None:
         stock = self._stocks.get(key)
         if stock is not None:
             stock.put(pads)

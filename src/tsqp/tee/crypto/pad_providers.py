@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import DIRECT_FIELDS, Field
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.rng import uniform
 
@@ -36,7 +36,7 @@ class PadProvider(Protocol):
         """
         ...
 
-    def batch_rows(self, key: Key, room: int, memory_rows: int) -> int:
+    def batch_rows(self, key: LinearGroup, room: int, memory_rows: int) -> int:
         """How many rows of a group to make ahead at once; 0 if there is too little room.
 
         Args:
@@ -44,7 +44,7 @@ class PadProvider(Protocol):
         """
         ...
 
-    def make(self, key: Key, rows: int) -> Pads:
+    def make(self, key: LinearGroup, rows: int) -> Pads:
         """Fresh pads for one group, never given out before.
 
         At least one row, but the provider may make fewer or more than `rows`.
@@ -59,7 +59,7 @@ class PadProvider(Protocol):
 class DirectProvider:
     """[P4]: the TEE multiplies its own random rows."""
 
-    def __init__(self, weights_FD: Mapping[Key, Tensor], field: Field) -> None:
+    def __init__(self, weights_FD: Mapping[LinearGroup, Tensor], field: Field) -> None:
         assert field in DIRECT_FIELDS
         self._weights_FD = weights_FD
         self.field = field
@@ -67,11 +67,11 @@ class DirectProvider:
     def stock_rows(self, memory_rows: int) -> int:
         return memory_rows
 
-    def batch_rows(self, key: Key, room: int, memory_rows: int) -> int:
+    def batch_rows(self, key: LinearGroup, room: int, memory_rows: int) -> int:
         a_part, products = -(-memory_rows // BATCHES), self._weights_FD[key].numel()
         return min(room, max(1, min(BATCH_ROWS, a_part, BATCH_PRODUCTS // products)))
 
-    def make(self, key: Key, rows: int) -> Pads:
+    def make(self, key: LinearGroup, rows: int) -> Pads:
         weight_FD = self._weights_FD[key]
         features, width = weight_FD.shape
         r_ND = uniform((rows, width), self.field)

@@ -12,10 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention, Segment
 from tsqp.tee.placement import Placement
-
-LM_HEAD = -1  # the "layer" of the output projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +28,7 @@ class Embedding:
 class Linear:
     """One group of linear layers that share their input. Answer: y_TF, outputs concatenated."""
 
-    layer: int  # 0-based, or LM_HEAD
-    group: str  # "qkv", "o", "gate_up", "down", "lm_head"
+    group: LinearGroup
     x_TD: Tensor
 
 

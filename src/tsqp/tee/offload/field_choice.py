@@ -10,15 +10,15 @@ import torch
 from tsqp.algebra.hints import Polynomials
 from tsqp.algebra.params import DEGREE, LATTICE, WIDE
 from tsqp.algebra.ring import BLOCK, ClassTransform, Ring
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
 from tsqp.tee.crypto.pad_providers import BATCH_ROWS, DirectProvider
 
-Shapes = Mapping[Key, tuple[int, int]]  # (F, D) of each group
+Shapes = Mapping[LinearGroup, tuple[int, int]]  # (F, D) of each group
 
 ROUNDS = 3  # of which the fastest counts
 SAMPLE = 512  # features of the layer whose pads are timed
-_KEY: Key = (0, "o")
+_GROUP = LinearGroup(0, "o", SAMPLE, SAMPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def measure_costs(shapes: Shapes, pad_memory: int) -> MaskCosts:
 def _product_s() -> float:
     """For one weight and row of a pad, with the random residues of a square layer."""
     weight_FD = torch.full((SAMPLE, SAMPLE), 127, dtype=torch.int8)  # the time is that of any
-    provider = DirectProvider({_KEY: weight_FD}, WIDE)
-    fastest = _fastest(lambda: provider.make(_KEY, BATCH_ROWS))
+    provider = DirectProvider({_GROUP: weight_FD}, WIDE)
+    fastest = _fastest(lambda: provider.make(_GROUP, BATCH_ROWS))
     return fastest / (BATCH_ROWS * SAMPLE * SAMPLE)
 
 
@@ -63,8 +63,8 @@ def _element_s(rows: int) -> float:
     transform = ClassTransform.of(Ring.of(LATTICE.p, DEGREE), DEGREE // rows)
     polynomials = Polynomials.empty(DEGREE, BLOCK)
     polynomials.low_GNB[:] = np.arange(BLOCK)  # the values do not change the time
-    provider = LatticeProvider(polynomials, {_KEY: polynomials}, {_KEY: BLOCK}, transform)
-    fastest = _fastest(lambda: provider.make(_KEY))
+    provider = LatticeProvider(polynomials, {_GROUP: polynomials}, {_GROUP: BLOCK}, transform)
+    fastest = _fastest(lambda: provider.make(_GROUP))
     provider.forget()
     return fastest / (2 * BLOCK * rows)
 

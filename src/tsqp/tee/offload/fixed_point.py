@@ -15,7 +15,7 @@ from torch import Tensor
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import Field
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pads import empty_rows
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Linear, Ready
@@ -34,8 +34,8 @@ class FixedPointLinear:
 
     def __init__(
         self,
-        groups: Mapping[Key, Group[Any]],
-        weights_FD: Mapping[Key, Tensor],
+        groups: Mapping[LinearGroup, Group[Any]],
+        weights_FD: Mapping[LinearGroup, Tensor],
         dtype: torch.dtype,
         rows: RowPool,
     ) -> None:
@@ -45,8 +45,8 @@ class FixedPointLinear:
         self._rows = rows
 
     def start(self, request: Linear) -> Ready:
-        key = request.layer, request.group
-        group, weight_FD, tokens = self._groups[key], self._weights_FD[key], len(request.x_TD)
+        group, weight_FD = self._groups[request.group], self._weights_FD[request.group]
+        tokens = len(request.x_TD)
         field, each = group.field, group.field.residue_bytes
         c_TB = torch.empty(tokens, each * group.width, dtype=torch.uint8)
         z_TB = torch.empty(tokens, each * group.features, dtype=torch.uint8)

@@ -16,7 +16,7 @@ from tsqp.algebra.params import LATTICE
 from tsqp.algebra.residue_bytes import Bytes
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, LatticeError, NumericalError, UnsupportedModel
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import kernels, lattice_kernels
 from tsqp.tee.crypto.freivalds import VECTORS, CheckVectors, times
 from tsqp.tee.crypto.kernels import ALL_ROWS
@@ -52,7 +52,7 @@ class Switch:
         if self._reason:
             raise LatticeError(self._reason)
 
-    def turn_off(self, group: str) -> LatticeError:
+    def turn_off(self, group: LinearGroup) -> LatticeError:
         """What to raise where a mask of this group was wrong."""
         self._reason = (
             f"A mask of {group} does not fit its product, which no worker can bring about: its "
@@ -69,6 +69,7 @@ class LatticeGroup:
     """Check vectors, scales and bounds of one group; the weights themselves are not kept.
 
     Attributes:
+        linear: which group it is.
         features, width: F and D.
     """
 
@@ -76,7 +77,7 @@ class LatticeGroup:
 
     def __init__(
         self,
-        key: Key,
+        linear: LinearGroup,
         weights: IntegerWeights,
         bias_F: Tensor | None,
         switch: "Switch | None" = None,
@@ -90,7 +91,7 @@ class LatticeGroup:
             UnsupportedModel: the field is too small for these weights.
         """
         self._switch = process_switch if switch is None else switch
-        self.layer, self.name = key
+        self.linear = linear
         self.features, self.width = weights.weight_FD.shape
         bounds = Bounds.of(weights.weight_FD)
         self._l1, self._l2 = float(bounds.l1), math.sqrt(bounds.l2_squared)
@@ -99,7 +100,8 @@ class LatticeGroup:
             self._room = bounds.room(LATTICE)
         except ValueError as exc:
             raise UnsupportedModel(
-                f"{self} does not fit the lattice field: {exc}; use --field wide, or another model."
+                f"{linear} does not fit the lattice field: {exc}; use --field wide, or another "
+                "model."
             ) from exc
         self._scale_F = weights.scale_F.double().numpy()
         self._bias_F = None if bias_F is None else bias_F.float()
@@ -114,11 +116,6 @@ class LatticeGroup:
     def row_bytes(self) -> int:
         """Of one row's residues, both ways."""
         return LATTICE.residue_bytes * (self.width + self.features)
-
-    def __str__(self) -> str:
-        return (
-            f"group {self.name}" if self.layer < 0 else f"group {self.name} of layer {self.layer}"
-        )
 
     def mask(self, x_TD: Tensor, r_TB: Bytes, c_TB: Tensor, rows: RowPool) -> MaskedRows:
         """[P12]: write c = Δ · xq + r mod q, the only thing that leaves.
@@ -155,8 +152,8 @@ class LatticeGroup:
         )
         if rows.run(len(x_np), kernel) != ALL_ROWS:
             raise NumericalError(
-                f"The input of {self} holds NaN or infinity; try --dtype float32, or check the "
-                "model."
+                f"The input of {self.linear} holds NaN or infinity; try --dtype float32, or check "
+                "the model."
             )
         return MaskedRows(unit_T, expected_T2, expected_after_T)
 
@@ -206,15 +203,15 @@ class LatticeGroup:
             y_TF.numpy(),
         )
         if rows.run(len(y_TF), unmask) != ALL_ROWS:
-            raise self._switch.turn_off(str(self))
+            raise self._switch.turn_off(self.linear)
         if self._bias_F is not None:
             y_TF.add_(self._bias_F)
 
     def wrong_product(self, culprit: str) -> IntegrityError:
         """What to raise where an answer is not the product."""
         return IntegrityError(
-            f"{culprit} returned a wrong product for {self}; nothing of it was used, and nothing "
-            "more should be asked there."
+            f"{culprit} returned a wrong product for {self.linear}; nothing of it was used, and "
+            "nothing more should be asked there."
         )
 
 

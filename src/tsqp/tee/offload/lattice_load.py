@@ -13,7 +13,7 @@ from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.checkpoint.hints_file import HintsFile
 from tsqp.checkpoint.quantize import IntegerWeights
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import hints, lattice_kernels
 from tsqp.tee.crypto.hints import check_hints, fresh_seed
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
@@ -36,8 +36,8 @@ class LatticeLoad:
 
     def __init__(
         self,
-        shapes: Mapping[Key, tuple[int, int]],
-        biases_F: Mapping[Key, Tensor],
+        shapes: Mapping[LinearGroup, tuple[int, int]],
+        biases_F: Mapping[LinearGroup, Tensor],
         file: HintsFile | None = None,
     ) -> None:
         self._shapes = dict(shapes)
@@ -47,23 +47,23 @@ class LatticeLoad:
         self._file = file
         self.seed = fresh_seed() if file is None else file.seed
         self._public = public_polynomials(self._ring, self.seed, widest)
-        self.hints: dict[Key, Polynomials] = {}
-        self.groups: dict[Key, LatticeGroup] = {}
+        self.hints: dict[LinearGroup, Polynomials] = {}
+        self.groups: dict[LinearGroup, LatticeGroup] = {}
 
-    def add(self, key: Key, weights: IntegerWeights) -> None:
+    def add(self, linear: LinearGroup, weights: IntegerWeights) -> None:
         """Take what is needed of one group; what counts is the last call for it.
 
         Raises:
             UnsupportedModel: the field is too small for these weights.
             HintsError: those in the file are not the hints of these weights.
         """
-        group = self.groups[key] = LatticeGroup(key, weights, self._biases_F.get(key))
+        self.groups[linear] = LatticeGroup(linear, weights, self._biases_F.get(linear))
         if self._file is None:
-            self.hints[key] = make_hints(self._public, weights.weight_FD)
+            self.hints[linear] = make_hints(self._public, weights.weight_FD)
         else:
-            hints = self._file.read(key, group.features)
-            check_hints(hints, self._public, weights.weight_FD, str(group))
-            self.hints[key] = hints
+            hints = self._file.read(linear)
+            check_hints(hints, self._public, weights.weight_FD, str(linear))
+            self.hints[linear] = hints
 
     def provider(self, memory_bytes: int) -> LatticeProvider:
         """Masks for all groups, in batches that suit a stock of so many bytes [P14]."""

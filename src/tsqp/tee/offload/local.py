@@ -8,9 +8,10 @@ from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.footprint import float_bytes
 from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.checkpoint.weights import LinearWeights, read_embedding, read_linear
-from tsqp.model.config import Key, linear_groups
+from tsqp.model.config import linear_groups, output_projection
+from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention
-from tsqp.tee.offload.base import LM_HEAD, Attention, Embedding, Linear, Ready, Request, attend_here
+from tsqp.tee.offload.base import Attention, Embedding, Linear, Ready, Request, attend_here
 from tsqp.tee.placement import IN_TEE
 
 
@@ -39,17 +40,17 @@ class LocalOffload:
         done = Counter(float_bytes(config, dtype), progress)
         self._embedding_VD = read_embedding(checkpoint, dtype, digest, multiplies=tied)
         done.add(self._embedding_VD.nbytes)
-        self._linear: dict[Key, LinearWeights] = {}
-        for key in linear_groups(config):
-            if tied and key[0] == LM_HEAD:  # one copy in memory serves both
-                self._linear[key] = LinearWeights(self._embedding_VD, None)
+        self._linear: dict[LinearGroup, LinearWeights] = {}
+        for group in linear_groups(config):
+            if tied and group == output_projection(config):  # one copy in memory serves both
+                self._linear[group] = LinearWeights(self._embedding_VD, None)
             else:
-                self._linear[key] = read_linear(checkpoint, *key, dtype, digest)
-                done.add(self._linear[key].nbytes)
+                self._linear[group] = read_linear(checkpoint, group, dtype, digest)
+                done.add(self._linear[group].nbytes)
 
     def start(self, request: Request) -> Ready:
         if isinstance(request, Linear):
-            weights = self._linear[request.layer, request.group]
+            weights = self._linear[request.group]
             return Ready(F.linear(request.x_TD, weights.weight_FD, weights.bias_F))
         if isinstance(request, Attention):
             return attend_here(self.attention, request)

@@ -22,7 +22,8 @@ from tsqp.algebra.params import Field
 from tsqp.algebra.residue_bytes import Int32
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel, WorkerLost
-from tsqp.model.config import Key, ModelConfig
+from tsqp.model.config import ModelConfig
+from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
@@ -45,8 +46,7 @@ class Group(Protocol[Kept]):
     Masks and their products are residues in arrays as `tsqp.tee.crypto.pads.empty_rows` makes.
     """
 
-    layer: int
-    name: str
+    linear: LinearGroup
     features: int
     width: int
 
@@ -96,18 +96,19 @@ class MaskedGroup:
     """One group of linear layers: its integers, and the secret vectors that check products.
 
     Attributes:
+        linear: which group it is.
         features, width: F and D.
     """
 
     def __init__(
-        self, key: Key, weights: IntegerWeights, bias_F: Tensor | None, field: Field
+        self, linear: LinearGroup, weights: IntegerWeights, bias_F: Tensor | None, field: Field
     ) -> None:
         """Draw check vectors [P6].
 
         Raises:
             UnsupportedModel: the field is too small for these weights.
         """
-        self.layer, self.name = key
+        self.linear = linear
         self.features, self.width = weights.weight_FD.shape
         self.field = field
         bounds = Bounds.of(weights.weight_FD)
@@ -116,8 +117,8 @@ class MaskedGroup:
             self._room = bounds.room(field)
         except ValueError as exc:
             raise UnsupportedModel(
-                f"{self} does not fit the {field.name} field: {exc}; use --field wide, or another "
-                "model."
+                f"{linear} does not fit the {field.name} field: {exc}; use --field wide, or "
+                "another model."
             ) from exc
         self._scale_F = weights.scale_F.double().numpy()
         self._bias_F = None if bias_F is None else bias_F.float()
@@ -128,11 +129,6 @@ class MaskedGroup:
     def row_bytes(self) -> int:
         """Bytes of one row's residues, in both directions."""
         return self.field.residue_bytes * (self.width + self.features)
-
-    def __str__(self) -> str:
-        return (
-            f"group {self.name}" if self.layer < 0 else f"group {self.name} of layer {self.layer}"
-        )
 
     def mask(self, x_TD: Tensor, r_TD: Int32, c_TB: Tensor, rows: RowPool) -> Masked:
         """[P2], [P5]: write c = xq + r mod p, the only value that leaves the TEE.
@@ -162,8 +158,8 @@ class MaskedGroup:
         )
         if rows.run(len(x_np), kernel) != kernels.ALL_ROWS:
             raise NumericalError(
-                f"The input of {self} holds NaN or infinity; try --dtype float32, or check the "
-                "model."
+                f"The input of {self.linear} holds NaN or infinity; try --dtype float32, or check "
+                "the model."
             )
         return Masked(unit_T, expected_T2)
 
@@ -204,15 +200,15 @@ class MaskedGroup:
     def wrong_product(self, culprit: str) -> IntegrityError:
         """The error to raise if an answer is not the product."""
         return IntegrityError(
-            f"{culprit} returned a wrong product for {self}; nothing of it was used, and nothing "
-            "more should be asked there."
+            f"{culprit} returned a wrong product for {self.linear}; nothing of it was used, and "
+            "nothing more should be asked there."
         )
 
 
 class Groups(Generic[Kept]):
     """The groups of one session; with it end their check vectors [P7]."""
 
-    def __init__(self, groups: Mapping[Key, Group[Kept]]) -> None:
+    def __init__(self, groups: Mapping[LinearGroup, Group[Kept]]) -> None:
         self._groups = dict(groups)
 
     def of(self, request: Linear) -> Group[Kept]:
@@ -223,7 +219,7 @@ class Groups(Generic[Kept]):
         """
         if not self._groups:
             raise WorkerLost("This session with its workers has ended; begin a new one.")
-        return self._groups[request.layer, request.group]
+        return self._groups[request.group]
 
     def forget(self) -> None:
         """Forget all groups; safe to call twice."""

@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tsqp.model.config import Key, ModelConfig, linear_groups, parts
+from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention
 from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Request, attend_here
 from tsqp.tee.placement import OPEN
@@ -52,7 +53,7 @@ class OpenLinear:
     """Sends plain token ids and activations to one worker; attention is left to subclasses.
 
     Args:
-        biases_F: bias by (layer, group), of the groups that have one.
+        biases_F: of the groups that have one.
         timeout: seconds that the worker may take for one call.
         kv: where keys and values are kept.
     """
@@ -62,7 +63,7 @@ class OpenLinear:
         channel: Channel,
         config: ModelConfig,
         dtype: torch.dtype,
-        biases_F: Mapping[Key, Tensor],
+        biases_F: Mapping[LinearGroup, Tensor],
         timeout: float,
         kv: Kv,
     ) -> None:
@@ -71,8 +72,7 @@ class OpenLinear:
         self._dtype = dtype
         # Which worker computes which features of a group: as yet, one computes all.
         self._groups = {
-            key: (Shard(channel, 0, sum(part.out_features for part in parts(config, *key))),)
-            for key in linear_groups(config)
+            group: (Shard(channel, 0, group.features),) for group in linear_groups(config)
         }
         self._hidden_size = config.hidden_size
         self._embedding = (Shard(channel, 0, config.hidden_size),)
@@ -83,9 +83,8 @@ class OpenLinear:
         if isinstance(request, Embedding):
             return self._call(messages.Embed(), request.token_ids_T, self._embedding, None)
         assert isinstance(request, Linear)
-        key = (request.layer, request.group)
-        operation = messages.Linear(*key)
-        return self._call(operation, request.x_TD, self._groups[key], self._biases_F.get(key))
+        group, operation = request.group, messages.Linear(*messages.place_of(request.group))
+        return self._call(operation, request.x_TD, self._groups[group], self._biases_F.get(group))
 
     def alloc(self, sequence: int, capacity: int) -> None:
         self._kv.alloc(sequence, capacity)
@@ -147,7 +146,7 @@ class OpenOffload(OpenLinear):
         channel: Channel,
         config: ModelConfig,
         dtype: torch.dtype,
-        biases_F: Mapping[Key, Tensor],
+        biases_F: Mapping[LinearGroup, Tensor],
         timeout: float,
     ) -> None:
         self._attention = CachedAttention(config, dtype)

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tsqp.model.config import Key, ModelConfig
+from tsqp.model.config import ModelConfig, layer_groups
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.offload.base import AttentionScores, Pending, Request, WeightedValues
 from tsqp.tee.offload.open import OpenLinear, RemoteAnswer, SplitAnswer
 from tsqp.tee.offload.remote_kv import RemoteKv
@@ -38,12 +39,14 @@ class OpenAttentionOffload(OpenLinear):
         channel: Channel,
         config: ModelConfig,
         dtype: torch.dtype,
-        biases_F: Mapping[Key, Tensor],
+        biases_F: Mapping[LinearGroup, Tensor],
         timeout: float,
     ) -> None:
         kv = RemoteKv(channel, timeout)
         super().__init__(channel, config, dtype, biases_F, timeout, kv)
         self._num_heads = config.num_heads
+        layers = range(config.num_layers)
+        self._o_biases_F = [biases_F.get(layer_groups(config, layer).o) for layer in layers]
         # A quarter of a call is for queries, keys and values, or for what becomes of them.
         by_bytes = channel.max_call_bytes * 3 // 4 // dtype.itemsize
         # Half of the work is for the output projection.
@@ -89,7 +92,7 @@ class OpenAttentionOffload(OpenLinear):
             messages.WeightedValues(layer, weighted),
             (weights_N,),
             Spec((rows, self._hidden_size), self._dtype),
-            self._biases_F.get((layer, "o")),
+            self._o_biases_F[layer],
         )
 
 

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tsqp.model.config import Key, ModelConfig
+from tsqp.model.config import ModelConfig
+from tsqp.model.linear_group import LinearGroup
 from tsqp.model.work import layer_macs
 from tsqp.tee.offload.base import Layer, Pending, Request
 from tsqp.tee.offload.open import OpenLinear, RemoteAnswer, SplitAnswer
@@ -34,7 +35,7 @@ class OpenLayersOffload(OpenLinear):
         channel: Channel,
         config: ModelConfig,
         dtype: torch.dtype,
-        biases_F: Mapping[Key, Tensor],
+        biases_F: Mapping[LinearGroup, Tensor],
         timeout: float,
     ) -> None:
         kv = RemoteKv(channel, timeout)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import IntegrityError, LatticeError
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pads import Pads
@@ -30,7 +30,7 @@ from tsqp.tee.offload.masked import (
 from tsqp.tee.placement import MASKED
 from tsqp.wire.call_times import PADS, lap
 from tsqp.wire.channel import Channel
-from tsqp.wire.messages import Product
+from tsqp.wire.messages import Product, place_of
 from tsqp.wire.tensors import Spec
 
 
@@ -56,7 +56,7 @@ class PadLinear(Generic[Kept]):
     def __init__(
         self,
         channel: Channel,
-        groups: Mapping[Key, Group[Kept]],
+        groups: Mapping[LinearGroup, Group[Kept]],
         pool: PadPool,
         dtype: torch.dtype,
         timeout: float,
@@ -88,12 +88,12 @@ class PadLinear(Generic[Kept]):
         self._failures.check()
         rows, each = len(x_TD), group.field.residue_bytes
         slot = self._channel.reserve(
-            Product(group.layer, group.name, group.field.name),
+            Product(*place_of(group.linear), group.field.name),
             [Spec((rows, each * group.width), torch.uint8)],
             [Spec((rows, each * group.features), torch.uint8)],
         )
         try:
-            pads = self._pool.take((group.layer, group.name), rows)
+            pads = self._pool.take(group.linear, rows)
             lap(slot.times, PADS)
             masked = group.mask(x_TD, pads.r_ND, slot.inputs[0], self._rows)
         except BaseException:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tsqp.algebra.params import Field
 from tsqp.algebra.residue_bytes import Int32
 from tsqp.errors import IntegrityError
-from tsqp.model.config import Key
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.rng import fresh_seed
@@ -31,7 +31,7 @@ from tsqp.tee.offload.masked import (
 )
 from tsqp.tee.placement import MASKED
 from tsqp.wire.channel import Channel
-from tsqp.wire.messages import Product, SeedProduct
+from tsqp.wire.messages import Product, SeedProduct, place_of
 from tsqp.wire.seeds import expand
 from tsqp.wire.tensors import Spec
 
@@ -59,7 +59,7 @@ class SharesLinear:
     def __init__(
         self,
         channels: Sequence[Channel],
-        groups: Mapping[Key, Group[Masked]],
+        groups: Mapping[LinearGroup, Group[Masked]],
         dtype: torch.dtype,
         timeout: float,
         rows: RowPool,
@@ -133,7 +133,7 @@ class SharesLinear:
         self, group: Group[Masked], x_TD: Tensor, seeds: Sequence[bytes]
     ) -> tuple[int, Masked]:
         width = group.field.residue_bytes * group.width
-        operation = Product(group.layer, group.name, group.field.name)
+        operation = Product(*place_of(group.linear), group.field.name)
         inputs = [Spec((len(x_TD), width), torch.uint8)]
         slot = self._last.reserve(operation, inputs, [_answer(group, len(x_TD))])
         try:
@@ -155,7 +155,7 @@ class SharesLinear:
 
 
 def _send_seed(channel: Channel, group: Group[Masked], rows: int, seed: bytes) -> int:
-    operation = SeedProduct(group.layer, group.name, group.field.name, rows, seed)
+    operation = SeedProduct(*place_of(group.linear), group.field.name, rows, seed)
     return channel.submit(channel.reserve(operation, [], [_answer(group, rows)]))
 
 
