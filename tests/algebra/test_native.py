@@ -15,6 +15,7 @@ from tsqp import LLM, SamplingParams
 from tsqp.algebra.native import Kernel, compiled
 from tsqp.algebra.params import DIRECT_FIELDS, FIELDS, Field
 from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import Worker
 from tsqp.wire.messages import Product, SeedProduct
@@ -109,7 +110,7 @@ def test_a_worker_compiles_nothing_once_it_is_loaded(
 ) -> None:
     watch = Watch(monkeypatch)
     checkpoint = open_checkpoint("random:tiny")
-    worker = Worker(None, load_integers(checkpoint, torch.device("cpu")))
+    worker = Worker(None, load_integers(checkpoint, CpuBackend()))
     ready = watch.loaded()
     out_TB = torch.empty(2, 64 * field.residue_bytes, dtype=torch.uint8)
     worker.run(SeedProduct(0, "o", field.name, 2, bytes(32)), [], [out_TB])

@@ -45,7 +45,7 @@ def test_the_search_finds_what_is_there() -> None:
     assert len(FILES) > 40
     assert "wire/zmq.py" in users("zmq.Context")
     assert "tee/decoder.py" in users("torch.Tensor")
-    assert "gpu/serve.py" in users("torch.cuda")
+    assert "gpu/backends/cuda.py" in users("torch.cuda")
     assert users("numpy.random.Philox") == ["checkpoint/random_weights.py"]
 
 

@@ -17,9 +17,10 @@ from tsqp import LLM
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.checkpoint.digest import weights_digest
 from tsqp.errors import CheckpointError
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 
-CPU = torch.device("cpu")
+CPU = CpuBackend()
 TENSORS = {
     "embedding": "model.embed_tokens.weight",
     "norm": "model.layers.1.post_attention_layernorm.weight",

@@ -11,7 +11,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
-import torch
 from prepared_helpers import (
     change_byte,
     check,
@@ -26,6 +25,7 @@ from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
 from tsqp.checkpoint.quantize import IntegerWeights, add_to_digest
 from tsqp.errors import CheckpointError, UsageError
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import read_prepared
 
 
@@ -148,7 +148,7 @@ def test_integers_that_no_quantisation_makes_are_refused(
     with pytest.raises(
         CheckpointError, match=r"for layers\.1\.down\.weight that TSQP does not make"
     ):
-        read_prepared(path, torch.device("cpu"))
+        read_prepared(path, CpuBackend())
 
 
 def test_a_row_of_zeros_is_kept(directory: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import ProtocolError
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker, WorkerSession
 from tsqp.wire.messages import (
@@ -26,7 +27,7 @@ from tsqp.wire.tensors import Spec
 from tsqp.wire.work import CALL_MACS
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD, CONTEXT = 64, 128, 4, 2, 16, 512
-CPU = torch.device("cpu")
+CPU = CpuBackend()
 QKV = (HEADS + 2 * KV_HEADS) * HEAD
 LAYER_MACS = HIDDEN * QKV + HIDDEN * HIDDEN + 3 * HIDDEN * INNER
 DEAREST_ROW = LAYER_MACS + 2 * HEADS * HEAD * CONTEXT

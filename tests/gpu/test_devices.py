@@ -11,7 +11,9 @@ from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tsqp.gpu import cuda_product
+from tsqp.gpu.backends import cuda_product
+from tsqp.gpu.backends.base import Backend
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
 from tsqp.model.config import layer_groups
@@ -57,11 +59,11 @@ def test_products_of_residues_are_those_of_big_integers(
 
 
 @BOTH
-def test_a_worker_on_any_device_answers_as_one_on_a_cpu(
-    field: Field, device: torch.device, checkpoint: Checkpoint
+def test_a_worker_with_any_backend_answers_as_one_on_a_cpu(
+    field: Field, backend: Backend, checkpoint: Checkpoint
 ) -> None:
-    here = Worker(None, load_integers(checkpoint, torch.device("cpu")))
-    there = Worker(None, load_integers(checkpoint, device))
+    here = Worker(None, load_integers(checkpoint, CpuBackend()))
+    there = Worker(None, load_integers(checkpoint, backend))
     for group in ("qkv", "down"):
         features, width = here._integer_weight(0, group).shape
         c_TB = torch.empty(5, field.residue_bytes * width, dtype=torch.uint8)
@@ -79,22 +81,58 @@ def test_a_worker_on_any_device_answers_as_one_on_a_cpu(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_open_on_any_device_is_the_product_in_float64(
-    dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint
+def test_open_with_any_backend_is_the_product_in_float64(
+    dtype: torch.dtype, backend: Backend, checkpoint: Checkpoint
 ) -> None:
-    weights = load_weights(checkpoint, dtype, device)
+    weights = load_weights(checkpoint, dtype, backend)
     worker = Worker(weights)
     weight_FD = weights.linear_FD[layer_groups(checkpoint.config, 0).qkv].cpu().double()
     x_TD = torch.randn(9, weight_FD.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     y_TF = torch.empty(9, len(weight_FD), dtype=dtype)
     worker.run(Linear(0, "qkv"), [x_TD], [y_TF])
     expected_TF = x_TD.double() @ weight_FD.t()
-    off = (y_TF.double() - expected_TF).abs().max() / expected_TF.abs().max()
-    assert off < TOLERANCE[dtype]
+    assert _off(y_TF, expected_TF) < TOLERANCE[dtype]
     table_VD = weights.embedding_VD.cpu()
     rows_TD = torch.empty(2, table_VD.shape[1], dtype=dtype)
     worker.run(Embed(), [torch.tensor([7, 0])], [rows_TD])
     assert torch.equal(rows_TD, table_VD[[7, 0]])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attention_with_any_backend_is_that_in_float64(
+    dtype: torch.dtype, backend: Backend
+) -> None:
+    heads, kv_heads, features, sizes = 6, 2, 8, ((1, 9), (4, 4))  # rows and tokens of sequences
+    generator = torch.Generator().manual_seed(2)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    weight_FD = numbers(16, heads * features)
+    weights, values, expected = [], [], []
+    for rows, tokens in sizes:
+        q_THK, k_JSK, v_JSK = (
+            numbers(rows, heads, features),
+            numbers(kv_heads, tokens, features),
+            numbers(kv_heads, tokens, features),
+        )
+        k_HSK, v_HSK = (x.double().repeat_interleave(heads // kv_heads, 0) for x in (k_JSK, v_JSK))
+        scores_HTS = torch.empty(heads, rows, tokens, dtype=dtype)
+        backend.attention_scores(q_THK, k_JSK.to(backend.device), scores_HTS)
+        exact_HTS = torch.einsum("thk,hsk->hts", q_THK.double(), k_HSK)
+        assert _off(scores_HTS, exact_HTS) < TOLERANCE[dtype]
+        weights.append(numbers(heads, rows, tokens))
+        values.append(v_JSK.to(backend.device))
+        y_THK = torch.einsum("hts,hsk->thk", weights[-1].double(), v_HSK)
+        expected.append(y_THK.flatten(1) @ weight_FD.double().t())
+    out_TF = torch.empty(sum(rows for rows, _ in sizes), 16, dtype=dtype)
+    backend.weighted_values(weights, values, weight_FD.to(backend.device), out_TF)
+    assert _off(out_TF, torch.cat(expected)) < 2 * TOLERANCE[dtype]
+
+
+def _off(found: Tensor, exact: Tensor) -> float:
+    """The largest error, in parts of the largest number."""
+    return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
 def test_a_worker_process_on_any_device_gives_the_tokens_of_the_reference(

@@ -9,6 +9,8 @@ from torch import Tensor
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.checkpoint.digest import weights_digest
 from tsqp.errors import OutOfMemory, ProtocolError
+from tsqp.gpu.backends.cpu import CpuBackend
+from tsqp.gpu.backends.cuda import CudaBackend
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import MAX_ROWS, Worker
 from tsqp.model.config import output_projection
@@ -17,7 +19,7 @@ from tsqp.wire.messages import Embed, Hello, Linear, Operation
 from tsqp.wire.tensors import Spec
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCABULARY = 2, 64, 128, 4, 2, 16, 512
-CPU = torch.device("cpu")
+CPU = CpuBackend()
 QKV = (HEADS + 2 * KV_HEADS) * HEAD
 
 # The tensors of each group and their shapes, written down once more.
@@ -173,4 +175,4 @@ def test_a_device_that_is_too_small_is_refused_with_both_figures(
     required = 4 * (LAYERS * layer + 2 * VOCABULARY * HIDDEN)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (required - 1, 2**40))
     with pytest.raises(OutOfMemory, match=f"{required} bytes, and {required - 1} bytes are free"):
-        load_weights(checkpoint, torch.float32, torch.device("cuda"))
+        load_weights(checkpoint, torch.float32, CudaBackend(torch.device("cuda")))

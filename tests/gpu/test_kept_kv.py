@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import OutOfMemory, ProtocolError
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.session import MAX_SEQUENCES
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker, WorkerSession
@@ -27,7 +28,7 @@ from tsqp.wire.tensors import Spec
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD = 2, 64, 4, 2, 16
 CONTEXT = 512
-CPU = torch.device("cpu")
+CPU = CpuBackend()
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +294,7 @@ def test_a_session_takes_half_of_the_memory_for_keys_and_values_at_most(
 ) -> None:
     token = LAYERS * 2 * KV_HEADS * HEAD * 4  # bytes
     free = 200 * token
-    monkeypatch.setattr("tsqp.gpu.session.free_bytes", lambda device: free)
+    monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: free)
     ask(session, Allocate(0, 60))
     with pytest.raises(
         OutOfMemory, match=f"would take {101 * token} bytes.*may take {100 * token}"
@@ -314,7 +315,7 @@ def test_what_a_session_has_filled_counts_as_memory_for_keys_and_values(
     ask(session, Allocate(0, 60))
     for layer in range(LAYERS):
         ask(session, AttentionScores(layer, (Span(0, 0, 60),)), *qkv(60), answer=[HEADS * 60 * 60])
-    monkeypatch.setattr("tsqp.gpu.session.free_bytes", lambda device: 140 * token)
+    monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: 140 * token)
     ask(session, Allocate(1, 40))
     with pytest.raises(OutOfMemory):
         ask(session, Allocate(2, 1))
@@ -325,7 +326,7 @@ def test_the_only_session_of_a_worker_may_take_all_memory(
 ) -> None:
     token = LAYERS * 2 * KV_HEADS * HEAD * 4
     session = Worker(worker._weights, kv_shares=1).open()
-    monkeypatch.setattr("tsqp.gpu.session.free_bytes", lambda device: 200 * token)
+    monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: 200 * token)
     ask(session, Allocate(0, 200))
     session.close()
 

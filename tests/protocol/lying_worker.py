@@ -25,6 +25,7 @@ from torch import Tensor
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
 from tsqp.wire.channel import kind_of
@@ -395,7 +396,7 @@ def meddle(bytes_TB: Tensor, bit: int) -> None:
 
 def load(model: str) -> Worker:
     checkpoint = open_checkpoint(model)
-    cpu = torch.device("cpu")
+    cpu = CpuBackend()
     return Worker(load_weights(checkpoint, torch.float32, cpu), load_integers(checkpoint, cpu))
 
 

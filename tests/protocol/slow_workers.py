@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import Worker
 from tsqp.model.config import layer_groups
@@ -38,7 +39,7 @@ class SlowWorker(Worker):
 def slow_worker(endpoint: str, delay_s: Callable[[int], float]) -> Iterator[str]:
     """A worker of the private modes in a thread; gives its endpoint."""
     checkpoint = open_checkpoint(MODEL)
-    worker = SlowWorker(None, load_integers(checkpoint, torch.device("cpu")))
+    worker = SlowWorker(None, load_integers(checkpoint, CpuBackend()))
     checkpoint.close()
     worker.delay_s = delay_s
     server = Server(parse_endpoint(endpoint))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tsqp.algebra.params import LATTICE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import IntegerModel
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
 from tsqp.model.linear_group import LinearGroup
@@ -59,7 +60,7 @@ WEIGHTS = small_weights()
 def small_worker() -> Worker:
     """A worker of the private modes."""
     weights_FD = {key: weights.weight_FD for key, weights in WEIGHTS.items()}
-    return Worker(None, IntegerModel(torch.device("cpu"), weights_FD, DIGEST))
+    return Worker(None, IntegerModel(CpuBackend(), weights_FD, DIGEST))
 
 
 def hello(shm_bytes: int = 0) -> Hello:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from tsqp.bench import compare, kernel_times
 from tsqp.bench.modes import Setting
 from tsqp.errors import UsageError
-from tsqp.gpu import serve
+from tsqp.gpu import backends
 
 MODES = ["transformers", "tee", "open", "open-gpu-attention", "open-fused", "pad"]
 MODES += ["pad-inline", "shares"]
@@ -70,7 +70,7 @@ def test_the_second_gpu_is_not_taken_for_the_first(
         asked.append(setting)
         raise UsageError("That is enough.")
 
-    monkeypatch.setattr(serve, "parse_device", torch.device)
+    monkeypatch.setattr(backends, "parse_device", torch.device)
     monkeypatch.setattr(compare, "compare", note)
     assert main("bench", "random:tiny", "--device", "cuda:1").error == "That is enough."
     assert [setting.device for setting in asked] == ["cuda:1"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tsqp import LLM, SamplingParams
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import HandshakeError, ProtocolError, RemoteError, TSQPError, WorkerError
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
 from tsqp.wire.client import RemoteChannel
@@ -26,7 +27,7 @@ from tsqp.wire.tensors import Spec
 from tsqp.wire.work import CALL_MACS
 
 MODEL = "random:tiny"
-CPU = torch.device("cpu")
+CPU = CpuBackend()
 PROMPTS = [list(range(1, 41)), list(range(50, 57))]
 PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 HIDDEN, QKV, LM_HEAD_MACS = 64, 128, 64 * 512

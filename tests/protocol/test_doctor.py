@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from liars import LyingWorker
 from lying_worker import Order
 from protocol_helpers import Commands, Main, socket_endpoint
@@ -20,6 +19,7 @@ from tsqp.doctor.diagnose import print_checks
 from tsqp.doctor.greeting_checks import Unnamed, greeting_checks
 from tsqp.doctor.session_checks import Target, session_checks
 from tsqp.errors import RemoteError
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.wire.keys import write_key_pair
@@ -193,7 +193,7 @@ def test_a_worker_without_its_model_is_asked_what_it_serves(tiny_worker: str) ->
     assert failures(list(checks.values())) == {}
     assert checks["reach the worker"].found == f"{tiny_worker}, not encrypted"
     with closing(open_checkpoint("random:tiny")) as checkpoint:
-        digest = load_integers(checkpoint, torch.device("cpu")).digest
+        digest = load_integers(checkpoint, CpuBackend()).digest
     said = f"it says int8 weights {digest[:12]}…, in protocol version 1"
     assert checks["pad: what is served"].found == said
     assert checks["open: what is served"].found.startswith("it says float32 weights ")

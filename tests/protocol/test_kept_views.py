@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.checkpoint.digest import weights_digest
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
 from tsqp.runtime.generate import generate
@@ -70,7 +71,7 @@ def tokens(
     config, dtype = checkpoint.config, torch.float32
     abilities = ("embedding", "linear", "attention", "layer")
     digest = weights_digest(checkpoint, dtype)
-    worker = Worker(load_weights(checkpoint, dtype, torch.device("cpu")))
+    worker = Worker(load_weights(checkpoint, dtype, CpuBackend()))
     channel = kind(worker, Hello(bytes(32), digest, "float32", abilities, 0))
     channel.max_call_bytes = max_call_bytes
     offload = split(channel, config, dtype, {}, 1.0)

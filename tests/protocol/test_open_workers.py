@@ -12,6 +12,7 @@ from tsqp import LLM, SamplingParams
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import HandshakeError
 from tsqp.gpu import worker as gpu_worker
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_weights
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.server import Server
@@ -138,7 +139,7 @@ def test_a_client_that_is_killed_gives_its_memory_back(
     split: str, speaking: Path, commands: Commands
 ) -> None:
     checkpoint = open_checkpoint(str(speaking))
-    worker = gpu_worker.Worker(load_weights(checkpoint, torch.float32, torch.device("cpu")))
+    worker = gpu_worker.Worker(load_weights(checkpoint, torch.float32, CpuBackend()))
     assert worker._store is not None
     cache, stop = worker._store.cache, threading.Event()
     server = Server(parse_endpoint(commands.ipc()))

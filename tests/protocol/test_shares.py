@@ -17,6 +17,7 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import DIRECT_FIELDS, FIELDS
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import NumericalError, ProtocolError, RemoteError, WorkerLost
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import MAX_ROWS, Worker
 from tsqp.model.config import layer_groups, linear_groups
@@ -69,7 +70,7 @@ class Workers:
 
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(MODEL)
-        service = Worker(None, load_integers(checkpoint, torch.device("cpu")))
+        service = Worker(None, load_integers(checkpoint, CpuBackend()))
         checkpoint.close()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -347,7 +348,7 @@ def test_statistics_are_those_of_all_workers(workers: Workers) -> None:
 def worker_of_integers() -> Worker:
     checkpoint = open_checkpoint(MODEL)
     try:
-        return Worker(None, load_integers(checkpoint, torch.device("cpu")))
+        return Worker(None, load_integers(checkpoint, CpuBackend()))
     finally:
         checkpoint.close()
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.weights import read_bias
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
 from tsqp.model.config import linear_groups
@@ -90,4 +91,4 @@ def batch_of(
 
 
 def make_worker(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Worker:
-    return Worker(load_weights(checkpoint, dtype, torch.device("cpu")))
+    return Worker(load_weights(checkpoint, dtype, CpuBackend()))

@@ -14,7 +14,7 @@ from tsqp.bench.baseline import Transformers
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.weights import parse_dtype
-from tsqp.gpu.serve import parse_device
+from tsqp.gpu.backends import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.tee.crypto.lattice import MIN_ROWS
 from tsqp.tee.crypto.pad_pool import PadStats

@@ -56,7 +56,7 @@ def bench(
     from tsqp.bench.compare import compare, default_modes, parse_field, parse_modes
     from tsqp.bench.mode_table import notes, tables
     from tsqp.bench.modes import Setting
-    from tsqp.gpu.serve import parse_device
+    from tsqp.gpu.backends import parse_device
 
     setting = Setting(
         model=model,

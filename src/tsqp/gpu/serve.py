@@ -17,13 +17,10 @@ from tsqp.checkpoint.progress import Progress, Rate, part_of, silent
 from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
+from tsqp.gpu.backends import backend_on, parse_device
+from tsqp.gpu.backends.base import Backend
 from tsqp.gpu.record import Recorder
-from tsqp.gpu.weights import (
-    check_room,
-    load_integers,
-    load_weights,
-    read_prepared,
-)
+from tsqp.gpu.weights import load_integers, load_weights, read_prepared
 from tsqp.gpu.worker import Worker
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.keys import read_secret_key
@@ -88,7 +85,7 @@ def serve(
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     loading = Rate(_until(stop, progress))
     shares = 1 if quotas.max_sessions == 1 else 2
-    load = _prepare_to_load(model, serve, dtype, where, loading, shares)
+    load = _prepare_to_load(model, serve, dtype, backend_on(where), loading, shares)
     # Listening comes before loading, which may be long: an address in use shows at once.
     server = Server(endpoint, secret_key=secret_key, quotas=quotas, log=log.info)
     try:
@@ -110,7 +107,7 @@ def serve(
 
 
 def _prepare_to_load(
-    model: str, serve: str, dtype: str, device: torch.device, progress: Progress, kv_shares: int
+    model: str, serve: str, dtype: str, backend: Backend, progress: Progress, kv_shares: int
 ) -> Callable[[], Worker]:
     """Check the arguments; returns a function that loads the weights."""
     if serve not in SERVE:
@@ -118,7 +115,7 @@ def _prepare_to_load(
     if model.endswith(SUFFIX):
         if serve == "open":
             raise UsageError(f"{model} holds only integer weights; leave --serve open out.")
-        return lambda: Worker(None, read_prepared(Path(model).expanduser(), device, progress))
+        return lambda: Worker(None, read_prepared(Path(model).expanduser(), backend, progress))
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     loaded_dtype = parse_dtype(dtype, config)
@@ -127,13 +124,13 @@ def _prepare_to_load(
         integers = weights = None
         required = worker_bytes(config, loaded_dtype, serve)
         # For both, before either is loaded.
-        check_room(required, f"The weights of {checkpoint.name}", device)
+        backend.check_room(required, f"The weights of {checkpoint.name}")
         before = 0 if serve == "open" else integer_bytes(config)
         if serve != "open":
-            integers = load_integers(checkpoint, device, part_of(progress, 0, required))
+            integers = load_integers(checkpoint, backend, part_of(progress, 0, required))
         if serve != "private":
             then = part_of(progress, before, required)
-            weights = load_weights(checkpoint, loaded_dtype, device, then)
+            weights = load_weights(checkpoint, loaded_dtype, backend, then)
         checkpoint.close()
         return Worker(weights, integers, kv_shares=kv_shares)
 
@@ -148,30 +145,6 @@ def _check_listening(endpoint: Endpoint, anywhere: bool) -> None:
             f"Other machines can reach {endpoint}, and the link is not encrypted; pass --keyfile "
             "with a key of `tsqp keygen`, or listen on 127.0.0.1 or ipc, or pass --insecure."
         )
-
-
-def parse_device(name: str) -> torch.device:
-    """The device of `tsqp worker --device`.
-
-    Raises:
-        UsageError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
-        raise UsageError("There is no such device; choose auto, cpu, cuda or cuda:NUMBER.")
-    if not torch.cuda.is_available():
-        raise UsageError(
-            "torch sees no CUDA device here; use --device cpu, or install its CUDA build."
-        )
-    if int(number or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"There is no device {name}; torch sees {torch.cuda.device_count()} of them here."
-        )
-    return torch.device("cuda", int(number or 0))
 
 
 class _Stopped(Exception):

@@ -5,16 +5,13 @@ head; S tokens kept of a sequence; N scores of all spans, flat; F output feature
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import count
 
-import torch
 from torch import Tensor
 
 from tsqp.errors import OutOfMemory, ProtocolError
-from tsqp.gpu import product
 from tsqp.gpu.layer import FusedLayers
-from tsqp.gpu.weights import Weights, check_room, free_bytes
+from tsqp.gpu.weights import Weights
 from tsqp.model.config import layer_groups
 from tsqp.model.work import layer_macs
 from tsqp.nn.attention import Segment
@@ -50,12 +47,18 @@ class KvStore:
     """
 
     def __init__(self, weights: Weights, max_call_macs: int, shares: int) -> None:
-        config, device = weights.config, weights.device
-        room = partial(check_room, device=device)
+        config = weights.config
         self.weights = weights
+        self.backend = weights.backend
         self.max_call_macs = max_call_macs
         self.cache = KvCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, weights.dtype, device, room
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            weights.dtype,
+            self.backend.device,
+            self.backend.check_room,
+            takes_memory_at_once=self.backend.takes_memory_at_once,
         )
         self.layers = FusedLayers(weights, self.cache)
         groups = [layer_groups(config, layer) for layer in range(config.num_layers)]
@@ -69,7 +72,7 @@ class KvStore:
         Args:
             required: bytes that it would have.
         """
-        share = (free_bytes(self.weights.device) + self.cache.taken_bytes) // self._shares
+        share = (self.backend.free_bytes() + self.cache.taken_bytes) // self._shares
         if required > share:
             raise OutOfMemory(
                 f"The KV cache of this session would take {required} bytes, and one session may "
@@ -82,7 +85,7 @@ class KvStore:
         c, itemsize = self.weights.config, self.weights.dtype.itemsize
         heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         features = 4 * c.hidden_size + heads + 4 * c.intermediate_size
-        check_room(tokens * features * itemsize, "A layer of this call", self.weights.device)
+        self.backend.check_room(tokens * features * itemsize, "A layer of this call")
 
 
 class KvSession:
@@ -228,19 +231,17 @@ class KvSession:
         for span, q_THK, k_TJK, v_TJK, out_HTS in zip(spans, *parts, strict=True):
             key = self._keys[span.sequence]
             k_JSK, _ = self._cache.append(key, layer, span.start, k_TJK, v_TJK)
-            product.attention_scores(q_THK, k_JSK, out_HTS)
+            self._store.backend.attention_scores(q_THK, k_JSK, out_HTS)
 
     def _weighted_values(
         self, layer: int, weighted: Sequence[Weighted], weights_N: Tensor, out_TF: Tensor
     ) -> None:
         shapes = [(self._config.num_heads, each.rows, each.length) for each in weighted]
         values = [
-            product.weighted_values(
-                weights_HTS, self._cache.values(self._keys[each.sequence], layer, each.length)
-            )
-            for each, weights_HTS in zip(weighted, _parts(weights_N, shapes), strict=True)
+            self._cache.values(self._keys[each.sequence], layer, each.length) for each in weighted
         ]
-        product.linear(torch.cat(values), self._store.o_FD[layer], out_TF)
+        weights = list(_parts(weights_N, shapes))
+        self._store.backend.weighted_values(weights, values, self._store.o_FD[layer], out_TF)
 
     def _layer(self, layer: int, spans: Sequence[Span], x_TD: Tensor, out_TD: Tensor) -> None:
         layers = self._store.layers

@@ -10,12 +10,11 @@ from tsqp.checkpoint import integer_cache
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.footprint import float_bytes
-from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.prepared import PreparedFile
 from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
-from tsqp.checkpoint.weights import check_memory, read_embedding, read_linear
-from tsqp.errors import OutOfMemory
+from tsqp.checkpoint.weights import read_embedding, read_linear
+from tsqp.gpu.backends.base import Backend
 from tsqp.model.config import ModelConfig, linear_groups, output_projection
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.layers import Layers
@@ -26,6 +25,7 @@ class Weights:
     """The worker's tensors on its device.
 
     Attributes:
+        backend: computes with them.
         linear_FD: the weight of each group.
         biases_F: of the groups that have one; they are for whole layers, elsewhere the TEE adds
             them.
@@ -36,7 +36,7 @@ class Weights:
 
     config: ModelConfig
     dtype: torch.dtype
-    device: torch.device
+    backend: Backend
     linear_FD: dict[LinearGroup, Tensor]
     biases_F: dict[LinearGroup, Tensor]
     layers: Layers
@@ -47,10 +47,10 @@ class Weights:
 def load_weights(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
-    device: torch.device,
+    backend: Backend,
     progress: Progress = silent,
 ) -> Weights:
-    """Stream a checkpoint onto `device`, a block of rows at a time.
+    """Stream a checkpoint onto the device of `backend`, a block of rows at a time.
 
     Args:
         progress: called with the bytes done and their total.
@@ -61,8 +61,9 @@ def load_weights(
     """
     config = checkpoint.config
     tied = config.tie_word_embeddings
+    device = backend.device
     required = float_bytes(config, dtype)
-    check_room(required, f"The weights of {checkpoint.name}", device)
+    backend.check_room(required, f"The weights of {checkpoint.name}")
     done = Counter(required, progress)
     digest = WeightsDigest()
     embedding = read_embedding(checkpoint, dtype, digest, device, multiplies=tied)
@@ -79,29 +80,7 @@ def load_weights(
             biases[group] = weights.bias_F.to(device)
         done.add(weights.nbytes)
     layers = Layers(checkpoint, dtype, digest, device)
-    return Weights(config, dtype, device, linear, biases, layers, embedding, digest.hexdigest())
-
-
-def check_room(required: int, what: str, device: torch.device) -> None:
-    """Raise OutOfMemory unless so many bytes are free on `device`; `what` begins its message."""
-    if device.type == "cpu":
-        check_memory(required, what)
-        return
-    available = free_bytes(device)
-    if required > available:
-        raise OutOfMemory(
-            f"{what} would take {required} bytes, and {available} bytes are free "
-            f"on {device}: free some, or choose a smaller dtype or model."
-        )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that this process may still take on `device`."""
-    if device.type == "cpu":
-        return available_bytes()
-    available, _ = torch.cuda.mem_get_info(device)
-    # What was freed here stays with torch, which gives it out again.
-    return available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Weights(config, dtype, backend, linear, biases, layers, embedding, digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -109,18 +88,19 @@ class IntegerModel:
     """The worker's weights in the private modes.
 
     Attributes:
+        backend: computes with them.
         linear_FD: the int8 weight of each group.
         digest: of these and their scales, as both sides compute it.
     """
 
-    device: torch.device
+    backend: Backend
     linear_FD: dict[LinearGroup, Tensor]
     digest: str
 
 
 def load_integers(
     checkpoint: Checkpoint,
-    device: torch.device,
+    backend: Backend,
     progress: Progress = silent,
 ) -> IntegerModel:
     """Make or read the integer weights of a checkpoint, a group at a time; scales are dropped.
@@ -129,17 +109,17 @@ def load_integers(
         CheckpointError: a tensor is missing, cut short, of another shape, or not finite.
         OutOfMemory: the weights would not fit.
     """
-    check_room(integer_bytes(checkpoint.config), f"The weights of {checkpoint.name}", device)
+    backend.check_room(integer_bytes(checkpoint.config), f"The weights of {checkpoint.name}")
     linear: dict[LinearGroup, Tensor] = {}
 
     def place(group: LinearGroup, weights: IntegerWeights) -> None:
-        linear[group] = weights.weight_FD.to(device)
+        linear[group] = weights.weight_FD.to(backend.device)
 
     digest = integer_cache.load_integers(checkpoint, place, progress)
-    return IntegerModel(device, linear, digest)
+    return IntegerModel(backend, linear, digest)
 
 
-def read_prepared(path: Path, device: torch.device, progress: Progress = silent) -> IntegerModel:
+def read_prepared(path: Path, backend: Backend, progress: Progress = silent) -> IntegerModel:
     """Read what `tsqp prepare` wrote.
 
     Raises:
@@ -148,8 +128,10 @@ def read_prepared(path: Path, device: torch.device, progress: Progress = silent)
     """
     file = PreparedFile(path)
     try:
-        check_room(file.nbytes, f"The weights of {path}", device)
-        linear = {group: weights.weight_FD.to(device) for group, weights in file.groups(progress)}
-        return IntegerModel(device, linear, file.digest)
+        backend.check_room(file.nbytes, f"The weights of {path}")
+        linear = {
+            group: weights.weight_FD.to(backend.device) for group, weights in file.groups(progress)
+        }
+        return IntegerModel(backend, linear, file.digest)
     finally:
         file.close()

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS
 from tsqp.errors import HandshakeError, ProtocolError
-from tsqp.gpu import product
+from tsqp.gpu.backends import residues
 from tsqp.gpu.session import KvSession, KvStore
 from tsqp.gpu.weights import IntegerModel, Weights
 from tsqp.model.linear_group import LinearGroup
@@ -26,7 +24,6 @@ from tsqp.wire.messages import (
     Welcome,
     place_of,
 )
-from tsqp.wire.seeds import expand
 from tsqp.wire.tensors import WEIGHTS_DTYPES, Spec
 from tsqp.wire.work import call_macs, check_call, check_residues
 
@@ -66,7 +63,7 @@ class Worker:
         self._groups = {place_of(group): group for weights_FD in held for group in weights_FD}
         self._store = None if weights is None else KvStore(weights, self._max_call_macs, kv_shares)
         if integers is not None:
-            product.prepare()
+            integers.backend.prepare()
 
     @property
     def layers(self) -> int:
@@ -93,8 +90,7 @@ class Worker:
                 raise HandshakeError(
                     "the worker holds no integer weights; start it with --serve private or all."
                 )
-            device = self._integers.device.type
-            digest = self._integers.digest
+            device, digest = self._integers.backend.name, self._integers.digest
             macs, can = self._max_call_macs, (*PRIVATE_ABILITIES, LATTICE_ABILITY)
             return Welcome(hello.nonce, digest, "int8", can, device, macs, None)
         if self._weights is None:
@@ -102,7 +98,7 @@ class Worker:
                 "the worker serves private modes only; use one of them, or start it with "
                 "--serve open or all."
             )
-        dtype, device = WEIGHTS_DTYPES[self._weights.dtype], self._weights.device.type
+        dtype, device = WEIGHTS_DTYPES[self._weights.dtype], self._weights.backend.name
         abilities, digest = (*OPEN_ABILITIES, *SPLIT_ABILITIES), self._weights.digest
         return Welcome(hello.nonce, digest, dtype, abilities, device, self._max_call_macs, None)
 
@@ -150,25 +146,26 @@ class Worker:
         """
         match operation:
             case Linear(layer, group):
-                product.linear(inputs[0], self._float_weight(layer, group), outputs[0])
+                weight_FD = self._float_weight(layer, group)
+                self._open_weights.backend.linear(inputs[0], weight_FD, outputs[0])
             case Embed():
                 self._embed(inputs[0], outputs[0])
-            case Product(layer, group, field_name) | SeedProduct(layer, group, field_name):
-                field, weight_FD = FIELDS[field_name], self._integer_weight(layer, group)
-                c_TD = self._residues(operation, inputs)
-                product.residue_product(c_TD, weight_FD, field, outputs[0])
+            case Product(layer, group, field):
+                weight_FD = self._integer_weight(layer, group)
+                self._integer_model.backend.residue_product(
+                    inputs[0], weight_FD, FIELDS[field], outputs[0]
+                )
+            case SeedProduct(layer, group, field, _, seed):
+                weight_FD = self._integer_weight(layer, group)
+                self._integer_model.backend.seed_product(seed, weight_FD, FIELDS[field], outputs[0])
 
     def _residues(self, operation: Product | SeedProduct, inputs: Sequence[Tensor]) -> Tensor:
         """c, [T, D] of the field's dtype: expanded, or as sent, with what is not a residue."""
         field = FIELDS[operation.field]
+        if isinstance(operation, Product):
+            return residues.unpack(inputs[0], field)
         width = self._integer_weight(operation.layer, operation.group).shape[1]
-        rows = operation.rows if isinstance(operation, SeedProduct) else len(inputs[0])
-        c_TD = np.empty((rows, width), field.dtype)
-        if isinstance(operation, SeedProduct):
-            expand(operation.seed, c_TD.reshape(-1), field)
-        else:
-            residue_bytes.unpack(inputs[0].numpy(), field, c_TD)
-        return torch.from_numpy(c_TD)
+        return residues.expand(operation.seed, operation.rows, width, field)
 
     def _specs(self, operation: Stateless, rows: int) -> tuple[list[Spec], Spec]:
         """The inputs and the output that `operation` needs."""
@@ -201,10 +198,14 @@ class Worker:
     def _float_weight(self, layer: int, group: str) -> Tensor:
         return self._find(self._open_weights.linear_FD, layer, group)
 
-    def _integer_weight(self, layer: int, group: str) -> Tensor:
+    @property
+    def _integer_model(self) -> IntegerModel:
         if self._integers is None:
             raise ProtocolError("This worker holds no integer weights.")
-        return self._find(self._integers.linear_FD, layer, group)
+        return self._integers
+
+    def _integer_weight(self, layer: int, group: str) -> Tensor:
+        return self._find(self._integer_model.linear_FD, layer, group)
 
     def _find(self, weights_FD: Mapping[LinearGroup, Tensor], layer: int, name: str) -> Tensor:
         """The weight of the group that a call names."""
@@ -218,7 +219,7 @@ class Worker:
         table_VD = self._open_weights.embedding_VD
         if token_ids_T.min() < 0 or token_ids_T.max() >= len(table_VD):
             raise ProtocolError("A token id lies outside the vocabulary.")
-        product.embed(token_ids_T, table_VD, out_TD)
+        self._open_weights.backend.embed(token_ids_T, table_VD, out_TD)
 
 
 class WorkerSession:
@@ -264,7 +265,7 @@ def _default_call_macs(weights: Weights | None, integers: IntegerModel | None) -
         rows += [weight_FD.numel() for weight_FD in integers.linear_FD.values()]
     held = weights or integers
     assert held is not None
-    return call_macs(held.device.type, max(rows))
+    return call_macs(held.backend.name, max(rows))
 
 
 def _list(specs: Sequence[Spec]) -> str:

@@ -25,11 +25,12 @@ class _Entry:
 class KvCache:
     """Holds one buffer for each sequence, so that the keys of a head are contiguous.
 
-    Memory is reserved for the whole capacity, but the system provides it page by page, as tokens
-    arrive.
+    Memory is reserved for the whole capacity, but on a CPU the system provides it page by page, as
+    tokens arrive.
 
     Args:
         check: called with the bytes needed and their purpose; raises OutOfMemory.
+        takes_memory_at_once: whether the device takes memory when it is reserved.
     """
 
     def __init__(
@@ -40,11 +41,14 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device = CPU,
         check: Callable[[int, str], None] = check_memory,
+        *,
+        takes_memory_at_once: bool = False,
     ) -> None:
         self._shape = (layers, 2, kv_heads, head_dim)
         self._dtype = dtype
         self._device = device
         self._check = check
+        self._takes_memory_at_once = takes_memory_at_once
         self._entries: dict[int, _Entry] = {}
 
     @property
@@ -64,8 +68,8 @@ class KvCache:
 
     @property
     def _untouched_bytes(self) -> int:
-        """Bytes reserved but not yet taken from the system, about; a GPU's are taken at once."""
-        if self._device.type != "cpu":
+        """Bytes reserved but not yet taken from the system, about."""
+        if self._takes_memory_at_once:
             return 0
         return sum(
             entry.kv_L2JCK.nbytes

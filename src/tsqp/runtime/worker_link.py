@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tsqp.checkpoint.checkpoint import Checkpoint
+from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import OPEN_ABILITIES, PRIVATE_ABILITIES, Worker
 from tsqp.model.work import dearest_row_macs, widest_group_macs
@@ -120,7 +121,7 @@ class WorkerProcess:
                 self._local.close()
 
     def _inproc_worker(self, checkpoint: Checkpoint) -> Worker:
-        cpu = torch.device("cpu")
+        cpu = CpuBackend()
         if self._dtype == torch.int8:
             return Worker(None, load_integers(checkpoint, cpu))
         return Worker(load_weights(checkpoint, self._dtype, cpu))
