@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from tsqp.algebra import modular, ring
 from tsqp.algebra.native import compiled
-from tsqp.algebra.params import LATTICE
-from tsqp.algebra.residue_bytes import unpack
-from tsqp.algebra.ring import BLOCK, ClassTransform, Ring
+from tsqp.algebra.residue_blocks import BLOCK, WORDS, from_blocks
+from tsqp.algebra.ring import ClassTransform, Ring
 
 Q = 2**46 - 110_591
 SMALL_Q = 2**40 - 36_863
@@ -106,7 +105,8 @@ def of_class(
     """The rows of one class, [M, D]."""
     low_GNB, high_GNB = parts(values_ND)
     width = values_ND.shape[1]
-    out_MY = np.zeros((transform.rows, 6 * width), np.uint8)
+    places_M = np.random.default_rng(0).permutation(transform.rows + 3)[: transform.rows]
+    out_GRW = np.zeros((len(low_GNB), transform.rows + 3, WORDS), np.uint32)
     ring.products_of_class(
         low_GNB,
         high_GNB,
@@ -114,13 +114,14 @@ def of_class(
         transform,
         noise_GMB,
         ring.work_space(transform.rows),
-        out_MY,
+        out_GRW,
+        places_M,
         0,
         len(low_GNB),
     )
-    rows_MD = np.empty((transform.rows, width), np.int64)
-    unpack(out_MY, LATTICE, rows_MD)
-    return rows_MD
+    others = np.setdiff1d(np.arange(transform.rows + 3), places_M)
+    assert not out_GRW[:, others].any()
+    return from_blocks(out_GRW, width)[places_M]
 
 
 def no_noise(transform: ClassTransform) -> NDArray[np.uint32]:

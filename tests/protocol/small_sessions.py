@@ -22,7 +22,7 @@ from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider
-from tsqp.tee.crypto.pads import residue_bytes_in_stock
+from tsqp.tee.crypto.pads import row_bytes_in_stock
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.lattice_load import LatticeLoad
@@ -80,7 +80,8 @@ def pad_linear(
         load = LatticeLoad(SHAPES, {})
         for key, weights in WEIGHTS.items():
             load.add(key, weights)
-        memory = stock_rows * ROW_BYTES * residue_bytes_in_stock(LATTICE) // 4
+        row_bytes = sum(row_bytes_in_stock(LATTICE, *shape) for shape in SHAPES.values())
+        memory = stock_rows * row_bytes
         pool = PadPool(load.provider(memory), SHAPES, memory)
         return PadLinear(channel, load.groups, pool, torch.float32, TIMEOUT_S, rows, failures)
     weights_FD = {key: weights.weight_FD for key, weights in WEIGHTS.items()}

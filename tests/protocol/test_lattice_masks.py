@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.fixed_point import Bounds
+from tsqp.algebra.residue_blocks import BLOCK, halves
 from tsqp.checkpoint import weights as weights_module
 from tsqp.checkpoint.footprint import hint_bytes, trusted_bytes
 from tsqp.checkpoint.random_weights import GEOMETRIES
@@ -147,11 +148,13 @@ def test_a_wrong_product_of_a_mask_ends_lattice_offload_for_good(
     make, calls = LatticeProvider.make, list[int]()
     run = Worker.run
 
-    def make_wrong(provider: LatticeProvider, group: LinearGroup, count: int) -> Pads:
-        pads = make(provider, group, count)
+    def make_wrong(
+        provider: LatticeProvider, group: LinearGroup, pads: Pads, place: list[int]
+    ) -> None:
+        make(provider, group, pads, place)
         if (group.layer, group.name) == (1, "o"):
-            pads.u_NF[:, -2] ^= 0x40  # more than the noise, which rounding would take away
-        return pads
+            # A high bit: more than the noise, which rounding would take away.
+            halves(pads.u_NF)[-1, place, 2 * BLOCK] ^= 0x40
 
     def counting(worker: Worker, operation: object, inputs: Sequence[Tensor], outputs: object):  # type: ignore[no-untyped-def]
         calls.append(1)

@@ -54,7 +54,7 @@ from tsqp.model.linear_group import LinearGroup
 from tsqp.runtime import build
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
-from tsqp.tee.crypto.pads import Pads, empty_rows
+from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import Group, MaskedGroup
@@ -453,11 +453,13 @@ def test_a_wrong_product_of_a_pad_is_noticed(
 ) -> None:
     make = DirectProvider.make
 
-    def make_wrong(provider: DirectProvider, asked: LinearGroup, rows: int) -> Pads:
-        pads = make(provider, asked, rows)
+    def make_wrong(
+        provider: DirectProvider, asked: LinearGroup, pads: Pads, place: list[int]
+    ) -> None:
+        make(provider, asked, pads, place)
         if place_of(asked) == key:
-            pads.u_NF[-1, -1] = (pads.u_NF[-1, -1] + 1) % FIELDS[field].p
-        return pads
+            last = place[-1], -1
+            pads.u_NF[last] = (pads.u_NF[last] + 1) % FIELDS[field].p
 
     monkeypatch.setattr(DirectProvider, "make", make_wrong)
     assert name(*key) in fails(worker, Order(), IntegrityError, sampled, field=field)
@@ -511,17 +513,25 @@ class Checked:
         else:
             self.group = MaskedGroup(linear, weights, None, field)
             self._provider = DirectProvider({linear: weights.weight_FD}, field)
-        self._made = Pads(np.empty((0, 0)), np.empty((0, 0)))
+        self._made, self._taken = Pads.empty(0, 1, 1, field), 0
         self.refresh()
+
+    def _make(self) -> None:
+        linear = self.group.linear
+        rows = self._provider.rows_made(linear, 1)
+        self._made = Pads.empty(rows, self.group.width, self.group.features, self.field)
+        self._provider.make(linear, self._made, list(range(rows)))
+        self._taken = 0
 
     def refresh(self, x_1D: Tensor | None = None, pads: Pads | None = None) -> None:
         """Another input, another pad, and the right answer."""
         group, each = self.group, self.field.residue_bytes
         x_1D = torch.randn(1, group.width) if x_1D is None else x_1D
         if pads is None:
-            if not len(self._made):
-                self._made = self._provider.make(group.linear, 1)
-            pads, self._made = self._made[:1], self._made[1:]
+            if self._taken == len(self._made):
+                self._make()
+            pads = self._made[self._taken : self._taken + 1]
+            self._taken += 1
         c_1B = torch.empty(1, each * group.width, dtype=torch.uint8)
         self.masked = group.mask(x_1D, pads.r_ND, c_1B, self.pool)
         self.u_1F = pads.u_NF
@@ -583,7 +593,7 @@ def test_every_single_bit_of_an_answer_matters(field: Field) -> None:
 def test_p_in_the_place_of_zero_is_refused(field: Field) -> None:
     checked = Checked(*a_group(), field)
     width, features = checked.group.width, checked.group.features
-    zero = Pads(empty_rows(1, width, field), empty_rows(1, features, field))
+    zero = Pads.empty(1, width, features, field)
     zero.r_ND[:] = zero.u_NF[:] = 0
     checked.refresh(torch.zeros(1, width), zero)  # so that the answer is zero, too
     assert not checked.is_refused()

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import LATTICE
-from tsqp.algebra.ring import BLOCK, Ring
+from tsqp.algebra.residue_blocks import BLOCK
+from tsqp.algebra.ring import Ring
 
 SEED_BYTES = 32
 LABEL = b"TSQP lattice masks: public polynomials, version 1"

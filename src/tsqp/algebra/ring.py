@@ -9,27 +9,26 @@ N = k·M they are the coefficients of P_i in p(X) = Σ_i X^i · P_i(X^k), and P_
 x^-i · p(x) over the k roots x with x^k = y, which lie side by side. So one class at a time needs
 memory for M rows only, and no hints of its own.
 
-Shape suffixes: N roots; M rows of a class; G blocks of BLOCK features; D features; Y bytes of a
-row.
+Shape suffixes: N roots; M rows of a class; G blocks of BLOCK features; D features; R rows of the
+memory for coefficients; W words of a block.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tsqp.algebra.modular import MAX_BITS, canonical, multiply, ones, reduce
 from tsqp.algebra.native import compiled, inlined
-from tsqp.algebra.residue_bytes import Bytes, high_words, low_words
+from tsqp.algebra.residue_blocks import BLOCK, WORDS, halves, residue
 
 Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
 UInt32 = NDArray[np.uint32]
 UInt16 = NDArray[np.uint16]
 
-BLOCK = 32  # features that lie side by side: one row of them is four vectors of 64 bytes
-CHUNK = 64  # rows that stay in the first-level cache, 64 · 32 · 8 bytes; a power of 4
+LAZY = 64  # products, each at most 0.52 q, that are added up before the sum is reduced
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def _centred(values: object, q: int) -> Float64:
 
 def work_space(rows: int) -> Float64:
     """Memory for `products_of_class`, one array a thread. It ends up holding secrets."""
-    return np.zeros((rows + max(rows // CHUNK, 2), BLOCK))
+    return np.zeros((rows, BLOCK))
 
 
 def products_of_class(
@@ -129,8 +128,9 @@ def products_of_class(
     secret_N: Float64,
     transform: ClassTransform,
     noise_GMB: UInt32,
-    work: Float64,
-    out_MY: Bytes,
+    work_MB: Float64,
+    out_GRW: UInt32,
+    places_M: Int64,
     first: int,
     stop: int,
 ) -> None:
@@ -143,10 +143,12 @@ def products_of_class(
         noise_GMB: 32 uniform bits for each coefficient, of which e is the number of ones among the
             lower 16 minus that among the upper 16, for the blocks from `first` on; an array of no
             blocks for e = 0.
-        work: from `work_space`.
-        out_MY: receives rows of coefficients, as `residue_bytes` has them.
+        work_MB: from `work_space`.
+        out_GRW: receives the coefficients, as `residue_blocks` has them; any number of rows R.
+        places_M: which row of `out_GRW` is that of each coefficient, in [0, R).
         first, stop: the blocks of features to do.
     """
+    assert len(places_M) == transform.rows and out_GRW.shape[2] == WORDS
     _products_of_class(
         low_GNB,
         high_GNB,
@@ -154,8 +156,10 @@ def products_of_class(
         transform.twiddles_M,
         float(transform.ring.q),
         noise_GMB,
-        work,
-        out_MY,
+        work_MB,
+        out_GRW,
+        halves(out_GRW),
+        places_M,
         first,
         stop,
     )
@@ -175,133 +179,122 @@ def _scale(s_N: Float64, factors_N: Float64, q: float, out_N: Float64) -> None:
         out_N[j] = reduce(product, q, one_over_q)
 
 
-@inlined
-def _value(low: int, high: int) -> float:
-    return np.float64(low) + np.float64(high) * 4294967296.0
+# The inner loops run over `a_MB.shape[1]`, which is BLOCK: LLVM unrolls short loops whose length it
+# knows, and then does not vectorise them.
 
 
 @inlined
-def _pointwise(
-    low_NB: UInt32, high_NB: UInt16, secret_N: Float64, first: int, k: int, q: float, out_B: Float64
+def _first_stage(
+    low_NB: UInt32, high_NB: UInt16, secret_N: Float64, w_M: Float64, q: float, a_MB: Float64
 ) -> None:
-    """Σ h(x) · s(x) over k roots from `first` on; |out| ≤ 0.52 q."""
+    """The products with the secret at all roots, and the first stage on them; |a| ≤ 1.04 q."""
     one_over_q = 1.0 / q
-    for b in range(BLOCK):
-        out_B[b] = 0.0
-    for j in range(first, first + k):
-        s = secret_N[j]
-        s_over_q = s * one_over_q
-        for b in range(BLOCK):
-            product = multiply(_value(low_NB[j, b], high_NB[j, b]), s, s_over_q, q)
-            out_B[b] = reduce(out_B[b] + product, q, one_over_q)
+    half = a_MB.shape[0] >> 1
+    for i in range(half):
+        w, s0, s1 = w_M[half + i], secret_N[2 * i], secret_N[2 * i + 1]
+        w_over_q, s0_over_q, s1_over_q = w * one_over_q, s0 * one_over_q, s1 * one_over_q
+        for b in range(a_MB.shape[1]):
+            u = multiply(residue(low_NB[2 * i, b], high_NB[2 * i, b]), s0, s0_over_q, q)
+            v = multiply(residue(low_NB[2 * i + 1, b], high_NB[2 * i + 1, b]), s1, s1_over_q, q)
+            a_MB[2 * i, b] = u + v
+            a_MB[2 * i + 1, b] = multiply(u - v, w, w_over_q, q)
 
 
 @inlined
-def _butterfly2(u: float, v: float, w: float, w_over_q: float, q: float) -> Any:
-    """One stage of the inverse transform; the first output is at most |u| + |v|."""
-    return u + v, multiply(u - v, w, w_over_q, q)
-
-
-@inlined
-def _butterfly4(
-    x0: float,
-    x1: float,
-    x2: float,
-    x3: float,
-    w0: float,
-    w1: float,
-    w2: float,
-    q: float,
-) -> Any:
-    """Two stages. For |x| ≤ 2^50: the outputs are at most 4 · max|x|, and below 2^52."""
-    one_over_q = 1.0 / q
-    s0, d0 = _butterfly2(x0, x1, w0, w0 * one_over_q, q)
-    s1, d1 = _butterfly2(x2, x3, w1, w1 * one_over_q, q)
-    y0, y2 = _butterfly2(s0, s1, w2, w2 * one_over_q, q)
-    y1, y3 = _butterfly2(d0, d1, w2, w2 * one_over_q, q)
-    return y0, y1, y2, y3
-
-
-@inlined
-def _first_stages(
-    low_NB: UInt32,
-    high_NB: UInt16,
-    secret_N: Float64,
-    w_M: Float64,
-    row: int,
-    q: float,
-    a_RB: Float64,
+def _sums_of_products(
+    low_NB: UInt32, high_NB: UInt16, secret_N: Float64, q: float, a_MB: Float64
 ) -> None:
-    """Products with the secret at four roots from `row` on, and the first two stages on them."""
+    """The sums of the products with the secret at k roots that lie side by side; |a| ≤ 0.52 q."""
     one_over_q = 1.0 / q
-    half = w_M.size >> 1
-    w0, w1, w2 = w_M[half + (row >> 1)], w_M[half + (row >> 1) + 1], w_M[(half >> 1) + (row >> 2)]
-    s0, s1, s2, s3 = secret_N[row], secret_N[row + 1], secret_N[row + 2], secret_N[row + 3]
-    low_4B, high_4B = low_NB[row : row + 4], high_NB[row : row + 4]
-    for b in range(BLOCK):
-        x0 = multiply(_value(low_4B[0, b], high_4B[0, b]), s0, s0 * one_over_q, q)
-        x1 = multiply(_value(low_4B[1, b], high_4B[1, b]), s1, s1 * one_over_q, q)
-        x2 = multiply(_value(low_4B[2, b], high_4B[2, b]), s2, s2 * one_over_q, q)
-        x3 = multiply(_value(low_4B[3, b], high_4B[3, b]), s3, s3 * one_over_q, q)
-        a_RB[0, b], a_RB[1, b], a_RB[2, b], a_RB[3, b] = _butterfly4(x0, x1, x2, x3, w0, w1, w2, q)
+    k = secret_N.size // a_MB.shape[0]
+    for m in range(a_MB.shape[0]):
+        for b in range(a_MB.shape[1]):
+            a_MB[m, b] = 0.0
+        for begin in range(m * k, m * k + k, LAZY):
+            for j in range(begin, min(begin + LAZY, m * k + k)):
+                s = secret_N[j]
+                s_over_q = s * one_over_q
+                for b in range(a_MB.shape[1]):
+                    a_MB[m, b] += multiply(residue(low_NB[j, b], high_NB[j, b]), s, s_over_q, q)
+            for b in range(a_MB.shape[1]):
+                a_MB[m, b] = reduce(a_MB[m, b], q, one_over_q)
 
 
 @inlined
-def _stages(a_RB: Float64, w_M: Float64, points: int, place: int, stride: int, q: float) -> None:
-    """The stages of stride `stride` and above, two at a time, on R = stride · 4^n ≤ 64 rows.
-
-    Sums at most double in a stage: rows that began with |a| ≤ 0.52 q end below 64 · 0.52 q < 2^52.
-
-    Args:
-        points: of the transform whose stages these are, where they have stride 1.
-        place: of these rows, in units of R.
-    """
-    rows = a_RB.shape[0]
-    while stride < rows:
-        groups = rows // (4 * stride)
-        half = points // (2 * stride)
-        for i in range(groups):
-            at = place * groups + i
-            w0, w1, w2 = w_M[half + 2 * at], w_M[half + 2 * at + 1], w_M[(half >> 1) + at]
-            for j in range(4 * stride * i, 4 * stride * i + stride):
-                for b in range(BLOCK):
-                    x0, x1 = a_RB[j, b], a_RB[j + stride, b]
-                    x2, x3 = a_RB[j + 2 * stride, b], a_RB[j + 3 * stride, b]
-                    (
-                        a_RB[j, b],
-                        a_RB[j + stride, b],
-                        a_RB[j + 2 * stride, b],
-                        a_RB[j + 3 * stride, b],
-                    ) = _butterfly4(x0, x1, x2, x3, w0, w1, w2, q)
-        stride <<= 2
-
-
-@inlined
-def _load_column(a_MB: Float64, j: int, chunk: int, q: float, column_RB: Float64) -> None:
+def _one_stage(w_M: Float64, q: float, a_MB: Float64) -> None:
+    """The first stage, on |a| ≤ 0.52 q; then |a| ≤ 1.04 q."""
     one_over_q = 1.0 / q
-    for r in range(column_RB.shape[0]):
-        for b in range(BLOCK):
-            column_RB[r, b] = reduce(a_MB[j + r * chunk, b], q, one_over_q)
-
-
-@inlined
-def _load_column_with_a_stage(
-    a_MB: Float64, j: int, chunk: int, w_M: Float64, q: float, column_RB: Float64
-) -> None:
-    one_over_q = 1.0 / q
-    half = column_RB.shape[0] >> 1
-    for r in range(half):
-        w = w_M[half + r]
+    half = a_MB.shape[0] >> 1
+    for i in range(half):
+        w = w_M[half + i]
         w_over_q = w * one_over_q
-        for b in range(BLOCK):
-            u = reduce(a_MB[j + 2 * r * chunk, b], q, one_over_q)
-            v = reduce(a_MB[j + (2 * r + 1) * chunk, b], q, one_over_q)
-            column_RB[2 * r, b], column_RB[2 * r + 1, b] = _butterfly2(u, v, w, w_over_q, q)
+        for b in range(a_MB.shape[1]):
+            u, v = a_MB[2 * i, b], a_MB[2 * i + 1, b]
+            a_MB[2 * i, b] = u + v
+            a_MB[2 * i + 1, b] = multiply(u - v, w, w_over_q, q)
+
+
+@inlined
+def _two_stages(stride: int, w_M: Float64, q: float, a_MB: Float64) -> None:
+    """The stages of `stride` and twice that.
+
+    Sums grow fourfold before they are reduced: for |a| ≤ 1.04 q, all stay below 2^52, and the
+    results are |a| ≤ 0.55 q.
+    """
+    one_over_q = 1.0 / q
+    half = a_MB.shape[0] // (2 * stride)
+    for i in range(half >> 1):
+        w0, w1, w2 = w_M[half + 2 * i], w_M[half + 2 * i + 1], w_M[(half >> 1) + i]
+        w0_over_q, w1_over_q, w2_over_q = w0 * one_over_q, w1 * one_over_q, w2 * one_over_q
+        for j in range(4 * stride * i, 4 * stride * i + stride):
+            for b in range(a_MB.shape[1]):
+                x0, x1 = a_MB[j, b], a_MB[j + stride, b]
+                x2, x3 = a_MB[j + 2 * stride, b], a_MB[j + 3 * stride, b]
+                s0, d0 = x0 + x1, multiply(x0 - x1, w0, w0_over_q, q)
+                s1, d1 = x2 + x3, multiply(x2 - x3, w1, w1_over_q, q)
+                a_MB[j, b] = reduce(s0 + s1, q, one_over_q)
+                a_MB[j + stride, b] = reduce(d0 + d1, q, one_over_q)
+                a_MB[j + 2 * stride, b] = multiply(s0 - s1, w2, w2_over_q, q)
+                a_MB[j + 3 * stride, b] = multiply(d0 - d1, w2, w2_over_q, q)
+
+
+@inlined
+def _write_with_noise(
+    a_MB: Float64,
+    noise_MB: UInt32,
+    q: float,
+    places_M: Int64,
+    words_RW: UInt32,
+    halves_RH: UInt16,
+) -> None:
+    """Add e, and write residues in [0, q), for |a| ≤ 0.55 q."""
+    block = a_MB.shape[1]
+    for m in range(a_MB.shape[0]):
+        row = places_M[m]
+        for b in range(block):
+            # The ones among the bits, with the upper half of them inverted, less 16.
+            e = np.int32(ones(noise_MB[m, b] ^ np.uint32(0xFFFF0000))) - np.int32(16)
+            value = np.int64(canonical(a_MB[m, b] + np.float64(e), q))
+            words_RW[row, b] = np.uint32(value)
+            halves_RH[row, 2 * block + b] = np.uint16(value >> np.int64(32))
+
+
+@inlined
+def _write(a_MB: Float64, q: float, places_M: Int64, words_RW: UInt32, halves_RH: UInt16) -> None:
+    """Write residues in [0, q), for |a| ≤ 0.55 q."""
+    block = a_MB.shape[1]
+    for m in range(a_MB.shape[0]):
+        row = places_M[m]
+        for b in range(block):
+            value = np.int64(canonical(a_MB[m, b], q))
+            words_RW[row, b] = np.uint32(value)
+            halves_RH[row, 2 * block + b] = np.uint16(value >> np.int64(32))
 
 
 @compiled(
     "void(uint32[:, :, ::1], uint16[:, :, ::1], float64[::1], float64[::1], float64,"
-    " uint32[:, :, ::1], float64[:, ::1], uint8[:, ::1], int64, int64)"
+    " uint32[:, :, ::1], float64[:, ::1], uint32[:, :, ::1], uint16[:, :, ::1], int64[::1], int64,"
+    " int64)"
 )
 def _products_of_class(
     low_GNB: UInt32,
@@ -310,79 +303,30 @@ def _products_of_class(
     w_M: Float64,
     q: float,
     noise_GMB: UInt32,
-    work: Float64,
-    out_MY: Bytes,
+    a_MB: Float64,
+    words_GRW: UInt32,
+    halves_GRH: UInt16,
+    places_M: Int64,
     first: int,
     stop: int,
 ) -> None:
-    rows, features = out_MY.shape[0], out_MY.shape[1] // 6
-    k = secret_N.size // rows
-    chunk = CHUNK
-    while chunk > rows:
-        chunk >>= 2
-    chunks = rows // chunk
-    odd = 0
-    while (1 << odd) < chunks:
-        odd += 1
-    odd &= 1
-    a_MB, column_RB = work[:rows], work[rows : rows + chunks]
+    rows = a_MB.shape[0]
+    stages = 0
+    while (1 << stages) < rows:
+        stages += 1
     for g in range(first, stop):
-        low_NB, high_NB = low_GNB[g], high_GNB[g]
-        for place in range(chunks):
-            a_RB = a_MB[place * chunk : (place + 1) * chunk]
-            if k == 1:
-                for row in range(0, chunk, 4):
-                    _first_stages(
-                        low_NB, high_NB, secret_N, w_M, place * chunk + row, q, a_RB[row : row + 4]
-                    )
-                _stages(a_RB, w_M, rows, place, 4, q)
-            else:
-                for row in range(chunk):
-                    first_root = (place * chunk + row) * k
-                    _pointwise(low_NB, high_NB, secret_N, first_root, k, q, a_RB[row])
-                _stages(a_RB, w_M, rows, place, 1, q)
-        begin = g * BLOCK
-        end = min(begin + BLOCK, features)
-        for j in range(chunk):
-            if odd:
-                _load_column_with_a_stage(a_MB, j, chunk, w_M, q, column_RB)
-            else:
-                _load_column(a_MB, j, chunk, q, column_RB)
-            _stages(column_RB, w_M, chunks, 0, 1 + odd, q)
-            for r in range(chunks):
-                t = j + r * chunk
-                low_B = low_words(out_MY[t], features)[begin:end]
-                high_B = high_words(out_MY[t], features)[begin:end]
-                _finish(column_RB[r], noise_GMB, g - first, t, q, low_B, high_B)
-
-
-@inlined
-def _finish(
-    a_B: Float64,
-    noise_GMB: UInt32,
-    g: int,
-    t: int,
-    q: float,
-    low_B: UInt32,
-    high_B: UInt16,
-) -> None:
-    """Reduce, add the noise, and write residues in [0, q) of the features that there are.
-
-    A loop over BLOCK would be unrolled, as it is short, and then not vectorised.
-    """
-    one_over_q = 1.0 / q
-    if noise_GMB.shape[0] > 0:
-        noise_B = noise_GMB[g, t]
-        for b in range(low_B.size):
-            bits = noise_B[b]
-            e = np.float64(
-                np.int32(ones(bits & np.uint32(0xFFFF))) - np.int32(ones(bits >> np.uint32(16)))
-            )
-            value = np.int64(canonical(reduce(a_B[b], q, one_over_q) + e, q))
-            low_B[b] = np.uint32(value)
-            high_B[b] = np.uint16(value >> np.int64(32))
-    else:
-        for b in range(low_B.size):
-            value = np.int64(canonical(reduce(a_B[b], q, one_over_q), q))
-            low_B[b] = np.uint32(value)
-            high_B[b] = np.uint16(value >> np.int64(32))
+        if secret_N.size == rows and stages & 1:
+            _first_stage(low_GNB[g], high_GNB[g], secret_N, w_M, q, a_MB)
+        else:
+            _sums_of_products(low_GNB[g], high_GNB[g], secret_N, q, a_MB)
+            if stages & 1:
+                _one_stage(w_M, q, a_MB)
+        stride = 1 << (stages & 1)
+        while stride < rows:
+            _two_stages(stride, w_M, q, a_MB)
+            stride <<= 2
+        words_RW, halves_RH = words_GRW[g], halves_GRH[g]
+        if noise_GMB.shape[0] > 0:
+            _write_with_noise(a_MB, noise_GMB[g - first], q, places_M, words_RW, halves_RH)
+        else:
+            _write(a_MB, q, places_M, words_RW, halves_RH)

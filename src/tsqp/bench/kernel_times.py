@@ -25,7 +25,7 @@ from tsqp.bench.timing import seconds
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
-from tsqp.tee.crypto.pads import residue_bytes_in_stock
+from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_load import LatticeLoad
@@ -152,31 +152,37 @@ class _Layer:
             load = LatticeLoad({linear: shape}, {})
             load.add(linear, integers)
             self.group = load.groups[linear]
-            memory = 2 * DEGREE * residue_bytes_in_stock(field) * sum(shape)  # for whole batches
+            memory = 2 * DEGREE * row_bytes_in_stock(field, *shape)  # for whole batches
             self.provider: PadProvider = load.provider(memory)
         else:
             self.group = MaskedGroup(linear, integers, None, field)
             self.provider = DirectProvider({linear: weight_FD}, field)
-        made = self.provider.make(linear, tokens)
-        self.pads_made = len(made)  # at once
-        self._pads = made[:tokens]
+        self.pads_made = self.provider.rows_made(linear, tokens)
+        self.made = Pads.empty(self.pads_made, width, features, field)
+        self.place = list(range(self.pads_made))
+        self.provider.make(linear, self.made, self.place)
         self._x_TD = torch.randn(tokens, width, generator=generator)
         self._c_TB = torch.empty(tokens, width * field.residue_bytes, dtype=torch.uint8)
         # As in a call: blocks of rows, the last of which may be short.
-        self._blocks = [slice(first, first + BLOCK_ROWS) for first in range(0, tokens, BLOCK_ROWS)]
+        starts = range(0, tokens, BLOCK_ROWS)
+        self._blocks = [slice(first, min(first + BLOCK_ROWS, tokens)) for first in starts]
+        self._pads = [self.made.copy(block) for block in self._blocks]
         self._one_thread = RowPool(1)
         self._masked = self.mask()
         self._z_TB = _answer(self._c_TB, weight_FD, field)
 
     def mask(self) -> list[Any]:
-        x_TD, r_TD, c_TB = self._x_TD, self._pads.r_ND, self._c_TB
-        return [self.group.mask(x_TD[b], r_TD[b], c_TB[b], self._one_thread) for b in self._blocks]
+        blocks = zip(self._blocks, self._pads, strict=True)
+        return [
+            self.group.mask(self._x_TD[b], pads.r_ND, self._c_TB[b], self._one_thread)
+            for b, pads in blocks
+        ]
 
     def unmask(self) -> None:
-        z_TB, u_TF, rows = self._z_TB, self._pads.u_NF, self._one_thread
-        y_TF = torch.empty(len(self._pads), self.group.features)
-        for b, masked in zip(self._blocks, self._masked, strict=True):
-            self.group.unmask(z_TB[b], u_TF[b], masked, y_TF[b], "The worker", rows)
+        z_TB, rows = self._z_TB, self._one_thread
+        y_TF = torch.empty(len(z_TB), self.group.features)
+        for b, pads, masked in zip(self._blocks, self._pads, self._masked, strict=True):
+            self.group.unmask(z_TB[b], pads.u_NF, masked, y_TF[b], "The worker", rows)
 
 
 def _answer(c_TB: Tensor, weight_FD: Tensor, field: Field) -> Tensor:
@@ -206,7 +212,7 @@ class _Case:
         mask_ns = 1e9 * seconds(layer.mask) / (tokens * width)
         unmask_ns = 1e9 * seconds(layer.unmask) / (tokens * features)
         random_s = seconds(partial(uniform, (tokens, width), self._field))
-        pads_s = seconds(partial(layer.provider.make, self._linear, tokens))
+        pads_s = seconds(partial(layer.provider.make, self._linear, layer.made, layer.place))
         made = layer.pads_made
         products = tokens * features * width * self._field.digits
         measured = {

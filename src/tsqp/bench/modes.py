@@ -18,7 +18,7 @@ from tsqp.gpu.backends import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.tee.crypto.lattice import MIN_ROWS
 from tsqp.tee.crypto.pad_pool import PadStats
-from tsqp.tee.crypto.pads import residue_bytes_in_stock
+from tsqp.tee.crypto.pads import row_bytes_in_stock
 
 TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
 
@@ -217,8 +217,8 @@ MODES: dict[str, Callable[[Setting], Runner]] = {
 
 def stock_bytes(config: ModelConfig, rows: int, field: FieldName) -> int:
     """Memory for pads of `rows` tokens."""
-    each = residue_bytes_in_stock(FIELDS[field])
-    return each * rows * sum(sum(group.shape) for group in linear_groups(config))
+    groups = linear_groups(config)
+    return rows * sum(row_bytes_in_stock(FIELDS[field], *group.shape) for group in groups)
 
 
 def _time(run: Callable[[], None]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 import torch
 
 from tsqp.algebra.params import DEGREE, LATTICE
-from tsqp.algebra.ring import BLOCK
+from tsqp.algebra.residue_blocks import BLOCK
 from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import embedding_bytes, linear_bytes
 from tsqp.model.config import ModelConfig, linear_groups

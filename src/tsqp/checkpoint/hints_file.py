@@ -17,7 +17,8 @@ import numpy as np
 
 from tsqp.algebra.hints import LABEL, SEED_BYTES, Polynomials, make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
-from tsqp.algebra.ring import BLOCK, Ring
+from tsqp.algebra.residue_blocks import BLOCK
+from tsqp.algebra.ring import Ring
 from tsqp.checkpoint.new_file import new_file
 from tsqp.checkpoint.prepared import PreparedFile
 from tsqp.checkpoint.progress import Progress, silent

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, LATTICE, WIDE, Field
+from tsqp.algebra.residue_blocks import from_blocks, to_blocks
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.linear_group import LinearGroup
-from tsqp.tee.crypto.pads import Pads, empty_rows, residue_bytes_in_stock
+from tsqp.tee.crypto.pad_providers import PadProvider
+from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.masked import Masked, MaskedGroup
@@ -35,27 +37,20 @@ class Kind:
     field: Field
     unit: int
 
-    def bytes_of(self, residues: int) -> int:
+    def bytes_of(self, *residues: int) -> int:
         """In stock."""
-        return residue_bytes_in_stock(self.field) * residues
+        return row_bytes_in_stock(self.field, *residues)
 
     def rows(self, numbers: Int32, residues: int) -> NDArray[Any]:
         """Rows of one number each."""
-        rows = empty_rows(len(numbers), residues, self.field)
         repeated = np.repeat(numbers[:, None].astype(np.int64), residues, 1)
-        if self.field is LATTICE:
-            residue_bytes.pack(repeated, LATTICE, rows)
-        else:
-            rows[:] = repeated
-        return rows
+        return to_blocks(repeated) if self.field is LATTICE else repeated.astype(np.int32)
 
-    def numbers(self, rows: NDArray[Any]) -> list[list[int]]:
+    def numbers(self, rows: NDArray[Any], residues: int) -> list[list[int]]:
         """The residues of rows."""
-        if self.field is not LATTICE:
-            return rows.tolist()  # type: ignore[no-any-return]
-        found = np.empty((len(rows), rows.shape[1] // LATTICE.residue_bytes), np.int64)
-        residue_bytes.unpack(rows, LATTICE, found)
-        return found.tolist()  # type: ignore[no-any-return]
+        if self.field is LATTICE:
+            rows = from_blocks(rows, residues)
+        return rows.tolist()  # type: ignore[no-any-return]
 
 
 DIRECT, IN_CLASSES = Kind(WIDE, 1), Kind(LATTICE, 4)
@@ -91,19 +86,31 @@ class NumberingProvider:
             return self.unit if room >= self.unit else 0
         return min(room, max(1, memory_rows // 4))
 
-    def make(self, key: LinearGroup, rows: int) -> Pads:
-        rows = rows if self.unit == 1 else self.unit
-        features, width = self._shapes[key]
+    def rows_made(self, key: LinearGroup, rows: int) -> int:
+        return rows if self.unit == 1 else self.unit
+
+    def make(self, key: LinearGroup, pads: Pads, place: list[int]) -> None:
+        rows, (features, width) = len(place), self._shapes[key]
         with self._lock:
             self._calls += 1
             if self._fails_every and self._calls % self._fails_every == 0:
                 raise MemoryError("the provider fails, as it does now and then")
             first, self.next = self.next, self.next + rows
         numbers = np.arange(first, first + rows, dtype=np.int32)
-        return Pads(self._kind.rows(numbers, width), self._kind.rows(numbers, features))
+        made = Pads(self._kind.rows(numbers, width), self._kind.rows(numbers, features))
+        pads.put(place, made)
 
     def forget(self) -> None:
         self.forgotten += 1
+
+
+def make(provider: PadProvider, key: LinearGroup, shape: tuple[int, int], rows: int = 1) -> Pads:
+    """As many pads as the provider makes for somebody who waits for `rows`."""
+    features, width = shape
+    made = provider.rows_made(key, rows)
+    pads = Pads.empty(made, width, features, provider.field)
+    provider.make(key, pads, list(range(made)))
+    return pads
 
 
 def integer_weights(features: int, width: int, seed: int = 0) -> IntegerWeights:

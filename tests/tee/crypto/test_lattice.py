@@ -2,15 +2,15 @@
 
 import hashlib
 
-import numpy as np
 import pytest
 import torch
-from crypto_helpers import integer_weights, product
+from crypto_helpers import integer_weights, make, product
 
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.hints import LABEL, Polynomials, make_hints, public_polynomials
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import LATTICE
+from tsqp.algebra.residue_blocks import BLOCK, from_blocks, halves
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import HintsError, IntegrityError, LatticeError
@@ -41,11 +41,21 @@ class Layer:
         self.public = public_polynomials(RING, bytes(range(32)), width)
         self.hints = make_hints(self.public, weights.weight_FD)
         transform = ClassTransform.of(RING, classes)
-        self.provider = LatticeProvider(self.public, {GROUP: self.hints}, {GROUP: width}, transform)
+        self.provider = LatticeProvider(self.public, {GROUP: self.hints}, transform)
         self.rows = RowPool(2)
 
     def take(self, rows: int) -> Pads:
-        return self.provider.make(GROUP)[:rows]
+        return self.make()[:rows]
+
+    def make(self) -> Pads:
+        """A class of rows."""
+        return make(self.provider, GROUP, (self.group.features, self.group.width))
+
+    def masks(self, pads: Pads) -> list[list[int]]:
+        return from_blocks(pads.r_ND, self.group.width).tolist()
+
+    def products(self, pads: Pads) -> list[list[int]]:
+        return from_blocks(pads.u_NF, self.group.features).tolist()
 
     def mask(self, x_TD: torch.Tensor, masks: Pads) -> tuple[MaskedRows, torch.Tensor]:
         """What the TEE keeps, and the residues that go out, int64."""
@@ -70,12 +80,6 @@ class Layer:
         return y_TF
 
 
-def residues(rows_NB: np.ndarray) -> list[list[int]]:
-    found = np.empty((len(rows_NB), rows_NB.shape[1] // LATTICE.residue_bytes), np.int64)
-    residue_bytes.unpack(rows_NB, LATTICE, found)
-    return found.tolist()
-
-
 @pytest.fixture(scope="module")
 def layer() -> Layer:
     return Layer(integer_weights(40, 37))
@@ -92,7 +96,7 @@ def test_a_layer_equals_its_integers_in_exact_arithmetic(layer: Layer) -> None:
     masks = layer.take(33)
     masked, c_TD = layer.mask(x_TD, masks)
     y_TF = layer.unmask(layer.answer(c_TD), masks, masked)
-    r_TD = residues(masks.r_ND)
+    r_TD = layer.masks(masks)
     for t in (0, 16, 32):
         unit = masked.unit_T[t]
         xq_D = [round(v / unit) for v in x_TD[t].double().tolist()]
@@ -105,8 +109,8 @@ def test_a_layer_equals_its_integers_in_exact_arithmetic(layer: Layer) -> None:
 
 
 def test_a_mask_and_its_product_differ_by_small_noise_only(layer: Layer) -> None:
-    masks = layer.provider.make(GROUP)
-    r_MD, u_MF = residues(masks.r_ND), residues(masks.u_NF)
+    masks = layer.make()
+    r_MD, u_MF = layer.masks(masks), layer.products(masks)
     l2 = layer.weights.weight_FD.double().square().sum(1).sqrt()
     errors = []
     for t in range(len(masks)):
@@ -160,7 +164,9 @@ def test_a_wrong_product_of_a_mask_is_another_error_and_ends_all_lattice_offload
     monkeypatch.setattr(layer.group, "_switch", Switch())
     masks = layer.take(4)
     masked, c_TD = layer.mask(rows_of(4, layer.group.width), masks)
-    masks.u_NF[2, 4 * layer.group.features + 2 * 5] ^= 1
+    halves(masks.u_NF)[0, 2, 2 * BLOCK + 5] ^= (
+        1  # more than the noise, which rounding would take away
+    )
     with pytest.raises(LatticeError, match="no worker can bring about"):
         layer.unmask(layer.answer(c_TD), masks, masked)
     with pytest.raises(LatticeError, match="nothing is offloaded with lattice masks any more"):
@@ -174,12 +180,12 @@ def test_noise_just_below_half_of_delta_rounds_right(layer: Layer, sign: int) ->
     masked, c_TD = layer.mask(x_TD, masks)
     z_TF = layer.answer(c_TD)
     expected = layer.unmask(z_TF, masks, masked)
-    r_TD = residues(masks.r_ND)
+    r_TD = layer.masks(masks)
     for t in range(2):
         for f, value in enumerate(product(layer.weights.weight_FD, r_TD[t])):
             u = (value - sign * (layer.group.delta // 2 - 1)) % Q
-            low_TF, high_TF = residue_bytes.as_low_and_high(masks.u_NF)
-            low_TF[t, f], high_TF[t, f] = u & 0xFFFFFFFF, u >> 32
+            masks.u_NF[f // BLOCK, t, f % BLOCK] = u & 0xFFFFFFFF
+            halves(masks.u_NF)[f // BLOCK, t, 2 * BLOCK + f % BLOCK] = u >> 32
     assert torch.equal(layer.unmask(z_TF, masks, masked), expected)
 
 
@@ -274,8 +280,8 @@ def test_each_class_is_made_once_and_the_secret_is_erased_after_the_last(
     made = batches(monkeypatch)
     rows = []
     for _ in range(2 * classes):
-        masks = layer.provider.make(GROUP)
-        rows += residues(masks.r_ND)
+        masks = layer.make()
+        rows += layer.masks(masks)
     assert len(made) == 2
     assert all(not batch._s_N.any() and not any(batch._key) for batch in made)
     assert len({tuple(row) for row in rows}) == 2 * 2048
@@ -286,16 +292,15 @@ def test_classes_of_one_batch_are_the_rows_of_the_whole_transform(
 ) -> None:
     monkeypatch.setattr(lattice.secrets, "token_bytes", lambda size: bytes(range(size)))
     whole, parts = Layer(integer_weights(8, 5), 1), Layer(integer_weights(8, 5), 4)
-    every = whole.provider.make(GROUP)
+    every = whole.products(whole.make())
     for row_class in range(4):
-        masks = parts.provider.make(GROUP)
-        assert residues(masks.u_NF) == residues(every.u_NF[row_class::4])
+        assert parts.products(parts.make()) == every[row_class::4]
 
 
 def test_secrets_that_are_forgotten_are_erased(monkeypatch: pytest.MonkeyPatch) -> None:
     made = batches(monkeypatch)
     layer = Layer(integer_weights(8, 5), 4)
-    layer.provider.make(GROUP)
+    layer.make()
     [batch] = made
     assert batch._s_N.any()
     layer.provider.forget()

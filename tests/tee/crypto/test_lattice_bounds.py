@@ -15,6 +15,7 @@ from torch import Tensor
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import LATTICE
+from tsqp.algebra.residue_blocks import from_blocks, to_blocks
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, UnsupportedModel
 from tsqp.model.linear_group import LinearGroup
@@ -64,12 +65,13 @@ class Exact:
         r_TD = uniform((tokens, group.width), LATTICE)
         u_TF = (self.product(r_TD) - error) % Q
         c_TB = torch.empty(tokens, 6 * group.width, dtype=torch.uint8)
-        masked = group.mask(x_TD, self.pack(r_TD), c_TB, ROWS)
+        masked = group.mask(x_TD, to_blocks(r_TD), c_TB, ROWS)
         c_TD = np.empty((tokens, group.width), np.int64)
         residue_bytes.unpack(c_TB.numpy(), LATTICE, c_TD)
         z_TF = self.product(c_TD)
         y_TF = torch.empty(tokens, group.features)
-        group.unmask(torch.from_numpy(self.pack(z_TF)), self.pack(u_TF), masked, y_TF, "It", ROWS)
+        z_TB = torch.from_numpy(self.pack(z_TF))
+        group.unmask(z_TB, to_blocks(u_TF), masked, y_TF, "It", ROWS)
         for t, x_D in enumerate(x_TD.double().tolist()):
             xq_D = self.integers(x_D)
             found = [(c - r + Q // 2) % Q - Q // 2 for c, r in zip(c_TD[t], r_TD[t], strict=True)]
@@ -162,9 +164,9 @@ class Crossing:
         self.exact = exact = Exact(weight(6, 9))
         self.c_TB = torch.empty(1, 6 * 9, dtype=torch.uint8)
         r_TD = uniform((1, 9), LATTICE)
-        self.u_TB = exact.pack(exact.product(r_TD))
+        self.u_GTW = to_blocks(exact.product(r_TD))
         x_TD = torch.arange(9.0)[None]
-        self.masked = exact.group.mask(x_TD, exact.pack(r_TD), self.c_TB, ROWS)
+        self.masked = exact.group.mask(x_TD, to_blocks(r_TD), self.c_TB, ROWS)
         c_TD = np.empty((1, 9), np.int64)
         residue_bytes.unpack(self.c_TB.numpy(), LATTICE, c_TD)
         self.z_TF = exact.product(c_TD)
@@ -172,7 +174,7 @@ class Crossing:
     def product(self, z_TF: NDArray[np.int64]) -> Tensor:
         y_TF = torch.empty(1, 6)
         z_TB = torch.from_numpy(self.exact.pack(z_TF))
-        self.exact.group.unmask(z_TB, self.u_TB, self.masked, y_TF, "It", ROWS)
+        self.exact.group.unmask(z_TB, self.u_GTW, self.masked, y_TF, "It", ROWS)
         return y_TF
 
 
@@ -193,10 +195,9 @@ def sizes(delta: int) -> list[int]:
 def test_an_error_of_any_size_has_the_same_verdict_whatever_the_noise_is() -> None:
     crossing = Crossing()
     delta = crossing.exact.group.delta
-    u_TF = np.empty((1, 6), np.int64)
-    residue_bytes.unpack(crossing.u_TB, LATTICE, u_TF)
+    u_TF = from_blocks(crossing.u_GTW, 6)
     for noise in (0, delta // 2 - 1, 1 - delta // 2, 17):
-        crossing.u_TB = crossing.exact.pack((u_TF - noise) % Q)
+        crossing.u_GTW = to_blocks((u_TF - noise) % Q)
         crossing.product(crossing.z_TF)
         for error in sizes(delta):
             for sign in (1, -1):

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from crypto_helpers import chi_square_p
+from crypto_helpers import chi_square_p, make
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from tsqp.algebra import residue_bytes
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.hints import Polynomials, make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
+from tsqp.algebra.residue_blocks import from_blocks
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice
@@ -26,11 +26,10 @@ QKV, HEAD = LinearGroup(0, "qkv", WIDTH, WIDTH), LinearGroup(None, "lm_head", WI
 VARIANCE = 8  # 16 differences of two bits
 
 
-def signed(rows_NB: NDArray[np.uint8]) -> NDArray[np.int64]:
+def signed(words_GNW: NDArray[np.uint32], width: int) -> NDArray[np.int64]:
     """Residues as the numbers of least size."""
-    values = np.empty((len(rows_NB), rows_NB.shape[1] // LATTICE.residue_bytes), np.int64)
-    residue_bytes.unpack(rows_NB, LATTICE, values)
-    return np.where(values > Q // 2, values - Q, values)
+    values_ND = from_blocks(words_GNW, width)
+    return np.where(values_ND > Q // 2, values_ND - Q, values_ND)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +37,12 @@ def noise() -> dict[LinearGroup, NDArray[np.int64]]:
     """Of two groups: masks of public polynomials that are zero are nothing else."""
     zeros = {key: Polynomials.empty(DEGREE, WIDTH) for key in (QKV, HEAD)}
     transform = ClassTransform.of(RING, 4)
-    provider = LatticeProvider(zeros[QKV], zeros, dict.fromkeys(zeros, WIDTH), transform)
+    provider = LatticeProvider(zeros[QKV], zeros, transform)
     return {
-        key: np.concatenate([signed(provider.make(key).r_ND) for _ in range(8)]) for key in zeros
+        key: np.concatenate(
+            [signed(make(provider, key, (WIDTH, WIDTH)).r_ND, WIDTH) for _ in range(8)]
+        )
+        for key in zeros
     }
 
 
@@ -82,10 +84,10 @@ def masks_and_products(batches: int) -> Iterator[tuple[NDArray[np.int64], Bounds
     weight_FD = torch.from_numpy(weight).to(torch.int8)
     public = public_polynomials(RING, bytes(32), WIDTH)
     hints = {QKV: make_hints(public, weight_FD)}
-    provider = LatticeProvider(public, hints, {QKV: WIDTH}, ClassTransform.of(RING))
+    provider = LatticeProvider(public, hints, ClassTransform.of(RING))
     for _ in range(batches):
-        pads = provider.make(QKV)
-        r_ND, u_NF = signed(pads.r_ND), signed(pads.u_NF)
+        pads = make(provider, QKV, weight.shape)
+        r_ND, u_NF = signed(pads.r_ND, WIDTH), signed(pads.u_NF, len(weight))
         error_NF = r_ND @ weight.T - u_NF
         yield (error_NF + Q // 2) % Q - Q // 2, Bounds.of(weight_FD)
 
@@ -116,15 +118,15 @@ def test_a_mask_is_what_its_key_says(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_FD = torch.tensor([[3, -127], [127, 5]], dtype=torch.int8)
     public = public_polynomials(RING, bytes(32), 2)
     hints = {QKV: make_hints(public, weight_FD)}
-    provider = LatticeProvider(public, hints, {QKV: 2}, ClassTransform.of(RING, 64))
-    pads = provider.make(QKV)
+    provider = LatticeProvider(public, hints, ClassTransform.of(RING, 64))
+    pads = make(provider, QKV, (2, 2))
     stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor().update(bytes(20_000))
     words = [int.from_bytes(stream[i : i + 8], "little") % 2**46 for i in range(0, 20_000, 8)]
     s_N = [word for word in words if word < Q][:2048]
     first = (2**64).to_bytes(16, "big")  # where the noise of the first class begins
     bits = Cipher(algorithms.AES256(key), modes.CTR(first)).encryptor().update(bytes(32 * 32 * 4))
     roots = RING.roots()
-    r_MD, u_MF = signed(pads.r_ND), signed(pads.u_NF)
+    r_MD, u_MF = signed(pads.r_ND, 2), signed(pads.u_NF, 2)
     a_ND, h_NF = public.at(slice(0, 2048)).tolist(), hints[QKV].at(slice(0, 2048)).tolist()
 
     def coefficient(values_N: list[list[int]], feature: int, t: int) -> int:
@@ -144,8 +146,8 @@ def test_a_mask_is_what_its_key_says(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_masks_are_uniform_in_every_part_of_their_bytes() -> None:
     public = public_polynomials(RING, bytes(32), WIDTH)
     hints = {QKV: make_hints(public, torch.ones(1, WIDTH, dtype=torch.int8))}
-    provider = LatticeProvider(public, hints, {QKV: WIDTH}, ClassTransform.of(RING))
-    values = signed(provider.make(QKV).r_ND).reshape(-1) % Q
+    provider = LatticeProvider(public, hints, ClassTransform.of(RING))
+    values = signed(make(provider, QKV, (1, WIDTH)).r_ND, WIDTH).reshape(-1) % Q
     assert chi_square_p(np.bincount(values * 256 // Q, minlength=256)) > 1e-6
     for byte in range(5):
         assert chi_square_p(np.bincount(values >> 8 * byte & 255, minlength=256)) > 1e-6

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from crypto_helpers import integer_weights
+from crypto_helpers import integer_weights, make
 
 from every_opcode import at_every_opcode
 from tsqp.algebra.hints import make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
+from tsqp.algebra.residue_blocks import from_blocks
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.errors import LatticeError
 from tsqp.model.linear_group import LinearGroup
@@ -21,6 +22,7 @@ from tsqp.tee.crypto.pads import Pads
 QKV, HEAD = LinearGroup(0, "qkv", 3, 5), LinearGroup(None, "lm_head", 4, 5)
 ROWS = 32
 CLASSES = DEGREE // ROWS
+SHAPES = {QKV: (3, 5), HEAD: (4, 5)}
 RING = Ring.of(LATTICE.p, DEGREE)
 WEIGHTS = {QKV: integer_weights(3, 5).weight_FD, HEAD: integer_weights(4, 5, seed=1).weight_FD}
 PUBLIC = public_polynomials(RING, bytes(32), 5)
@@ -61,22 +63,21 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
 
 @pytest.fixture
 def provider() -> LatticeProvider:
-    widths = dict.fromkeys(WEIGHTS, 5)
-    return LatticeProvider(PUBLIC, HINTS, widths, ClassTransform.of(RING, CLASSES))
+    return LatticeProvider(PUBLIC, HINTS, ClassTransform.of(RING, CLASSES))
 
 
 def rows_of(made: list[Pads]) -> list[bytes]:
-    return [row.tobytes() for pads in made for row in pads.r_ND]
+    return [row.tobytes() for pads in made for row in from_blocks(pads.r_ND, 5)]
 
 
 def test_each_group_and_batch_has_a_secret_of_its_own(
     provider: LatticeProvider, batches: Batches
 ) -> None:
     for key in (QKV, HEAD, QKV, HEAD):
-        provider.make(key)
+        make(provider, key, SHAPES[key])
     assert len(batches.all) == 2
     for _ in range(CLASSES - 1):
-        provider.make(QKV)
+        make(provider, QKV, SHAPES[QKV])
     assert len(batches.all) == 3
     assert len({bytes(batch._key) for batch in batches.all if any(batch._key)}) == 2
     assert batches.alive == 2  # the first one of QKV has no rows left
@@ -94,14 +95,15 @@ def test_no_class_is_made_twice_by_threads_of_which_some_fail(
 
     monkeypatch.setattr(lattice, "products_of_class", failing)
 
-    def make(number: int) -> Pads | None:
+    def try_one(number: int) -> Pads | None:
+        key = (QKV, HEAD)[number % 2]
         try:
-            return provider.make((QKV, HEAD)[number % 2])
+            return make(provider, key, SHAPES[key])
         except MemoryError:
             return None
 
     with ThreadPoolExecutor(8) as threads:
-        made = [pads for pads in threads.map(make, range(600)) if pads is not None]
+        made = [pads for pads in threads.map(try_one, range(600)) if pads is not None]
     assert 400 < len(made) < 600
     assert len(set(batches.classes)) == len(batches.classes) == 600
     rows = rows_of(made)
@@ -126,32 +128,32 @@ def test_after_a_failure_the_rest_of_the_batch_is_given_up_and_everything_is_era
         raise MemoryError
 
     monkeypatch.setattr(lattice.ring_module, "work_space", noting)
-    provider.make(QKV)
+    make(provider, QKV, SHAPES[QKV])
     monkeypatch.setattr(lattice, "products_of_class", failing)
     with pytest.raises(MemoryError):
-        provider.make(QKV)
+        make(provider, QKV, SHAPES[QKV])
     assert len(works) == 3
     assert not any(work.any() for work in works)
     assert batches.alive == 0
     monkeypatch.setattr(lattice, "products_of_class", products)
-    provider.make(QKV)
+    make(provider, QKV, SHAPES[QKV])
     assert len(batches.all) == 2
 
 
 def test_a_secret_that_was_erased_makes_nothing(
     provider: LatticeProvider, batches: Batches
 ) -> None:
-    provider.make(QKV)
+    make(provider, QKV, SHAPES[QKV])
     batches.all[0].erase()
     with pytest.raises(LatticeError, match="after its end"):
-        provider.make(QKV)
+        make(provider, QKV, SHAPES[QKV])
 
 
 @pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
 def test_a_forked_process_has_none_of_its_parents_secrets(
     provider: LatticeProvider, batches: Batches
 ) -> None:
-    provider.make(QKV)
+    make(provider, QKV, SHAPES[QKV])
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -173,7 +175,7 @@ def test_an_exception_at_any_opcode_makes_no_class_twice_and_leaves_no_secret(
 
     def run() -> None:
         for _ in range(2):
-            made.append(provider.make(QKV))
+            made.append(make(provider, QKV, SHAPES[QKV]))
 
     assert len(list(at_every_opcode(run, lattice, step=3))) > 50
     assert len(set(batches.classes)) == len(batches.classes)

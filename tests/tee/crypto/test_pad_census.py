@@ -10,13 +10,13 @@ import pytest
 from crypto_helpers import chi_square_p, integer_weights
 from numpy.typing import NDArray
 
-from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, LATTICE, Field
+from tsqp.algebra.residue_blocks import from_blocks
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import rng
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider
-from tsqp.tee.crypto.pads import Pads, residue_bytes_in_stock
+from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.wire.seeds import SEED_BYTES
 
@@ -31,7 +31,7 @@ RESIDUES = 3 + 5 + 2 * WIDTH  # of a row
 def pool(field: Field, rows: int) -> PadPool:
     weights_FD = {key: weights.weight_FD for key, weights in GROUPS.items()}
     shapes = {key: (weight_FD.shape[0], WIDTH) for key, weight_FD in weights_FD.items()}
-    memory = rows * residue_bytes_in_stock(field) * RESIDUES
+    memory = rows * sum(row_bytes_in_stock(field, *shape) for shape in shapes.values())
     if field is not LATTICE:
         return PadPool(DirectProvider(weights_FD, field), shapes, memory)
     load = LatticeLoad(shapes, {})
@@ -40,12 +40,8 @@ def pool(field: Field, rows: int) -> PadPool:
     return PadPool(load.provider(memory), shapes, memory)
 
 
-def residues(rows_NB: NDArray[Any], field: Field) -> NDArray[np.int64]:
-    if field is not LATTICE:
-        return rows_NB.astype(np.int64)
-    found_ND = np.empty((len(rows_NB), rows_NB.shape[1] // field.residue_bytes), np.int64)
-    residue_bytes.unpack(rows_NB, field, found_ND)
-    return found_ND
+def residues(rows: NDArray[Any], width: int, field: Field) -> NDArray[np.int64]:
+    return from_blocks(rows, width) if field is LATTICE else rows.astype(np.int64)
 
 
 def take_at_random(pads: PadPool, times: int, seed: int) -> list[tuple[LinearGroup, Pads]]:
@@ -59,7 +55,7 @@ def take_at_random(pads: PadPool, times: int, seed: int) -> list[tuple[LinearGro
 
 
 def assert_no_row_comes_twice(taken: list[tuple[LinearGroup, Pads]], field: Field) -> None:
-    r_ND = residues(np.concatenate([pads.r_ND for _, pads in taken]), field)
+    r_ND = np.concatenate([residues(pads.r_ND, WIDTH, field) for _, pads in taken])
     assert len({row.tobytes() for row in r_ND}) == len(r_ND)
     # Nor does a part of a row: what chance gives are so many values that have come before.
     expected = r_ND.size**2 / 2 / field.p
@@ -69,7 +65,8 @@ def assert_no_row_comes_twice(taken: list[tuple[LinearGroup, Pads]], field: Fiel
         assert chi_square_p(np.bincount(column_N & 63, minlength=64)) > 1e-7
     for key, pads in taken:
         weight_FD = GROUPS[key].weight_FD.numpy().astype(np.int64)
-        error_NF = residues(pads.r_ND, field) @ weight_FD.T - residues(pads.u_NF, field)
+        u_NF = residues(pads.u_NF, len(weight_FD), field)
+        error_NF = residues(pads.r_ND, WIDTH, field) @ weight_FD.T - u_NF
         error_NF = (error_NF + field.half) % field.p - field.half
         assert (np.abs(error_NF) <= (0 if field is not LATTICE else MOST_NOISE * WIDTH)).all()
 

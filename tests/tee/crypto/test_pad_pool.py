@@ -2,7 +2,6 @@
 
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,9 +42,14 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return found
 
 
+def row_bytes(kind: Kind) -> int:
+    """Of a row of each group."""
+    return sum(kind.bytes_of(*shape) for shape in SHAPES.values())
+
+
 def pool_of(kind: Kind, rows: int, **options: int) -> PadPool:
     provider = NumberingProvider(kind, SHAPES, **options)
-    return PadPool(provider, SHAPES, rows * kind.bytes_of(RESIDUES))
+    return PadPool(provider, SHAPES, rows * row_bytes(kind))
 
 
 @pytest.fixture
@@ -70,11 +74,12 @@ def test_no_pad_is_given_out_twice_to_any_of_many_threads(
             taken = list(threads.map(lambda take: pool.take(*take), takes))
     finally:
         pool.close()
-    numbers = [row[0] for pads in taken for row in kind.numbers(pads.r_ND)]
+    numbers = [row[0] for pads in taken for row in kind.numbers(pads.r_ND, 1)]
     assert len(numbers) == len(set(numbers)) == sum(rows for _, rows in takes)
     for (key, rows), pads in zip(takes, taken, strict=True):
-        r_ND, u_NF = kind.numbers(pads.r_ND), kind.numbers(pads.u_NF)
-        assert (len(r_ND), len(r_ND[0])) == (rows, SHAPES[key][1])
+        features, width = SHAPES[key]
+        r_ND, u_NF = kind.numbers(pads.r_ND, width), kind.numbers(pads.u_NF, features)
+        assert len(r_ND) == rows
         # r and u of one row stay together
         assert [set(row) for row in r_ND] == [set(row) for row in u_NF] == [{r[0]} for r in r_ND]
 
@@ -85,7 +90,7 @@ def test_a_provider_that_fails_loses_pads_and_repeats_none(kind: Kind) -> None:
     failures = 0
     for _ in range(60):
         try:
-            numbers += [row[0] for row in kind.numbers(pool.take(QKV, 4).r_ND)]
+            numbers += [row[0] for row in kind.numbers(pool.take(QKV, 4).r_ND, 1)]
         except MemoryError:
             failures += 1
     pool.close()
@@ -98,47 +103,28 @@ def test_a_stock_that_could_not_be_refilled_is_refilled_later(
 ) -> None:
     monkeypatch.setattr("tsqp.tee.crypto.pad_pool.RETRY_S", 0.001)
     pool = pool_of(kind, 100, fails_every=2)
-    full = 100 * kind.bytes_of(RESIDUES)
+    full = 100 * row_bytes(kind)
     assert eventually(lambda: pool.nbytes == full)  # whole batches of each
     pool.close()
     assert "cannot make pads ahead (MemoryError)" in caplog.text
 
 
-class WatchedProvider(NumberingProvider):
-    """A fake for tests: knows how much memory of its pads is in use."""
-
-    def __init__(self, kind: Kind) -> None:
-        super().__init__(kind, SHAPES)
-        self.alive = 0
-
-    def make(self, key: LinearGroup, rows: int) -> Pads:
-        pads = super().make(key, rows)
-        for array in (pads.r_ND, pads.u_NF):
-            self.alive += array.nbytes
-            weakref.finalize(array, self._freed, array.nbytes)
-        return pads
-
-    def _freed(self, nbytes: int) -> None:
-        self.alive -= nbytes
-
-
 def test_pads_never_take_more_than_their_memory_over_many_tokens(kind: Kind) -> None:
-    provider, row_bytes = WatchedProvider(kind), kind.bytes_of(RESIDUES)
-    pool = PadPool(provider, SHAPES, 100 * row_bytes)
-    most = 0
+    pool, most = pool_of(kind, 100), 0
+    arrays = sum(stock._pads.nbytes for stock in pool._stocks.values())
     for token in range(10_000):
         pool.fill()
-        most = max(most, provider.alive, pool.nbytes)
+        most = max(most, pool.nbytes)
         pool.take(QKV if token % 3 else HEAD, 1)
-    # At most two batches are being made while the stock is full: here, and by the thread.
-    assert 90 * row_bytes < most <= (100 + 2 * 25) * row_bytes
+    assert 90 * row_bytes(kind) < most <= arrays == 100 * row_bytes(kind)
+    assert arrays == sum(stock._pads.nbytes for stock in pool._stocks.values())
     assert pool.stats.ahead_rows == 10_000
     pool.close()
 
 
 def test_the_stock_fills_its_memory_to_the_last_row(kind: Kind, pool: PadPool) -> None:
     pool.fill()
-    assert pool.nbytes == 100 * kind.bytes_of(RESIDUES)
+    assert pool.nbytes == 100 * row_bytes(kind)
     pool.take(QKV, 100)
     pool.take(HEAD, 100)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (200, 0)
@@ -147,12 +133,14 @@ def test_the_stock_fills_its_memory_to_the_last_row(kind: Kind, pool: PadPool) -
 def test_a_stock_that_was_used_is_refilled_while_nobody_asks_and_in_whole_batches(
     kind: Kind, pool: PadPool
 ) -> None:
-    full, few = 100 * kind.bytes_of(RESIDUES), 24 if kind is DIRECT else kind.unit - 1
+    full, few = 100 * row_bytes(kind), 24 if kind is DIRECT else kind.unit - 1
     pool.fill()
     for _ in range(few):
         pool.take(HEAD, 1)
     time.sleep(0.05)
-    assert pool.nbytes == full - few * kind.bytes_of(7)  # a batch of one row costs like several
+    assert pool.nbytes == full - few * kind.bytes_of(
+        *SHAPES[HEAD]
+    )  # a batch of one row costs like several
     for _ in range(100 - few):
         pool.take(HEAD, 1)
     assert eventually(lambda: pool.nbytes == full)
@@ -165,14 +153,14 @@ def test_a_full_stock_is_taken_from_before_anything_is_made_in_line(pool: PadPoo
 
 
 def test_no_memory_means_every_pad_is_made_in_line(kind: Kind) -> None:
-    pool = PadPool(NumberingProvider(kind, SHAPES), SHAPES, kind.bytes_of(RESIDUES) - 1)
+    pool = PadPool(NumberingProvider(kind, SHAPES), SHAPES, row_bytes(kind) - 1)
     pool.fill()
     pool.take(QKV, 7)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (0, 7)
     time.sleep(0.02)
     pool.fill()
     rest = -7 % kind.unit  # came with them
-    assert pool.nbytes == rest * kind.bytes_of(sum(SHAPES[QKV]))
+    assert pool.nbytes == rest * kind.bytes_of(*SHAPES[QKV])
     pool.take(QKV, 1)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (min(rest, 1), 8 - min(rest, 1))
     pool.close()
@@ -183,13 +171,13 @@ class SlowProvider(NumberingProvider):
 
     TAKES_S = 0.02
 
-    def make(self, key: LinearGroup, rows: int) -> Pads:
+    def make(self, key: tuple[int, str], pads: Pads, place: list[int]) -> None:
         time.sleep(self.TAKES_S)
-        return super().make(key, rows)
+        super().make(key, pads, place)
 
 
 def test_the_time_of_pads_made_in_line_is_told_and_that_of_others_is_not(kind: Kind) -> None:
-    pool = PadPool(SlowProvider(kind, SHAPES), SHAPES, 100 * kind.bytes_of(RESIDUES))
+    pool = PadPool(SlowProvider(kind, SHAPES), SHAPES, 100 * row_bytes(kind))
     pool.fill()
     pool.take(QKV, 100)
     assert (pool.stats.ahead_rows, pool.stats.inline_rows, pool.stats.inline_s) == (100, 0, 0.0)
@@ -204,12 +192,12 @@ def test_the_time_of_pads_made_in_line_is_told_and_that_of_others_is_not(kind: K
 
 def test_what_is_made_in_line_beyond_the_rows_asked_for_goes_into_the_stock() -> None:
     provider = NumberingProvider(Kind(LATTICE, 32), SHAPES)
-    pool = PadPool(provider, SHAPES, 32 * 6 * RESIDUES)
+    pool = PadPool(provider, SHAPES, 32 * row_bytes(IN_CLASSES))
     pool.close()
     first = provider.next
     pool._closed, pool._stocks = False, {QKV: Stock(range(32), *SHAPES[QKV], LATTICE)}
     taken = [pool.take(QKV, rows) for rows in (5, 20, 10)]  # no thread makes any meanwhile
-    numbers = [row[0] for pads in taken for row in IN_CLASSES.numbers(pads.r_ND)]
+    numbers = [row[0] for pads in taken for row in IN_CLASSES.numbers(pads.r_ND, 1)]
     assert numbers == list(range(first, first + 35))
     assert provider.next == first + 64
     assert (pool.stats.ahead_rows, pool.stats.inline_rows) == (20 + 7, 5 + 3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from crypto_helpers import integer_weights, product
+from crypto_helpers import integer_weights, make, product
 
 from tsqp.algebra.hints import make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, DIRECT_FIELDS, LATTICE, WIDE, Field
@@ -22,7 +22,7 @@ QKV = LinearGroup(0, "qkv", 3, 2)  # whose sizes these providers take from the w
 @pytest.mark.parametrize("field", DIRECT_FIELDS, ids=lambda field: field.name)
 def test_pads_of_the_tee_are_uniform_rows_and_their_products(field: Field) -> None:
     weight_FD = integer_weights(6, 9).weight_FD
-    pads = DirectProvider({QKV: weight_FD}, field).make(QKV, 40)
+    pads = make(DirectProvider({QKV: weight_FD}, field), QKV, (6, 9), 40)
     for r_D, u_F in zip(pads.r_ND.tolist(), pads.u_NF.tolist(), strict=True):
         assert u_F == [v % field.p for v in product(weight_FD, r_D)]
     assert len({tuple(row) for row in pads.r_ND.tolist()}) == 40
@@ -30,7 +30,7 @@ def test_pads_of_the_tee_are_uniform_rows_and_their_products(field: Field) -> No
 
 def test_two_batches_of_pads_have_nothing_in_common() -> None:
     provider = DirectProvider({QKV: torch.ones(1, 1000, dtype=torch.int8)}, WIDE)
-    first, second = provider.make(QKV, 10), provider.make(QKV, 10)
+    first, second = (make(provider, QKV, (1, 1000), 10) for _ in range(2))
     assert (first.r_ND == second.r_ND).sum() == 0
 
 
@@ -54,7 +54,7 @@ def test_lattice_masks_are_made_a_class_at_a_time() -> None:
     ring, weight_FD = Ring.of(LATTICE.p, DEGREE), integer_weights(3, 2).weight_FD
     public = public_polynomials(ring, bytes(32), 2)
     hints = {QKV: make_hints(public, weight_FD)}
-    provider = LatticeProvider(public, hints, {QKV: 2}, ClassTransform.of(ring, DEGREE // 64))
+    provider = LatticeProvider(public, hints, ClassTransform.of(ring, DEGREE // 64))
     assert rows_at_once(provider, [0, 63, 64, 127, 200], 200) == [0, 0, 64, 64, 64]
     assert [provider.stock_rows(rows) for rows in (0, 63, 64, 200)] == [64, 64, 64, 192]
-    assert len(provider.make(QKV, 1)) == 64
+    assert len(make(provider, QKV, (3, 2))) == 64

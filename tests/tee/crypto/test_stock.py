@@ -1,6 +1,7 @@
 """An exception at any moment (Ctrl-C) leaves a pad in stock or gone: never both, never twice."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,11 +34,15 @@ def numbers_of(pads: Pads | None, kind: Kind = DIRECT) -> list[int]:
     """The numbers of rows that were given out, each of which must be whole."""
     if pads is None:
         return []
-    r_ND, u_NF = kind.numbers(pads.r_ND), kind.numbers(pads.u_NF)
+    r_ND, u_NF = kind.numbers(pads.r_ND, SHAPE[1]), kind.numbers(pads.u_NF, SHAPE[0])
     numbers = [r_D[0] for r_D in r_ND]
     for number, r_D, u_F in zip(numbers, r_ND, u_NF, strict=True):
         assert set(r_D) == set(u_F) == {number}
     return numbers
+
+
+def fill(stock: Stock, provider: Numbered, rows: int) -> bool:
+    return stock.fill(rows, partial(provider.make, KEY))
 
 
 def assert_each_once(given: list[int], provider: Numbered) -> None:
@@ -49,19 +54,30 @@ def test_a_stock_gives_its_rows_in_order_and_takes_new_ones_in_their_place() -> 
     stock, provider = Stock(range(ROWS), *SHAPE), Numbered()
     given = []
     for put, take in ((6, 2), (4, 3), (3, 5), (8, 8)):
-        stock.put(provider.make(GROUP, min(put, stock.room)))
+        assert fill(stock, provider, min(put, stock.room))
         given += numbers_of(stock.take(take))
     assert given == list(range(FIRST, FIRST + len(given)))
     assert (stock.ready, stock.room) == (0, ROWS)
 
 
-def test_rows_beyond_the_room_are_dropped_and_no_row_is_overwritten() -> None:
+def test_a_stock_without_room_for_all_rows_takes_none_and_overwrites_none() -> None:
     stock, provider = Stock(range(ROWS), *SHAPE), Numbered()
-    stock.put(provider.make(GROUP, 5))
-    stock.put(provider.make(GROUP, 5))
-    stock.put(provider.make(GROUP, 5))
-    assert numbers_of(stock.take(100)) == list(range(FIRST, FIRST + ROWS))
+    assert [fill(stock, provider, 5) for _ in range(3)] == [True, False, False]
+    assert stock.room == 3
+    assert numbers_of(stock.take(100)) == list(range(FIRST, FIRST + 5))
     assert stock.take(100) is None
+
+
+def test_rows_that_could_not_be_made_are_wiped_and_their_room_is_free_again() -> None:
+    def failing(pads: Pads, place: list[int]) -> None:
+        pads.r_ND[place] = 7
+        raise MemoryError
+
+    stock = Stock(range(ROWS), *SHAPE)
+    with pytest.raises(MemoryError):
+        stock.fill(3, failing)
+    assert (stock.ready, stock.room) == (0, ROWS)
+    assert (stock._pads.r_ND[:3] == -1).all()
 
 
 def test_an_exception_at_any_opcode_repeats_no_row_and_gives_none_that_was_not_filled() -> None:
@@ -72,9 +88,9 @@ def test_an_exception_at_any_opcode_repeats_no_row_and_gives_none_that_was_not_f
         def run(take_first: int = take_first) -> None:
             nonlocal stock, provider, given
             stock, provider, given = Stock(range(ROWS), *SHAPE), Numbered(), []
-            stock.put(provider.make(GROUP, 6))
+            fill(stock, provider, 6)
             given += numbers_of(stock.take(take_first))
-            stock.put(provider.make(GROUP, 4))
+            fill(stock, provider, min(4, stock.room))
             given += numbers_of(stock.take(3))
             given += numbers_of(stock.take(ROWS))
 
@@ -82,7 +98,7 @@ def test_an_exception_at_any_opcode_repeats_no_row_and_gives_none_that_was_not_f
             interrupted += 1
             given += numbers_of(stock.take(ROWS))
             for _ in range(3):  # every place is used again
-                stock.put(provider.make(GROUP, ROWS))
+                fill(stock, provider, stock.room)
                 given += numbers_of(stock.take(ROWS))
             assert_each_once(given, provider)
             assert stock.ready == 0
@@ -96,11 +112,11 @@ def test_a_row_that_was_given_out_is_wiped_and_would_be_noticed_if_it_came_again
     kind: Kind,
 ) -> None:
     stock = Stock(range(ROWS), *SHAPE, kind.field)
-    stock.put(Numbered(kind).make(GROUP, 4))
+    fill(stock, Numbered(kind), 4)
     taken = stock.take(3)
     assert taken is not None
-    for rows in (stock._r_ND, stock._u_NF):
-        assert (rows[:3].view(np.uint8) == 0xFF).all()
+    for array in (stock._pads.r_ND, stock._pads.u_NF):
+        assert (np.ascontiguousarray(array[..., :3, :]).view(np.uint8) == 0xFF).all()
     assert numbers_of(taken, kind) == [FIRST, FIRST + 1, FIRST + 2]
     stock._ready.appendleft(1)  # a fault of ours
     with pytest.raises(AssertionError, match="given out twice"):
@@ -108,7 +124,7 @@ def test_a_row_that_was_given_out_is_wiped_and_would_be_noticed_if_it_came_again
 
 
 def pool_of(provider: Numbered, kind: Kind) -> PadPool:
-    return PadPool(provider, {GROUP: SHAPE}, ROWS * kind.bytes_of(sum(SHAPE)))
+    return PadPool(provider, {KEY: SHAPE}, ROWS * kind.bytes_of(*SHAPE))
 
 
 @pytest.fixture

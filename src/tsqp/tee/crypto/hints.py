@@ -13,7 +13,7 @@ from tsqp.algebra.hints import SEED_BYTES, Polynomials
 from tsqp.algebra.modular import multiply
 from tsqp.algebra.native import compiled
 from tsqp.algebra.params import LATTICE
-from tsqp.algebra.ring import BLOCK
+from tsqp.algebra.residue_blocks import BLOCK
 from tsqp.errors import HintsError
 from tsqp.tee.crypto.freivalds import times
 from tsqp.tee.crypto.rng import uniform

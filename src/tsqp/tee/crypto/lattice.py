@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from tsqp.algebra import ring as ring_module
 from tsqp.algebra.hints import Polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
-from tsqp.algebra.ring import BLOCK, ClassTransform, products_of_class
+from tsqp.algebra.residue_blocks import BLOCK
+from tsqp.algebra.ring import ClassTransform, products_of_class
 from tsqp.errors import LatticeError
 from tsqp.model.linear_group import LinearGroup
-from tsqp.tee.crypto.pads import Pads, empty_rows, residue_bytes_in_stock
+from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
 from tsqp.wire.seeds import SEED_BYTES, expand
 
 _ZEROS = memoryview(bytes(4 * DEGREE * BLOCK))
@@ -91,7 +92,6 @@ class LatticeProvider:
     Args:
         public: a_d for all input features of the widest group.
         hints: of each group.
-        widths: D of each group.
         transform: says M.
     """
 
@@ -101,13 +101,11 @@ class LatticeProvider:
         self,
         public: Polynomials,
         hints: Mapping[LinearGroup, Polynomials],
-        widths: Mapping[LinearGroup, int],
         transform: ClassTransform,
     ) -> None:
         assert transform.ring.q == LATTICE.p and transform.ring.degree == DEGREE
         self._public = public
         self._hints = dict(hints)
-        self._widths = dict(widths)
         self._transform = transform
         # Classes that nobody has been given, each with the batch that it belongs to.
         self._classes: dict[LinearGroup, deque[tuple[_Batch, int]]]
@@ -123,11 +121,15 @@ class LatticeProvider:
         rows = self._transform.rows
         return rows if room >= rows else 0
 
-    def make(self, key: LinearGroup, rows: int = 0) -> Pads:
-        """The next class of a group's rows, never given out before; M of them, not `rows`."""
+    def rows_made(self, key: LinearGroup, rows: int) -> int:
+        """One class."""
+        return self._transform.rows
+
+    def make(self, key: LinearGroup, pads: Pads, place: list[int]) -> None:
+        """The next class of a group's rows, never given out before."""
         batch, row_class = self._take_class(key)
         try:
-            return self._make(batch, row_class, self._hints[key], self._widths[key])
+            self._make(batch, row_class, key, pads, np.array(place))
         except BaseException:
             self._give_up(key, batch)
             raise
@@ -159,30 +161,34 @@ class LatticeProvider:
                     kept.append((batch, row_class))
         self._classes[key].extend(kept)
 
-    def _make(self, batch: _Batch, row_class: int, hints: Polynomials, width: int) -> Pads:
-        transform, rows = self._transform, self._transform.rows
-        pads = Pads(empty_rows(rows, width, LATTICE), empty_rows(rows, hints.count, LATTICE))
-        work = ring_module.work_space(rows)
-        noise_1MB = np.empty((1, rows, BLOCK), np.uint32)
+    def _make(
+        self,
+        batch: _Batch,
+        row_class: int,
+        key: LinearGroup,
+        pads: Pads,
+        places_M: NDArray[np.int64],
+    ) -> None:
+        transform, public, hints = self._transform, self._public, self._hints[key]
+        work_MB = ring_module.work_space(transform.rows)
+        noise_1MB = np.empty((1, transform.rows, BLOCK), np.uint32)
         secret_N = batch.secret(transform, row_class)
-        public, some = self._public, range(-(-width // BLOCK))
         try:
-            for g in some:
+            low_GNB, high_GNB = public.low_GNB, public.high_GNB
+            for g in range(len(pads.r_ND)):
                 batch.noise(row_class, g, noise_1MB[0])
-                low_GNB, high_GNB = public.low_GNB, public.high_GNB
                 products_of_class(
-                    low_GNB, high_GNB, secret_N, transform, noise_1MB, work, pads.r_ND, g, g + 1
-                )
-            low_GNB, high_GNB = hints.low_GNB, hints.high_GNB
-            all_blocks = 0, len(low_GNB)
+                    low_GNB, high_GNB, secret_N, transform, noise_1MB, work_MB, pads.r_ND,
+                    places_M, g, g + 1,
+                )  # fmt: skip
             products_of_class(
-                low_GNB, high_GNB, secret_N, transform, NO_NOISE, work, pads.u_NF, *all_blocks
-            )
+                hints.low_GNB, hints.high_GNB, secret_N, transform, NO_NOISE, work_MB, pads.u_NF,
+                places_M, 0, len(pads.u_NF),
+            )  # fmt: skip
         finally:
             secret_N[:] = 0
             noise_1MB[:] = 0
-            work[:] = 0
-        return pads
+            work_MB[:] = 0
 
 
 def rows_of_a_class(shapes: Mapping[LinearGroup, tuple[int, int]], memory_bytes: int) -> int:
@@ -191,7 +197,8 @@ def rows_of_a_class(shapes: Mapping[LinearGroup, tuple[int, int]], memory_bytes:
     Args:
         shapes: (F, D) of each group.
     """
-    rows = memory_bytes // (residue_bytes_in_stock(LATTICE) * sum(map(sum, shapes.values())))
+    row_bytes = sum(row_bytes_in_stock(LATTICE, *shape) for shape in shapes.values())
+    rows = memory_bytes // row_bytes
     most = DEGREE
     while most > MIN_ROWS and 2 * most > rows:
         most //= 2

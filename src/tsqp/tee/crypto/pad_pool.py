@@ -13,16 +13,15 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic, perf_counter, process_time
-
-import numpy as np
 
 from tsqp.errors import TSQPError
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.cpu_clock import ThreadClock
 from tsqp.tee.crypto.pad_providers import PadProvider
-from tsqp.tee.crypto.pads import Pads, residue_bytes_in_stock, wipe
+from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
 from tsqp.tee.crypto.stock import Stock
 
 log = logging.getLogger("tsqp")
@@ -79,8 +78,10 @@ class PadPool:
         self._clock = ThreadClock()
         self._provider = provider
         self._shapes = dict(shapes)
-        self._each = residue_bytes_in_stock(provider.field)
-        self._rows = memory_bytes // (self._each * sum(map(sum, shapes.values())))
+        self._row_bytes = {
+            key: row_bytes_in_stock(provider.field, *shape) for key, shape in shapes.items()
+        }
+        self._rows = memory_bytes // sum(self._row_bytes.values())
         self._batches = {key: provider.batch_rows(key, self._rows, self._rows) for key in shapes}
         # Replaced as a whole by an empty one at the end, and never changed: others iterate over it.
         numbers = list(range(provider.stock_rows(self._rows)))
@@ -108,9 +109,7 @@ class PadPool:
     def nbytes(self) -> int:
         """Bytes of the pads that lie ready."""
         stocks = self._stocks
-        return sum(
-            self._each * stock.ready * sum(self._shapes[key]) for key, stock in stocks.items()
-        )
+        return sum(self._row_bytes[key] * stock.ready for key, stock in stocks.items())
 
     def take(self, key: LinearGroup, rows: int) -> Pads:
         """Remove and return pads. Pads that are not in stock are made first.
@@ -130,20 +129,25 @@ class PadPool:
         self._stats.inline_rows += rows - ahead
         self._stats.inline_s += perf_counter() - began
         self._stats.inline_cpu_s += self.other_cpu_s() - cpu_began
-        if len(parts) == 1:
-            return parts[0]
-        r_ND = np.concatenate([part.r_ND for part in parts])
-        return Pads(r_ND, np.concatenate([part.u_NF for part in parts]))
+        return Pads.joined(parts)
 
     def _make_in_line(self, key: LinearGroup, rows: int) -> Iterator[Pads]:
-        """Exactly so many rows; what was made beyond them goes into the stock."""
+        """Exactly so many rows; what is made beyond them goes into the stock."""
         while rows > 0:
-            made = self._make(key, rows)
-            yield made[:rows]
-            if len(made) > rows:
-                self._put(key, made[rows:])
-                wipe(made, slice(rows, None))
-            rows -= len(made)
+            made = self._provider.rows_made(key, rows)
+            stock = self._stocks.get(key)
+            part: Pads | None
+            if made > rows and stock is not None and stock.fill(made, partial(self._make, key)):
+                part = self._remove(key, rows)
+            else:
+                features, width = self._shapes[key]
+                pads = Pads.empty(made, width, features, self._provider.field)
+                self._make(key, pads, list(range(made)))
+                part = pads[: min(made, rows)]
+                pads.wipe(slice(rows, None))
+            if part is not None:  # else another thread took all of them
+                rows -= len(part)
+                yield part
 
     def other_cpu_s(self) -> float:
         """Processor time of this process, without the time to make pads ahead."""
@@ -194,19 +198,14 @@ class PadPool:
         return 0 if whole else self._provider.batch_rows(key, room, self._rows)
 
     def _make_ahead(self, key: LinearGroup, rows: int) -> None:
-        made = self._make(key, rows)
-        self._put(key, made)
-        wipe(made, slice(None))  # the stock has copies
-
-    def _make(self, key: LinearGroup, rows: int) -> Pads:
-        made, thread = self._provider.make(key, rows), threading.get_ident()
-        self._made[thread] = self._made.get(thread, 0) + len(made)
-        return made
-
-    def _put(self, key: LinearGroup, pads: Pads) -> None:
         stock = self._stocks.get(key)
         if stock is not None:
-            stock.put(pads)
+            stock.fill(rows, partial(self._make, key))
+
+    def _make(self, key: LinearGroup, pads: Pads, place: list[int]) -> None:
+        self._provider.make(key, pads, place)
+        thread = threading.get_ident()
+        self._made[thread] = self._made.get(thread, 0) + len(place)
 
     def _refill(self) -> None:
         _give_way()

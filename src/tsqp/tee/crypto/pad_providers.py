@@ -44,10 +44,15 @@ class PadProvider(Protocol):
         """
         ...
 
-    def make(self, key: LinearGroup, rows: int) -> Pads:
-        """Fresh pads for one group, never given out before.
+    def rows_made(self, key: LinearGroup, rows: int) -> int:
+        """How many rows to make for somebody who waits for this many; it may be more or fewer."""
+        ...
 
-        At least one row, but the provider may make fewer or more than `rows`.
+    def make(self, key: LinearGroup, pads: Pads, place: list[int]) -> None:
+        """Write fresh pads of one group, never given out before, to these rows of `pads`.
+
+        Args:
+            place: as many rows as `batch_rows` or `rows_made` said.
         """
         ...
 
@@ -71,13 +76,18 @@ class DirectProvider:
         a_part, products = -(-memory_rows // BATCHES), self._weights_FD[key].numel()
         return min(room, max(1, min(BATCH_ROWS, a_part, BATCH_PRODUCTS // products)))
 
-    def make(self, key: LinearGroup, rows: int) -> Pads:
+    def rows_made(self, key: LinearGroup, rows: int) -> int:
+        return rows
+
+    def make(self, key: LinearGroup, pads: Pads, place: list[int]) -> None:
         weight_FD = self._weights_FD[key]
         features, width = weight_FD.shape
-        r_ND = uniform((rows, width), self.field)
-        u_NF = np.empty((rows, features), np.int32)
+        r_ND = uniform((len(place), width), self.field)
+        u_NF = np.empty((len(place), features), np.int32)
         residue_product(torch.from_numpy(r_ND), weight_FD, self.field, torch.from_numpy(u_NF))
-        return Pads(r_ND, u_NF)
+        made = Pads(r_ND, u_NF)
+        pads.put(place, made)
+        made.wipe(slice(None))
 
     def forget(self) -> None:
         pass

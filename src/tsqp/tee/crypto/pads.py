@@ -1,8 +1,10 @@
 """What a pad is: r with its product u, used for one row and never again. Lattice masks are pads.
 
-Shape suffixes: N rows; D input and F output features of a group; B bytes of a row.
+Shape suffixes: N rows; D input and F output features of a group; G blocks of features; W words of a
+block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsqp.algebra.params import LATTICE, Field
+from tsqp.algebra.residue_blocks import WORDS, blocks
 
 USED = -1  # every bit is set, as in no residue: what lies in the place of a row that was given out
 
 
 @dataclass(frozen=True, slots=True)
 class Pads:
-    """Rows of one group: int32 residues, or in the lattice field rows of bytes (`residue_bytes`).
+    """Rows of one group.
+
+    They are int32 residues, or in the lattice field blocks of them, [G, N, W], as
+    `tsqp.algebra.residue_blocks` has them.
 
     Attributes:
         r_ND: on [0, p): uniform, or a lattice mask.
@@ -26,34 +32,62 @@ class Pads:
     r_ND: NDArray[Any]
     u_NF: NDArray[Any]
 
+    @classmethod
+    def empty(cls, rows: int, width: int, features: int, field: Field) -> "Pads":
+        """Memory for rows, with nothing in it yet."""
+        return cls(empty_rows(rows, width, field), empty_rows(rows, features, field))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Pads"]) -> "Pads":
+        """All rows of some pads, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        r_ND = np.concatenate([part.r_ND for part in parts], axis=-2)
+        return cls(r_ND, np.concatenate([part.u_NF for part in parts], axis=-2))
+
     def __len__(self) -> int:
-        return len(self.r_ND)
+        return int(self.r_ND.shape[-2])
 
     def __getitem__(self, rows: slice) -> "Pads":
-        return Pads(self.r_ND[rows], self.u_NF[rows])
+        """Some rows; blocks of them are copied, as kernels want whole arrays."""
+        r_ND, u_NF = self.r_ND[..., rows, :], self.u_NF[..., rows, :]
+        return Pads(np.ascontiguousarray(r_ND), np.ascontiguousarray(u_NF))
+
+    def copy(self, place: list[int] | slice) -> "Pads":
+        """Some rows, in memory of their own."""
+        return Pads(self.r_ND[..., place, :].copy(), self.u_NF[..., place, :].copy())
+
+    def put(self, place: list[int] | slice, pads: "Pads") -> None:
+        """Write rows."""
+        self.r_ND[..., place, :], self.u_NF[..., place, :] = pads.r_ND, pads.u_NF
+
+    def wipe(self, place: list[int] | slice) -> None:
+        """Overwrite rows that must not be found again."""
+        self.r_ND[..., place, :] = self.u_NF[..., place, :] = self._used
+
+    @property
+    def any_used(self) -> bool:
+        """Whether a row was wiped."""
+        return bool((self.r_ND[..., -1] == self._used).any())  # the highest bits of a residue
 
     @property
     def nbytes(self) -> int:
         return int(self.r_ND.nbytes + self.u_NF.nbytes)
 
+    @property
+    def _used(self) -> Any:
+        return np.array(USED).astype(self.r_ND.dtype)
+
 
 def empty_rows(rows: int, residues: int, field: Field) -> NDArray[Any]:
     """Memory for rows of masks, or of their products, with nothing in it yet."""
     if field is LATTICE:
-        return np.empty((rows, field.residue_bytes * residues), np.uint8)
+        return np.empty((blocks(residues), rows, WORDS), np.uint32)
     return np.empty((rows, residues), np.int32)
 
 
-def residue_bytes_in_stock(field: Field) -> int:
-    """Of one residue in `empty_rows`."""
-    return field.residue_bytes if field is LATTICE else 4
-
-
-def wipe(pads: Pads, place: list[int] | slice) -> None:
-    """Overwrite rows that must not be found again."""
-    pads.r_ND[place] = pads.u_NF[place] = used_mark(pads.r_ND)
-
-
-def used_mark(rows: NDArray[Any]) -> Any:
-    """The number that `wipe` writes, in the type of these rows."""
-    return np.array(USED).astype(rows.dtype)
+def row_bytes_in_stock(field: Field, *residues: int) -> int:
+    """Of rows with so many residues in `empty_rows`."""
+    if field is LATTICE:
+        return sum(4 * WORDS * blocks(each) for each in residues)
+    return 4 * sum(residues)

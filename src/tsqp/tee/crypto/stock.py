@@ -4,18 +4,18 @@ Shape suffixes: D input and F output features of a group.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from tsqp.algebra.params import WIDE, Field
-from tsqp.tee.crypto.pads import Pads, empty_rows, used_mark, wipe
+from tsqp.tee.crypto.pads import Pads
 
 
 class Stock:
     """The pads of one group that are in stock, in arrays that are allocated once.
 
-    Separate arrays for every batch would save a copy, but the allocator would keep freed memory:
-    the process grew to twice the budget.
+    Separate arrays for every batch would be simpler, but the allocator would keep freed memory: the
+    process grew to twice the budget. So pads are made where they are to lie.
 
     The number of a row is in `_ready`, in `_empty`, or with the thread that popped it. A pop is one
     atomic step of the interpreter, so two threads never get the same row. An exception at any
@@ -27,8 +27,7 @@ class Stock:
         self, numbers: Sequence[int], features: int, width: int, field: Field = WIDE
     ) -> None:
         """Make room for rows, whose numbers from 0 all stocks of a pool may share."""
-        self._r_ND = empty_rows(len(numbers), width, field)
-        self._u_NF = empty_rows(len(numbers), features, field)
+        self._pads = Pads.empty(len(numbers), width, features, field)
         self._empty = deque(numbers)
         self._ready: deque[int] = deque()
 
@@ -40,14 +39,24 @@ class Stock:
     def room(self) -> int:
         return len(self._empty)
 
-    def put(self, pads: Pads) -> None:
-        """Add as many rows as there is room for. The others are dropped unused."""
-        numbers = _pop(self._empty, len(pads))
-        if numbers:
-            place = _place(numbers)
-            some = pads[: len(numbers)]
-            self._r_ND[place], self._u_NF[place] = some.r_ND, some.u_NF
-            self._ready.extend(numbers)  # last: from here on they may be taken
+    def fill(self, rows: int, make: Callable[[Pads, list[int]], None]) -> bool:
+        """Add rows, if there is room for all of them; whether there was.
+
+        Args:
+            make: writes fresh pads to these places of these arrays.
+        """
+        numbers = _pop(self._empty, rows)
+        if len(numbers) < rows:
+            self._empty.extend(numbers)
+            return False
+        try:
+            make(self._pads, numbers)
+        except Exception:
+            self._pads.wipe(_place(numbers))
+            self._empty.extend(numbers)
+            raise
+        self._ready.extend(numbers)  # last: from here on they may be taken
+        return True
 
     def take(self, rows: int) -> Pads | None:
         """Remove the oldest rows, at most this many; None if there are none."""
@@ -55,12 +64,12 @@ class Stock:
         if not numbers:
             return None
         place = _place(numbers)
-        pads = Pads(self._r_ND[place].copy(), self._u_NF[place].copy())
-        if (pads.r_ND[:, -1] == used_mark(pads.r_ND)).any():  # the highest bits of a residue
+        pads = self._pads.copy(place)
+        if pads.any_used:
             raise AssertionError("A pad was about to be given out twice.")
         # Whoever reads this memory later should not find what an earlier call was masked with. It
         # costs half a copy; and a row that came twice after all would be noticed above.
-        wipe(Pads(self._r_ND, self._u_NF), place)
+        self._pads.wipe(place)
         self._empty.extend(numbers)
         return pads
 

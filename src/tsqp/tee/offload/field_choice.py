@@ -1,6 +1,6 @@
 """`--field auto`: pads or lattice masks, whichever costs less processor time on this machine."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import process_time
 
@@ -9,10 +9,12 @@ import torch
 
 from tsqp.algebra.hints import Polynomials
 from tsqp.algebra.params import DEGREE, LATTICE, WIDE
-from tsqp.algebra.ring import BLOCK, ClassTransform, Ring
+from tsqp.algebra.residue_blocks import BLOCK
+from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
-from tsqp.tee.crypto.pad_providers import BATCH_ROWS, DirectProvider
+from tsqp.tee.crypto.pad_providers import BATCH_ROWS, DirectProvider, PadProvider
+from tsqp.tee.crypto.pads import Pads
 
 Shapes = Mapping[LinearGroup, tuple[int, int]]  # (F, D) of each group
 
@@ -54,7 +56,7 @@ def _product_s() -> float:
     """For one weight and row of a pad, with the random residues of a square layer."""
     weight_FD = torch.full((SAMPLE, SAMPLE), 127, dtype=torch.int8)  # the time is that of any
     provider = DirectProvider({_GROUP: weight_FD}, WIDE)
-    fastest = _fastest(lambda: provider.make(_GROUP, BATCH_ROWS))
+    fastest = _fastest(provider, Pads.empty(BATCH_ROWS, SAMPLE, SAMPLE, WIDE))
     return fastest / (BATCH_ROWS * SAMPLE * SAMPLE)
 
 
@@ -63,17 +65,18 @@ def _element_s(rows: int) -> float:
     transform = ClassTransform.of(Ring.of(LATTICE.p, DEGREE), DEGREE // rows)
     polynomials = Polynomials.empty(DEGREE, BLOCK)
     polynomials.low_GNB[:] = np.arange(BLOCK)  # the values do not change the time
-    provider = LatticeProvider(polynomials, {_GROUP: polynomials}, {_GROUP: BLOCK}, transform)
-    fastest = _fastest(lambda: provider.make(_GROUP))
+    provider = LatticeProvider(polynomials, {_GROUP: polynomials}, transform)
+    fastest = _fastest(provider, Pads.empty(rows, BLOCK, BLOCK, LATTICE))
     provider.forget()
     return fastest / (2 * BLOCK * rows)
 
 
-def _fastest(make: Callable[[], object]) -> float:
-    make()  # which may compile
+def _fastest(provider: PadProvider, pads: Pads) -> float:
+    place = list(range(len(pads)))
+    provider.make(_GROUP, pads, place)  # which may compile
     times = []
     for _ in range(ROUNDS):
         began = process_time()
-        make()
+        provider.make(_GROUP, pads, place)
         times.append(process_time() - began)
     return min(times)

@@ -1,6 +1,7 @@
 """One group of linear layers under lattice masks: what goes out, and what comes of the answer.
 
-Shape suffixes: T tokens; D input and F output features; P pairs of them; B bytes of a row.
+Shape suffixes: T tokens; D input and F output features; P pairs of them; B bytes of a row;
+G blocks of features; W words of a block.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import LATTICE
-from tsqp.algebra.residue_bytes import Bytes
+from tsqp.algebra.residue_blocks import BLOCK, UInt32
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, LatticeError, NumericalError, UnsupportedModel
 from tsqp.model.linear_group import LinearGroup
@@ -117,12 +118,12 @@ class LatticeGroup:
         """Of one row's residues, both ways."""
         return LATTICE.residue_bytes * (self.width + self.features)
 
-    def mask(self, x_TD: Tensor, r_TB: Bytes, c_TB: Tensor, rows: RowPool) -> MaskedRows:
+    def mask(self, x_TD: Tensor, r_GTW: UInt32, c_TB: Tensor, rows: RowPool) -> MaskedRows:
         """[P12]: write c = Δ · xq + r mod q, the only thing that leaves.
 
         Args:
             x_TD: float32, contiguous.
-            r_TB: masks, rows of bytes.
+            r_GTW: masks, as `residue_blocks` has them.
             c_TB: uint8, may be shared memory.
 
         Raises:
@@ -136,8 +137,7 @@ class LatticeGroup:
         kernel = partial(
             lattice_kernels.quantize_and_mask,
             x_np,
-            x_np.view(np.int32),
-            r_TB,
+            r_GTW,
             self._kw_2D,
             self._after_D,
             self._l1,
@@ -160,7 +160,7 @@ class LatticeGroup:
     def unmask(
         self,
         z_TB: Tensor,
-        u_TB: Bytes,
+        u_GTW: UInt32,
         masked: MaskedRows,
         y_TF: Tensor,
         culprit: str,
@@ -170,7 +170,7 @@ class LatticeGroup:
 
         Args:
             y_TF: float32, contiguous, in private memory; worthless where this raises.
-            u_TB: the masks' products, rows of bytes.
+            u_GTW: the masks' products, as `residue_blocks` has them.
             culprit: whom to blame for a wrong answer, as a sentence begins.
 
         Raises:
@@ -179,7 +179,7 @@ class LatticeGroup:
                 one was before, in any session of this process.
         """
         self._switch.check()
-        z_TF = np.empty((len(y_TF), self.features))
+        z_TF = np.empty((len(y_TF), BLOCK * len(u_GTW)))
         verify = partial(
             lattice_kernels.verify,
             kernels.aligned(z_TB),
@@ -193,7 +193,7 @@ class LatticeGroup:
         unmask = partial(
             lattice_kernels.unmask,
             z_TF,
-            u_TB,
+            u_GTW,
             self._after_F,
             self._scale_F,
             masked.unit_T,

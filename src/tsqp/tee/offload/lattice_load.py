@@ -68,9 +68,8 @@ class LatticeLoad:
     def provider(self, memory_bytes: int) -> LatticeProvider:
         """Masks for all groups, in batches that suit a stock of so many bytes [P14]."""
         rows = rows_of_a_class(self._shapes, memory_bytes)
-        widths = {key: width for key, (_, width) in self._shapes.items()}
         transform = ClassTransform.of(self._ring, DEGREE // rows)
-        return LatticeProvider(self._public, self.hints, widths, transform)
+        return LatticeProvider(self._public, self.hints, transform)
 
 
 def prepare_lattice() -> None:
