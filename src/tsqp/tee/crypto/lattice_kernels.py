@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsqp.algebra.modular import canonical, multiply
 from tsqp.algebra.native import compiled, inlined
 from tsqp.algebra.params import CHECK_MODULUS
-from tsqp.algebra.residue_blocks import BLOCK, halves, residue
+from tsqp.algebra.residue_blocks import BLOCK, halves
 from tsqp.algebra.residue_bytes import Bytes, high_words, low_words
 from tsqp.tee.crypto.kernels import ALL_ROWS, fold, high_of, low_of, quantize_row
 
@@ -28,7 +27,14 @@ Int64 = NDArray[np.int64]
 UInt16 = NDArray[np.uint16]
 UInt32 = NDArray[np.uint32]
 
-SUM = 2**14  # products mod q, each below 2^47 in size, that are added up at once
+HALF_BITS = 23  # of a residue, which has 46
+HALF = (1 << HALF_BITS) - 1
+SUM = 2**14  # pairs of products of halves, each below 2^46, that are added up at once
+
+
+def as_halves(k_2N: Int64) -> Int32:
+    """[2, 2, N]: of two rows of residues the lower 23 bits, and the upper ones."""
+    return np.stack([k_2N & HALF, k_2N >> HALF_BITS], axis=1).astype(np.int32)
 
 
 def prepare() -> None:
@@ -38,16 +44,43 @@ def prepare() -> None:
 
 
 @inlined
-def _dot(k_D: Float64, c_D: Float64, q: float) -> Any:
-    """k · c mod q, in [0, q), for centred k and c in [0, q), of the length of k."""
-    one_over_q = 1.0 / q
-    total = np.int64(0)
-    for first in range(0, k_D.size, SUM):
-        part = np.int64(0)
-        for i in range(first, min(first + SUM, k_D.size)):
-            part += np.int64(multiply(c_D[i], k_D[i], k_D[i] * one_over_q, q))
-        total += part % np.int64(q)
-    return total % np.int64(q)
+def _residue(low: Any, high: Any) -> Any:
+    return np.int64(low) | np.int64(high) << np.int64(32)
+
+
+@inlined
+def _canonical(value: Any, q: int) -> Any:
+    """The residue in [0, q), for value in [-q, q)."""
+    return value + q if value < 0 else value
+
+
+@inlined
+def _shift(value: Any, q: int) -> Any:
+    """value · 2^23 mod q, for value in [0, q)."""
+    return ((value << np.int64(16)) % q << np.int64(7)) % q
+
+
+@inlined
+def _two_dots(k_22D: Int32, c_D: Int64, q: int) -> tuple[Any, Any]:
+    """k_i · c mod q, in [0, q), for c in [0, q).
+
+    Products of halves need one multiplication of 32 bits each; their sums are exact in any order.
+    """
+    first_sum, second_sum = np.int64(0), np.int64(0)
+    for first in range(0, k_22D.shape[2], SUM):
+        low1, middle1, high1 = np.int64(0), np.int64(0), np.int64(0)
+        low2, middle2, high2 = np.int64(0), np.int64(0), np.int64(0)
+        for i in range(first, min(first + SUM, k_22D.shape[2])):
+            c_low, c_high = c_D[i] & HALF, (c_D[i] >> HALF_BITS) & HALF
+            low1 += np.int64(k_22D[0, 0, i]) * c_low
+            middle1 += np.int64(k_22D[0, 0, i]) * c_high + np.int64(k_22D[0, 1, i]) * c_low
+            high1 += np.int64(k_22D[0, 1, i]) * c_high
+            low2 += np.int64(k_22D[1, 0, i]) * c_low
+            middle2 += np.int64(k_22D[1, 0, i]) * c_high + np.int64(k_22D[1, 1, i]) * c_low
+            high2 += np.int64(k_22D[1, 1, i]) * c_high
+        first_sum += _shift((_shift(high1 % q, q) + middle1 % q) % q, q) + low1 % q
+        second_sum += _shift((_shift(high2 % q, q) + middle2 % q) % q, q) + low2 % q
+    return first_sum % q, second_sum % q
 
 
 @inlined
@@ -62,13 +95,13 @@ def _dot_of_pairs(k_P: Int64, xq_P: Int64) -> Any:
 def quantize_and_mask(
     x_TD: Float32,
     r_GTW: UInt32,
-    kw_2D: Float64,
+    kw_22D: Int32,
     after_P: Int64,
     l1: float,
     l2: float,
     room: float,
-    delta: float,
-    q: float,
+    delta_bits: int,
+    q: int,
     c_TB: Bytes,
     unit_T: Float64,
     expected_T2: Int64,
@@ -80,10 +113,10 @@ def quantize_and_mask(
 
     Args:
         r_GTW: the mask, in [0, q).
-        kw_2D: k_iW mod q, centred.
+        kw_22D: k_iW mod q, `as_halves`.
         after_P: kW mod P of the check after rounding, as pairs.
         l1, l2, room: the bounds of the group's weights, and what they leave [P2], [P12].
-        delta: Δ; |Δ · xq| < q.
+        delta_bits: log2 Δ; |Δ · xq| < q.
         c_TB: shared memory; receives finished rows of c only.
         unit_T: receives 1/a; 0 for a row of zeros.
         expected_T2: receives k_iW · c mod q.
@@ -101,12 +134,12 @@ def quantize_and_mask(
             x_TD.view(np.int32),
             r_GTW,
             halves(r_GTW),
-            kw_2D,
+            kw_22D,
             after_P,
             l1,
             l2,
             room,
-            delta,
+            delta_bits,
             q,
             c_TB,
             unit_T,
@@ -116,17 +149,17 @@ def quantize_and_mask(
             stop,
             xq_P,
             xq_P.view(np.int32),
-            np.empty(padded),
+            np.empty(padded, np.int64),
         )
     )
 
 
 def verify(
     z_TB: Bytes,
-    k_2F: Float64,
+    k_22F: Int32,
     expected_T2: Int64,
-    q: float,
-    z_TF: Float64,
+    q: int,
+    z_TF: Int64,
     first: int,
     stop: int,
 ) -> int:
@@ -134,24 +167,24 @@ def verify(
 
     Args:
         z_TB: shared memory, each element read once.
-        k_2F: the check vectors mod q, centred.
+        k_22F: the check vectors mod q, `as_halves`.
         z_TF: private memory; receives the answer, and zeros up to whole blocks of features.
         first, stop: the rows to do.
 
     Returns:
         the first row that holds a value outside [0, q) or fails the check, or ALL_ROWS.
     """
-    return int(_verify(z_TB, k_2F, expected_T2, q, z_TF, first, stop))
+    return int(_verify(z_TB, k_22F, expected_T2, q, z_TF, first, stop))
 
 
 def unmask(
-    z_TF: Float64,
+    z_TF: Int64,
     u_GTW: UInt32,
     after_P: Int64,
     scale_F: Float64,
     unit_T: Float64,
     expected_after_T: Int64,
-    q: float,
+    q: int,
     delta_bits: int,
     y_TF: Float32,
     first: int,
@@ -194,22 +227,22 @@ def unmask(
 
 
 @compiled(
-    "int64(float32[:, ::1], int32[:, ::1], uint32[:, :, ::1], uint16[:, :, ::1], float64[:, ::1],"
-    " int64[::1], float64, float64, float64, float64, float64, uint8[:, ::1], float64[::1],"
-    " int64[:, ::1], int64[::1], int64, int64, int64[::1], int32[::1], float64[::1])"
+    "int64(float32[:, ::1], int32[:, ::1], uint32[:, :, ::1], uint16[:, :, ::1],"
+    " int32[:, :, ::1], int64[::1], float64, float64, float64, int64, int64, uint8[:, ::1],"
+    " float64[::1], int64[:, ::1], int64[::1], int64, int64, int64[::1], int32[::1], int64[::1])"
 )
 def _quantize_and_mask(
     x_TD: Float32,
     bits_TD: Int32,
     words_GTW: UInt32,
     halves_GTH: UInt16,
-    kw_2D: Float64,
+    kw_22D: Int32,
     after_P: Int64,
     l1: float,
     l2: float,
     room: float,
-    delta: float,
-    q: float,
+    delta_bits: int,
+    q: int,
     c_TB: Bytes,
     unit_T: Float64,
     expected_T2: Int64,
@@ -218,7 +251,7 @@ def _quantize_and_mask(
     stop: int,
     xq_P: Int64,
     xq_D: Int32,
-    c_D: Float64,
+    c_D: Int64,
 ) -> int:
     width, block = x_TD.shape[1], c_D.size // words_GTW.shape[0]
     for t in range(first, stop):
@@ -227,64 +260,64 @@ def _quantize_and_mask(
             return t
         for g in range(words_GTW.shape[0]):
             for b in range(block):
-                r = residue(words_GTW[g, t, b], halves_GTH[g, t, 2 * block + b])
-                value = np.float64(xq_D[g * block + b]) * delta + r
+                r = _residue(words_GTW[g, t, b], halves_GTH[g, t, 2 * block + b])
+                value = (np.int64(xq_D[g * block + b]) << delta_bits) + r
                 # A row of Wq that is not zero holds a 127, so |Δ · xq| ≤ q/254 [P2].
-                c_D[g * block + b] = canonical(canonical(value - q, q), q)
+                c_D[g * block + b] = _canonical(_canonical(value - q, q), q)
         low_D, high_D = low_words(c_TB[t], width), high_words(c_TB[t], width)
         for i in range(width):
-            low_D[i] = np.uint32(np.int64(c_D[i]))
-            high_D[i] = np.uint16(np.int64(c_D[i]) >> np.int64(32))
-        expected_T2[t, 0] = _dot(kw_2D[0], c_D, q)
-        expected_T2[t, 1] = _dot(kw_2D[1], c_D, q)
+            low_D[i] = np.uint32(c_D[i])
+            high_D[i] = np.uint16(c_D[i] >> np.int64(32))
+        expected_T2[t, 0], expected_T2[t, 1] = _two_dots(kw_22D, c_D, q)
         expected_after_T[t] = _dot_of_pairs(after_P, xq_P)
     return ALL_ROWS
 
 
 @compiled(
-    "int64(uint8[:, ::1], float64[:, ::1], int64[:, ::1], float64, float64[:, ::1], int64, int64)"
+    "int64(uint8[:, ::1], int32[:, :, ::1], int64[:, ::1], int64, int64[:, ::1], int64, int64)"
 )
 def _verify(
     z_TB: Bytes,
-    k_2F: Float64,
+    k_22F: Int32,
     expected_T2: Int64,
-    q: float,
-    z_TF: Float64,
+    q: int,
+    z_TF: Int64,
     first: int,
     stop: int,
 ) -> int:
-    features = k_2F.shape[1]
+    features = k_22F.shape[2]
     for t in range(first, stop):
         z_F = z_TF[t]
         low_F, high_F = low_words(z_TB[t], features), high_words(z_TB[t], features)
         for f in range(features):
-            z_F[f] = residue(low_F[f], high_F[f])
+            z_F[f] = _residue(low_F[f], high_F[f])
         for f in range(features, z_F.size):
-            z_F[f] = 0.0
-        most = 0.0
+            z_F[f] = 0
+        too_large = np.int64(0)
         for f in range(features):
-            most = max(most, z_F[f])
-        if most >= q:
+            too_large += z_F[f] >= q
+        if too_large > 0:
             return t
-        if _dot(k_2F[0], z_F, q) != expected_T2[t, 0] or _dot(k_2F[1], z_F, q) != expected_T2[t, 1]:
+        found1, found2 = _two_dots(k_22F, z_F, q)
+        if found1 != expected_T2[t, 0] or found2 != expected_T2[t, 1]:
             return t
     return ALL_ROWS
 
 
 @compiled(
-    "int64(float64[:, ::1], uint32[:, :, ::1], uint16[:, :, ::1], int64[::1], float64[::1],"
-    " float64[::1], int64[::1], float64, int64, float32[:, ::1], int64, int64, int64[::1],"
+    "int64(int64[:, ::1], uint32[:, :, ::1], uint16[:, :, ::1], int64[::1], float64[::1],"
+    " float64[::1], int64[::1], int64, int64, float32[:, ::1], int64, int64, int64[::1],"
     " int32[::1])"
 )
 def _unmask(
-    z_TF: Float64,
+    z_TF: Int64,
     words_GTW: UInt32,
     halves_GTH: UInt16,
     after_P: Int64,
     scale_F: Float64,
     unit_T: Float64,
     expected_after_T: Int64,
-    q: float,
+    q: int,
     delta_bits: int,
     y_TF: Float32,
     first: int,
@@ -293,16 +326,15 @@ def _unmask(
     yq_F: Int32,
 ) -> int:
     features, block = y_TF.shape[1], yq_F.size // words_GTW.shape[0]
-    half_q, half_delta = (q - 1.0) / 2.0, np.int64(1) << np.int64(delta_bits - 1)
+    half_q, half_delta = q >> np.int64(1), np.int64(1) << np.int64(delta_bits - 1)
     for t in range(first, stop):
         z_F, y_F, unit = z_TF[t], y_TF[t], unit_T[t]
         for g in range(words_GTW.shape[0]):
             for b in range(block):
-                u = residue(words_GTW[g, t, b], halves_GTH[g, t, 2 * block + b])
-                value = canonical(z_F[g * block + b] - u, q)  # in [0, q)
+                u = _residue(words_GTW[g, t, b], halves_GTH[g, t, 2 * block + b])
+                value = _canonical(z_F[g * block + b] - u, q)  # in [0, q)
                 value = value - q if value > half_q else value
-                yq = (np.int64(value) + half_delta) >> np.int64(delta_bits)
-                yq_F[g * block + b] = np.int32(yq)
+                yq_F[g * block + b] = np.int32((value + half_delta) >> np.int64(delta_bits))
         if _dot_of_pairs(after_P, yq_P) != expected_after_T[t]:
             return t
         for f in range(features):

@@ -24,8 +24,6 @@ from tsqp.tee.crypto.kernels import ALL_ROWS
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
 
-Q = float(LATTICE.p)
-
 
 @dataclass(frozen=True, slots=True)
 class MaskedRows:
@@ -107,8 +105,9 @@ class LatticeGroup:
         self._scale_F = weights.scale_F.double().numpy()
         self._bias_F = None if bias_F is None else bias_F.float()
         k_2F = uniform((VECTORS, self.features), LATTICE)
-        self._k_2F = _centred(k_2F)
-        self._kw_2D = _centred(times(k_2F, weights.weight_FD, LATTICE))
+        self._k_22F = lattice_kernels.as_halves(k_2F)
+        kw_2D = times(k_2F, weights.weight_FD, LATTICE)
+        self._kw_22D = lattice_kernels.as_halves(kw_2D)
         after = CheckVectors.draw(weights.weight_FD)
         self._after_F = kernels.as_pairs(after.k_2F)[0]
         self._after_D = kernels.as_pairs(after.kw_2D)[0]
@@ -138,13 +137,13 @@ class LatticeGroup:
             lattice_kernels.quantize_and_mask,
             x_np,
             r_GTW,
-            self._kw_2D,
+            self._kw_22D,
             self._after_D,
             self._l1,
             self._l2,
             self._room,
-            float(self.delta),
-            Q,
+            self.delta.bit_length() - 1,
+            LATTICE.p,
             c_TB.numpy(),
             unit_T,
             expected_T2,
@@ -179,13 +178,13 @@ class LatticeGroup:
                 one was before, in any session of this process.
         """
         self._switch.check()
-        z_TF = np.empty((len(y_TF), BLOCK * len(u_GTW)))
+        z_TF = np.empty((len(y_TF), BLOCK * len(u_GTW)), np.int64)
         verify = partial(
             lattice_kernels.verify,
             kernels.aligned(z_TB),
-            self._k_2F,
+            self._k_22F,
             masked.expected_T2,
-            Q,
+            LATTICE.p,
             z_TF,
         )
         if rows.run(len(y_TF), verify) != ALL_ROWS:
@@ -198,7 +197,7 @@ class LatticeGroup:
             self._scale_F,
             masked.unit_T,
             masked.expected_after_T,
-            Q,
+            LATTICE.p,
             self.delta.bit_length() - 1,
             y_TF.numpy(),
         )
@@ -213,7 +212,3 @@ class LatticeGroup:
             f"{culprit} returned a wrong product for {self.linear}; nothing of it was used, and "
             "nothing more should be asked there."
         )
-
-
-def _centred(residues: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.where(residues > LATTICE.half, residues - LATTICE.p, residues).astype(np.float64)
