@@ -3,7 +3,6 @@
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from tsqp.algebra.params import FIELDS
@@ -125,9 +124,11 @@ def test_the_stock_has_room_for_the_rows_it_was_made_for(tiny: ModelConfig) -> N
         def forget(self) -> None:
             pass
 
-        def make(self, group: LinearGroup, rows: int) -> Pads:
-            r_ND = np.zeros((rows, group.width), np.int32)
-            return Pads(r_ND, np.zeros((rows, group.features), np.int32))
+        def rows_made(self, key: LinearGroup, rows: int) -> int:
+            return rows
+
+        def make(self, key: LinearGroup, pads: Pads, place: list[int]) -> None:
+            pads.r_ND[place] = pads.u_NF[place] = 0
 
     enough = stock_bytes(tiny, 17, "wide")
     for memory, rows in ((enough, 17), (enough - 1, 16)):

@@ -42,7 +42,7 @@ def numbers_of(pads: Pads | None, kind: Kind = DIRECT) -> list[int]:
 
 
 def fill(stock: Stock, provider: Numbered, rows: int) -> bool:
-    return stock.fill(rows, partial(provider.make, KEY))
+    return stock.fill(rows, partial(provider.make, GROUP))
 
 
 def assert_each_once(given: list[int], provider: Numbered) -> None:
@@ -124,7 +124,7 @@ def test_a_row_that_was_given_out_is_wiped_and_would_be_noticed_if_it_came_again
 
 
 def pool_of(provider: Numbered, kind: Kind) -> PadPool:
-    return PadPool(provider, {KEY: SHAPE}, ROWS * kind.bytes_of(*SHAPE))
+    return PadPool(provider, {GROUP: SHAPE}, ROWS * kind.bytes_of(*SHAPE))
 
 
 @pytest.fixture

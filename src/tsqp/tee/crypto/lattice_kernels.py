@@ -68,16 +68,19 @@ def _two_dots(k_22D: Int32, c_D: Int64, q: int) -> tuple[Any, Any]:
     """
     first_sum, second_sum = np.int64(0), np.int64(0)
     for first in range(0, k_22D.shape[2], SUM):
+        k1_low_D, k1_high_D = k_22D[0, 0][first : first + SUM], k_22D[0, 1][first : first + SUM]
+        k2_low_D, k2_high_D = k_22D[1, 0][first : first + SUM], k_22D[1, 1][first : first + SUM]
+        some_D = c_D[first : first + SUM]
         low1, middle1, high1 = np.int64(0), np.int64(0), np.int64(0)
         low2, middle2, high2 = np.int64(0), np.int64(0), np.int64(0)
-        for i in range(first, min(first + SUM, k_22D.shape[2])):
-            c_low, c_high = c_D[i] & HALF, (c_D[i] >> HALF_BITS) & HALF
-            low1 += np.int64(k_22D[0, 0, i]) * c_low
-            middle1 += np.int64(k_22D[0, 0, i]) * c_high + np.int64(k_22D[0, 1, i]) * c_low
-            high1 += np.int64(k_22D[0, 1, i]) * c_high
-            low2 += np.int64(k_22D[1, 0, i]) * c_low
-            middle2 += np.int64(k_22D[1, 0, i]) * c_high + np.int64(k_22D[1, 1, i]) * c_low
-            high2 += np.int64(k_22D[1, 1, i]) * c_high
+        for i in range(k1_low_D.size):
+            c_low, c_high = some_D[i] & HALF, (some_D[i] >> HALF_BITS) & HALF
+            low1 += np.int64(k1_low_D[i]) * c_low
+            middle1 += np.int64(k1_low_D[i]) * c_high + np.int64(k1_high_D[i]) * c_low
+            high1 += np.int64(k1_high_D[i]) * c_high
+            low2 += np.int64(k2_low_D[i]) * c_low
+            middle2 += np.int64(k2_low_D[i]) * c_high + np.int64(k2_high_D[i]) * c_low
+            high2 += np.int64(k2_high_D[i]) * c_high
         first_sum += _shift((_shift(high1 % q, q) + middle1 % q) % q, q) + low1 % q
         second_sum += _shift((_shift(high2 % q, q) + middle2 % q) % q, q) + low2 % q
     return first_sum % q, second_sum % q
