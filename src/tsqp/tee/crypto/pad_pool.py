@@ -10,12 +10,13 @@ import logging
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from time import monotonic, perf_counter, process_time
+from time import monotonic, perf_counter, process_time, sleep
 
 from tsqp.errors import TSQPError
 from tsqp.model.linear_group import LinearGroup
@@ -26,6 +27,7 @@ from tsqp.tee.crypto.stock import Stock
 
 log = logging.getLogger("tsqp")
 
+POLL_S = 0.001
 RETRY_S = 1.0  # after pads could not be made
 NICE = 10  # of the background thread, where the system knows no idle policy
 
@@ -89,6 +91,7 @@ class PadPool:
             key: Stock(numbers, *shape, provider.field) for key, shape in shapes.items()
         }
         self._wake: SimpleQueue[None] = SimpleQueue()  # something to look at for the thread
+        self._in_making: deque[int] = deque()  # batches that have their places in a stock
         self._closed = False
         self._pid = os.getpid()
         _pools.add(self)
@@ -155,8 +158,13 @@ class PadPool:
 
     def fill(self) -> None:
         """Wait until the stock is full."""
-        while not self._closed and (batch := self._next(whole=False)) is not None:
-            self._make_ahead(*batch)
+        while not self._closed:
+            if (batch := self._next(whole=False)) is not None:
+                self._make_ahead(*batch)
+            elif self._in_making:  # by the background thread
+                sleep(POLL_S)
+            else:
+                break
 
     def close(self) -> None:
         """Forget all pads and stop making any; safe to call twice, and from any thread."""
@@ -200,7 +208,12 @@ class PadPool:
     def _make_ahead(self, key: LinearGroup, rows: int) -> None:
         stock = self._stocks.get(key)
         if stock is not None:
-            stock.fill(rows, partial(self._make, key))
+            try:
+                self._in_making.append(rows)
+                stock.fill(rows, partial(self._make, key))
+            finally:
+                with suppress(IndexError):  # the exception may have come first
+                    self._in_making.pop()
 
     def _make(self, key: LinearGroup, pads: Pads, place: list[int]) -> None:
         self._provider.make(key, pads, place)
