@@ -98,14 +98,6 @@ def test_a_killed_worker_is_replaced_at_the_same_socket_file(commands: Commands,
     assert again.ends(START_S).status == 0
 
 
-def test_a_local_worker_that_is_killed_is_an_error(commands: Commands, speaking: Path) -> None:
-    running = generate(commands, speaking, "local", "--prompt", "Once upon a time", *LONG)
-    running.answers()
-    [worker] = [process for process in commands.processes() if process.pid != running.pid]
-    worker.kill()
-    assert "is gone" in error(running)
-
-
 def test_a_local_worker_that_cannot_start_is_an_error_with_its_reason(
     commands: Commands, ids: Path
 ) -> None:

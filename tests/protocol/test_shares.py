@@ -321,10 +321,11 @@ def test_a_worker_that_does_not_answer_is_named(
         linear(llm, layer_groups(llm.config, 0).qkv, torch.ones(2, 64))
         silent.set()
         says = f"^The worker at {workers.ipc[lost]} (stopped answering|sent probes instead)"
-        with pytest.raises(WorkerLost, match=says):
-            tokens(llm)
-        with pytest.raises(WorkerLost, match=f"session with the worker at {workers.ipc[lost]}"):
-            tokens(llm)
+        for _ in range(2):  # the second call begins new sessions, and finds it as silent
+            with pytest.raises(WorkerLost, match=says):
+                tokens(llm)
+        silent.clear()
+        tokens(llm)
 
 
 def test_statistics_are_those_of_all_workers(workers: Workers) -> None:

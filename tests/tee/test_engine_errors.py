@@ -9,8 +9,10 @@ from tee_helpers import make_engine
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import (
     IntegrityError,
+    LatticeError,
     NumericalError,
     OutOfMemory,
+    ProtocolError,
     RemoteError,
     TSQPError,
     WorkerLost,
@@ -195,16 +197,39 @@ def test_a_request_begins_again_once_and_no_more(checkpoint: Checkpoint) -> None
     assert isinstance(run(engine)[second], tuple)
 
 
-def test_requests_of_a_wrong_product_end_and_those_that_wait_go_on(
-    checkpoint: Checkpoint, expected: list[tuple[int, ...]]
+@pytest.mark.parametrize(
+    "error",
+    [IntegrityError("A product."), LatticeError("A mask."), ProtocolError("A message.")],
+    ids=repr,
+)
+def test_after_a_wrong_product_mask_or_message_no_other_session_begins(
+    checkpoint: Checkpoint, error: TSQPError
 ) -> None:
-    engine, _ = fragile_engine(
-        checkpoint, [5, NEVER], IntegrityError("A wrong product."), max_num_seqs=2
-    )
-    ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
-    results = run(engine)
-    assert all(isinstance(results[number], IntegrityError) for number in ids[:2])
-    assert [results[number] for number in ids[2:]] == expected[2:]
+    engine, offloads = fragile_engine(checkpoint, [5, NEVER], error, max_num_seqs=2)
+    for _ in range(2):  # the second time, the worker seems to be lost
+        ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
+        assert run(engine) == dict.fromkeys(ids, error)
+        offloads[0]._error = error = WorkerLost("The session has ended.")
+    with pytest.raises(WorkerLost):
+        engine.score(PROMPTS[2])
+    assert len(offloads) == 1
+
+
+def test_scoring_goes_on_after_a_lost_worker_has_come_back(checkpoint: Checkpoint) -> None:
+    whole, _ = make_engine(checkpoint)
+    error = WorkerLost("The worker is gone.")
+    engine, offloads = fragile_engine(checkpoint, [5, NEVER], error)
+    wanted = whole.score(PROMPTS[2]).logprobs_T
+    assert torch.equal(engine.score(PROMPTS[2]).logprobs_T, wanted)
+    assert [offload.attention.reserved_bytes for offload in offloads] == [0, 0]
+
+
+def test_a_closed_engine_begins_no_session(checkpoint: Checkpoint) -> None:
+    engine, offloads = fragile_engine(checkpoint, [0, NEVER], WorkerLost("The worker is gone."))
+    engine.close()
+    number = engine.add(PROMPTS[2], GREEDY)
+    assert isinstance(run(engine)[number], WorkerLost)
+    assert len(offloads) == 1
 
 
 def test_all_requests_end_with_the_error_where_there_is_no_worker_any_more(

@@ -138,7 +138,7 @@ class _Mode:
         self._stack.callback(process.close)
         builder = Builder(self._options(), self._checkpoint, self._dtype)
         try:
-            self._offload, _ = builder.build([process])
+            self._offload, _ = builder.build([process])()
         except HandshakeError as exc:
             if NOT_SERVED in str(exc):
                 raise Skipped(exc) from exc

@@ -1,7 +1,7 @@
 """Where linear layers run: builds the offload of each privacy mode."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.freivalds import process_limit
 from tsqp.tee.crypto.kernels import prepare
 from tsqp.tee.crypto.pad_pool import PadPool
-from tsqp.tee.crypto.pad_providers import DirectProvider
+from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.field_choice import measure_costs
@@ -39,7 +39,7 @@ from tsqp.tee.offload.fixed_point import FixedPointLinear
 from tsqp.tee.offload.lattice_group import LatticeGroup, process_switch
 from tsqp.tee.offload.lattice_load import LatticeLoad, prepare_lattice
 from tsqp.tee.offload.local import LocalOffload
-from tsqp.tee.offload.masked import MaskedGroup, PrivateOffload
+from tsqp.tee.offload.masked import Group, Kept, LinearPart, MaskedGroup, PrivateOffload
 from tsqp.tee.offload.open import OpenOffload
 from tsqp.tee.offload.open_attention import MAX_SCORES, OpenAttentionOffload
 from tsqp.tee.offload.open_layers import OpenLayersOffload
@@ -48,6 +48,10 @@ from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.channel import Channel
 
 log = logging.getLogger("tsqp")
+
+# Connects to the workers; returns the offload, and its pool of pads where there is one. When it is
+# called again after a worker was lost, it begins new sessions with fresh pads, and reads no file.
+Begin = Callable[[], tuple[Offload, PadPool | None]]
 
 MIN_SHM = 2**20
 MAX_SHM = 2**30
@@ -85,15 +89,14 @@ class Builder:
         self._progress = progress
         self.model_digest = ""
 
-    def build(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
-        """The offload; and the pool of pads, where there is one.
+    def build(self, workers: Sequence[WorkerProcess]) -> Begin:
+        """Read what this side needs; returns a function that begins the sessions.
 
         Args:
             workers: the worker processes of the options' endpoints, not yet connected.
 
         Raises:
-            UnexpectedModel: this is not the model that the options ask for. Nothing was sent to a
-                worker.
+            UnexpectedModel: this is not the model that the options ask for.
         """
         if workers:
             process_limit.check()
@@ -116,12 +119,12 @@ class Builder:
         if options.masked:
             return self._masked(workers)
         if options.privacy == "open":
-            return self._open(workers[0]), None
+            return self._open(workers[0])
         offload = LocalOffload(self._checkpoint, self._dtype, self._progress, self._read)
         self._identify(weights_digest(self._checkpoint, self._dtype, digest=self._read))
-        return offload, None
+        return lambda: (offload, None)
 
-    def _open(self, worker: WorkerProcess) -> Offload:
+    def _open(self, worker: WorkerProcess) -> Begin:
         biases_F = self._biases_F()
         digest = weights_digest(
             self._checkpoint, self._dtype, digest=self._read, progress=self._progress
@@ -134,16 +137,19 @@ class Builder:
             kind, abilities = OpenLayersOffload, [LAYER_ABILITY]
         elif options.gpu_attention:
             kind, abilities = OpenAttentionOffload, [ATTENTION_ABILITY]
-        channel = self._connect(worker, digest, dtype.itemsize, abilities)
-        return kind(channel, config, dtype, biases_F, options.timeout)
 
-    def _masked(self, workers: Sequence[WorkerProcess]) -> tuple[Offload, PadPool | None]:
+        def begin() -> tuple[Offload, None]:
+            channel = self._connect(worker, digest, dtype.itemsize, abilities)
+            return kind(channel, config, dtype, biases_F, options.timeout), None
+
+        return begin
+
+    def _masked(self, workers: Sequence[WorkerProcess]) -> Begin:
         options, field = self.options, self.options.residues
         integers: dict[LinearGroup, IntegerWeights] = {}
         biases_F = self._biases_F()
         digest, embedding_VD = self._load(integers.__setitem__)
         weights_FD = {group: weights.weight_FD for group, weights in integers.items()}
-        rows = self._row_pool()
         if options.fixed_point and field is LATTICE:
             lattice_kernels.prepare()
             digits.prepare(LATTICE)
@@ -151,38 +157,63 @@ class Builder:
                 group: LatticeGroup(group, weights, biases_F.get(group))
                 for group, weights in integers.items()
             }
-            exact = FixedPointLinear(lattice_groups, weights_FD, self._dtype, rows)
-            return PrivateOffload(self._config, self._dtype, embedding_VD, exact), None
+            exact = FixedPointLinear(lattice_groups, weights_FD, self._dtype, self._row_pool())
+            offload = self._private(embedding_VD, exact)
+            return lambda: (offload, None)
         groups = {
             group: MaskedGroup(group, weights, biases_F.get(group), field)
             for group, weights in integers.items()
         }
         prepare(field, shares=options.privacy == "shares")
         if options.privacy == "tee":
-            fixed_point = FixedPointLinear(groups, weights_FD, self._dtype, rows)
-            return PrivateOffload(self._config, self._dtype, embedding_VD, fixed_point), None
-        channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
-        if options.privacy == "shares":
-            shares = SharesLinear(
-                channels, groups, self._dtype, options.timeout, rows, process_limit
-            )
-            return PrivateOffload(self._config, self._dtype, embedding_VD, shares), None
-        pool = PadPool(DirectProvider(weights_FD, field), self._shapes(), self._pad_memory())
-        pad = PadLinear(
-            channels[0], groups, pool, self._dtype, options.timeout, rows, process_limit
-        )
-        return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
+            fixed_point = FixedPointLinear(groups, weights_FD, self._dtype, self._row_pool())
+            offload = self._private(embedding_VD, fixed_point)
+            return lambda: (offload, None)
 
-    def _lattice(self, worker: WorkerProcess) -> tuple[Offload, PadPool]:
+        def begin_shares() -> tuple[Offload, None]:
+            channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
+            rows, timeout = self._row_pool(), options.timeout
+            shares = SharesLinear(channels, groups, self._dtype, timeout, rows, process_limit)
+            return self._private(embedding_VD, shares), None
+
+        if options.privacy == "shares":
+            return begin_shares
+        direct = DirectProvider(weights_FD, field)
+        return self._begin_pad(workers[0], digest, groups, lambda _: direct, embedding_VD)
+
+    def _lattice(self, worker: WorkerProcess) -> Begin:
         process_switch.check()
         prepare_lattice()
         load, digest, embedding_VD = self._load_with_hints()
-        rows, memory = self._row_pool(), self._pad_memory()
-        channel = self._connect(worker, digest, LATTICE.residue_bytes, [LATTICE_ABILITY])
-        pool = PadPool(load.provider(memory), self._shapes(), memory)
-        timeout = self.options.timeout
-        pad = PadLinear(channel, load.groups, pool, self._dtype, timeout, rows, process_limit)
-        return PrivateOffload(self._config, self._dtype, embedding_VD, pad), pool
+        return self._begin_pad(worker, digest, load.groups, load.provider, embedding_VD)
+
+    def _begin_pad(
+        self,
+        worker: WorkerProcess,
+        digest: str,
+        groups: Mapping[LinearGroup, Group[Kept]],
+        provider: Callable[[int], PadProvider],
+        embedding_VD: torch.Tensor,
+    ) -> Begin:
+        """Sessions of `pad`, each with pads of its own.
+
+        Args:
+            provider: makes the provider of pads for a stock of so many bytes.
+        """
+        memory, lattice = self._pad_memory(), self.options.lattice
+
+        def begin() -> tuple[Offload, PadPool]:
+            itemsize = self.options.residues.residue_bytes
+            channel = self._connect(worker, digest, itemsize, [LATTICE_ABILITY] if lattice else [])
+            pool = PadPool(provider(memory), self._shapes(), memory)
+            rows, timeout = self._row_pool(), self.options.timeout
+            pad = PadLinear(channel, groups, pool, self._dtype, timeout, rows, process_limit)
+            return self._private(embedding_VD, pad), pool
+
+        return begin
+
+    def _private(self, embedding_VD: torch.Tensor, linear: LinearPart) -> PrivateOffload:
+        return PrivateOffload(self._config, self._dtype, embedding_VD, linear)
 
     def _load_with_hints(self) -> tuple[LatticeLoad, str, torch.Tensor]:
         """What lattice masks need, with hints from a file or made here; and as `_load` has it.

@@ -5,8 +5,8 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from time import process_time
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +26,7 @@ from tsqp.runtime.options import Options, keywords
 from tsqp.runtime.run_header import run_header
 from tsqp.runtime.turns import Turns
 from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.runtime.worker_sessions import WorkerSessions
 from tsqp.tee.call_log import CallLog
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.crypto.pad_pool import PadPool, PadStats
@@ -85,8 +86,6 @@ class LLM:
         self._turns = Turns()
         weakref.finalize(self, self._turns.end).atexit = False  # Turns end at exit themselves
         self._workers: list[WorkerProcess] = []
-        self._offload: Offload | None = None
-        self._pads: PadPool | None = None
         self._tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
         rpc_log = self._options.rpc_log
         self._call_log = None if rpc_log is None else CallLog(Path(rpc_log))
@@ -259,7 +258,6 @@ class LLM:
     @property
     def placement(self) -> Placement:
         """Which side runs which operation."""
-        assert self._offload is not None
         return self._offload.placement
 
     @property
@@ -268,12 +266,12 @@ class LLM:
 
         If the workers have different transports, all are listed, in the order of the workers.
         """
-        return _each_once(channel.transport for channel in self._channels) or "none"
+        return self._sessions.transport
 
     @property
     def transport_reason(self) -> str:
         """Why this transport."""
-        return _each_once(channel.reason for channel in self._channels) or "no worker"
+        return self._sessions.transport_reason
 
     @property
     def rpc(self) -> Counters:
@@ -343,7 +341,8 @@ class LLM:
             norms = WeightsDigest()  # read once: what is used is what is hashed
             layers = Layers(checkpoint, self.dtype, norms)
             builder = Builder(options, checkpoint, self.dtype, norms, progress)
-            self._offload, self._pads = builder.build(self._workers)
+            begin = builder.build(self._workers)
+            self._sessions = WorkerSessions(self._workers, begin)
             self._turns.at_end(self._offload.close)
             self._options = builder.options  # with the field that was chosen
             self._model_digest = builder.model_digest
@@ -361,13 +360,12 @@ class LLM:
             self._offload,
             self.config,
             self._tokenizer,
-            Observer(
-                cpu_clock=process_time if self._pads is None else self._pads.other_cpu_s,
-                call_log=self._call_log,
-            ),
+            Observer(cpu_clock=self._sessions.cpu_s, call_log=self._call_log),
             prefill_chunk=options.prefill_chunk,
             microbatches=options.microbatches,
+            rebuild=partial(self._sessions.renew, begin) if self._workers else None,
         )
+        self._turns.at_end(self._engine.close)
 
     def _begin_log(self, call_log: CallLog, model: str) -> None:
         channels, transport = self._channels, self.transport
@@ -376,12 +374,19 @@ class LLM:
             __version__, model, self._options, self.config, self.dtype, transport, digest
         )
         call_log.begin(header)
-        for number, channel in enumerate(channels):
-            channel.on_times = call_log.taker(number, channel.transport)
+        self._sessions.record(call_log)
+
+    @property
+    def _offload(self) -> Offload:
+        return self._sessions.offload
+
+    @property
+    def _pads(self) -> PadPool | None:
+        return self._sessions.pads
 
     @property
     def _channels(self) -> list[Channel]:
-        return [worker.channel for worker in self._workers if worker.channel is not None]
+        return self._sessions.channels
 
 
 def _show_options() -> None:
@@ -392,7 +397,3 @@ def _show_options() -> None:
 
 
 _show_options()
-
-
-def _each_once(words: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(words))

@@ -51,22 +51,25 @@ class WorkerProcess:
             WorkerUnavailable: nobody serves the endpoint.
             HandshakeError: whoever does has another key.
         """
-        endpoint = link.endpoint
         self._link = link
         self._dtype = dtype
         self._local: LocalWorker | None = None
+        self._inproc: Worker | None = None
         self.channel: Channel | None = None
-        if endpoint.scheme == "local":
-            log.info("starting a worker on this machine, in the same trust domain")
-            arguments = [model, "--serve", "private"]
-            if dtype != torch.int8:
-                arguments = [model, "--serve", "open", "--dtype", WEIGHTS_DTYPES[dtype]]
-            arguments += [] if threads is None else ["--threads", str(threads)]
-            # Nobody else has a session there, so this one may have all memory for keys and values.
-            arguments += ["--device", device, "--max-sessions", "1"]
-            self._local = LocalWorker(arguments)
-        elif endpoint.scheme != "inproc" and look_first:
-            check_reachable(endpoint, link.key)
+        arguments = [model, "--serve", "private"]
+        if dtype != torch.int8:
+            arguments = [model, "--serve", "open", "--dtype", WEIGHTS_DTYPES[dtype]]
+        arguments += [] if threads is None else ["--threads", str(threads)]
+        # Nobody else has a session there, so this one may have all memory for keys and values.
+        self._arguments = [*arguments, "--device", device, "--max-sessions", "1"]
+        self._start_local()
+        if link.endpoint.scheme not in ("local", "inproc") and look_first:
+            check_reachable(link.endpoint, link.key)
+
+    def restart(self) -> None:
+        """End the session, so that another may begin; start a local worker again."""
+        self.close()
+        self._start_local()
 
     def connect(
         self,
@@ -97,7 +100,9 @@ class WorkerProcess:
         )
         endpoint = self._link.endpoint
         if endpoint.scheme == "inproc":
-            self.channel = InprocChannel(self._inproc_worker(checkpoint), hello)
+            if self._inproc is None:
+                self._inproc = self._inproc_worker(checkpoint)
+            self.channel = InprocChannel(self._inproc, hello)
             return self.channel
         if self._local is not None:
             self._local.await_ready()
@@ -119,6 +124,11 @@ class WorkerProcess:
         finally:
             if self._local is not None:
                 self._local.close()
+
+    def _start_local(self) -> None:
+        if self._link.endpoint.scheme == "local":
+            log.info("starting a worker on this machine, in the same trust domain")
+            self._local = LocalWorker(self._arguments)
 
     def _inproc_worker(self, checkpoint: Checkpoint) -> Worker:
         cpu = CpuBackend()

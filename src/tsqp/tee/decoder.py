@@ -65,7 +65,7 @@ class Decoder:
         self._groups = [layer_groups(config, layer) for layer in range(config.num_layers)]
         self._lm_head = output_projection(config)
         self._placement = placement
-        self._most_scores = most_scores
+        self.most_scores = most_scores
         self._embedding_scale = torch.tensor(config.embedding_multiplier, dtype=dtype)
 
     def forward(self, batch: Batch, stats: Stats) -> Generator[Request, Tensor, Tensor]:
@@ -147,7 +147,7 @@ class Decoder:
         if self._placement.splits_attention:
             return (
                 yield from split_attention(
-                    attention, self._config, wanted_R, self._most_scores, stats
+                    attention, self._config, wanted_R, self.most_scores, stats
                 )
             )
         y_TD = yield attention

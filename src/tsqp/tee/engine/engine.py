@@ -54,8 +54,9 @@ class Engine:
         prefill_chunk, max_num_seqs: see `Scheduler`.
         microbatches: number of parts into which the tokens of a step are divided, so that this side
             works on one part while the worker works on another.
-        rebuild: makes a new offload after the session of this one has ended, or raises TSQPError.
-            Requests whose worker was lost then begin again, each of them once.
+        rebuild: makes a new offload after the worker was lost, or raises TSQPError. The requests
+            then begin again, each of them once. It is never called after another error of a
+            session, because the worker, or a lattice mask, is then not to be trusted.
     """
 
     def __init__(
@@ -185,6 +186,30 @@ class Engine:
             raise PromptError("There is nothing to score: give at least two tokens.")
         check_prompt(prompt_ids, self._config, answer=0)
         self._drop_kept()
+        try:
+            return self._score(prompt_ids)
+        except SESSION_OVER as error:
+            if not self._replace_offload(error):
+                raise
+            return self._score(prompt_ids)
+
+    def forget(self, conversation: Conversation) -> None:
+        """Free the kept KV of a conversation."""
+        self._drop_kept(conversation)
+
+    def close(self) -> None:
+        """Close the offload, and make no other; safe to call twice."""
+        self._rebuild = None
+        self._offload.close()
+
+    def _stream(self, params: SamplingParams, prompt_ids: abc.Sequence[int]) -> TextStream | None:
+        if self._tokenizer is not None and self._tokenizer.exists:
+            return TextStream(self._tokenizer, params.stop_strings, prompt_ids)
+        if params.stop_strings:
+            raise PromptError("Stop strings need a tokenizer, and this model has none.")
+        return None
+
+    def _score(self, prompt_ids: abc.Sequence[int]) -> Scores:
         sequence = next(self._ids)
         self._offload.alloc(sequence, len(prompt_ids))
         try:
@@ -193,17 +218,6 @@ class Engine:
         finally:
             with suppress(TSQPError):  # a worker that is gone cannot free anything
                 self._offload.free(sequence)
-
-    def forget(self, conversation: Conversation) -> None:
-        """Free the kept KV of a conversation."""
-        self._drop_kept(conversation)
-
-    def _stream(self, params: SamplingParams, prompt_ids: abc.Sequence[int]) -> TextStream | None:
-        if self._tokenizer is not None and self._tokenizer.exists:
-            return TextStream(self._tokenizer, params.stop_strings, prompt_ids)
-        if params.stop_strings:
-            raise PromptError("Stop strings need a tokenizer, and this model has none.")
-        return None
 
     def _admit(self) -> list[Output]:
         """Start sequences as far as there is memory; returns errors of those that cannot run."""
@@ -285,15 +299,13 @@ class Engine:
         return outputs
 
     def _begin_again(self, affected: abc.Sequence[Sequence], error: TSQPError) -> list[Output]:
-        """Rebuild the offload after the end of its session, and restart the sequences.
+        """Replace the offload after the end of its session, and restart the sequences.
 
-        If the product was wrong, or if sequences have been restarted before, the affected ones end
-        with the error. If there is no new offload, all of them do. After a wrong lattice mask
-        there is none, because that is never tried again.
+        The affected ones end with the error if they have been restarted before. If there is no new
+        offload, all of them do.
         """
         self._drop_kept()
-        wrong = isinstance(error, IntegrityError | LatticeError)
-        failed = [each for each in affected if wrong or each.restarts >= MAX_RESTARTS]
+        failed = [each for each in affected if each.restarts >= MAX_RESTARTS]
         outputs = [self._fail(sequence, error) for sequence in failed]
         for sequence in affected:
             sequence.restarts += 1
@@ -302,16 +314,31 @@ class Engine:
                 self._offload.free(sequence.kv_id)
             sequence.restart()
         self._scheduler.requeue()
+        if not self._replace_offload(error):
+            outputs += [self._fail(each, error) for each in self._scheduler.unfinished]
+        return outputs
+
+    def _replace_offload(self, error: TSQPError) -> bool:
+        """Rebuild the offload after the end of its session; False if there is no new one.
+
+        Only a lost worker is tried again, and not one that broke the protocol or sent a wrong
+        product. A wrong lattice mask is not tried again either.
+        """
+        if not isinstance(error, WorkerLost):
+            self._rebuild = None  # and with it the check vectors that it may hold
+        if self._rebuild is None:
+            return False
+        with suppress(TSQPError):  # with its masks, before there are more
+            self._offload.close()
         try:
-            if self._rebuild is not None and not isinstance(error, LatticeError):
-                with suppress(TSQPError):  # with its masks and check vectors, before there are more
-                    self._offload.close()
-                self._offload = self._rebuild()
-                self._kept = ConversationKv(self._offload, self._config)
-                return outputs
+            self._offload = self._rebuild()
         except TSQPError as cause:
             log.warning("no new session with the worker: %s", cause)
-        return outputs + [self._fail(each, error) for each in self._scheduler.unfinished]
+            return False
+        self._kept = ConversationKv(self._offload, self._config)
+        self._decoder.most_scores = self._offload.most_scores
+        log.warning("a new session with the worker has begun, because the last one was lost")
+        return True
 
     def _fail(self, sequence: Sequence, error: TSQPError) -> Output:
         """End a sequence with an error."""

@@ -226,7 +226,7 @@ class Groups(Generic[Kept]):
         self._groups.clear()
 
 
-class _LinearPart(Protocol):
+class LinearPart(Protocol):
     """Where the linear layers of a private mode run."""
 
     @property
@@ -243,7 +243,7 @@ class PrivateOffload:
     most_scores = 0
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, embedding_VD: Tensor, linear: _LinearPart
+        self, config: ModelConfig, dtype: torch.dtype, embedding_VD: Tensor, linear: LinearPart
     ) -> None:
         self._attention = CachedAttention(config, dtype)
         self._embedding_VD = embedding_VD
