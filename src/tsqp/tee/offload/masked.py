@@ -37,7 +37,7 @@ Block = TypeVar("Block")  # what a mode remembers of rows that are out
 Kept = TypeVar("Kept")  # what a group remembers of them
 
 BLOCK_ROWS = 128  # of one call: the TEE unmasks one block while the worker multiplies the next
-AHEAD = 2  # blocks that are out at once
+BLOCKS_IN_FLIGHT = 2  # blocks that are out at once
 
 
 class Group(Protocol[Kept]):
@@ -301,7 +301,7 @@ def masked_rows_per_call(channel: Channel, group: Group[Any]) -> int:
 
 
 class _Blocks(Generic[Block, Kept]):
-    """An answer on its way; at most AHEAD of its blocks are out at once."""
+    """An answer on its way; at most BLOCKS_IN_FLIGHT of its blocks are out at once."""
 
     def __init__(
         self,
@@ -350,7 +350,7 @@ class _Blocks(Generic[Block, Kept]):
             self._sender.cancel(self._out.popleft())
 
     def _send_ahead(self) -> None:
-        while self._waiting and len(self._out) < AHEAD:
+        while self._waiting and len(self._out) < BLOCKS_IN_FLIGHT:
             self._out.append(self._sender.send(self._group, self._waiting.popleft()))
 
 
