@@ -162,7 +162,7 @@ class LatticeGroup:
         u_GTW: UInt32,
         masked: MaskedRows,
         y_TF: Tensor,
-        culprit: str,
+        worker_name: str,
         rows: RowPool,
     ) -> None:
         """[P13], and then [P12], [P7] and [P3]: write y, or raise.
@@ -170,7 +170,7 @@ class LatticeGroup:
         Args:
             y_TF: float32, contiguous, in private memory; worthless where this raises.
             u_GTW: the masks' products, as `residue_blocks` has them.
-            culprit: whom to blame for a wrong answer, as a sentence begins.
+            worker_name: whom to blame for a wrong answer, as a sentence begins.
 
         Raises:
             IntegrityError: some row is not the product; nothing was unmasked.
@@ -188,7 +188,7 @@ class LatticeGroup:
             z_TF,
         )
         if rows.run(len(y_TF), verify) != ALL_ROWS:
-            raise self.wrong_product(culprit)
+            raise self.wrong_product(worker_name)
         unmask = partial(
             lattice_kernels.unmask,
             z_TF,
@@ -206,9 +206,9 @@ class LatticeGroup:
         if self._bias_F is not None:
             y_TF.add_(self._bias_F)
 
-    def wrong_product(self, culprit: str) -> IntegrityError:
+    def wrong_product(self, worker_name: str) -> IntegrityError:
         """What to raise where an answer is not the product."""
         return IntegrityError(
-            f"{culprit} returned a wrong product for {self.linear}; nothing of it was used, and "
+            f"{worker_name} returned a wrong product for {self.linear}; nothing of it was used, and "
             "nothing more should be asked there."
         )

@@ -68,13 +68,13 @@ class Group(Protocol[Kept]):
         u_TF: NDArray[Any],
         masked: Kept,
         y_TF: Tensor,
-        culprit: str,
+        worker_name: str,
         rows: RowPool,
     ) -> None:
         """Write y; raises IntegrityError unless every row of the answer is the product."""
         ...
 
-    def wrong_product(self, culprit: str) -> IntegrityError:
+    def wrong_product(self, worker_name: str) -> IntegrityError:
         """What to raise where an answer is not the product."""
         ...
 
@@ -169,14 +169,14 @@ class MaskedGroup:
         u_TF: Int32,
         masked: Masked,
         y_TF: Tensor,
-        culprit: str,
+        worker_name: str,
         rows: RowPool,
     ) -> None:
         """[P5], [P7], [P3]: write y, and raise unless every row of it has passed the check.
 
         Args:
             y_TF: float32, contiguous, in private memory; worthless where this raises.
-            culprit: whom to blame for a wrong answer, as a sentence begins.
+            worker_name: whom to blame for a wrong answer, as a sentence begins.
 
         Raises:
             IntegrityError: some row is not the product.
@@ -193,14 +193,14 @@ class MaskedGroup:
             y_TF.numpy(),
         )
         if rows.run(len(y_TF), kernel) != kernels.ALL_ROWS:
-            raise self.wrong_product(culprit)
+            raise self.wrong_product(worker_name)
         if self._bias_F is not None:
             y_TF.add_(self._bias_F)
 
-    def wrong_product(self, culprit: str) -> IntegrityError:
+    def wrong_product(self, worker_name: str) -> IntegrityError:
         """The error to raise if an answer is not the product."""
         return IntegrityError(
-            f"{culprit} returned a wrong product for {self.linear}; nothing of it was used, and "
+            f"{worker_name} returned a wrong product for {self.linear}; nothing of it was used, and "
             "nothing more should be asked there."
         )
 
