@@ -33,7 +33,7 @@ message names the option and the values it takes, and repeats a value only if it
 import os
 
 
-def shown(path: str | os.PathLike[str], instead: str = "that file") -> str:
+def printable_path(path: str | os.PathLike[str], instead: str = "that file") -> str:
     """A path that a user gave, as shown in a message.
 
     Args:

@@ -18,7 +18,7 @@ from protocol_helpers import Main
 
 from tsqp.cli import app
 from tsqp.cli.prompts import read_ids, read_texts
-from tsqp.errors import PromptError, TSQPError, shown
+from tsqp.errors import PromptError, TSQPError, printable_path
 from tsqp.runtime.tracebacks import without_foreign_messages
 
 CANARY = "zyzzyva"
@@ -270,11 +270,11 @@ def test_a_traceback_follows_what_was_being_handled() -> None:
 
 
 def test_only_what_is_sure_to_be_a_path_is_shown(tmp_path: Path) -> None:
-    assert shown("/no/such/file") == "/no/such/file"
-    assert shown(tmp_path) == str(tmp_path)
+    assert printable_path("/no/such/file") == "/no/such/file"
+    assert printable_path(tmp_path) == str(tmp_path)
     spaced = tmp_path / "with a space"
-    assert shown(spaced) == "that file"
+    assert printable_path(spaced) == "that file"
     spaced.touch()
-    assert shown(spaced) == str(spaced)
+    assert printable_path(spaced) == str(spaced)
     for words in (CANARY, WORDS, f"{WORDS}/or not", "a" * 5000, "\0"):
-        assert shown(words, "OUT") == "OUT"
+        assert printable_path(words, "OUT") == "OUT"

@@ -16,7 +16,7 @@ from torch import Tensor
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.checkpoint.safetensors_file import SafetensorsFile
 from tsqp.checkpoint.weights import check_memory
-from tsqp.errors import CheckpointError, RecordingError, shown
+from tsqp.errors import CheckpointError, RecordingError, printable_path
 from tsqp.gpu.record import INDEX, TENSOR, RecordedCall
 from tsqp.model.config import ModelConfig, layer_groups, linear_groups, output_projection
 from tsqp.model.linear_group import LinearGroup
@@ -176,10 +176,10 @@ def session_folder(folder: Path) -> Path:
         indices = folder.glob(f"session-*/{INDEX}")
         found = sorted(index.parent for index in indices if index.is_file())
     except OSError as exc:
-        raise RecordingError(f"Cannot read {shown(folder)}: {exc.strerror}.") from exc
+        raise RecordingError(f"Cannot read {printable_path(folder)}: {exc.strerror}.") from exc
     if not found:
         raise RecordingError(
-            f"{shown(folder, 'That folder')} holds no recording; name a folder that "
+            f"{printable_path(folder, 'That folder')} holds no recording; name a folder that "
             "`tsqp worker --record` wrote."
         )
     if len(found) > 1:

@@ -16,7 +16,7 @@ from tsqp.bench.host import describe_machine
 from tsqp.bench.modes import TIMEOUT_S
 from tsqp.bench.output import new_table
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.errors import PromptError, TokenizerError, shown
+from tsqp.errors import PromptError, TokenizerError, printable_path
 from tsqp.tee.engine.scoring import Scores
 from tsqp.tee.text.tokenizer import Tokenizer
 
@@ -148,7 +148,9 @@ def _read(model: str, text: Path) -> list[int]:
     try:
         words = text.read_text(encoding="utf-8")
     except OSError as exc:
-        raise PromptError(f"Cannot read {shown(text)}: {exc.strerror}; name a text file.") from exc
+        raise PromptError(
+            f"Cannot read {printable_path(text)}: {exc.strerror}; name a text file."
+        ) from exc
     except UnicodeDecodeError as exc:
         raise PromptError(f"{text} is not valid UTF-8; convert it first.") from exc
     open_checkpoint(model).close()  # a model that is not there has no tokenizer either

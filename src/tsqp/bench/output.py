@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tsqp.bench.figures import Figure
-from tsqp.errors import UsageError, shown
+from tsqp.errors import UsageError, printable_path
 from tsqp.runtime.quiet import is_quiet
 
 
@@ -26,7 +26,7 @@ def check_out(out: Path | None, option: str = "--out") -> None:
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; name a new file, or remove it.")
     if out is not None and not out.parent.is_dir():
-        folder = shown(f"{out.parent}/", "of that name")
+        folder = printable_path(f"{out.parent}/", "of that name")
         raise UsageError(f"There is no folder {folder} for {option}; make it first.")
 
 

@@ -12,7 +12,7 @@ from tsqp.checkpoint.gguf_file import GGUFCheckpoint
 from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.checkpoint.random_weights import RandomCheckpoint
 from tsqp.checkpoint.safetensors_file import SafetensorsCheckpoint
-from tsqp.errors import CheckpointError, shown
+from tsqp.errors import CheckpointError, printable_path
 from tsqp.model.config import ModelConfig
 
 
@@ -118,10 +118,10 @@ def _open_path(path: Path, files: ModelFiles | None) -> Checkpoint:
 def _check_path(path: Path) -> None:
     if not path.is_dir() and not path.is_file():
         raise CheckpointError(
-            f"There is no checkpoint at {shown(path, 'that path')}: give a directory, a .gguf file,"
+            f"There is no checkpoint at {printable_path(path, 'that path')}: give a directory, a .gguf file,"
             " random:NAME or demo."
         )
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"Cannot read {shown(path)}: {error.strerror}.")
+    return CheckpointError(f"Cannot read {printable_path(path)}: {error.strerror}.")

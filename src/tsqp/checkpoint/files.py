@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsqp.errors import CheckpointError, shown
+from tsqp.errors import CheckpointError, printable_path
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
@@ -37,11 +37,11 @@ class BinaryFile:
         self.path = path
         self._descriptor: int | None = None
         if not path.is_file():
-            raise CheckpointError(f"There is no file {shown(path, 'of that name')}.")
+            raise CheckpointError(f"There is no file {printable_path(path, 'of that name')}.")
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as exc:
-            raise CheckpointError(f"Cannot open {shown(path)}: {exc.strerror}.") from exc
+            raise CheckpointError(f"Cannot open {printable_path(path)}: {exc.strerror}.") from exc
         self.resolved_path = path.resolve()  # now, because the name may lead elsewhere later
         self.size = self.stat().st_size
 

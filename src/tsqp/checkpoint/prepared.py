@@ -25,7 +25,7 @@ from tsqp.checkpoint.quantize import (
     quantize_all,
 )
 from tsqp.checkpoint.safetensors_file import SafetensorsFile
-from tsqp.errors import CheckpointError, UsageError, shown
+from tsqp.errors import CheckpointError, UsageError, printable_path
 from tsqp.model.config import linear_groups
 from tsqp.model.linear_group import LinearGroup
 
@@ -137,7 +137,7 @@ def prepare(model: str, path: Path, progress: Progress = silent) -> str:
     """
     if not path.name.endswith(SUFFIX):
         raise UsageError(
-            f"{shown(path, 'OUT')} must end in {SUFFIX}, by which a worker knows such a file."
+            f"{printable_path(path, 'OUT')} must end in {SUFFIX}, by which a worker knows such a file."
         )
     if path.exists():
         raise UsageError(f"{path} exists; name a new file, or remove it.")
@@ -177,7 +177,7 @@ def write_prepared(
             file.write(header.replace(_NO_DIGEST.encode(), digest.hexdigest().encode()))
     except OSError as exc:
         hint = "free some space" if exc.errno == errno.ENOSPC else "choose another place"
-        raise WriteError(f"Cannot write {shown(path)}: {exc.strerror}; {hint}.") from exc
+        raise WriteError(f"Cannot write {printable_path(path)}: {exc.strerror}; {hint}.") from exc
 
 
 _NO_DIGEST = "0" * 64  # in its place until it is known

@@ -7,7 +7,7 @@ rest.
 import errno
 import os
 
-from tsqp.errors import OutOfMemory, TSQPError, shown
+from tsqp.errors import OutOfMemory, TSQPError, printable_path
 
 WHAT_TO_DO = {
     errno.EACCES: "change its permissions, or name another place",
@@ -36,7 +36,7 @@ NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 def describe(exc: Exception) -> TSQPError | None:
     """The error to show for a failure of the system; None if the fault is in our own code."""
     if isinstance(exc, OSError) and exc.errno is not None:
-        what = f"{shown(os.fsdecode(exc.filename))}: " if _is_path(exc.filename) else ""
+        what = f"{printable_path(os.fsdecode(exc.filename))}: " if _is_path(exc.filename) else ""
         reason = exc.strerror or type(exc).__name__
         advice = WHAT_TO_DO.get(exc.errno)
         return TSQPError(f"{what}{reason}{f'; {advice}' if advice else ''}.")

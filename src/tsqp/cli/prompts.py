@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tsqp.errors import PromptError, UsageError, shown
+from tsqp.errors import PromptError, UsageError, printable_path
 
 if TYPE_CHECKING:
     from tsqp import LLM
@@ -65,7 +65,7 @@ def read_ids(path: Path) -> list[list[int]]:
         ids = msgspec.json.decode(path.read_bytes(), type=list[int | list[int]])
     except (OSError, msgspec.DecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise PromptError(f"Cannot read token ids from {shown(path)}: {reason}.") from exc
+        raise PromptError(f"Cannot read token ids from {printable_path(path)}: {reason}.") from exc
     several = [each for each in ids if isinstance(each, list)]
     if several and len(several) < len(ids):
         raise PromptError(f"{path} mixes token ids and lists of them; give one list, or lists.")
@@ -88,7 +88,7 @@ def read_texts(path: Path) -> list[str | Messages]:
             gives the number of the line.
     """
     if path.suffix not in (".txt", ".jsonl"):
-        name = shown(path, "--prompts")
+        name = printable_path(path, "--prompts")
         raise PromptError(f"{name} must be a .txt file with one prompt a line, or a .jsonl file.")
     decode: Callable[[bytes], str | Messages] = bytes.decode
     if path.suffix == ".jsonl":
@@ -117,7 +117,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         content = path.read_bytes()
     except OSError as exc:
-        raise PromptError(f"Cannot read prompts from {shown(path)}: {exc.strerror}.") from exc
+        raise PromptError(
+            f"Cannot read prompts from {printable_path(path)}: {exc.strerror}."
+        ) from exc
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     return ((n, line.removesuffix(b"\r")) for n, line in enumerate(lines, 1) if line.strip())
 

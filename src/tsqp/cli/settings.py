@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
-from tsqp.errors import UsageError, shown
+from tsqp.errors import UsageError, printable_path
 
 
 def read_settings(context: typer.Context, path: Path | None) -> Path | None:
@@ -21,7 +21,9 @@ def read_settings(context: typer.Context, path: Path | None) -> Path | None:
     try:
         settings = tomllib.loads(path.read_text())
     except (OSError, ValueError) as exc:
-        raise UsageError(f"Cannot read the settings file {shown(path)}: {_reason(exc)}.") from None
+        raise UsageError(
+            f"Cannot read the settings file {printable_path(path)}: {_reason(exc)}."
+        ) from None
     assert isinstance(context.command, TyperGroup)
     shared = {key: value for key, value in settings.items() if not isinstance(value, dict)}
     known: set[str] = set()

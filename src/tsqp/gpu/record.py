@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tsqp.algebra.params import FieldName
-from tsqp.errors import RecordingError, UsageError, shown
+from tsqp.errors import RecordingError, UsageError, printable_path
 from tsqp.gpu.worker import Worker
 from tsqp.wire.channel import kind_of
 from tsqp.wire.messages import (
@@ -131,7 +131,7 @@ class Recorder:
     def _failed(self, exc: OSError) -> RecordingError:
         hint = "free some space" if exc.errno == errno.ENOSPC else "record in another folder"
         return RecordingError(
-            f"Cannot record in {shown(self._folder, 'that folder')}: {exc.strerror}; {hint}."
+            f"Cannot record in {printable_path(self._folder, 'that folder')}: {exc.strerror}; {hint}."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from tsqp.errors import ReportError, shown
+from tsqp.errors import ReportError, printable_path
 from tsqp.tee.call_lines import FORMAT, CallLine, Header, Summary
 
 MAX_FILE_BYTES = 2**28
@@ -70,14 +70,14 @@ def read_file(path: Path) -> LogFile | BenchFile:
 def _read(path: Path) -> bytes:
     if not path.is_file():
         raise ReportError(
-            f"There is no file {shown(path, 'of that name')}; name a call log, or a result of "
+            f"There is no file {printable_path(path, 'of that name')}; name a call log, or a result of "
             "`tsqp bench`."
         )
     try:
         with path.open("rb") as file:
             text = file.read(MAX_FILE_BYTES + 1)
     except OSError as exc:
-        raise ReportError(f"Cannot read {shown(path)}: {exc.strerror}.") from exc
+        raise ReportError(f"Cannot read {printable_path(path)}: {exc.strerror}.") from exc
     if len(text) > MAX_FILE_BYTES:
         raise ReportError(
             f"{path} is larger than {MAX_FILE_BYTES} bytes; log a shorter run, or cut the file "

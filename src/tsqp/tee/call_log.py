@@ -15,7 +15,7 @@ from typing import get_args
 
 import msgspec
 
-from tsqp.errors import UsageError, shown
+from tsqp.errors import UsageError, printable_path
 from tsqp.tee.call_lines import CallLine, Header, Line, Phase, PhaseSummary, Stage, Summary
 from tsqp.tee.stats import KINDS, Stats
 from tsqp.wire.call_times import CallTimes, OnTimes
@@ -66,7 +66,9 @@ class CallLog:
         except FileExistsError as exc:
             raise UsageError(f"{path} exists; name a new file for --rpc-log.") from exc
         except OSError as exc:
-            raise UsageError(f"Cannot make {shown(path)} for --rpc-log: {exc.strerror}.") from exc
+            raise UsageError(
+                f"Cannot make {printable_path(path)} for --rpc-log: {exc.strerror}."
+            ) from exc
         self._path = path
         self._size = 0
         self._unix_ns = time_ns() - perf_counter_ns()

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from tsqp.errors import TSQPError, UsageError, shown
+from tsqp.errors import TSQPError, UsageError, printable_path
 from tsqp.wire.zmq import is_key, new_key_pair
 
 SECRET_FILE = "worker.key"
@@ -61,7 +61,7 @@ def write_key_pair(folder: Path) -> tuple[Path, Path, str]:
         ) from exc
     except OSError as exc:
         raise TSQPError(
-            f"Cannot write keys to {shown(folder, 'that folder')}: {exc.strerror}; name another "
+            f"Cannot write keys to {printable_path(folder, 'that folder')}: {exc.strerror}; name another "
             "folder, or make room."
         ) from exc
     return secret_path, public_path, public
@@ -103,7 +103,7 @@ def _read(path: Path, kind: Kind) -> str:
             content = file.read(MAX_FILE)
     except OSError as exc:
         raise UsageError(
-            f"Cannot read a key from {shown(path)}: {exc.strerror}; name a file that `tsqp keygen` "
+            f"Cannot read a key from {printable_path(path)}: {exc.strerror}; name a file that `tsqp keygen` "
             "made, or correct the key."
         ) from exc
     lines = content.decode("ascii", "replace").splitlines()
