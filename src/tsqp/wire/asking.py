@@ -9,10 +9,10 @@ import time
 
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.wire.codec import encode, printable, tee_decoder
-from tsqp.wire.doorbell import NO_DOORBELL
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.handshake import read_refusal
 from tsqp.wire.messages import Failure, Hello, WeightsDtype
+from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import ClientSocket
 
 _NOBODY_S = "0" * 64  # the digest of no weights
@@ -57,7 +57,7 @@ def _refusal(
     try:
         socket.send([encode(hello)])
         deadline = time.monotonic() + timeout
-        while (frame := socket.receive(deadline, NO_DOORBELL)) is None:
+        while (frame := socket.receive(deadline, NO_WAKEUP)) is None:
             pass
         _, message = tee_decoder(str(endpoint)).decode(frame)
         socket.receive_exactly([], name)

@@ -35,7 +35,6 @@ from tsqp.wire.call_times import (
 )
 from tsqp.wire.channel import Counters, Slot, kind_of
 from tsqp.wire.codec import encode, printable, tee_decoder
-from tsqp.wire.doorbell import NO_DOORBELL
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.handshake import check_agreement
 from tsqp.wire.mailbox import CAN_POLL, MAILBOX_BYTES, MAX_FRAME, SLOTS, Mailbox
@@ -58,6 +57,7 @@ from tsqp.wire.offered import map_offered
 from tsqp.wire.remote_call import RemoteCall
 from tsqp.wire.shm import ALIGNMENT, SHM_FOLDER, Arena, Segment
 from tsqp.wire.tensors import Spec, raw
+from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import ClientSocket
 
 MAX_INLINE = 2**29  # bytes of a call that travels in frames; more are split
@@ -253,7 +253,7 @@ class RemoteChannel:
         self._check_open()
         mailbox = self._mailbox
         while mailbox is None or (mail := mailbox.take()) is None:
-            frame = self._socket.receive(deadline, mailbox or NO_DOORBELL)
+            frame = self._socket.receive(deadline, mailbox or NO_WAKEUP)
             if frame is not None:
                 self.counters.socket_bytes += len(frame)
                 return frame

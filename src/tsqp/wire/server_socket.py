@@ -10,12 +10,12 @@ import zmq
 
 from tsqp.errors import WorkerUnavailable
 from tsqp.wire.codec import MAX_MESSAGE
-from tsqp.wire.doorbell import Doorbell
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.inflow import LOOK_MS
 from tsqp.wire.peers import Peers
 from tsqp.wire.quotas import client_name
 from tsqp.wire.socket_file import identify, remove_own, remove_stale
+from tsqp.wire.wakeup import Wakeup
 from tsqp.wire.zmq import MAX_UNREAD, BaseSocket, Buffer
 
 FOREVER = -1
@@ -74,14 +74,12 @@ class ServerSocket(BaseSocket):
         assert isinstance(address, bytes)
         return address.rstrip(b"\0").decode()
 
-    def receive(
-        self, doorbell: Doorbell, *, wait: bool, spin: bool
-    ) -> tuple[bytes, memoryview] | None:
+    def receive(self, wakeup: Wakeup, *, wait: bool, spin: bool) -> tuple[bytes, memoryview] | None:
         """A peer and the first frame of its message; None for mail, or for one tick of silence.
 
         The frame is valid until the next call. A frame that is too long comes as an empty one.
         """
-        if not (self._wait(doorbell, spin=spin) if wait else self._has_message):
+        if not (self._wait(wakeup, spin=spin) if wait else self._has_message):
             return None
         first = self._sender = self._socket.recv(copy=False)
         identity = first.bytes

@@ -23,7 +23,6 @@ from tsqp.errors import (
     WorkerUnavailable,
 )
 from tsqp.wire.codec import MAX_MESSAGE
-from tsqp.wire.doorbell import NO_DOORBELL, Doorbell
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.greeting import why_not
 from tsqp.wire.inflow import (
@@ -32,6 +31,7 @@ from tsqp.wire.inflow import (
     Inflow,
 )
 from tsqp.wire.relay import CAN_RELAY, Relay, no_worker_at
+from tsqp.wire.wakeup import NO_WAKEUP, Wakeup
 
 HEARTBEAT_MS = 1000
 SILENCE_MS = 4000  # a peer that misses its heartbeats for this long is gone
@@ -103,26 +103,26 @@ class BaseSocket:
         assert isinstance(events, int)
         return bool(events & zmq.POLLIN)
 
-    def _wait(self, doorbell: Doorbell, *, spin: bool) -> bool:
+    def _wait(self, wakeup: Wakeup, *, spin: bool) -> bool:
         """Wait for mail or a message for one tick; returns whether there is a message.
 
         Waking a sleeping core takes longer than most answers, so with `spin` this polls for a while
         first. Each poll yields the core, so a peer on the same cores loses nothing.
         """
         end = time.perf_counter() + (SPIN_S if spin else 0)
-        looks = 1 if doorbell is NO_DOORBELL else LOOKS  # at the mail; the socket is slower to ask
+        looks = 1 if wakeup is NO_WAKEUP else LOOKS  # at the mail; the socket is slower to ask
         while time.perf_counter() < end:
             for _ in range(looks):
-                if doorbell.has_mail:
+                if wakeup.has_mail:
                     return False
                 os.sched_yield()
             if self._has_message:
                 return True
-        doorbell.say_asleep(True)
+        wakeup.say_asleep(True)
         try:
-            return not doorbell.has_mail and bool(self._socket.poll(TICK_MS))
+            return not wakeup.has_mail and bool(self._socket.poll(TICK_MS))
         finally:
-            doorbell.say_asleep(False)
+            wakeup.say_asleep(False)
 
     @property
     def more(self) -> bool:
@@ -257,15 +257,15 @@ class ClientSocket(BaseSocket):
         except zmq.ZMQError as exc:
             raise WorkerLost(f"The worker at {self._name} takes no more messages.") from exc
 
-    def receive(self, deadline: float, doorbell: Doorbell) -> memoryview | None:
+    def receive(self, deadline: float, wakeup: Wakeup) -> memoryview | None:
         """The first frame of the next message, valid until the next call; None for mail.
 
         Raises:
             WorkerLost: the connection broke, or `deadline` (of time.monotonic) passed.
         """
         try:
-            while not self._wait(doorbell, spin=True):
-                if doorbell.has_mail:
+            while not self._wait(wakeup, spin=True):
+                if wakeup.has_mail:
                     return None
                 self._check_connection()
                 if time.monotonic() >= deadline:

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 
-class Doorbell(Protocol):
+class Wakeup(Protocol):
     """Of a connection with shared memory: see `tsqp.wire.mailbox`."""
 
     @property
@@ -12,11 +12,11 @@ class Doorbell(Protocol):
     def say_asleep(self, asleep: bool) -> None: ...
 
 
-class _NoDoorbell:
+class _NoWakeup:
     has_mail = False
 
     def say_asleep(self, asleep: bool) -> None:
         pass
 
 
-NO_DOORBELL: Doorbell = _NoDoorbell()  # for a connection without shared memory
+NO_WAKEUP: Wakeup = _NoWakeup()  # for a connection without shared memory
