@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tsqp.cli import conditions, usage
+from tsqp.cli import system_errors, usage
 from tsqp.cli.settings import read_settings
 from tsqp.cli.streams import open_streams
 from tsqp.errors import RemoteError, TSQPError, UsageError
@@ -104,7 +104,7 @@ def main() -> None:
     except Exception as exc:
         if state.get("debug"):
             print(without_foreign_messages(exc), end="", file=sys.stderr)
-        error = conditions.describe(exc) or (
+        error = system_errors.describe(exc) or (
             f"Unexpected {type(exc).__name__}; run again with --debug, and report it."
         )
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from protocol_helpers import Commands, Main, write_ids
 
-from tsqp.cli.conditions import describe
+from tsqp.cli.system_errors import describe
 from tsqp.errors import OutOfMemory
 
 
