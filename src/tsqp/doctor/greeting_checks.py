@@ -7,9 +7,9 @@ from functools import partial
 from tsqp.doctor.check import NOT_SERVED, Check, Skipped, Wrong, run_check
 from tsqp.errors import HandshakeError
 from tsqp.runtime.links import Link, check_links
-from tsqp.wire.asking import ask_what_is_served
 from tsqp.wire.client import check_reachable
 from tsqp.wire.messages import PROTOCOL_VERSION, WeightsDtype
+from tsqp.wire.query_worker import ask_what_is_served
 
 MODES: tuple[tuple[str, WeightsDtype], ...] = (("pad", "int8"), ("open", "float32"))
 
