@@ -133,9 +133,9 @@ import os, sys
 import numpy as np
 if len(sys.argv) > 1:
     import yaml  # as something else may have done
-from tsqp.algebra import words
+from tsqp.algebra import rejection
 assert "numba" not in sys.modules
-print(words.accept(np.array([1, 2, 3], np.uint32), 2, 3, np.empty(3, np.int32)))
+print(rejection.accept(np.array([1, 2, 3], np.uint32), 2, 3, np.empty(3, np.int32)))
 import numba
 names = "DISABLE_JIT BOUNDSCHECK OPT DUMP_LLVM CPU_NAME CHROME_TRACE DEBUG"
 found = {name: getattr(numba.config, name) for name in names.split()}

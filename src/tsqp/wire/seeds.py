@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from tsqp.algebra.params import Field
-from tsqp.algebra.words import accept
+from tsqp.algebra.rejection import accept
 
 SEED_BYTES = 32
 CHUNK_WORDS = 2**16

@@ -8,7 +8,7 @@ from crypto_helpers import chi_square_p
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from tsqp.algebra.params import COMPACT, FIELDS, LATTICE, WIDE, Field
-from tsqp.algebra.words import accept
+from tsqp.algebra.rejection import accept
 from tsqp.tee.crypto.rng import uniform
 from tsqp.wire import seeds
 

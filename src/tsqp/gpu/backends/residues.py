@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsqp.algebra import digits, residue_bytes, words
+from tsqp.algebra import digits, rejection, residue_bytes
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.wire import seeds
 
@@ -16,7 +16,7 @@ def prepare() -> None:
     """Compile the loops for all fields."""
     for field in FIELDS.values():
         digits.prepare(field)
-        words.prepare(field)
+        rejection.prepare(field)
         residue_bytes.prepare(field)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tsqp.algebra import digits, residue_bytes, words
+from tsqp.algebra import digits, rejection, residue_bytes
 from tsqp.algebra.native import compiled, inlined, reordered
 from tsqp.algebra.params import CHECK_MODULUS, Field
 from tsqp.algebra.residue_bytes import Bytes, Int32, as_words, copy_row, read_row, write_row
@@ -174,7 +174,7 @@ def prepare(field: Field, *, shares: bool) -> None:
         _subtract.compile()
     residue_bytes.prepare(field)
     digits.prepare(field)
-    words.prepare(field)
+    rejection.prepare(field)
 
 
 @inlined

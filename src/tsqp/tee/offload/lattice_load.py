@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tsqp.algebra import digits, ring, words
+from tsqp.algebra import digits, rejection, ring
 from tsqp.algebra.hints import Polynomials, make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
@@ -78,4 +78,4 @@ def prepare_lattice() -> None:
     hints.prepare()
     ring.prepare()
     digits.prepare(LATTICE)
-    words.prepare(LATTICE)
+    rejection.prepare(LATTICE)
