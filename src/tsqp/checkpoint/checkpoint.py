@@ -118,8 +118,8 @@ def _open_path(path: Path, files: ModelFiles | None) -> Checkpoint:
 def _check_path(path: Path) -> None:
     if not path.is_dir() and not path.is_file():
         raise CheckpointError(
-            f"There is no checkpoint at {printable_path(path, 'that path')}: give a directory, a .gguf file,"
-            " random:NAME or demo."
+            f"There is no checkpoint at {printable_path(path, 'that path')}: give a directory, a "
+            ".gguf file, random:NAME or demo."
         )
 
 

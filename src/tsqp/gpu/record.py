@@ -130,9 +130,8 @@ class Recorder:
 
     def _failed(self, exc: OSError) -> RecordingError:
         hint = "free some space" if exc.errno == errno.ENOSPC else "record in another folder"
-        return RecordingError(
-            f"Cannot record in {printable_path(self._folder, 'that folder')}: {exc.strerror}; {hint}."
-        )
+        folder = printable_path(self._folder, "that folder")
+        return RecordingError(f"Cannot record in {folder}: {exc.strerror}; {hint}.")
 
 
 def _place(operation: Operation) -> tuple[int | None, str | None, FieldName | None]:

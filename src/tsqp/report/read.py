@@ -70,8 +70,8 @@ def read_file(path: Path) -> LogFile | BenchFile:
 def _read(path: Path) -> bytes:
     if not path.is_file():
         raise ReportError(
-            f"There is no file {printable_path(path, 'of that name')}; name a call log, or a result of "
-            "`tsqp bench`."
+            f"There is no file {printable_path(path, 'of that name')}; name a call log, or a "
+            "result of `tsqp bench`."
         )
     try:
         with path.open("rb") as file:

@@ -61,8 +61,8 @@ def write_key_pair(folder: Path) -> tuple[Path, Path, str]:
         ) from exc
     except OSError as exc:
         raise TSQPError(
-            f"Cannot write keys to {printable_path(folder, 'that folder')}: {exc.strerror}; name another "
-            "folder, or make room."
+            f"Cannot write keys to {printable_path(folder, 'that folder')}: {exc.strerror}; name "
+            "another folder, or make room."
         ) from exc
     return secret_path, public_path, public
 
@@ -103,8 +103,8 @@ def _read(path: Path, kind: Kind) -> str:
             content = file.read(MAX_FILE)
     except OSError as exc:
         raise UsageError(
-            f"Cannot read a key from {printable_path(path)}: {exc.strerror}; name a file that `tsqp keygen` "
-            "made, or correct the key."
+            f"Cannot read a key from {printable_path(path)}: {exc.strerror}; name a file that "
+            "`tsqp keygen` made, or correct the key."
         ) from exc
     lines = content.decode("ascii", "replace").splitlines()
     words = [line.split() for line in lines if line.strip() and not line.startswith("#")]
