@@ -20,7 +20,7 @@ from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import WIDE
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import pad_pool
-from tsqp.tee.crypto.kernels import prepare
+from tsqp.tee.crypto.kernels import compile_loops
 from tsqp.tee.crypto.pad_providers import DirectProvider
 from tsqp.tee.crypto.pads import Pads
 
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     # Else a busy machine would keep the thread from its native code.
     pad_pool._give_way = lambda: None
     torch.set_num_threads(1)  # threads that torch starts would be missing in the forks
-    prepare(WIDE, shares=False)  # loaded once, for all of them
+    compile_loops(WIDE, shares=False)  # loaded once, for all of them
     running = []
     for name in sys.argv[1:]:
         said = tempfile.TemporaryFile()  # noqa: SIM115

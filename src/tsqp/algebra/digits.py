@@ -31,7 +31,7 @@ def join(products_LN: NDArray[np.int32], field: Field, residues_N: Residues) -> 
     join_all(products_LN, field.bits, field.gap, residues_N)
 
 
-def prepare(field: Field) -> None:
+def compile_loops(field: Field) -> None:
     """Compile both for residues of this field."""
     for kernel in (_split, _join) if field.dtype == np.int32 else (_split_long, _join_long):
         kernel.compile()

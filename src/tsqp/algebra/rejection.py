@@ -23,7 +23,7 @@ def accept(words_N: NDArray[Any], bits: int, p: int, residues_N: NDArray[Any]) -
     return int(kernel(words_N, (1 << bits) - 1, p, residues_N))
 
 
-def prepare(field: Field) -> None:
+def compile_loops(field: Field) -> None:
     """Compile it for residues of this field."""
     (_accept if field.dtype == np.int32 else _accept_long).compile()
 

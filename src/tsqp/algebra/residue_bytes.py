@@ -59,7 +59,7 @@ def as_low_and_high(bytes_TB: Bytes) -> tuple[NDArray[np.uint32], NDArray[np.uin
     return bytes_TB[:, :words].view("<u4"), bytes_TB[:, words:].view("<u2")
 
 
-def prepare(field: Field) -> None:
+def compile_loops(field: Field) -> None:
     """Compile the loops for rows of this field."""
     if field.residue_bytes == 3:
         _write_planes.compile()

@@ -165,7 +165,7 @@ def products_of_class(
     )
 
 
-def prepare() -> None:
+def compile_loops() -> None:
     """Compile the loops."""
     _scale.compile()
     _products_of_class.compile()

@@ -29,7 +29,7 @@ from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.freivalds import process_limit
-from tsqp.tee.crypto.kernels import prepare
+from tsqp.tee.crypto.kernels import compile_loops
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
 from tsqp.tee.crypto.row_pool import RowPool
@@ -37,7 +37,7 @@ from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.field_choice import measure_costs
 from tsqp.tee.offload.fixed_point import FixedPointLinear
 from tsqp.tee.offload.lattice_group import LatticeGroup, process_switch
-from tsqp.tee.offload.lattice_load import LatticeLoad, prepare_lattice
+from tsqp.tee.offload.lattice_load import LatticeLoad, compile_lattice_loops
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import Group, Kept, LinearPart, MaskedGroup, PrivateOffload
 from tsqp.tee.offload.open import OpenOffload
@@ -151,8 +151,8 @@ class Builder:
         digest, embedding_VD = self._load(integers.__setitem__)
         weights_FD = {group: weights.weight_FD for group, weights in integers.items()}
         if options.fixed_point and field is LATTICE:
-            lattice_kernels.prepare()
-            digits.prepare(LATTICE)
+            lattice_kernels.compile_loops()
+            digits.compile_loops(LATTICE)
             lattice_groups = {
                 group: LatticeGroup(group, weights, biases_F.get(group))
                 for group, weights in integers.items()
@@ -164,7 +164,7 @@ class Builder:
             group: MaskedGroup(group, weights, biases_F.get(group), field)
             for group, weights in integers.items()
         }
-        prepare(field, shares=options.privacy == "shares")
+        compile_loops(field, shares=options.privacy == "shares")
         if options.privacy == "tee":
             fixed_point = FixedPointLinear(groups, weights_FD, self._dtype, self._row_pool())
             offload = self._private(embedding_VD, fixed_point)
@@ -183,7 +183,7 @@ class Builder:
 
     def _lattice(self, worker: WorkerProcess) -> Begin:
         process_switch.check()
-        prepare_lattice()
+        compile_lattice_loops()
         load, digest, embedding_VD = self._load_with_hints()
         return self._begin_pad(worker, digest, load.groups, load.provider, embedding_VD)
 

@@ -21,7 +21,7 @@ class CpuBackend:
     takes_memory_at_once = False
 
     def prepare(self) -> None:
-        residues.prepare()
+        residues.compile_loops()
         int8_product.fast_product_is_exact()
 
     def free_bytes(self) -> int:

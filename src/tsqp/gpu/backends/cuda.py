@@ -22,7 +22,7 @@ class CudaBackend:
         self.device = device
 
     def prepare(self) -> None:
-        residues.prepare()
+        residues.compile_loops()
 
     def free_bytes(self) -> int:
         available, _ = torch.cuda.mem_get_info(self.device)

@@ -12,12 +12,12 @@ from tsqp.algebra.params import FIELDS, Field
 from tsqp.wire import seeds
 
 
-def prepare() -> None:
+def compile_loops() -> None:
     """Compile the loops for all fields."""
     for field in FIELDS.values():
-        digits.prepare(field)
-        rejection.prepare(field)
-        residue_bytes.prepare(field)
+        digits.compile_loops(field)
+        rejection.compile_loops(field)
+        residue_bytes.compile_loops(field)
 
 
 def unpack(c_TB: Tensor, field: Field) -> Tensor:

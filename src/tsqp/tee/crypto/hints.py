@@ -49,7 +49,7 @@ def fresh_seed() -> bytes:
     return secrets.token_bytes(SEED_BYTES)
 
 
-def prepare() -> None:
+def compile_loops() -> None:
     """Compile the loops."""
     _are_residues.compile()
     _add_up.compile()

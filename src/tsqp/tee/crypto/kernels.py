@@ -162,7 +162,7 @@ def _pairs(width: int) -> tuple[Int64, Int32]:
     return row_P, row_P.view(np.int32)[:width]
 
 
-def prepare(field: Field, *, shares: bool) -> None:
+def compile_loops(field: Field, *, shares: bool) -> None:
     """Compile the loops, which would otherwise be done while somebody waits for an answer.
 
     Args:
@@ -172,9 +172,9 @@ def prepare(field: Field, *, shares: bool) -> None:
     _unpad_and_check.compile()
     if shares:
         _subtract.compile()
-    residue_bytes.prepare(field)
-    digits.prepare(field)
-    rejection.prepare(field)
+    residue_bytes.compile_loops(field)
+    digits.compile_loops(field)
+    rejection.compile_loops(field)
 
 
 @inlined

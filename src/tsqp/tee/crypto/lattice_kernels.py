@@ -37,7 +37,7 @@ def as_halves(k_2N: Int64) -> Int32:
     return np.stack([k_2N & HALF, k_2N >> HALF_BITS], axis=1).astype(np.int32)
 
 
-def prepare() -> None:
+def compile_loops() -> None:
     """Compile the loops."""
     for kernel in (_quantize_and_mask, _verify, _unmask):
         kernel.compile()

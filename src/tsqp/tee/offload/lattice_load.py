@@ -72,10 +72,10 @@ class LatticeLoad:
         return LatticeProvider(self._public, self.hints, transform)
 
 
-def prepare_lattice() -> None:
+def compile_lattice_loops() -> None:
     """Compile the loops of lattice masks, which would otherwise be done while somebody waits."""
-    lattice_kernels.prepare()
-    hints.prepare()
-    ring.prepare()
-    digits.prepare(LATTICE)
-    rejection.prepare(LATTICE)
+    lattice_kernels.compile_loops()
+    hints.compile_loops()
+    ring.compile_loops()
+    digits.compile_loops(LATTICE)
+    rejection.compile_loops(LATTICE)
