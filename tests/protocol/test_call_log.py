@@ -80,7 +80,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_measured_adds_up_to_the_wall_time(
     privacy: str, small: Path, tmp_path: Path
 ) -> None:
-    # Somebody else's work may fall between two laps: once in three times it should not.
+    # Somebody else's work may fall between two stages: once in three times it should not.
     assert any(_share_left(privacy, small, tmp_path / f"log-{i}") < 0.05 for i in range(3))
 
 
@@ -100,7 +100,7 @@ def _share_left(privacy: str, small: Path, path: Path) -> float:
         calls = [call for call in log.calls if call.phase == phase.phase]
         calls_s = sum(sum(call_parts_us(call)) for call in calls) / 1e6
         kinds_s = phase.seconds(*KINDS)  # those that were no calls
-        # Nobody measured what is left, so it must be little; a lap counted twice would be too much.
+        # Nobody measured what is left, so it must be little; a stage counted twice would be too much.
         left_s = phase.wall_s - calls_s - kinds_s
         assert 0 <= left_s == pytest.approx(phase.seconds("joining rows", "other"), abs=1e-3)
         assert phase.seconds("worker compute") > 0

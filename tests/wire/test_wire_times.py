@@ -1,4 +1,4 @@
-"""Where the time of a call went: laps that follow one another, and the worker's word."""
+"""Where the time of a call went: stages that follow one another, and the worker's word."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from wire_helpers import TIMEOUT, Echo, HelperProcess, WorkerThread, begin, finish, hello
 
-from tsqp.wire.call_times import AWAY, LAPS, MASK, RECEIVE, SEND, UNMASK, WAIT, CallTimes
+from tsqp.wire.call_times import AWAY, MASK, RECEIVE, SEND, STAGES, UNMASK, WAIT, CallTimes
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.messages import Linear, Operation, Result, SeedProduct, Weighted, WeightedValues
 from tsqp.wire.tensors import Spec
@@ -42,11 +42,11 @@ def test_the_laps_of_a_call_fill_the_time_it_took(
     took = time.perf_counter_ns() - began
     channel.close()
     [times] = ended
-    assert 30 * MS < times.compute_ns <= times.laps_ns[WAIT] + times.laps_ns[AWAY]
+    assert 30 * MS < times.compute_ns <= times.stages_ns[WAIT] + times.stages_ns[AWAY]
     assert 0 <= times.began_ns - began < took
-    assert sum(times.laps_ns) <= took
-    for lap in (MASK, SEND, WAIT, RECEIVE, UNMASK):
-        assert times.laps_ns[lap] > 0, LAPS[lap]
+    assert sum(times.stages_ns) <= took
+    for stage in (MASK, SEND, WAIT, RECEIVE, UNMASK):
+        assert times.stages_ns[stage] > 0, STAGES[stage]
     assert (times.kind, times.layer, times.group, times.rows) == ("linear", 30, "sleep", 3)
     assert times.sent_bytes == times.received_bytes == 60
 
@@ -64,11 +64,11 @@ def test_waiting_is_counted_once_where_another_answer_comes_first(
     took = time.perf_counter_ns() - began
     channel.close()
     late, early = ended
-    assert late.laps_ns[WAIT] > 50 * MS
-    assert early.laps_ns[WAIT] == 0
-    assert early.laps_ns[AWAY] > 50 * MS
+    assert late.stages_ns[WAIT] > 50 * MS
+    assert early.stages_ns[WAIT] == 0
+    assert early.stages_ns[AWAY] > 50 * MS
     assert early.compute_ns > 30 * MS
-    assert sum(sum(each.laps_ns) - each.laps_ns[AWAY] for each in ended) <= took
+    assert sum(sum(each.stages_ns) - each.stages_ns[AWAY] for each in ended) <= took
 
 
 class Gate(Echo):
@@ -108,7 +108,7 @@ def test_an_answer_does_not_tell_how_long_the_worker_served_others(
         channel.close()
         other.close()
     [times] = ended
-    assert times.compute_ns + waited_ns <= sum(times.laps_ns)
+    assert times.compute_ns + waited_ns <= sum(times.stages_ns)
     assert Result.__struct_fields__ == ("compute_ns",)
 
 
@@ -135,7 +135,7 @@ def test_a_call_ends_once() -> None:
     ended: list[CallTimes] = []
     times = CallTimes(ended.append, SeedProduct(1, "qkv", "wide", 7, bytes(32)), [], [])
     times.end()
-    laps = list(times.laps_ns)
+    stages = list(times.stages_ns)
     times.end()
     assert ended == [times]
-    assert times.laps_ns == laps
+    assert times.stages_ns == stages

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tsqp.report.bottleneck import GROUPS, group_seconds
-from tsqp.report.laps import laps
+from tsqp.report.call_stages import stages
 from tsqp.report.methods import LogReport
 from tsqp.report.phases import PhaseName, call_parts_us
 from tsqp.tee.call_lines import CallLine
@@ -95,7 +95,7 @@ def spans(step: Sequence[CallLine]) -> dict[str, list[Span]]:
     found: dict[str, list[Span]] = {group: [] for group in GROUPS}
     begin = _begin(step)
     for call in step:
-        for part, first, last in laps(call, begin):
+        for part, first, last in stages(call, begin):
             if part in GROUP_OF:
                 found[GROUP_OF[part]].append((first, last))
     busy = merged((span for group in found.values() for span in group), 0.0)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tsqp.report.laps import AWAY, laps
+from tsqp.report.call_stages import AWAY, stages
 from tsqp.report.methods import LogReport
 from tsqp.report.new_file import write_new_file
 from tsqp.tee.call_lines import CallLine
@@ -47,8 +47,8 @@ def _call_events(call: CallLine, begin_us: float, process: int) -> Iterator[dict
         name: getattr(call, name)  # names of this list only
         for name in ("step", "phase", "layer", "group", "rows", "sent_bytes", "received_bytes")
     }
-    waits = [lap for lap in laps(call, begin_us) if lap[0] in WAITS]
-    for part, begin, end in laps(call, begin_us):
+    waits = [stage for stage in stages(call, begin_us) if stage[0] in WAITS]
+    for part, begin, end in stages(call, begin_us):
         if part == AWAY or part in WAITS:
             continue
         yield _span(part, begin, end, process, TEE, call.method, arguments)

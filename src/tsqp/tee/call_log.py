@@ -152,7 +152,7 @@ class CallLog:
 
     def _line(self, endpoint: int, transport: str, times: CallTimes) -> CallLine:
         """One call as a line, and added to its phase."""
-        pads, mask, serialise, send, away, wait, receive, unmask = times.laps_ns
+        pads, mask, serialise, send, away, wait, receive, unmask = times.stages_ns
         # A worker may claim anything, so its claims are limited to what can be true.
         compute = min(times.compute_ns, wait)
         overlap = min(times.compute_ns - compute, away)

@@ -1,6 +1,6 @@
 """The times of one call, measured by the TEE's side of a channel.
 
-A call is divided into laps that follow one another, and each is measured once. Laps of different
+A call is divided into stages that follow one another, and each is measured once. Stages of different
 calls never overlap, because one thread drives all calls. Times are measured only for a log.
 """
 
@@ -10,8 +10,8 @@ from time import perf_counter_ns
 from tsqp.wire.messages import Operation
 from tsqp.wire.tensors import Spec
 
-LAPS = ("pads", "mask", "serialise", "send", "away", "wait", "receive", "unmask")
-PADS, MASK, SERIALISE, SEND, AWAY, WAIT, RECEIVE, UNMASK = range(len(LAPS))
+STAGES = ("pads", "mask", "serialise", "send", "away", "wait", "receive", "unmask")
+PADS, MASK, SERIALISE, SEND, AWAY, WAIT, RECEIVE, UNMASK = range(len(STAGES))
 
 OnTimes = Callable[["CallTimes"], None]
 
@@ -24,29 +24,29 @@ class CallTimes:
         rows: rows of its input; of its answer if nothing is sent or the input is flat.
         sent_bytes, received_bytes: bytes of tensors.
         began_ns: start of the call, by time.perf_counter_ns.
-        laps_ns: by the numbers above. "away" is time in which this side did something else.
+        stages_ns: by the numbers above. "away" is time in which this side did something else.
         compute_ns: the worker's own word, which may be any number.
     """
 
     __slots__ = (
-        "_lap_ns",
         "_on_end",
+        "_stage_ns",
         "began_ns",
         "compute_ns",
         "group",
         "kind",
-        "laps_ns",
         "layer",
         "received_bytes",
         "rows",
         "sent_bytes",
+        "stages_ns",
     )
 
     def __init__(
         self, on_end: OnTimes, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> None:
         """Start the clock. Only the name of the operation is kept: some operations hold secrets."""
-        self.began_ns = self._lap_ns = perf_counter_ns()
+        self.began_ns = self._stage_ns = perf_counter_ns()
         self._on_end: OnTimes | None = on_end
         self.kind: str = operation.__struct_config__.tag  # type: ignore[assignment]
         self.layer: int | None = getattr(operation, "layer", None)
@@ -55,24 +55,24 @@ class CallTimes:
         self.rows = next((shape[0] for shape in shapes if len(shape) > 1), 0)
         self.sent_bytes = sum(spec.nbytes for spec in inputs)
         self.received_bytes = sum(spec.nbytes for spec in outputs)
-        self.laps_ns = [0] * len(LAPS)
+        self.stages_ns = [0] * len(STAGES)
         self.compute_ns = 0
 
-    def lap(self, number: int) -> None:
-        """Count the time since the last lap to this one."""
+    def end_stage(self, number: int) -> None:
+        """Count the time since the end of the last stage to this one."""
         now = perf_counter_ns()
-        self.laps_ns[number] += now - self._lap_ns
-        self._lap_ns = now
+        self.stages_ns[number] += now - self._stage_ns
+        self._stage_ns = now
 
     def end(self) -> None:
         """Stop the clock after the answer has been read; does nothing the second time."""
         if self._on_end is not None:
-            self.lap(UNMASK)
+            self.end_stage(UNMASK)
             on_end, self._on_end = self._on_end, None
             on_end(self)
 
 
-def lap(times: CallTimes | None, number: int) -> None:
-    """`times.lap(number)`, unless `times` is None."""
+def end_stage(times: CallTimes | None, number: int) -> None:
+    """`times.end_stage(number)`, unless `times` is None."""
     if times is not None:
-        times.lap(number)
+        times.end_stage(number)

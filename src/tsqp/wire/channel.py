@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import OutOfMemory, RemoteError, TSQPError, WorkerLost
-from tsqp.wire.call_times import AWAY, MASK, WAIT, CallTimes, OnTimes, lap
+from tsqp.wire.call_times import AWAY, MASK, WAIT, CallTimes, OnTimes, end_stage
 from tsqp.wire.handshake import check_agreement
 from tsqp.wire.messages import Hello, Operation, Welcome
 from tsqp.wire.tensors import Spec
@@ -226,7 +226,7 @@ class InprocChannel:
     def submit(self, slot: Slot) -> int:
         assert isinstance(slot, InprocSlot)
         kind, times = kind_of(slot.operation), slot.times
-        lap(times, MASK)
+        end_stage(times, MASK)
         start = time.perf_counter_ns()
         try:
             self._session.run(slot.operation, slot.inputs, slot.outputs)
@@ -239,7 +239,7 @@ class InprocChannel:
             )
         compute_ns = time.perf_counter_ns() - start
         if times is not None:  # this side does the worker's work, as if it waited for it
-            times.lap(WAIT)
+            times.end_stage(WAIT)
             times.compute_ns = compute_ns
         self.counters.count_call(kind)
         self.counters.count_compute(kind, compute_ns / 1e9)
@@ -257,7 +257,7 @@ class InprocChannel:
         slot = self._calls.pop(ticket)
         if slot.error is not None:
             raise slot.error
-        lap(slot.times, AWAY)
+        end_stage(slot.times, AWAY)
         return slot
 
     def cancel(self, ticket: int) -> None:

@@ -31,7 +31,7 @@ from tsqp.wire.call_times import (
     WAIT,
     CallTimes,
     OnTimes,
-    lap,
+    end_stage,
 )
 from tsqp.wire.channel import Counters, Slot, kind_of
 from tsqp.wire.codec import encode, printable, tee_decoder
@@ -152,12 +152,12 @@ class RemoteChannel:
     def submit(self, slot: Slot) -> int:
         assert isinstance(slot, RemoteCall)
         split, times = len(slot.inputs), slot.times
-        lap(times, MASK)
+        end_stage(times, MASK)
         self._last_ticket += 1
         ticket = self._last_ticket
         frame = encode(Call(slot.operation, slot.refs[:split], slot.refs[split:]), ticket)
         inline = [] if slot.place is not None else [raw(tensor) for tensor in slot.inputs]
-        lap(times, SERIALISE)
+        end_stage(times, SERIALISE)
         try:
             self._calls[ticket] = slot  # first: its answer may come before this is done
             self._socket.inflow.expect(slot.inline_bytes)
@@ -168,7 +168,7 @@ class RemoteChannel:
             raise
         self.counters.count_call(kind_of(slot.operation))
         self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
-        lap(times, SEND)
+        end_stage(times, SEND)
         return ticket
 
     def discard(self, slot: Slot) -> None:
@@ -178,7 +178,7 @@ class RemoteChannel:
     def wait(self, ticket: int, deadline: float) -> RemoteCall:
         self._check_open()
         call = self._calls[ticket]
-        lap(call.times, AWAY)
+        end_stage(call.times, AWAY)
         try:
             while not call.answered:
                 self._receive(deadline, call.times)
@@ -273,7 +273,7 @@ class RemoteChannel:
             raise
 
     def _take(self, frame: bytes | memoryview, deadline: float, waiting: CallTimes | None) -> None:
-        lap(waiting, WAIT)
+        end_stage(waiting, WAIT)
         ticket, message = self._decoder.decode(frame)
         if isinstance(message, Probe):
             self._receive_inline([])
@@ -289,7 +289,7 @@ class RemoteChannel:
                 "restart the worker, and do not trust it."
             )
         if call.times is not waiting:
-            lap(call.times, AWAY)
+            end_stage(call.times, AWAY)
         if isinstance(message, Failure):
             call.error = self._remote_error(message)
         else:
@@ -300,9 +300,9 @@ class RemoteChannel:
         self._receive_inline(call.outputs if call.place is None and call.error is None else [])
         call.answered = True
         self._socket.inflow.expect(-call.inline_bytes)
-        lap(call.times, RECEIVE)
+        end_stage(call.times, RECEIVE)
         if call.times is not waiting:
-            lap(waiting, AWAY)  # that was the other call's
+            end_stage(waiting, AWAY)  # that was the other call's
         if self._cancelled.pop(ticket, None) is not None:
             self.release(call)
 

@@ -28,7 +28,7 @@ from tsqp.tee.offload.masked import (
     start_in_blocks,
 )
 from tsqp.tee.placement import MASKED
-from tsqp.wire.call_times import PADS, lap
+from tsqp.wire.call_times import PADS, end_stage
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product, place_of
 from tsqp.wire.tensors import Spec
@@ -94,7 +94,7 @@ class PadLinear(Generic[Kept]):
         )
         try:
             pads = self._pool.take(group.linear, rows)
-            lap(slot.times, PADS)
+            end_stage(slot.times, PADS)
             masked = group.mask(x_TD, pads.r_ND, slot.inputs[0], self._rows)
         except BaseException:
             self._channel.discard(slot)

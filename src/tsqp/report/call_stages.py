@@ -8,7 +8,7 @@ from tsqp.tee.call_lines import CallLine
 AWAY = "away"  # the trusted side was at work elsewhere, and the call on its way
 
 
-def laps(call: CallLine, begin_us: float) -> Iterator[tuple[str, float, float]]:
+def stages(call: CallLine, begin_us: float) -> Iterator[tuple[str, float, float]]:
     """The parts of a call, CALL_PARTS and AWAY, with begin and end in microseconds.
 
     Where in the wait the worker computed is not known: it is put in the middle, so that "link"
