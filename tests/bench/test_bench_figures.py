@@ -7,9 +7,9 @@ import pytest
 
 from tsqp.algebra.params import FIELDS
 from tsqp.bench import gpu_check
-from tsqp.bench.ceilings import Ceilings, DeviceCeilings
 from tsqp.bench.figures import Figure, ratios
-from tsqp.bench.floors import floor
+from tsqp.bench.hardware_limits import DeviceLimits, HardwareLimits
+from tsqp.bench.lower_bounds import lower_bound
 from tsqp.bench.modes import MODES, Setting, stock_bytes
 from tsqp.bench.timing import seconds
 from tsqp.checkpoint.checkpoint import open_checkpoint
@@ -20,7 +20,7 @@ from tsqp.tee.crypto.pads import Pads
 
 RATE_NAMES = ("matmul_flops", "int8_ops", "read_bytes_per_s", "copy_bytes_per_s")
 SETTING = Setting("random:tiny", "float32", "wide", prompt_tokens=10, new_tokens=3, threads=1)
-RATES = Ceilings(matmul_flops=1e3, int8_ops=1e4, read_bytes_per_s=1e2, copy_bytes_per_s=1e5)
+RATES = HardwareLimits(matmul_flops=1e3, int8_ops=1e4, read_bytes_per_s=1e2, copy_bytes_per_s=1e5)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,11 @@ def test_the_check_of_a_gpu_times_every_split_of_open() -> None:
 def test_floating_point_can_be_no_faster_than_products_and_weights(tiny: ModelConfig) -> None:
     sizes = weights(tiny)
     head = sizes["lm_head.weight"]
-    found = floor("tee", tiny, SETTING, RATES, None)
+    found = lower_bound("tee", tiny, SETTING, RATES, None)
     layers = sum(sizes.values()) - head
     assert found.prefill_s == pytest.approx(2 * (10 * layers + head) / 1e3)
     assert found.decode_s == pytest.approx(4 * (layers + head) / 1e2)
-    assert found == floor("transformers", tiny, SETTING, RATES, None)
+    assert found == lower_bound("transformers", tiny, SETTING, RATES, None)
 
 
 @pytest.mark.parametrize(("mode", "times"), [("pad", 1), ("pad-inline", 2)])
@@ -81,7 +81,7 @@ def test_pads_multiply_every_digit_and_copy_every_residue(
     # D + F of qkv, o, gate and up, down; in two layers; and of the output projection.
     residues = 2 * ((64 + 128) + (64 + 64) + (64 + 256) + (128 + 64))
     head_residues = 64 + 512
-    found = floor(mode, tiny, replace(SETTING, field=FIELDS[field].name), RATES, None)
+    found = lower_bound(mode, tiny, replace(SETTING, field=FIELDS[field].name), RATES, None)
     times = 1 if field == "lattice" else times  # whose masks take no products
     operations = times * digits * 2 * (10 * layers + head)
     copied = digits * (10 * residues + head_residues)
@@ -92,21 +92,25 @@ def test_pads_multiply_every_digit_and_copy_every_residue(
 
 
 def test_a_batch_shares_the_weights_it_reads(tiny: ModelConfig) -> None:
-    alone = floor("tee", tiny, SETTING, RATES, None)
-    together = floor("tee", tiny, replace(SETTING, batch=3), RATES, None)
+    alone = lower_bound("tee", tiny, SETTING, RATES, None)
+    together = lower_bound("tee", tiny, replace(SETTING, batch=3), RATES, None)
     assert together.prefill_s == pytest.approx(3 * alone.prefill_s)
     assert together.decode_s == pytest.approx(alone.decode_s / 3)
     products_s = 2 * sum(weights(tiny).values()) / RATES.matmul_flops
-    assert floor("tee", tiny, replace(SETTING, batch=1000), RATES, None).decode_s == products_s
+    assert (
+        lower_bound("tee", tiny, replace(SETTING, batch=1000), RATES, None).decode_s == products_s
+    )
 
 
 def test_a_worker_on_a_gpu_has_the_floor_of_the_gpu(tiny: ModelConfig) -> None:
-    twice = DeviceCeilings("none", *(2 * getattr(RATES, name) for name in RATE_NAMES))
+    twice = DeviceLimits("none", *(2 * getattr(RATES, name) for name in RATE_NAMES))
     for mode in ("open", "pad", "shares"):
-        slow, fast = (floor(mode, tiny, SETTING, RATES, device) for device in (None, twice))
+        slow, fast = (lower_bound(mode, tiny, SETTING, RATES, device) for device in (None, twice))
         assert fast.prefill_s == pytest.approx(slow.prefill_s / 2)
         assert fast.decode_s == pytest.approx(slow.decode_s / 2)
-    assert floor("tee", tiny, SETTING, RATES, twice) == floor("tee", tiny, SETTING, RATES, None)
+    assert lower_bound("tee", tiny, SETTING, RATES, twice) == lower_bound(
+        "tee", tiny, SETTING, RATES, None
+    )
 
 
 def test_the_stock_has_room_for_the_rows_it_was_made_for(tiny: ModelConfig) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from tsqp.algebra.params import FIELDS, LATTICE, FieldName
-from tsqp.bench.ceilings import (
-    Ceilings,
-    DeviceCeilings,
-    measure_ceilings,
-    measure_device_ceilings,
-)
 from tsqp.bench.figures import Figure, ratios
-from tsqp.bench.floors import Floor, floor
+from tsqp.bench.hardware_limits import (
+    DeviceLimits,
+    HardwareLimits,
+    measure_device_limits,
+    measure_limits,
+)
 from tsqp.bench.host import describe_machine
+from tsqp.bench.lower_bounds import LowerBound, lower_bound
 from tsqp.bench.modes import MODES, LlmRunner, Runner, Sample, Setting
 from tsqp.bench.startup import Start, measure_starts
 from tsqp.bench.sustained import Sustained, sustain
@@ -46,9 +46,9 @@ class Result:
     stock_rows: dict[str, int]
     sustained: dict[str, Sustained]
     starts: list[Start]
-    ceilings: Ceilings
-    device_ceilings: DeviceCeilings | None
-    floors: dict[str, Floor]
+    ceilings: HardwareLimits
+    device_ceilings: DeviceLimits | None
+    floors: dict[str, LowerBound]
     machine: dict[str, str]
 
     def as_json(self) -> dict[str, object]:
@@ -101,10 +101,10 @@ def compare(
         going_on = {
             mode: sustain(runner, sustained) for mode, runner in with_stock.items() if sustained
         }
-    ceilings = measure_ceilings(dtype)
+    limits = measure_limits(dtype)
     device = None
     if setting.device != "cpu":
-        device = measure_device_ceilings(torch.device(setting.device), dtype)
+        device = measure_device_limits(torch.device(setting.device), dtype)
     return Result(
         setting=setting,
         rounds=rounds,
@@ -114,9 +114,9 @@ def compare(
         stock_rows=stock_rows,
         sustained=going_on,
         starts=list(measure_starts(modes, setting)) if starts else [],
-        ceilings=ceilings,
+        ceilings=limits,
         device_ceilings=device,
-        floors={mode: floor(mode, config, setting, ceilings, device) for mode in modes},
+        floors={mode: lower_bound(mode, config, setting, limits, device) for mode in modes},
         machine=describe_machine(),
     )
 

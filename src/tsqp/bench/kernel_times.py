@@ -17,8 +17,8 @@ from torch import Tensor
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import DEGREE, FIELDS, LATTICE, Field
-from tsqp.bench.ceilings import copy_bytes_per_s, int8_ops
 from tsqp.bench.figures import Figure
+from tsqp.bench.hardware_limits import copy_bytes_per_s, int8_ops
 from tsqp.bench.host import describe_machine
 from tsqp.bench.output import new_table, show
 from tsqp.bench.timing import seconds
@@ -130,7 +130,7 @@ def tables(result: KernelResult) -> Iterator[Table]:
 
 
 def notes(result: KernelResult) -> Iterator[str]:
-    """The ceilings."""
+    """The limits of the hardware."""
     yield (
         f"Both: one input and one output element, including checks; the target is at most "
         f"{result.target_ns} ns. One core copies a residue of 4 bytes in "

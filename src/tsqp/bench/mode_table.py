@@ -53,13 +53,13 @@ def _times(result: Result) -> Table:
         "decode, ms a token", "at best",
     )  # fmt: skip
     prefill, decode = result.figures["prefill_s"], result.figures["decode_s_per_token"]
-    for mode, floor in result.floors.items():
+    for mode, bound in result.floors.items():
         table.add_row(
             mode,
             show(prefill[mode], 3),
-            f"{floor.prefill_s:.3f}",
+            f"{bound.prefill_s:.3f}",
             show(decode[mode], 1, MS),
-            f"{floor.decode_s / MS:.1f}",
+            f"{bound.decode_s / MS:.1f}",
         )
     return table
 

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from rich.table import Table
 
-from tsqp.bench.ceilings import copy_bytes_per_s
+from tsqp.bench.hardware_limits import copy_bytes_per_s
 from tsqp.bench.host import describe_machine
 from tsqp.bench.output import new_table
 from tsqp.checkpoint.checkpoint import open_checkpoint
@@ -139,7 +139,7 @@ def tables(result: TransportResult) -> Iterator[Table]:
 
 
 def notes(result: TransportResult) -> Iterator[str]:
-    """What was measured, and the ceiling."""
+    """What was measured, and the limit of the hardware."""
     yield (
         f"µs: a call for one row of an embedding, there and back, the median of {result.calls}. "
         f"GB/s: an answer of {result.answer_bytes >> 20} MiB; one core copies as much at "

@@ -9,7 +9,7 @@ from functools import partial
 from rich.console import Console
 from rich.markup import escape
 
-from tsqp.bench.ceilings import copy_bytes_per_s
+from tsqp.bench.hardware_limits import copy_bytes_per_s
 from tsqp.bench.transports import ANSWER_BYTES, Ways
 from tsqp.doctor.check import Check, Wrong, run_check
 from tsqp.doctor.greeting_checks import Unnamed, greeting_checks

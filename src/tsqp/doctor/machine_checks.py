@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tsqp.algebra.int8_product import fast_product_is_exact
-from tsqp.bench.ceilings import int8_ops
+from tsqp.bench.hardware_limits import int8_ops
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.doctor.check import Wrong
 from tsqp.errors import WorkerUnavailable

@@ -13,7 +13,7 @@ STREAM_BYTES = 2**29  # far larger than any cache, so that every pass comes from
 
 
 @dataclass(frozen=True, slots=True)
-class Ceilings:
+class HardwareLimits:
     """The best rates seen.
 
     Attributes:
@@ -30,12 +30,12 @@ class Ceilings:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceCeilings:
+class DeviceLimits:
     """The best rates seen on a GPU.
 
     Attributes:
         name: of the device.
-        matmul_flops, int8_ops, read_bytes_per_s: as in `Ceilings`.
+        matmul_flops, int8_ops, read_bytes_per_s: as in `HardwareLimits`.
         copy_bytes_per_s: between this machine's memory and the device's, the slower way.
     """
 
@@ -46,19 +46,19 @@ class DeviceCeilings:
     copy_bytes_per_s: float
 
 
-def measure_ceilings(dtype: torch.dtype) -> Ceilings:
+def measure_limits(dtype: torch.dtype) -> HardwareLimits:
     """Measure with the threads that torch is set to."""
     a, b = torch.ones(SIZE, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
     product_s = least_seconds(lambda: torch.mm(a, b))
     weight = torch.ones(STREAM_BYTES // dtype.itemsize // SIZE, SIZE, dtype=dtype)
     row = torch.ones(1, SIZE, dtype=dtype)
     stream_s = least_seconds(lambda: torch.nn.functional.linear(row, weight))
-    return Ceilings(
+    return HardwareLimits(
         2 * SIZE**3 / product_s, int8_ops(), weight.nbytes / stream_s, copy_bytes_per_s()
     )
 
 
-def measure_device_ceilings(device: torch.device, dtype: torch.dtype) -> DeviceCeilings:
+def measure_device_limits(device: torch.device, dtype: torch.dtype) -> DeviceLimits:
     """The same of a CUDA device."""
 
     def rate(amount: float, run: Callable[[], object]) -> float:
@@ -75,7 +75,7 @@ def measure_device_ceilings(device: torch.device, dtype: torch.dtype) -> DeviceC
     there = torch.ones(STREAM_BYTES // 2, dtype=torch.uint8, device=device)
     here = torch.ones(STREAM_BYTES // 2, dtype=torch.uint8).pin_memory()
     copies = (lambda: there.copy_(here), lambda: here.copy_(there))
-    return DeviceCeilings(
+    return DeviceLimits(
         name=torch.cuda.get_device_name(device),
         matmul_flops=rate(2 * size**3, lambda: a @ b),
         int8_ops=rate(2 * size**3, lambda: torch._int_mm(bytes_a, bytes_b.t())),

@@ -1,6 +1,6 @@
 """The least time that any program could take for a mode's work, at this machine's best rates.
 
-Each floor counts the one resource that binds that kind of work: operations for a prompt, operations
+Each bound counts the one resource that binds that kind of work: operations for a prompt, operations
 or weights read for a token; and for the private modes the copying of residues.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from tsqp.algebra.params import FIELDS, LATTICE
-from tsqp.bench.ceilings import Ceilings, DeviceCeilings
+from tsqp.bench.hardware_limits import DeviceLimits, HardwareLimits
 from tsqp.bench.modes import Setting
 from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import linear_bytes, parse_dtype
@@ -22,32 +22,32 @@ TEE_MODES = ("transformers", "tee")
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
+class LowerBound:
     """Seconds at least: for all prompts of a batch, and for each new token."""
 
     prefill_s: float
     decode_s: float
 
-    def __add__(self, other: "Floor") -> "Floor":
-        return Floor(self.prefill_s + other.prefill_s, self.decode_s + other.decode_s)
+    def __add__(self, other: "LowerBound") -> "LowerBound":
+        return LowerBound(self.prefill_s + other.prefill_s, self.decode_s + other.decode_s)
 
-    def __mul__(self, times: int) -> "Floor":
-        return Floor(times * self.prefill_s, times * self.decode_s)
+    def __mul__(self, times: int) -> "LowerBound":
+        return LowerBound(times * self.prefill_s, times * self.decode_s)
 
 
-def floor(
+def lower_bound(
     mode: str,
     config: ModelConfig,
     setting: Setting,
-    ceilings: Ceilings,
-    device: DeviceCeilings | None,
-) -> Floor:
+    limits: HardwareLimits,
+    device: DeviceLimits | None,
+) -> LowerBound:
     """What a mode could take at best.
 
     Args:
         device: the best rates of the workers' GPU, if they have one.
     """
-    where = ceilings if device is None or mode in TEE_MODES else device
+    where = limits if device is None or mode in TEE_MODES else device
     if mode not in WORKER_PRODUCTS:
         dtype: torch.dtype = parse_dtype(setting.dtype, config)
         read_s = linear_bytes(config, dtype) / where.read_bytes_per_s
@@ -55,18 +55,18 @@ def floor(
     digits = FIELDS[setting.field].digits
     in_tee = 0 if setting.field == LATTICE.name else TEE_PRODUCTS.get(mode, 0)
 
-    def residue_products(rates: Ceilings | DeviceCeilings) -> Floor:
+    def residue_products(rates: HardwareLimits | DeviceLimits) -> LowerBound:
         read_s = integer_bytes(config) / rates.read_bytes_per_s
         return _products(config, setting, read_s, rates.int8_ops / digits)
 
     return (
         residue_products(where) * WORKER_PRODUCTS[mode]
-        + residue_products(ceilings) * in_tee
+        + residue_products(limits) * in_tee
         + _crossing(config, setting, where.copy_bytes_per_s)
     )
 
 
-def _products(config: ModelConfig, setting: Setting, read_s: float, ops_per_s: float) -> Floor:
+def _products(config: ModelConfig, setting: Setting, read_s: float, ops_per_s: float) -> LowerBound:
     """All linear layers once.
 
     Args:
@@ -77,13 +77,13 @@ def _products(config: ModelConfig, setting: Setting, read_s: float, ops_per_s: f
     head = lm_head.features * lm_head.width
     # The output projection is applied to the last position of a prompt alone.
     products = 2 * setting.batch * (setting.prompt_tokens * (weights - head) + head)
-    return Floor(products / ops_per_s, max(read_s / setting.batch, 2 * weights / ops_per_s))
+    return LowerBound(products / ops_per_s, max(read_s / setting.batch, 2 * weights / ops_per_s))
 
 
-def _crossing(config: ModelConfig, setting: Setting, copy_bytes_per_s: float) -> Floor:
+def _crossing(config: ModelConfig, setting: Setting, copy_bytes_per_s: float) -> LowerBound:
     """The residues of all linear layers, both ways."""
     residues = sum(sum(group.shape) for group in linear_groups(config))
     head = sum(output_projection(config).shape)
     copy_s = FIELDS[setting.field].residue_bytes / copy_bytes_per_s
     of_prompts = setting.batch * (setting.prompt_tokens * (residues - head) + head)
-    return Floor(copy_s * of_prompts, copy_s * residues)
+    return LowerBound(copy_s * of_prompts, copy_s * residues)
