@@ -35,7 +35,7 @@ from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.field_choice import measure_costs
-from tsqp.tee.offload.fixed_point import FixedPointLinear
+from tsqp.tee.offload.fixed_point_linear import FixedPointLinear
 from tsqp.tee.offload.lattice_group import LatticeGroup, process_switch
 from tsqp.tee.offload.lattice_load import LatticeLoad, compile_lattice_loops
 from tsqp.tee.offload.local import LocalOffload
