@@ -10,6 +10,7 @@ from tsqp.errors import ProtocolError
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker, WorkerSession
+from tsqp.wire.call_limit import CALL_MACS
 from tsqp.wire.messages import (
     Allocate,
     AttentionScores,
@@ -24,7 +25,6 @@ from tsqp.wire.messages import (
     WeightedValues,
 )
 from tsqp.wire.tensors import Spec
-from tsqp.wire.work import CALL_MACS
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD, CONTEXT = 64, 128, 4, 2, 16, 512
 CPU = CpuBackend()
@@ -120,7 +120,7 @@ def test_a_call_with_more_work_than_one_may_have_is_refused(
 def test_a_call_with_more_residues_than_one_may_have_is_refused(
     call: Callable[[int], Call], session: WorkerSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqp.wire.work.MAX_RESIDUES", 5 * (HIDDEN + QKV))
+    monkeypatch.setattr("tsqp.wire.call_limit.MAX_RESIDUES", 5 * (HIDDEN + QKV))
     session.check(*call(5))
     with pytest.raises(ProtocolError, match=f"{6 * (HIDDEN + QKV)} residues"):
         session.check(*call(6))

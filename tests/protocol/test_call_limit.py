@@ -19,12 +19,12 @@ from tsqp.errors import HandshakeError, ProtocolError, RemoteError, TSQPError, W
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
+from tsqp.wire.call_limit import CALL_MACS
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Hello, Operation, Product, SeedProduct, Welcome
 from tsqp.wire.server import Server
 from tsqp.wire.tensors import Spec
-from tsqp.wire.work import CALL_MACS
 
 MODEL = "random:tiny"
 CPU = CpuBackend()

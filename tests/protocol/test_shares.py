@@ -382,7 +382,7 @@ def test_a_worker_checks_a_call_with_a_seed_like_any_other(
 
 def test_a_seed_stands_for_a_bounded_number_of_residues(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = worker_of_integers()
-    monkeypatch.setattr("tsqp.wire.work.MAX_RESIDUES", (64 + 128) * 100)
+    monkeypatch.setattr("tsqp.wire.call_limit.MAX_RESIDUES", (64 + 128) * 100)
     for rows, fits in ((100, True), (101, False)):
         operation = SeedProduct(0, "qkv", "wide", rows, bytes(32))
         answer = [Spec((rows, 4 * 128), torch.uint8)]

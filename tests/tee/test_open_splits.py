@@ -14,7 +14,7 @@ from references import reference_model
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import OutOfMemory, ProtocolError, WorkerError
 from tsqp.gpu.worker import Worker
-from tsqp.model.work import dearest_row_macs
+from tsqp.model.macs import dearest_row_macs
 from tsqp.runtime.generate import generate
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder

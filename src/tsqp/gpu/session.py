@@ -13,10 +13,11 @@ from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.layer import FusedLayers
 from tsqp.gpu.weights import Weights
 from tsqp.model.config import layer_groups
-from tsqp.model.work import layer_macs
+from tsqp.model.macs import layer_macs
 from tsqp.nn.attention import Segment
 from tsqp.nn.kv_cache import KvCache
 from tsqp.nn.layers import Tables
+from tsqp.wire.call_limit import attention_macs, check_call
 from tsqp.wire.messages import (
     Allocate,
     AttentionScores,
@@ -29,7 +30,6 @@ from tsqp.wire.messages import (
     WeightedValues,
 )
 from tsqp.wire.tensors import Spec
-from tsqp.wire.work import attention_macs, check_call
 
 MAX_SEQUENCES = 256  # of one client at a time
 MANY_TOKENS = 4096  # in one layer's call, of which the memory is looked at first

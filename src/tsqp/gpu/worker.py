@@ -11,7 +11,8 @@ from tsqp.gpu.backends import residues
 from tsqp.gpu.session import KvSession, KvStore
 from tsqp.gpu.weights import IntegerModel, Weights
 from tsqp.model.linear_group import LinearGroup
-from tsqp.model.work import dearest_row_macs
+from tsqp.model.macs import dearest_row_macs
+from tsqp.wire.call_limit import call_macs, check_call, check_residues
 from tsqp.wire.channel import kind_of
 from tsqp.wire.messages import (
     Embed,
@@ -25,7 +26,6 @@ from tsqp.wire.messages import (
     place_of,
 )
 from tsqp.wire.tensors import WEIGHTS_DTYPES, Spec
-from tsqp.wire.work import call_macs, check_call, check_residues
 
 OPEN_ABILITIES = ("embedding", "linear")
 ATTENTION_ABILITY = "attention"  # keeps keys and values, and computes with them

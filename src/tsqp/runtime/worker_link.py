@@ -10,15 +10,15 @@ from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import OPEN_ABILITIES, PRIVATE_ABILITIES, Worker
-from tsqp.model.work import dearest_row_macs, widest_group_macs
+from tsqp.model.macs import dearest_row_macs, widest_group_macs
 from tsqp.runtime.links import Link
 from tsqp.runtime.local_worker import LocalWorker
+from tsqp.wire.call_limit import check_row_fits
 from tsqp.wire.channel import Channel, InprocChannel
 from tsqp.wire.client import RemoteChannel, check_reachable
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Hello
 from tsqp.wire.tensors import WEIGHTS_DTYPES
-from tsqp.wire.work import check_row_fits
 
 log = logging.getLogger("tsqp")
 

@@ -30,8 +30,8 @@ from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request, attend_here
 from tsqp.tee.placement import Placement
+from tsqp.wire.call_limit import residue_rows_within
 from tsqp.wire.channel import Channel
-from tsqp.wire.work import residue_rows_within
 
 Block = TypeVar("Block")  # what a mode remembers of rows that are out
 Kept = TypeVar("Kept")  # what a group remembers of them

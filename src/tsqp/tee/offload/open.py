@@ -24,10 +24,10 @@ from tsqp.nn.attention import CachedAttention
 from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Request, attend_here
 from tsqp.tee.placement import OPEN
 from tsqp.wire import messages
+from tsqp.wire.call_limit import rows_within
 from tsqp.wire.channel import Channel, Reply
 from tsqp.wire.messages import Operation
 from tsqp.wire.tensors import Spec
-from tsqp.wire.work import rows_within
 
 
 @dataclass(frozen=True, slots=True)

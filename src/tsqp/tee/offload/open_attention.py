@@ -19,10 +19,10 @@ from tsqp.tee.offload.open import OpenLinear, RemoteAnswer, SplitAnswer
 from tsqp.tee.offload.remote_kv import RemoteKv
 from tsqp.tee.placement import OPEN_ATTENTION
 from tsqp.wire import messages
+from tsqp.wire.call_limit import rows_within
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Span, Weighted
 from tsqp.wire.tensors import Spec
-from tsqp.wire.work import rows_within
 
 MAX_SCORES = 2**23  # in one call: 32 MiB in float32
 
