@@ -137,6 +137,6 @@ def _from_json(line: bytes) -> str | Messages:
         raise msgspec.DecodeError('an object needs either a "prompt" or "messages"')
     if decoded.prompt is not None:
         return decoded.prompt
-    from tsqp.tee.text.messages import check_messages  # its imports take a while
+    from tsqp.tee.text.chat_messages import check_messages  # its imports take a while
 
     return check_messages(decoded.messages)

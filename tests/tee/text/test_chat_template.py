@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tsqp.errors import PromptError, TokenizerError, TSQPError
+from tsqp.tee.text.chat_messages import check_messages
 from tsqp.tee.text.chat_template import ChatTemplate
-from tsqp.tee.text.messages import check_messages
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 Conversation = list[dict[str, Any]]

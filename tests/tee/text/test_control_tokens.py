@@ -12,9 +12,9 @@ from text_helpers import byte_level
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from tsqp.errors import PromptError, TokenizerError
+from tsqp.tee.text.chat_messages import check_messages
 from tsqp.tee.text.chat_template import ChatTemplate
 from tsqp.tee.text.control_tokens import ControlTokens
-from tsqp.tee.text.messages import check_messages
 from tsqp.tee.text.vocabulary import Vocabulary
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

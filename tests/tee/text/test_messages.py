@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tsqp.errors import PromptError
-from tsqp.tee.text.messages import MAX_DEPTH, check_messages, check_tools
+from tsqp.tee.text.chat_messages import MAX_DEPTH, check_messages, check_tools
 
 
 @pytest.mark.parametrize(

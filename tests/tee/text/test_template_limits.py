@@ -14,8 +14,8 @@ from chat_styles import STYLES
 
 from tsqp.errors import PromptError, TokenizerError, TSQPError
 from tsqp.tee.text import template_values
+from tsqp.tee.text.chat_messages import check_messages
 from tsqp.tee.text.chat_template import MAX_SOURCE, ChatTemplate
-from tsqp.tee.text.messages import check_messages
 
 LONG = check_messages([{"role": "user", "content": "a" * 5000}])
 

@@ -10,13 +10,13 @@ from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.gguf_reader import GGUFHeader, read_header
 from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import CheckpointError, ModelError, TokenizerError
+from tsqp.tee.text.chat_messages import check_messages, check_tools, check_unicode
 from tsqp.tee.text.chat_template import ChatTemplate
 from tsqp.tee.text.control_tokens import ControlTokens
 from tsqp.tee.text.decoding import Decoding
 from tsqp.tee.text.detokenizer import Detokenizer, decode
 from tsqp.tee.text.gguf_vocabulary import from_gguf
 from tsqp.tee.text.hf_folder import from_folder
-from tsqp.tee.text.messages import check_messages, check_tools, check_unicode
 from tsqp.tee.text.vocabulary import Vocabulary, rust_errors
 
 
