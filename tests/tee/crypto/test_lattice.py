@@ -16,7 +16,7 @@ from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import HintsError, IntegrityError, LatticeError
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice
-from tsqp.tee.crypto.hints import check_hints
+from tsqp.tee.crypto.hint_checks import check_hints
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.row_pool import RowPool

@@ -14,8 +14,8 @@ from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.checkpoint.hints_file import HintsFile
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.linear_group import LinearGroup
-from tsqp.tee.crypto import hints, lattice_kernels
-from tsqp.tee.crypto.hints import check_hints, fresh_seed
+from tsqp.tee.crypto import hint_checks, lattice_kernels
+from tsqp.tee.crypto.hint_checks import check_hints, fresh_seed
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
 from tsqp.tee.offload.lattice_group import LatticeGroup
 
@@ -75,7 +75,7 @@ class LatticeLoad:
 def compile_lattice_loops() -> None:
     """Compile the loops of lattice masks, which would otherwise be done while somebody waits."""
     lattice_kernels.compile_loops()
-    hints.compile_loops()
+    hint_checks.compile_loops()
     ring.compile_loops()
     digits.compile_loops(LATTICE)
     rejection.compile_loops(LATTICE)
