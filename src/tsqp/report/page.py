@@ -8,8 +8,8 @@ from pathlib import Path
 from tsqp.report.bottleneck import group_seconds
 from tsqp.report.log_tables import METHOD_COLUMNS, bottleneck_text, method_cells, title
 from tsqp.report.methods import LogReport
-from tsqp.report.new_file import write_new_file
 from tsqp.report.plots import breakdown, bytes_by_method, latencies, time_line
+from tsqp.report.report_file import write_new_file
 from tsqp.wire.codec import printable
 
 STYLE = """

@@ -7,7 +7,7 @@ from typing import Any
 
 from tsqp.report.call_stages import AWAY, stages
 from tsqp.report.methods import LogReport
-from tsqp.report.new_file import write_new_file
+from tsqp.report.report_file import write_new_file
 from tsqp.tee.call_lines import CallLine
 from tsqp.wire.codec import printable
 
