@@ -100,7 +100,7 @@ def _share_left(privacy: str, small: Path, path: Path) -> float:
         calls = [call for call in log.calls if call.phase == phase.phase]
         calls_s = sum(sum(call_parts_us(call)) for call in calls) / 1e6
         kinds_s = phase.seconds(*KINDS)  # those that were no calls
-        # Nobody measured what is left, so it must be little; a stage counted twice would be too much.
+        # Nobody measured what is left, so it must be little; a stage counted twice is too much.
         left_s = phase.wall_s - calls_s - kinds_s
         assert 0 <= left_s == pytest.approx(phase.seconds("joining rows", "other"), abs=1e-3)
         assert phase.seconds("worker compute") > 0

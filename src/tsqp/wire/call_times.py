@@ -1,7 +1,8 @@
 """The times of one call, measured by the TEE's side of a channel.
 
-A call is divided into stages that follow one another, and each is measured once. Stages of different
-calls never overlap, because one thread drives all calls. Times are measured only for a log.
+A call is divided into stages that follow one another, and each is measured once. Stages of
+different calls never overlap, because one thread drives all calls. Times are measured only for a
+log.
 """
 
 from collections.abc import Callable, Sequence

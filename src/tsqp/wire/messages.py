@@ -91,8 +91,8 @@ class Hello(Message, frozen=True, tag="hello"):
 class Welcome(Message, frozen=True, tag="welcome"):
     """Worker → TEE: what I serve.
 
-    `max_call_macs` is the most multiply-accumulates of one call, see `tsqp.wire.call_limit`. `reason`
-    says why no sealed segment is offered, or none at all.
+    `max_call_macs` is the most multiply-accumulates of one call, see `tsqp.wire.call_limit`.
+    `reason` says why no sealed segment is offered, or none at all.
     """
 
     nonce: Nonce
