@@ -140,7 +140,7 @@ import numba
 names = "DISABLE_JIT BOUNDSCHECK OPT DUMP_LLVM CPU_NAME CHROME_TRACE DEBUG"
 found = {name: getattr(numba.config, name) for name in names.split()}
 print(found | {"OPT": int(found["OPT"])})
-assert words._accept._run.nopython_signatures
+assert rejection._accept._run.nopython_signatures
 assert os.environ["NUMBA_OPT"] == "0"
 import yaml
 assert yaml.safe_load("a: 1") == {"a": 1}
