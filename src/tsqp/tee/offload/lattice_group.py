@@ -209,6 +209,6 @@ class LatticeGroup:
     def wrong_product(self, worker_name: str) -> IntegrityError:
         """What to raise where an answer is not the product."""
         return IntegrityError(
-            f"{worker_name} returned a wrong product for {self.linear}; nothing of it was used, and "
-            "nothing more should be asked there."
+            f"{worker_name} returned a wrong product for {self.linear}; nothing of it was used, "
+            "and nothing more should be asked there."
         )

@@ -200,8 +200,8 @@ class MaskedGroup:
     def wrong_product(self, worker_name: str) -> IntegrityError:
         """The error to raise if an answer is not the product."""
         return IntegrityError(
-            f"{worker_name} returned a wrong product for {self.linear}; nothing of it was used, and "
-            "nothing more should be asked there."
+            f"{worker_name} returned a wrong product for {self.linear}; nothing of it was used, "
+            "and nothing more should be asked there."
         )
 
 
