@@ -38,12 +38,12 @@ class SlowEnd:
         sleep(1)
 
 
-def stay_busy(provider: DirectProvider, key: LinearGroup, rows: int) -> Pads:
+def stay_busy(provider: DirectProvider, key: LinearGroup, pads: Pads, place: list[int]) -> None:
     """Make pads; the thread that makes them ahead is in native code nearly all the time."""
     if threading.current_thread().name == "tsqp-pads":
         for _ in range(20):
             torch.mm(SQUARE, SQUARE)
-    return MAKE(provider, key, rows)
+    MAKE(provider, key, pads, place)
 
 
 def make(worker: str = "inproc") -> LLM:
