@@ -9,15 +9,13 @@ from typing import Any, Protocol
 import torch
 
 from tsqp import LLM, SamplingParams
-from tsqp.algebra.params import FIELDS, LATTICE, FieldName
+from tsqp.algebra.params import DEGREE, FIELDS, LATTICE, FieldName
 from tsqp.bench.baseline import Transformers
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.gpu.backends import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
-from tsqp.tee.crypto.lattice import MIN_ROWS
-from tsqp.tee.crypto.pad_pool import PadStats
 from tsqp.tee.crypto.pads import row_bytes_in_stock
 
 TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
@@ -106,7 +104,6 @@ class LlmRunner:
         self.stock_rows, pad_memory = _stock(setting) if stocked else (0, 0)
         self._batch = setting.batch
         self.field = setting.field
-        self._fill_cpu_s = 0.0
         self.llm = LLM(
             setting.model,
             dtype=setting.dtype,
@@ -128,13 +125,12 @@ class LlmRunner:
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         llm.generate([prompt_ids] * self._batch, params)
         crossed = {name: value - before[name] for name, value in _count(llm).items()}
-        pads_cpu_s = crossed["pads_cpu_s"] + self._fill()
         stats = llm.stats
         prompt, new = self._batch * len(prompt_ids), self._batch * (new_tokens - 1)
-        pads_cpu_s_per_token = pads_cpu_s / (prompt + new)
-        if self.field == LATTICE.name and llm.pads is not None:
-            # Made in classes, which a run does not use up: the mean of all that were made.
-            pads_cpu_s_per_token = self._class_cpu_s(llm.pads)
+        if self.field == LATTICE.name and self.stock_rows:
+            pads_cpu_s_per_token = self._renew()
+        else:
+            pads_cpu_s_per_token = (crossed["pads_cpu_s"] + self._fill()) / (prompt + new)
         return Sample(
             prefill_s=stats.prefill_s,
             decode_s_per_token=stats.decode_s / new,
@@ -149,21 +145,21 @@ class LlmRunner:
 
     def _fill(self) -> float:
         """Fill the stock; the processor seconds that it took in all threads."""
-        began, before = process_time(), self._background_cpu_s
+        began = process_time()
         self.llm.fill_pads()
-        took_s = process_time() - began
-        self._fill_cpu_s += took_s - (self._background_cpu_s - before)
-        return took_s
+        return process_time() - began
 
-    @property
-    def _background_cpu_s(self) -> float:
-        return 0.0 if self.llm.pads is None else self.llm.pads.background_cpu_s
+    def _renew(self) -> float:
+        """Make a whole stock of lattice masks; processor seconds for one row of every group.
 
-    def _class_cpu_s(self, pads: PadStats) -> float:
-        """For one row of every group, of all that were made since the session began."""
-        groups = len(linear_groups(self.llm.config))
-        cpu_s = self._fill_cpu_s + pads.inline_cpu_s + pads.background_cpu_s
-        return groups * cpu_s / pads.made_rows
+        A run uses up only a part of a class, which is made as a whole. The stock must have been
+        full before: memory that is used for the first time costs more.
+        """
+        assert self.llm.pads is not None
+        made, began = self.llm.pads.made_rows, process_time()
+        self.llm.fill_pads(renew=True)
+        cpu_s, rows = process_time() - began, self.llm.pads.made_rows - made
+        return cpu_s * len(linear_groups(self.llm.config)) / rows
 
     def close(self) -> None:
         self.llm.close()
@@ -234,8 +230,8 @@ def _stock(setting: Setting) -> tuple[int, int]:
     checkpoint.close()
     row_bytes = stock_bytes(checkpoint.config, 1, setting.field)
     rows = setting.forwards
-    if setting.field == LATTICE.name:  # which are made in classes of up to half of the stock
-        rows = 2 * max(MIN_ROWS, 1 << (rows - 1).bit_length())
+    if setting.field == LATTICE.name:  # two whole batches: one is used while the other is made
+        rows = 2 * DEGREE
     memory = min(rows * row_bytes, available_bytes() // 2)
     return memory // row_bytes, memory
 

@@ -8,7 +8,7 @@ O(d). The slopes of log(time) over log(d) show it.
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tsqp.algebra.params import FieldName
 from tsqp.bench.figures import Figure
 from tsqp.bench.host import describe_machine
-from tsqp.bench.modes import MODES, Runner, Sample, Setting
+from tsqp.bench.modes import MODES, Sample, Setting
 from tsqp.bench.output import new_table
 from tsqp.errors import UsageError
 from tsqp.model.config import tensor_shapes
@@ -80,7 +80,7 @@ def parse_widths(text: str) -> list[int]:
 def measure_scaling(
     widths: Sequence[int], prompt_tokens: int, *, rounds: int, threads: int
 ) -> ScalingResult:
-    """Run a prompt through models of two layers, of each width, in each mode, in turn."""
+    """Run a prompt through models of two layers, of each width, in each mode."""
     found: dict[str, dict[int, Figure]] = {name: {} for name in NAMES}
     for width in widths:
         samples = _samples(width, prompt_tokens, rounds, threads)
@@ -156,18 +156,17 @@ def _cell(figure: Figure) -> str:
 
 def _samples(width: int, prompt_tokens: int, rounds: int, threads: int) -> list[dict[str, Sample]]:
     """What each mode took in each round that counts."""
-    with tempfile.TemporaryDirectory(prefix="tsqp-bench-") as folder, ExitStack() as stack:
+    prompt_ids = [n % VOCABULARY for n in range(prompt_tokens)]
+    samples: list[dict[str, Sample]] = [{} for _ in range(rounds + 1)]
+    with tempfile.TemporaryDirectory(prefix="tsqp-bench-") as folder:
         _write_model(Path(folder), width, prompt_tokens + NEW_TOKENS)
-        runners: dict[str, Runner] = {}
         for name, (mode, dtype, field) in COMPARED.items():
             setting = Setting(folder, dtype, field, prompt_tokens, NEW_TOKENS, threads)
-            runners[name] = MODES[mode](setting)
-            stack.callback(runners[name].close)
-        prompt_ids = [n % VOCABULARY for n in range(prompt_tokens)]
-        return [
-            {name: runner.run(prompt_ids, NEW_TOKENS) for name, runner in runners.items()}
-            for _ in range(rounds + 1)
-        ][1:]
+            # One after the other: of wide models, memory has no room for all of them at once.
+            with closing(MODES[mode](setting)) as runner:
+                for sample in samples:
+                    sample[name] = runner.run(prompt_ids, NEW_TOKENS)
+    return samples[1:]
 
 
 def _write_model(folder: Path, width: int, positions: int) -> None:

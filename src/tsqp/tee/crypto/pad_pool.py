@@ -28,6 +28,7 @@ from tsqp.tee.crypto.stock import Stock
 log = logging.getLogger("tsqp")
 
 POLL_S = 0.001
+DISCARDED_ROWS = 64  # at once
 RETRY_S = 1.0  # after pads could not be made
 NICE = 10  # of the background thread, where the system knows no idle policy
 
@@ -165,6 +166,13 @@ class PadPool:
                 sleep(POLL_S)
             else:
                 break
+
+    def discard(self) -> None:
+        """Remove the pads in stock unused."""
+        for stock in self._stocks.values():
+            while stock.take(DISCARDED_ROWS) is not None:
+                pass
+        self._wake.put(None)
 
     def close(self) -> None:
         """Forget all pads and stop making any; safe to call twice, and from any thread."""
