@@ -337,10 +337,10 @@ def bottlenecks(path: Path) -> dict[str, str]:
 def test_a_worker_that_computes_slowly_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with (
-        slow_worker(f"ipc://{tmp_path}/sock", lambda rows: 0.01) as endpoint,
+        slow_worker(f"ipc://{tmp_path}/sock", lambda rows: 0.05) as endpoint,
         LLM(MODEL, worker=endpoint, timeout=60, rpc_log=path) as llm,
     ):
-        llm.generate([[1, 2, 3]], greedy(4))
+        llm.generate([[1, 2, 3]], greedy(2))
         assert llm.transport == SHARED
     assert bottlenecks(path) == {"prefill": "worker compute", "decode": "worker compute"}
 
@@ -349,10 +349,10 @@ def test_a_slow_link_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with (
         slow_worker("tcp://127.0.0.1:0", lambda rows: 0.0) as endpoint,
-        slow_link(endpoint, 0.01) as link,
+        slow_link(endpoint, 0.05) as link,
         LLM(MODEL, worker=link, shm=False, timeout=60, rpc_log=path) as llm,
     ):
-        llm.generate([[1, 2, 3]], greedy(4))
+        llm.generate([[1, 2, 3]], greedy(2))
         assert llm.transport == "inline"
     assert bottlenecks(path) == {"prefill": "link", "decode": "link"}
 

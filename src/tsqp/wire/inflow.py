@@ -3,7 +3,8 @@
 libzmq collects all frames of a message before it gives out the first one. Its own limits are for
 the size of a frame and for the number of messages, so a peer whose message never ends would fill
 the memory. The kernel counts the bytes of each TCP connection, and a connection is shut down when
-too many came since the last whole message. libzmq then frees what it collected.
+too many came since the last whole message. libzmq then frees what it collected. Connections are
+looked at every LOOK_MS; what comes between a message and the next look is not counted.
 
 The kernel does not count the bytes of Unix sockets: see `tsqp.wire.relay` and `tsqp.wire.peers`.
 """
