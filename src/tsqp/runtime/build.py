@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +22,11 @@ from tsqp.checkpoint.model_digest import check_expected, model_digest
 from tsqp.checkpoint.progress import Progress, part_of, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
 from tsqp.checkpoint.weights import check_memory, embedding_bytes, read_bias, read_embedding
-from tsqp.errors import HintsError
+from tsqp.errors import HintsError, IntegrityError
 from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
 from tsqp.model.config import linear_groups, output_projection, trusted_shapes
 from tsqp.model.linear_group import LinearGroup
-from tsqp.runtime.options import Options
+from tsqp.runtime.options import WORKER_HINTS, Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.freivalds import process_limit
@@ -45,6 +46,7 @@ from tsqp.tee.offload.open_attention import MAX_SCORES, OpenAttentionOffload
 from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
+from tsqp.tee.offload.worker_hints import ask_for_hints
 from tsqp.wire.channel import Channel
 
 log = logging.getLogger("tsqp")
@@ -110,6 +112,8 @@ class Builder:
             fixed_point=options.fixed_point,
             lattice=options.lattice,
         )
+        if options.hints == WORKER_HINTS:
+            kept += integer_bytes(self._config)  # until the hints are checked
         what = f"The weights of {self._checkpoint.name}"
         if options.lattice:
             what = f"The hints of {self._checkpoint.name}, which --field wide does without,"
@@ -184,7 +188,10 @@ class Builder:
     def _lattice(self, worker: WorkerProcess) -> Begin:
         process_switch.check()
         compile_lattice_loops()
-        load, digest, embedding_VD = self._load_with_hints()
+        if self.options.hints == WORKER_HINTS:
+            load, digest, embedding_VD = self._load_with_hints_of(worker)
+        else:
+            load, digest, embedding_VD = self._load_with_hints()
         return self._begin_pad(worker, digest, load.groups, load.provider, embedding_VD)
 
     def _begin_pad(
@@ -227,7 +234,8 @@ class Builder:
             assert path is not None
             try:
                 with closing(HintsFile(path)) as file:
-                    load = LatticeLoad(shapes, biases_F, file)
+                    find = lambda group, _: file.read(group)  # noqa: E731
+                    load = LatticeLoad(shapes, biases_F, seed=file.seed, find=find)
                     return load, *self._load(load.add)
             except HintsError as exc:
                 if given is not None:
@@ -237,6 +245,28 @@ class Builder:
         digest, embedding_VD = self._load(load.add)
         if path is not None:
             self._keep_hints(path, load, digest)
+        return load, digest, embedding_VD
+
+    def _load_with_hints_of(self, worker: WorkerProcess) -> tuple[LatticeLoad, str, torch.Tensor]:
+        """The same, with hints that the worker makes, in a session of its own.
+
+        Raises:
+            IntegrityError: they are not the hints of these weights.
+        """
+        integers: dict[LinearGroup, IntegerWeights] = {}
+        biases_F = self._biases_F()
+        digest, embedding_VD = self._load(integers.__setitem__)
+        channel = self._connect(worker, digest, LATTICE.residue_bytes, [LATTICE_ABILITY])
+        find = partial(ask_for_hints, channel, timeout=self.options.timeout)
+        load = LatticeLoad(self._shapes(), biases_F, find=find)
+        log.info("waiting for the worker to make the hints of lattice masks")
+        try:
+            for group in list(integers):
+                load.add(group, integers.pop(group))
+        except HintsError as exc:
+            raise IntegrityError(f"The worker made wrong hints; do not trust it. {exc}") from exc
+        finally:
+            channel.close()
         return load, digest, embedding_VD
 
     def _cheaper_field(self) -> Field:

@@ -45,6 +45,7 @@ class LocalWorker:
             arguments: the model and options for `tsqp worker`, without --listen.
             listen: None for a name in Linux's abstract namespace, which leaves no file behind.
         """
+        self._is_ready = False
         self.endpoint = listen or f"ipc://@tsqp-{secrets.token_hex(16)}"
         # -P: the current folder, which may be a downloaded model's, is not a place to import from.
         command = [sys.executable, "-P", "-m", "tsqp", "worker", *arguments]
@@ -80,16 +81,18 @@ class LocalWorker:
             self._process.stdout.close()
 
     def await_ready(self) -> None:
-        """Wait until the worker serves.
+        """Wait until the worker serves; does nothing the second time.
 
         Raises:
             WorkerUnavailable: the worker ended. The message has the last line of its output.
         """
+        if self._is_ready:
+            return
         assert self._process.stdout is not None
         for line in self._process.stdout:
             ready, _, endpoint = line.strip().partition(" ")
             if ready == READY:
-                self.endpoint = endpoint
+                self.endpoint, self._is_ready = endpoint, True
                 return
         self._process.wait()
         self._listener.join(STOP_S)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
 ATTENTION_SIDES = ("tee", "gpu")
 FUSIONS = ("none", "layer")
+WORKER_HINTS = "worker"  # of `hints`: let the worker make them
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +204,11 @@ class Options:
     hints: Annotated[
         str | Path | None,
         Option(
-            "A file of hints of field lattice, as `tsqp prepare --hints` writes them; by default "
-            "they are made, or come from the cache.",
-            Path | None,
+            "Where the hints of field lattice come from: a file that `tsqp prepare --hints` wrote, "
+            "or `worker`, which lets the worker make them. Either are checked. By default they are "
+            "made here, or come from the cache.",
+            str | None,
+            metavar="FILE|worker",
         ),
     ] = None
     rpc_log: Annotated[

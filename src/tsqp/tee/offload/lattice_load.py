@@ -3,7 +3,7 @@
 Shape suffixes: F output and D input features of a group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -11,7 +11,6 @@ from tsqp.algebra import digits, rejection, ring
 from tsqp.algebra.hints import Polynomials, make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
-from tsqp.checkpoint.hints_file import HintsFile
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import hint_checks, lattice_kernels
@@ -26,7 +25,8 @@ class LatticeLoad:
     Args:
         shapes: (F, D) of each group.
         biases_F: of the groups that have one.
-        file: hints that were made before, with a seed of their own. Each group's are checked.
+        seed: public, of hints that were made before; by default a fresh one.
+        find: finds the hints of a group, which are then checked; by default they are made here.
 
     Attributes:
         groups: those that were added.
@@ -38,14 +38,16 @@ class LatticeLoad:
         self,
         shapes: Mapping[LinearGroup, tuple[int, int]],
         biases_F: Mapping[LinearGroup, Tensor],
-        file: HintsFile | None = None,
+        *,
+        seed: bytes | None = None,
+        find: Callable[[LinearGroup, Polynomials], Polynomials] | None = None,
     ) -> None:
         self._shapes = dict(shapes)
         self._biases_F = biases_F
         self._ring = Ring.of(LATTICE.p, DEGREE)
         widest = max(width for _, width in shapes.values())
-        self._file = file
-        self.seed = fresh_seed() if file is None else file.seed
+        self._find = find
+        self.seed = fresh_seed() if seed is None else seed
         self._public = public_polynomials(self._ring, self.seed, widest)
         self.hints: dict[LinearGroup, Polynomials] = {}
         self.groups: dict[LinearGroup, LatticeGroup] = {}
@@ -55,13 +57,13 @@ class LatticeLoad:
 
         Raises:
             UnsupportedModel: the field is too small for these weights.
-            HintsError: those in the file are not the hints of these weights.
+            HintsError: what was found are not the hints of these weights.
         """
         self.groups[linear] = LatticeGroup(linear, weights, self._biases_F.get(linear))
-        if self._file is None:
+        if self._find is None:
             self.hints[linear] = make_hints(self._public, weights.weight_FD)
         else:
-            hints = self._file.read(linear)
+            hints = self._find(linear, self._public)
             check_hints(hints, self._public, weights.weight_FD, str(linear))
             self.hints[linear] = hints
 
