@@ -4,6 +4,8 @@ import gc
 import os
 import signal
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from protocol_helpers import Commands, eventually
 
 from every_opcode import at_every_opcode
+from interrupts import interrupt_after
 from tsqp import LLM, SamplingParams
 from tsqp.errors import TSQPError, UsageError
 from tsqp.nn import kv_cache
@@ -291,16 +294,39 @@ def test_a_real_interrupt_leaves_an_llm_that_answers(mode: str) -> None:
     """One that comes while a message is sent or taken ends the session, and another one begins."""
     llm = make(**MODES[mode])
     expected = llm.generate([PROMPT], FEW)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    gc.disable()  # Python drops an exception inside a callback of it, and tools for tests have one
     try:
         for number in range(3):
-            signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.02 * number)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt), interrupt_after(0.002 + 0.02 * number):
                 llm.generate([PROMPT], ENDLESS)
             assert llm.generate([PROMPT], FEW) == expected
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        gc.enable()
         llm.close()
+
+
+class Deleted:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGALRM)
+
+
+def in_a_gc_callback() -> None:
+    gc.callbacks.append(interrupted)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(interrupted)
+
+
+def interrupted(phase: str, info: dict[str, int]) -> None:
+    signal.raise_signal(signal.SIGALRM)
+
+
+def in_a_weakref_callback() -> None:
+    weakref.finalize(threading.Event(), signal.raise_signal, signal.SIGALRM)
+
+
+@pytest.mark.parametrize("act", [in_a_gc_callback, in_a_weakref_callback, Deleted])
+def test_an_interrupt_is_repeated_where_python_would_swallow_it(act: Callable[[], object]) -> None:
+    """In `interrupt_after` itself, which the test above relies on."""
+    with pytest.raises(KeyboardInterrupt), interrupt_after(60):
+        act()
+        time.sleep(30)

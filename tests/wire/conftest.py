@@ -23,6 +23,8 @@ from wire_helpers import (
     worker_process,
 )
 
+import tsqp.wire.inflow
+import tsqp.wire.peers
 from tsqp.wire.client import RemoteChannel
 
 SHM = Path("/dev/shm")
@@ -99,6 +101,24 @@ def busy(nothing_is_left: None, shm_folder: Path) -> Iterator[WorkerThread]:
         assert eventually(lambda: len(worker.server.sessions) == 1)
         channel.close()
         assert eventually(lambda: not worker.server.sessions)
+
+
+@pytest.fixture
+def exact_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more for heartbeats, which would depend on how fast this machine is."""
+    monkeypatch.setattr(tsqp.wire.inflow, "IDLE_BYTES_S", 0)
+
+
+@pytest.fixture
+def rare_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard does not look while a connection lasts, as on a machine that is busy enough."""
+    monkeypatch.setattr(tsqp.wire.inflow, "LOOK_MS", 10**6)
+
+
+@pytest.fixture
+def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker bears a MiB of each client that it has not received as messages."""
+    monkeypatch.setattr(tsqp.wire.peers, "MAX_INFLOW", 2**20)
 
 
 def _resources() -> tuple[int, int, int, int]:

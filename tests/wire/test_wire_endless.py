@@ -1,6 +1,5 @@
 """A peer whose message never ends is hung up on, before it fills the memory."""
 
-import errno
 import os
 import secrets
 import socket
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,21 @@ from wire_peers import CountingProxy, LyingWorker, RawClient
 
 import tsqp.wire.inflow
 import tsqp.wire.peers
+import tsqp.wire.zmq
 from tsqp.errors import ProtocolError
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.inflow import SLACK, Inflow
 from tsqp.wire.messages import Result, Welcome
-from tsqp.wire.peers import Peers
 from tsqp.wire.relay import Relay
 from tsqp.wire.zmq import new_key_pair
 
-pytestmark = pytest.mark.usefixtures("nothing_is_left")
+pytestmark = pytest.mark.usefixtures("nothing_is_left", "exact_counts")
 
 MIB = 2**20
 BOUND = 300 * MIB  # a flood that nobody stops passes it in two seconds
 PUBLIC, SECRET = new_key_pair()
-
-
-@pytest.fixture(autouse=True)
-def exact_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing more for heartbeats, which would depend on how fast this machine is."""
-    monkeypatch.setattr(tsqp.wire.inflow, "IDLE_BYTES_S", 0)
 
 
 @pytest.fixture(params=["tcp", "ipc"])
@@ -67,6 +59,40 @@ def test_a_worker_that_floods_while_nobody_listens_is_refused(socket_path: Path 
         assert eventually(lambda: channel._socket.inflow.is_over)  # as this thread computes
         with pytest.raises(ProtocolError, match="do not trust it"):
             begin(channel, torch.ones(3))
+        channel.close()
+
+
+def test_a_flood_that_ends_before_the_guard_looks_is_named(
+    socket_path: Path | None, rare_looks: None
+) -> None:
+    with (
+        FloodingWorker(welcomes=False, path=socket_path, most=2 * SLACK) as worker,
+        pytest.raises(ProtocolError, match="sent more than it was asked for"),
+    ):
+        RemoteChannel(worker.endpoint, hello(), connect_timeout=TIMEOUT)
+
+
+class FullSocket:
+    """Takes nothing, and gives up once too much has come."""
+
+    def __init__(self, inflow: Inflow) -> None:
+        self._inflow = inflow
+
+    def send(self, *_: object) -> None:
+        assert eventually(lambda: self._inflow.is_over)
+        raise zmq.Again
+
+
+def test_a_send_that_fails_as_the_guard_ends_the_link_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FloodingWorker(welcomes=True) as worker:
+        channel = RemoteChannel(worker.endpoint, hello(), connect_timeout=TIMEOUT)
+        monkeypatch.setattr(channel._socket, "_socket", FullSocket(channel._socket.inflow))
+        monkeypatch.setattr(channel._socket, "_events", lambda: 0)  # of the check before the send
+        with pytest.raises(ProtocolError, match="sent more than it was asked for"):
+            channel._socket.send([b""])
+        monkeypatch.undo()
         channel.close()
 
 
@@ -105,22 +131,29 @@ class Holding(CountingProxy):
                 continue
 
 
-def test_an_encrypted_link_is_bounded_for_the_trusted_side() -> None:
-    liar = LyingWorker(lambda ticket: [encode(Result(1), ticket), *[bytes(MIB)] * 32])
+@pytest.fixture
+def patient_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a guard ends a connection that is held: no heartbeat that is missed does it first."""
+    monkeypatch.setattr(tsqp.wire.zmq, "SILENCE_MS", 10**6)
+
+
+def looked_since_the_last_message(inflow: Inflow) -> bool:
+    """Only what comes after that look counts, and `Holding` lets no more come than a test needs."""
+    return inflow._seen == inflow.messages
+
+
+def test_an_encrypted_link_is_bounded_for_the_trusted_side(patient_heartbeats: None) -> None:
+    def flood(ticket: int) -> list[bytes]:
+        assert eventually(lambda: looked_since_the_last_message(channel._socket.inflow))
+        return [encode(Result(1), ticket), *[bytes(MIB)] * 32]
+
+    liar = LyingWorker(flood)
     liar.encrypt(SECRET)
     with liar, Holding(liar.endpoint, 16 * MIB) as proxy, memory_stays_below(BOUND):
         channel = RemoteChannel(proxy.endpoint, hello(), worker_key=PUBLIC)
-        inflow = channel._socket.inflow
-        # Else all 16 MiB may come before the guard looks, as if they belonged to the welcome.
-        assert eventually(lambda: inflow._seen == inflow.messages)
         ticket = begin(channel, torch.ones(3))
         with pytest.raises(ProtocolError, match="sent more than it was asked for"):
             finish(channel, ticket)
-
-
-@pytest.fixture
-def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tsqp.wire.peers, "MAX_INFLOW", MIB)
 
 
 def test_a_worker_hangs_up_on_a_client_that_floods_and_serves_on(
@@ -162,7 +195,9 @@ def test_a_worker_hangs_up_on_a_client_that_floods_while_it_computes(
         channel.close()
 
 
-def test_an_encrypted_link_is_bounded_for_a_worker(low_limit: None, shm_folder: Path) -> None:
+def test_an_encrypted_link_is_bounded_for_a_worker(
+    low_limit: None, patient_heartbeats: None, shm_folder: Path
+) -> None:
     with WorkerThread("tcp://127.0.0.1:0", secret_key=SECRET, shm_folder=shm_folder) as worker:
         channel = RemoteChannel(worker.endpoint, hello(), worker_key=PUBLIC)
         with (
@@ -172,72 +207,12 @@ def test_an_encrypted_link_is_bounded_for_a_worker(low_limit: None, shm_folder: 
         ):
             assert isinstance(client.shake_hands(shm_bytes=0), Welcome)
             assert eventually(lambda: len(worker.server.sessions) == 2)
+            inflows = worker.server._socket._peers._inflows
+            assert eventually(lambda: all(map(looked_since_the_last_message, [*inflows.values()])))
             client.send(*[bytes(MIB)] * 16)
             assert eventually(lambda: len(worker.server.sessions) == 1)
         assert echoes(channel)
         channel.close()
-
-
-def test_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that brought most goes first, and only as many as must go."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    peers = Peers()
-    monkeypatch.setattr(peers, "_most", 5000)
-    ends = []
-    for count in (1000, 3000, 2000):
-        ours = socket.create_connection(listener.getsockname())
-        theirs, _ = listener.accept()
-        peers.meet(theirs.fileno())
-        ours.sendall(bytes(count))
-        assert len(theirs.recv(count, socket.MSG_WAITALL)) == count
-        ends.append((ours, theirs))
-    peers.look()
-    assert len(peers) == 2
-    assert ends[1][0].recv(1) == b""
-    peers.look()
-    assert len(peers) == 2
-    peers.received_message(ends[2][1].fileno())
-    peers.look()
-    ends[2][0].sendall(bytes(3500))
-    ends[2][1].recv(3500, socket.MSG_WAITALL)
-    peers.look()  # 1000 and 3500: the 2000 before have been received
-    assert len(peers) == 2
-    peers.close()
-    for pair in ends:
-        for end in pair:
-            end.close()
-    listener.close()
-
-
-def test_what_waits_in_the_kernel_does_not_count(low_limit: None) -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    with socket.create_connection(listener.getsockname()) as ours, listener.accept()[0] as theirs:
-        peers = Peers()
-        peers.meet(theirs.fileno())
-        ours.setblocking(False)
-        sent = 0
-        try:
-            while sent < 16 * MIB:
-                sent += ours.send(bytes(2**16))
-        except BlockingIOError:
-            pass
-        assert sent > MIB
-        peers.look()
-        assert len(peers) == 1
-        peers.close()
-    listener.close()
-
-
-def test_a_limit_that_is_lowered_belongs_to_a_message_that_was_seen() -> None:
-    inflow = Inflow(10)
-    inflow.expect(100)
-    assert inflow.excess(110) == 0
-    assert inflow.excess(111) == 1
-    inflow.received_message()
-    inflow.expect(-100)
-    assert inflow.excess(111) == -10
-    assert inflow.excess(121) == 0
-    assert inflow.excess(122) == 1
 
 
 CONNECT = """
@@ -300,77 +275,3 @@ with socket.socket(socket.AF_UNIX) as peer:
     except ConnectionError:
         print("hung up")
 """
-
-
-def test_heartbeats_of_an_idle_connection_are_no_endless_message(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 1000.0
-    monkeypatch.undo()
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    inflow = Inflow(SLACK)
-    assert inflow.excess(0) < 0
-    now += 7 * 24 * 3600
-    assert inflow.excess(100 * 7 * 24 * 3600) < 0, "a week of heartbeats with CURVE"
-    now += 1
-    assert inflow.excess(2**40) > 0
-
-
-def test_a_connection_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_descriptor_left(descriptor: int) -> socket.socket:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(tsqp.wire.peers, "duplicate", no_descriptor_left)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        peers = tsqp.wire.peers.Peers()
-        peers.meet(ours.fileno())
-        assert theirs.recv(1) == b""
-        assert len(peers) == 0
-        assert ours.fileno() >= 0, "the descriptor is still libzmq's"
-        ours.getsockname()
-
-
-def test_one_connection_is_bounded_by_itself(low_limit: None) -> None:
-    """However much all of them together may bring."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        peers = Peers()
-        with closing(peers), socket.create_connection(listener.getsockname()) as ours:
-            theirs, _ = listener.accept()
-            with theirs:
-                peers.meet(theirs.fileno())
-                for sent, watched in ((MIB, 1), (1, 0)):
-                    ours.sendall(bytes(sent))
-                    assert len(theirs.recv(sent, socket.MSG_WAITALL)) == sent
-                    peers.look()
-                    assert len(peers) == watched
-                assert ours.recv(1) == b"", "it was hung up on"
-
-
-VISIT = """
-import os, socket, sys
-os.setuid(65534)
-connection = socket.socket(socket.AF_UNIX)
-connection.settimeout(5)
-connection.connect("\\0" + sys.argv[1])
-try:
-    print("hung up" if connection.recv(1) == b"" else "served")
-except TimeoutError:
-    print("let in")
-"""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to be another user")
-def test_a_unix_connection_of_another_user_is_not_let_in() -> None:
-    """Without libzmq, which hangs up on silent peers by itself."""
-    name = f"tsqp-test-{secrets.token_hex(8)}"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"\0{name}")
-        listener.listen()
-        visitor = subprocess.Popen(
-            [sys.executable, "-c", VISIT, name], stdout=subprocess.PIPE, text=True
-        )
-        theirs, _ = listener.accept()
-        with theirs:
-            Peers().meet(theirs.fileno())
-            assert visitor.communicate(timeout=60)[0] == "hung up\n"

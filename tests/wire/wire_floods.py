@@ -1,5 +1,6 @@
 """Peers whose message never ends: ZMTP by hand, as no library would send it."""
 
+import math
 import socket
 import struct
 import time
@@ -58,23 +59,29 @@ def shake_hands(peer: socket.socket, kind: bytes) -> None:
     assert flags & COMMAND
 
 
-def flood(peer: socket.socket) -> None:
-    """Send parts of one message until the other side hangs up."""
+def flood(peer: socket.socket, most: float = math.inf) -> None:
+    """Send parts of one message until `most` bytes are sent or the other side hangs up."""
     part = frame(PART, MORE)
+    sent = 0
     try:
-        while True:
+        while sent < most:
             peer.sendall(part)
+            sent += len(part)
             time.sleep(PAUSE_S)
+        peer.shutdown(socket.SHUT_WR)
+        while peer.recv(2**16):
+            pass
     except OSError:
         return
 
 
 class FloodingWorker(TCPServer):
-    """Floods at once, or once it has welcomed its client."""
+    """Floods at once or after its welcome, until it has sent `most` bytes."""
 
-    def __init__(self, *, welcomes: bool, path: Path | None = None) -> None:
+    def __init__(self, *, welcomes: bool, path: Path | None = None, most: float = math.inf) -> None:
         super().__init__(self._serve)
         self._welcomes = welcomes
+        self._most = most
         if path is not None:
             self._listener.close()
             self._listener = socket.socket(socket.AF_UNIX)
@@ -93,7 +100,7 @@ class FloodingWorker(TCPServer):
             _, message = worker_decoder().decode(body)
             assert isinstance(message, Hello)
             peer.sendall(frame(encode(welcome(message.nonce))))
-        flood(peer)
+        flood(peer, self._most)
 
 
 def flood_worker(endpoint: str) -> None:

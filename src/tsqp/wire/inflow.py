@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 
 LOOK_MS = 50  # how often connections are looked at
+END_S = 10.0  # for a thread to end after its connection; it takes longer only if something is wrong
 SLACK = 2**22  # bytes of messages that nobody asked for: failures and probes
 IDLE_BYTES_S = 1024  # that heartbeats may bring in a second: about 80 with CURVE, 16 without
 _INFO_BYTES = 136  # of struct tcp_info, up to the end of tcpi_bytes_received
@@ -73,7 +74,7 @@ class Inflow:
 
 
 class Guard:
-    """A thread that looks at one TCP connection, and shuts it down where too much comes."""
+    """A thread that watches one TCP connection, and shuts it down when too much comes."""
 
     def __init__(self, descriptor: int, inflow: Inflow) -> None:
         """Watch the connection that libzmq has as `descriptor`."""
@@ -87,14 +88,22 @@ class Guard:
         ends.register(self._connection, select.POLLRDHUP)
         with suppress(OSError):  # this system does not count
             while not ends.poll(LOOK_MS):
-                if self._inflow.excess(connection=self._connection) > 0:
-                    self._inflow.is_over = True
-                    shut_down(self._connection)
+                self._look()
+
+    def _look(self) -> None:
+        if self._inflow.excess(connection=self._connection) > 0:
+            self._inflow.is_over = True
+            shut_down(self._connection)
 
     def close(self) -> None:
-        """End the connection and the thread; safe to call twice."""
+        """End the connection and the thread, and look a last time; safe to call twice.
+
+        The thread may not have seen what came last: libzmq can read on after the peer has closed.
+        """
         shut_down(self._connection)
-        self._thread.join(1.0)
+        self._thread.join(END_S)
+        with suppress(OSError):  # this system does not count, or this was closed before
+            self._look()
         self._connection.close()
 
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from tsqp.errors import WorkerUnavailable
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.greeting import connect
-from tsqp.wire.inflow import Inflow, peer_of, shut_down
+from tsqp.wire.inflow import END_S, Inflow, peer_of, shut_down
 
 CHUNK = 2**18
 RETRY_S = 0.1
@@ -99,7 +99,7 @@ class Relay:
         for end in ends:
             shut_down(end)
         for thread in self._threads:
-            thread.join(1.0)
+            thread.join(END_S)
         for end in (*ends, self._listener):
             end.close()
 

@@ -255,6 +255,7 @@ class ClientSocket(BaseSocket):
                 more = zmq.SNDMORE if place < len(frames) else 0
                 self._socket.send(frame, more, copy=False)
         except zmq.ZMQError as exc:
+            self._check_connection()  # where it broke meanwhile, this knows why
             raise WorkerLost(f"The worker at {self._name} takes no more messages.") from exc
 
     def receive(self, deadline: float, wakeup: Wakeup) -> memoryview | None:
@@ -286,7 +287,10 @@ class ClientSocket(BaseSocket):
         return memoryview(self._message)[:length]
 
     def _check_connection(self) -> None:
-        is_lost = self._events() & zmq.EVENT_DISCONNECTED  # first: the guard says why, then ends it
+        # First: the guard sets `is_over`, and then ends the connection.
+        is_lost = self._events() & zmq.EVENT_DISCONNECTED
+        if is_lost and self._guard is not None:
+            self._guard.close()  # and look a last time: too much may have come unseen
         if self.inflow.is_over:
             raise ProtocolError(
                 f"The worker at {self._name} sent more than it was asked for, in a message without "
