@@ -1,4 +1,4 @@
-"""Attacks that look for the prompt's tokens in the rows that the first linear layers received.
+"""Attacks that search for the prompt's tokens in the rows that the first linear layer received.
 
 Shape suffixes: T tokens of the prompt; V vocabulary; D features; N rows of noise.
 """
@@ -19,15 +19,15 @@ from tsqp.nn import ops
 
 BLOCK_ROWS = 256
 MAX_NOISE = 4096
-NOISE_WORK = 2**36  # products of numbers spent on learning what noise gives
+NOISE_WORK = 2**36  # multiplications spent on estimating the hits of noise
 RANK_TOLERANCE = 1e-10
 
 
 class Vocabulary:
-    """What every token looks like to the first linear layer: its embedding, normed.
+    """The input of the first linear layer for every token: its normalised embedding.
 
-    Rows are matched by the cosine, so that their scale does not matter: "Hidden No More"
-    (arXiv 2505.18332), with the embedding table in the place of a forward pass.
+    Rows are matched by cosine similarity, so their scale does not matter. This is the attack of
+    "Hidden No More" (arXiv 2505.18332), with the embedding table instead of a forward pass.
     """
 
     def __init__(self, table_VD: Tensor) -> None:
@@ -36,7 +36,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Vocabulary":
-        """Read the table and the first norm."""
+        """Read the embedding table and the weights of the first norm."""
         config = checkpoint.config
         check_memory(16 * config.vocab_size * config.hidden_size, "The audit's embedding tables")
         table_VD = read_embedding(checkpoint, torch.float32)
@@ -46,11 +46,11 @@ class Vocabulary:
         return cls(ops.rms_norm(rows_VD, norm_D, config.rms_norm_eps))
 
     def sorted(self) -> "Vocabulary":
-        """The same tokens with the values of each row in order, which no permutation changes."""
+        """The same tokens with the values of each row sorted, which undoes any permutation."""
         return SortedVocabulary(self.unit_VD)
 
     def nearest(self, rows_TD: Tensor) -> Tensor:
-        """The token whose direction is nearest to each row's, [T]."""
+        """The token with the highest cosine similarity to each row, [T]."""
         blocks = [
             (rows_TD[first : first + BLOCK_ROWS] @ self.unit_VD.t()).argmax(1)
             for first in range(0, len(rows_TD), BLOCK_ROWS)
@@ -59,7 +59,7 @@ class Vocabulary:
 
     @property
     def noise_V(self) -> Tensor:
-        """How often a row of noise is nearest to each token: an estimate, above 0."""
+        """Estimated probability that a row of noise is nearest to each token, [V]; above 0."""
         if self._noise_V is None:
             tokens, width = self.unit_VD.shape
             rows = max(BLOCK_ROWS, min(MAX_NOISE, NOISE_WORK // (tokens * width)))
@@ -67,19 +67,19 @@ class Vocabulary:
             noise_ND = torch.rand(rows, width, generator=generator) * 2 - 1
             counts_V = self.nearest(noise_ND).bincount(minlength=tokens)
             self._noise_V = counts_V.double() / rows
-            self._least = 1 / rows  # what may be behind a count of none
+            self._least = 1 / rows  # a token with a count of 0 may have up to this probability
         return self._noise_V
 
     def chance(self, ids_T: Tensor) -> tuple[float, float]:
-        """How many hits on these tokens noise gives, on average: an estimate, and more than it."""
+        """The expected number of hits of noise on these tokens: an estimate, and an upper bound."""
         each_T = self.noise_V[ids_T]
-        # A hit or none is less spread than a Poisson number that is 0 as often.
+        # A hit is Bernoulli: stochastically below a Poisson variable with the same P(0).
         above_T = -torch.log1p(-(each_T + self._least).clamp(max=1 - 1e-9))
         return float(each_T.sum()), float(above_T.sum())
 
 
 class SortedVocabulary(Vocabulary):
-    """Tokens by their values alone, whatever feature they belong to."""
+    """Tokens described by their sorted values, regardless of the order of features."""
 
     def __init__(self, table_VD: Tensor) -> None:
         super().__init__(table_VD.sort(dim=1).values)
@@ -91,7 +91,7 @@ class SortedVocabulary(Vocabulary):
 def match_in_place(
     vocabulary: Vocabulary, rows_TD: Tensor, ids: Sequence[int], attack: str, subject: str
 ) -> tuple[Finding, list[int]]:
-    """Is the token nearest to each row the token of that place? Also returns all nearest."""
+    """Count rows whose nearest token is the prompt's token there; also returns all nearest."""
     ids_T, nearest_T = torch.tensor(ids), vocabulary.nearest(rows_TD)
     hits = int((nearest_T == ids_T).sum())
     chance, above = vocabulary.chance(ids_T)
@@ -103,7 +103,7 @@ def match_in_place(
 def match_in_any_order(
     vocabulary: Vocabulary, nearest: Sequence[int], ids: Sequence[int], attack: str, subject: str
 ) -> Finding:
-    """Are the tokens nearest to the rows the prompt's, whatever their order?"""
+    """Count tokens of the prompt among the rows' nearest tokens, in any order."""
     hits = (Counter(nearest) & Counter(ids)).total()
     chance, above = vocabulary.chance(_distinct(ids))
     rows = len(nearest)
@@ -114,10 +114,11 @@ def match_in_any_order(
 def match_row_space(
     vocabulary: Vocabulary, rows_TD: Tensor, ids: Sequence[int], attack: str, subject: str
 ) -> Finding:
-    """Do the prompt's tokens lie in the space that the rows span? It survives M·X.
+    """Test whether the prompt's tokens lie in the row space, which a product M·X preserves.
 
-    Tokens are ranked by what a projection on that space keeps of them. The p-value is that of the
-    prompt's best token, times the number of tokens: right however similar tokens are.
+    Tokens are ranked by the share of their squared length that a projection on that space keeps.
+    The p-value is that of the prompt's best token, times the number of distinct tokens of the
+    prompt. This correction holds however similar the tokens are.
     """
     ids_M = _distinct(ids)
     width = rows_TD.shape[1]

@@ -1,4 +1,4 @@
-"""The result of an audit: tables and a verdict for people, or one JSON line."""
+"""Prints the result of an audit: tables and a verdict, or one JSON line."""
 
 import json
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from tsqp.wire.codec import printable
 
 
 def print_report(report: Report, model: str, *, json_output: bool) -> None:
-    """Print tables, then the verdict, and the prompt if the recording gave it away.
+    """Print tables, then the verdict, and the prompt if it was recovered.
 
-    With `json_output`, standard output is one JSON object and the prompt is in it alone.
+    With `json_output`, stdout is one JSON object, and only that object contains the prompt.
     """
     console = make_console(stderr=json_output)
     console.print(
@@ -44,14 +44,14 @@ def print_report(report: Report, model: str, *, json_output: bool) -> None:
 
 
 def read_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Tokens as text that is safe to print; as numbers, where the model has no tokenizer."""
+    """Tokens as text that is safe to print, or as ids if the model has no tokenizer."""
     if not tokenizer.exists:
         return " ".join(map(str, ids))
     return printable(tokenizer.decode(ids), keep="\n")
 
 
 def show_found(finding: Finding) -> str:
-    """How much an attack found, with its unit."""
+    """Format what an attack found, with its unit."""
     if finding.p is None:
         return finding.note
     if finding.note and finding.chance is None:
@@ -63,7 +63,7 @@ def show_found(finding: Finding) -> str:
 
 
 def show_p(p: float | None) -> str:
-    """A p-value in as few digits as it deserves."""
+    """Format a p-value with few digits."""
     if p is None:
         return ""
     if p < 1e-300:
@@ -72,7 +72,7 @@ def show_p(p: float | None) -> str:
 
 
 def make_console(*, stderr: bool) -> Console:
-    """A console that prints text as it is."""
+    """A console without markup, highlighting and wrapping."""
     return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True, width=100)
 
 

@@ -1,7 +1,7 @@
-"""`tsqp audit`: published attacks on what a worker recorded, with the true prompt beside them.
+"""`tsqp audit`: runs published attacks on a worker's recording, given the true prompt.
 
-An attack that finds more than noise would give is a leak. That is judged for all attacks of an
-audit together, so that more attacks do not make a false alarm likelier.
+An attack that finds significantly more than it would find in noise shows a leak. The threshold is
+corrected for the number of attacks, so that more attacks do not cause more false alarms.
 """
 
 from collections.abc import Sequence
@@ -34,11 +34,11 @@ RELATED_IN_BOTH = "related rows in both"
 
 @dataclass(slots=True)
 class Report:
-    """What all attacks of one audit found.
+    """The findings of all attacks of one audit.
 
     Attributes:
-        recovered: the prompt as it was read from a recording, or None if it was not.
-        recovered_from: whose recording that was.
+        recovered: the prompt, if an attack recovered it from a recording, else None.
+        recovered_from: the worker whose recording it was.
     """
 
     subject: str
@@ -51,20 +51,20 @@ class Report:
 
     @property
     def attacks(self) -> list[Finding]:
-        """The findings that decide."""
+        """The findings that decide the verdict."""
         return [finding for finding in self.findings if finding.counted and finding.p is not None]
 
     def is_above_chance(self, finding: Finding) -> bool:
-        """Whether a finding is rarer than 10⁻⁶, corrected for the number of attacks."""
+        """Whether the p-value is below 10⁻⁶, corrected for the number of attacks."""
         return finding.p is not None and finding.p * max(len(self.attacks), 1) < ABOVE_CHANCE
 
     @property
     def leaks(self) -> list[Finding]:
-        """What was found above chance."""
+        """The findings that are above chance."""
         return [finding for finding in self.attacks if self.is_above_chance(finding)]
 
     def named(self, attack: str) -> Finding:
-        """The first finding of that attack."""
+        """The first finding of the attack of this name."""
         return next(finding for finding in self.findings if finding.attack == attack)
 
     def as_json(self) -> dict[str, object]:
@@ -92,7 +92,7 @@ class Auditor:
         """Read the embedding table.
 
         Args:
-            model: as for `LLM`.
+            model: name or path, as in `LLM`.
         """
         self._model = model
         checkpoint = open_checkpoint(model)
@@ -114,7 +114,7 @@ class Auditor:
         """Attack one recording.
 
         Args:
-            folder: of the recording.
+            folder: folder of the recording.
             ids: the true prompt.
             again: another recording of the same prompt.
             shares: recordings of the other workers of the same session.
@@ -148,7 +148,7 @@ class Auditor:
         everything: Recording,
         ids: Sequence[int],
     ) -> None:
-        """All but one worker together; then, as a demonstration, all of them."""
+        """Attack the sum of all workers but one; then, as a demonstration, the sum of all."""
         if len(recordings) > 2:
             for left_out in recordings:
                 others = [each for each in recordings if each is not left_out]
@@ -213,7 +213,7 @@ class Auditor:
 
 
 def _noise_findings(recording: Recording) -> list[Finding]:
-    """One pass over everything that was received."""
+    """Run the tests of uniformity in one pass over all rows."""
     repeats, related = Repeats(recording.field), Related(recording.field)
     uniformity = None if recording.field is None else Uniformity(recording.field)
     for group in recording.groups():

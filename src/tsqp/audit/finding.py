@@ -1,8 +1,8 @@
-"""What one attack found."""
+"""The result of one attack."""
 
 from dataclasses import dataclass
 
-ABOVE_CHANCE = 1e-6  # of all attacks of an audit together
+ABOVE_CHANCE = 1e-6  # significance level of a whole audit
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,12 +10,14 @@ class Finding:
     """The result of one attack on one recording, or on two.
 
     Attributes:
-        attack, subject: its name, and whose recordings it was given.
-        found: how much it found; what is counted, `unit` says.
-        of: out of how many, where there is such a number.
-        chance: what it would find in noise, on average.
-        p: how likely it finds as much in noise; None if it does not apply, which `note` explains.
-        counted: whether it decides about the audit; a demonstration does not.
+        attack: name of the attack.
+        subject: the worker or workers whose recordings were attacked.
+        found: how much the attack found, in units of `unit`.
+        of: the maximum of `found`, if there is one.
+        chance: the expected value of `found` in noise.
+        p: probability that noise gives at least `found`; None if it does not apply, as `note`
+            explains.
+        counted: whether it counts for the verdict; a demonstration does not.
     """
 
     attack: str

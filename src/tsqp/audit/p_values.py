@@ -1,4 +1,4 @@
-"""How likely noise alone would give a result: p-values, and what uniform residues look like."""
+"""p-values of the attacks, and exact distributions of uniform residues."""
 
 import math
 from itertools import pairwise
@@ -15,12 +15,12 @@ except ModuleNotFoundError as exc:
 
 
 def poisson_tail(count: float, expected: float) -> float:
-    """P(X ≥ count) for a Poisson X: of rare independent events, at least so many."""
+    """P(X ≥ count) for a Poisson variable X with mean `expected`."""
     return float(special.gammainc(count, expected)) if count > 0 else 1.0
 
 
 def chi_square_tail(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """P that counts of `expected` means differ from them at least as much (Pearson)."""
+    """p-value of Pearson's chi-square test of `counts` against their `expected` values."""
     statistic = float(((counts - expected) ** 2 / expected).sum())
     return float(special.chdtrc(len(counts) - 1, statistic))
 
@@ -33,16 +33,16 @@ def normal_tail(z: float) -> float:
 def projection_tail(share: float, dimensions: int, width: int) -> float:
     """P that a random subspace keeps at least `share` of a vector's squared length.
 
-    What it keeps is Beta(dimensions / 2, (width - dimensions) / 2) for a subspace without a
-    preferred direction, and 0 < dimensions < width. With one dimension it is the square of the
-    cosine of two random vectors.
+    For a uniformly random subspace with 0 < dimensions < width, the share has the distribution
+    Beta(dimensions / 2, (width - dimensions) / 2). With one dimension it is the squared cosine of
+    two random vectors.
     """
     share = min(max(share, 0.0), 1.0)
     return float(special.betaincc(dimensions / 2, (width - dimensions) / 2, share))
 
 
 def byte_chances(field: Field, byte: int) -> torch.Tensor:
-    """How often byte number `byte` of a uniform residue has each of 256 values; exact."""
+    """Exact probabilities of the 256 values of byte `byte` of a uniform residue."""
     unit = 1 << 8 * byte
     cycles, rest = divmod(field.p, 256 * unit)
     counts = [cycles * unit + min(max(rest - value * unit, 0), unit) for value in range(256)]
@@ -50,13 +50,13 @@ def byte_chances(field: Field, byte: int) -> torch.Tensor:
 
 
 def bin_chances(field: Field, bins: int) -> torch.Tensor:
-    """How often c · bins // p of a uniform residue c has each value; exact."""
+    """Exact probabilities of the values of c · bins // p for a uniform residue c."""
     edges = [-(-value * field.p // bins) for value in range(bins + 1)]
     counts = [end - start for start, end in pairwise(edges)]
     return torch.tensor(counts, dtype=torch.float64) / field.p
 
 
 def expected_repeats(rows: int, field: Field) -> float:
-    """How many of so many uniform residues equal one before them, on average."""
+    """The expected number of `rows` uniform residues that equal an earlier one."""
     p = field.p
     return rows + p * math.expm1(rows * math.log1p(-1 / p))

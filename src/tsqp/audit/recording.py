@@ -1,4 +1,4 @@
-"""Reading what `tsqp worker --record` wrote. Every file is hostile until checked.
+"""Reads the recordings of `tsqp worker --record`. Every file is untrusted until checked.
 
 Shape suffixes: N rows; D input features of a group.
 """
@@ -27,7 +27,7 @@ MAX_INDEX_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Rows that one call brought."""
+    """The rows of one call."""
 
     group: LinearGroup
     rows: int
@@ -35,13 +35,13 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What linear layers received in one session, in order.
+    """The inputs of the linear layers in one session, in order.
 
     Attributes:
-        name: for people.
-        field: of the residues, or None where rows are activations.
-        first: the group that receives nothing but the prompt's embeddings, normed.
-        last: the group that is asked for once the prompt is through.
+        name: name to show.
+        field: field of the residues, or None if the rows are activations.
+        first: the first group; in prefill, its input is the normalised embeddings of the prompt.
+        last: the last group; it is first called when the whole prompt is processed.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Recording:
 
     @property
     def mode(self) -> str:
-        """What distinguishes recordings that cannot be compared."""
+        """What the rows hold. Recordings can only be compared if they hold the same."""
         return "activations" if self.field is None else f"{self.field.name} residues"
 
     @property
     def prompt_tokens(self) -> int:
-        """Rows of the first prompt, which ends where the first output is asked for.
+        """Rows of the first prompt, which ends at the first call of the output projection.
 
         Raises:
             RecordingError: the recording ends before that.
@@ -70,25 +70,25 @@ class Recording:
         return sum(call.rows for call in before if call.group == self.first)
 
     def groups(self) -> list[LinearGroup]:
-        """All groups, in order of appearance."""
+        """All groups, in order of first appearance."""
         return list(dict.fromkeys(call.group for call in self.calls))
 
     def rows(self, group: LinearGroup) -> Tensor:
         """All rows that one group received, [N, D].
 
         Raises:
-            RecordingError: a file is missing, damaged, or not of the model.
+            RecordingError: a file is missing, damaged, or does not fit the model.
         """
         return torch.cat([self.read(i) for i, call in enumerate(self.calls) if call.group == group])
 
     def numbers(self, group: LinearGroup) -> Tensor:
-        """The same as float32, residues centred: real values, up to the scale of each row."""
+        """The same as float32. Centred residues are real values, up to a scale for each row."""
         rows_ND = self.rows(group)
         return rows_ND if self.field is None else centred(rows_ND, self.field)
 
 
 def centred(residues: Tensor, field: Field) -> Tensor:
-    """Residues as signed numbers around 0, float32."""
+    """Residues as float32 numbers in [-p/2, p/2]."""
     return torch.where(residues > field.half, residues - field.p, residues).float()
 
 
@@ -96,11 +96,13 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
     """Open the recording of one session.
 
     Args:
-        folder: what --record named, if it holds one session, or one session in it.
-        config: of the model that was served; `model` is its name, for messages.
+        folder: the folder of one session, or the --record folder if it holds only one session.
+        config: config of the served model.
+        model: name of the model, for messages.
 
     Raises:
-        RecordingError: no recording, several, a damaged line, or one of another model.
+        RecordingError: there is no recording or more than one, it is damaged, or it belongs to
+            another model.
     """
     session = session_folder(folder)
     everything = _read_index(session / INDEX)
@@ -138,10 +140,10 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
 
 
 def add(recordings: Sequence[Recording]) -> Recording:
-    """The sum mod p of recordings of one run, value by value.
+    """The element-wise sum mod p of several workers' recordings of one run.
 
     Raises:
-        RecordingError: they are not of one run, or hold activations.
+        RecordingError: they do not belong to one run, or hold activations.
     """
     first, *others = recordings
     for other in others:
@@ -165,7 +167,7 @@ def session_folder(folder: Path) -> Path:
     """The folder of one session's files.
 
     Args:
-        folder: that one, or one that holds it and no other session.
+        folder: the folder of a session, or a folder that holds exactly one session.
 
     Raises:
         RecordingError: there is none, or there are several.

@@ -1,6 +1,6 @@
-"""Is it noise? Tests of what linear layers received, without knowledge of the prompt.
+"""Tests whether the inputs of linear layers look like noise, without knowledge of the prompt.
 
-Each is fed the rows of one group after the other. Shape suffixes: N rows; D features.
+Each test receives the rows of one group after another. Shape suffixes: N rows; D features.
 """
 
 import math
@@ -24,14 +24,14 @@ from tsqp.audit.p_values import (
 from tsqp.audit.recording import centred
 
 BINS = 256
-MIN_VALUES = 20 * BINS  # fewer do not follow the chi-square distribution
+MIN_VALUES = 20 * BINS  # with fewer values the chi-square approximation is poor
 BLOCK_ROWS = 512
-MAX_RELATED = 4096  # rows of one width that are compared, each with each
+MAX_RELATED = 4096  # maximum rows of one width that are compared in pairs
 RELATED_CHANCE = 0.001
 
 
 class Uniformity:
-    """Are residues uniform on [0, p)? Chi-square of 256 equal intervals, and of every byte."""
+    """Whether residues are uniform on [0, p): chi-square tests of 256 bins and of each byte."""
 
     def __init__(self, field: Field) -> None:
         self._field = field
@@ -51,7 +51,7 @@ class Uniformity:
             counts += (values >> 8 * byte & 255).bincount(minlength=256)
 
     def p_values(self) -> list[float]:
-        """One a test; each is uniform on [0, 1] where the residues are uniform."""
+        """One p-value per test, each uniform on [0, 1] if the residues are uniform."""
         values = int(self._counts[0].sum())
         tails = []
         for counts, chances in zip(self._counts, self._chances, strict=True):
@@ -73,7 +73,7 @@ class Uniformity:
 
 
 class Repeats:
-    """Do residues come again at the same place? Of activations, do whole rows?"""
+    """Whether a residue occurs twice in the same column; for activations, whether a row repeats."""
 
     def __init__(self, field: Field | None) -> None:
         self._field = field
@@ -98,7 +98,7 @@ class Repeats:
 
 
 class Related:
-    """Do two rows point the same way, as two with the same pad do?"""
+    """Whether two rows have similar directions, as two rows with the same pad do."""
 
     def __init__(self, field: Field | None) -> None:
         self._field = field
@@ -117,13 +117,13 @@ class Related:
 
 
 class Agreement:
-    """Do two recordings of one prompt agree, place by place?"""
+    """Whether two recordings of one prompt agree, element by element."""
 
     def __init__(self, field: Field | None) -> None:
         self._field = field
         self._equal = self._of = self._values = 0
         self._products = self._first_squares = self._second_squares = 0.0
-        self._deviations: list[Tensor] = []  # of each row from its counterpart
+        self._deviations: list[Tensor] = []  # between each row and its counterpart
 
     def add(self, a_ND: Tensor, b_ND: Tensor) -> None:
         rows = min(len(a_ND), len(b_ND))
@@ -142,32 +142,32 @@ class Agreement:
         self._second_squares += float(b @ b)
 
     def equal(self, attack: str, subject: str) -> Finding:
-        """Values that are the same in both; of activations, whole rows."""
+        """Count values that are equal in both; for activations, count equal rows."""
         unit = "rows" if self._field is None else "values"
         chance = 0.0 if self._field is None else self._of / self._field.p
         p = poisson_tail(self._equal, chance)
         return Finding(attack, subject, unit, self._equal, self._of, chance, p)
 
     def correlation(self, attack: str, subject: str) -> Finding:
-        """Of all values at once: what a small part of every value gives away."""
+        """Correlation over all values: finds a small leak in every value."""
         scale = math.sqrt(self._first_squares * self._second_squares)
         found = self._products / scale if scale else 0.0
         p = normal_tail(found * math.sqrt(self._values))
         return Finding(attack, subject, "correlation", found, chance=0.0, p=p)
 
     def related(self, attack: str, subject: str) -> Finding:
-        """Of each row with its counterpart: what a few rows give away wholly."""
+        """Similarity of each row with its counterpart: finds a large leak in a few rows."""
         rows = sum(map(len, self._deviations))
         found, p = _beyond_noise(self._deviations, rows)
         return Finding(attack, subject, "rows", found, rows, RELATED_CHANCE, p)
 
 
 def _directions(rows_ND: Tensor, field: Field | None) -> Tensor:
-    """Unit rows whose product says how close two rows are.
+    """Unit rows whose dot product measures how close two rows are.
 
-    A residue becomes a point on a circle: a difference that is small mod p is small, also where
-    one of the two has wrapped around. The product of two rows of noise is then a mean of cosines
-    of uniform angles: at most as spread as a normal number of variance 1 / width.
+    A residue becomes a point on a circle, so that a difference that is small mod p stays small
+    after a wrap-around. The dot product of two rows of noise is then a mean of cosines of uniform
+    angles, which varies at most as much as a normal variable of variance 1 / width.
     """
     if field is None:
         return F.normalize(rows_ND)
@@ -177,9 +177,9 @@ def _directions(rows_ND: Tensor, field: Field | None) -> Tensor:
 
 
 def _deviations(unit_ND: Tensor) -> Iterator[Tensor]:
-    """How far apart the products of every two rows are from 0, in standard deviations of noise.
+    """The dot product of every two rows, in standard deviations of noise, in blocks.
 
-    In blocks; with 0 for a row and itself, and for pairs seen before.
+    A row with itself, and a pair that was in an earlier block, counts as 0.
     """
     for first in range(0, len(unit_ND), BLOCK_ROWS):
         block = unit_ND[first : first + BLOCK_ROWS]
@@ -187,10 +187,10 @@ def _deviations(unit_ND: Tensor) -> Iterator[Tensor]:
 
 
 def _beyond_noise(blocks: Iterable[Tensor], number: int) -> tuple[int, float]:
-    """How many deviations are larger than noise gives, and the p-value of the largest.
+    """How many deviations are beyond those of noise, and the p-value of the largest.
 
     Args:
-        number: how many there are in all.
+        number: number of all deviations.
     """
     tail = torch.tensor(RELATED_CHANCE / max(number, 1) / 2, dtype=torch.float64)
     limit = -float(torch.special.ndtri(tail))

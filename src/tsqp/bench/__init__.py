@@ -1,1 +1,1 @@
-"""MEASUREMENTS, from outside: nothing that runs a model imports this."""
+"""MEASUREMENTS of speed, memory and accuracy. No code that runs a model imports this package."""

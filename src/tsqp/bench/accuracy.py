@@ -1,4 +1,4 @@
-"""`tsqp bench accuracy`: what fixed point costs in quality, and that pads cost nothing more."""
+"""`tsqp bench accuracy`: the accuracy lost by fixed point, and a check that pads lose no more."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,17 +25,16 @@ MIN_TOKENS = 2
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """One way to compute.
+    """The accuracy of one mode.
 
     Attributes:
-        perplexity: of the text.
-        relative: to float32's.
-        relative_error: its standard error, from the differences token by token: how much another
-            text of this length and kind might give.
-        agreement: share of positions whose likeliest token is float32's.
-        equal: for `pad`, whether every log-probability and every likeliest token is, to the last
-            bit, that of fixed point; None for the others.
-        seconds: for the whole text.
+        perplexity: perplexity of the text.
+        relative: perplexity divided by that of float32.
+        relative_error: standard error of `relative`, estimated from the differences at each token.
+        agreement: share of positions where the likeliest token is the same as in float32.
+        equal: for `pad`, whether all log-probabilities and likeliest tokens are bit-identical to
+            those of fixed point; None for other modes.
+        seconds: time to score the whole text.
     """
 
     privacy: str
@@ -56,12 +55,12 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class AccuracyResult:
-    """All of them, over the same windows of the same text.
+    """The accuracy of every mode, measured on the same windows of the same text.
 
     Attributes:
-        text: the file's name.
-        tokens: of the text; the first of each window is not scored.
-        window: tokens of a window at most, the model's context.
+        text: name of the text file.
+        tokens: tokens of the text; the first token of each window is not scored.
+        window: maximum tokens of a window: the model's context length, or the text if shorter.
     """
 
     model: str
@@ -81,15 +80,15 @@ class AccuracyResult:
 def measure_accuracy(
     model: str, text: Path, *, max_tokens: int | None, chunk: int, threads: int
 ) -> AccuracyResult:
-    """Score a text by float32, and by fixed point and by `pad` in every field.
+    """Score a text in float32, and in fixed point and `pad` for each field.
 
     Args:
-        max_tokens: of the beginning of the text; None for all.
-        chunk: tokens whose logits are in memory at once.
+        max_tokens: number of tokens to use from the beginning of the text; None for all.
+        chunk: number of tokens whose logits are held in memory at once.
 
     Raises:
-        PromptError: the text cannot be read, or is too short.
-        TokenizerError: the model has none.
+        PromptError: the text cannot be read or is too short.
+        TokenizerError: the model has no tokenizer.
     """
     token_ids = _read(model, text)[:max_tokens]
     if len(token_ids) < MIN_TOKENS:
@@ -117,7 +116,7 @@ def measure_accuracy(
 
 
 def tables(result: AccuracyResult) -> Iterator[Table]:
-    """A row for each way."""
+    """One row for each mode."""
     table = new_table(
         f"{result.model}, {result.tokens:,} tokens of {result.text}",
         "", "perplexity", "÷ float32 (standard error)", "same likeliest token",
@@ -137,7 +136,7 @@ def tables(result: AccuracyResult) -> Iterator[Table]:
 
 
 def notes(result: AccuracyResult) -> Iterator[str]:
-    """What was scored."""
+    """How many tokens were scored, and with how much context."""
     yield (
         f"{result.scored:,} tokens are scored, each given those before it in its window of "
         f"{result.window:,}."
@@ -153,7 +152,7 @@ def _read(model: str, text: Path) -> list[int]:
         ) from exc
     except UnicodeDecodeError as exc:
         raise PromptError(f"{text} is not valid UTF-8; convert it first.") from exc
-    open_checkpoint(model).close()  # a model that is not there has no tokenizer either
+    open_checkpoint(model).close()  # report a missing model, not its missing tokenizer
     tokenizer = Tokenizer(model)
     if not tokenizer.exists:
         raise TokenizerError(f"{model} has no tokenizer to read {text} with; choose another model.")
@@ -161,7 +160,7 @@ def _read(model: str, text: Path) -> list[int]:
 
 
 def _cut(token_ids: list[int], window: int) -> list[list[int]]:
-    """Windows; a last one of a single token has nothing to score."""
+    """Split into windows. A last window of one token is dropped: it has nothing to score."""
     windows = [token_ids[first : first + window] for first in range(0, len(token_ids), window)]
     return [each for each in windows if len(each) >= MIN_TOKENS]
 
@@ -176,8 +175,8 @@ def _score(llm: LLM, windows: Sequence[Sequence[int]]) -> Scores:
 def _masked(
     model: str, windows: list[list[int]], exact: Scores, field: str, common: dict[str, Any]
 ) -> list[Accuracy]:
-    """Fixed point, and `pad` beside it."""
-    memory = None if field == LATTICE.name else 0  # whose masks are made in batches
+    """Measure fixed point and `pad` in one field."""
+    memory = None if field == LATTICE.name else 0  # lattice masks are made in batches
     ways: list[dict[str, Any]] = [
         {"privacy": "tee", "fixed_point": True},
         {"privacy": "pad", "worker": "local", "pad_memory": memory, "timeout": TIMEOUT_S},

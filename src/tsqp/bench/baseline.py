@@ -1,4 +1,4 @@
-"""Plain transformers over the same weights: the outside reference for speed."""
+"""The same model in plain transformers: the external reference for speed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ class Transformers:
         with torch.device("meta"):
             self._model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
         self._model.to_empty(device="cpu").eval()
-        # Buffers are not in a checkpoint, and a model made on "meta" has none of its numbers.
+        # Checkpoints do not contain buffers, and a model made on "meta" has no values in them.
         self._model.model.rotary_emb = type(self._model.model.rotary_emb)(config)
         for module in self._model.modules():
             if hasattr(module, "scalar_embed_scale"):
@@ -47,20 +47,20 @@ class Transformers:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Compute prompts of equal length."""
+        """Process a batch of prompts of equal length."""
         ids = torch.tensor(prompts, device=self._device)
         self._out = self._model(ids, use_cache=True, logits_to_keep=1)
         self._finish()
 
     @torch.inference_mode()
     def decode(self, tokens: int) -> None:
-        """Go on greedily."""
+        """Generate `tokens` more tokens greedily."""
         for _ in range(tokens):
             token, past = self._out.logits[:, -1:].argmax(-1), self._out.past_key_values
             self._out = self._model(token, past_key_values=past, use_cache=True)
         self._finish()
 
     def _finish(self) -> None:
-        """Wait for a device that computes on its own."""
+        """Wait until a CUDA device has finished; it computes asynchronously."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

@@ -1,4 +1,4 @@
-"""`tsqp bench MODEL`: prefill and decode of every mode in turn, round by round."""
+"""`tsqp bench MODEL`: prefill and decode speed. Each round runs every mode once."""
 
 import secrets
 from contextlib import ExitStack
@@ -30,12 +30,12 @@ Samples = dict[str, list[Sample]]  # by mode
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All figures of one run of the benchmark; seconds, bytes, and ratios without unit.
+    """All figures of one benchmark run, in seconds and bytes; ratios have no unit.
 
     Attributes:
-        figures: each quantity of `Sample` by mode.
-        stock_rows: pads of each group that lay ready before a run, by mode that has a stock.
-        device_ceilings: None where workers compute on the CPU.
+        figures: for each quantity of `Sample`, its figure by mode.
+        stock_rows: pads of each group in stock before a run, for each mode that has a stock.
+        device_ceilings: None if the workers compute on the CPU.
     """
 
     setting: Setting
@@ -52,7 +52,7 @@ class Result:
     machine: dict[str, str]
 
     def as_json(self) -> dict[str, object]:
-        """Ready for JSON, one level flatter, and without a path of this machine."""
+        """A dict for JSON: the setting is merged into the top level, and paths are left out."""
         values = asdict(self)
         setting = values.pop("setting") | {"model": Path(self.setting.model).name}
         return {**setting, **values.pop("figures"), **values}
@@ -61,14 +61,14 @@ class Result:
 def compare(
     setting: Setting, modes: list[str], *, rounds: int, sustained: int, starts: bool
 ) -> Result:
-    """Measure.
+    """Measure the modes.
 
     Args:
         setting: its dtype may be "auto".
         modes: some of MODES.
-        rounds: after one round that is not counted.
-        sustained: tokens to generate after the stock of pads is used up; 0 for none.
-        starts: start each mode in a process of its own too.
+        rounds: number of rounds, after one warm-up round that is not counted.
+        sustained: number of tokens to generate after the stock of pads is used up; 0 for none.
+        starts: whether to measure start-up too, in a new process for each mode.
 
     Raises:
         UsageError: the setting or a mode cannot be measured.
@@ -122,17 +122,17 @@ def compare(
 
 
 def default_modes(device: str, field: FieldName) -> list[str]:
-    """All modes of a field; transformers on a CPU once only, as the workers' would be the same."""
+    """All modes of a field. Workers on a CPU need no transformers run of their own."""
     left_out = {"transformers-worker"} if device == "cpu" else set()
     left_out |= {"shares"} if field == LATTICE.name else set()
     return [mode for mode in MODES if mode not in left_out]
 
 
 def parse_modes(text: str) -> list[str]:
-    """The modes of "a,b,c", or all.
+    """Parse the names of modes, such as "tee,pad".
 
     Raises:
-        UsageError: one that does not exist, or none.
+        UsageError: a mode does not exist, or none is given.
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
@@ -144,7 +144,7 @@ def parse_modes(text: str) -> list[str]:
 
 
 def parse_field(name: str) -> FieldName:
-    """The field's name, checked.
+    """Check the name of a field.
 
     Raises:
         UsageError: there is no such field.

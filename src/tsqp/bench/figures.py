@@ -1,6 +1,7 @@
-"""One quantity over several rounds, and ratios that are taken within each round.
+"""Statistics of one quantity over several rounds, and ratios of modes taken within each round.
 
-Machines drift: a ratio of two runs that follow one another says more than one of two medians.
+The speed of a machine drifts, so the ratio of two consecutive runs is more reliable than the ratio
+of two medians.
 """
 
 import statistics
@@ -27,7 +28,7 @@ RATIOS = (
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Median, least and most of one quantity over the rounds."""
+    """Median, minimum and maximum of one quantity over the rounds."""
 
     median: float
     least: float
@@ -39,7 +40,7 @@ class Figure:
 
 
 def ratios(values: Mapping[str, Sequence[float]]) -> dict[str, Figure]:
-    """Those of RATIOS whose modes were both measured, as "a/b"."""
+    """The ratios "a/b" of RATIOS for which both modes were measured."""
     return {
         f"{a}/{b}": Figure.of([x / y for x, y in zip(values[a], values[b], strict=True)])
         for a, b in RATIOS

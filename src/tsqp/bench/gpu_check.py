@@ -1,7 +1,7 @@
-"""What `scripts/gpu-check` runs: the tests of devices and a fixed set of benchmarks, into one file.
+"""The program of `scripts/gpu-check`: runs device tests and benchmarks, and writes one JSON file.
 
-Each step is a process of its own with a time limit, so a step that hangs or fails costs the others
-nothing. The whole ends within BUDGET_S.
+Each step is a separate process with a time limit, so a step that hangs or fails does not affect the
+others. The whole run ends within BUDGET_S.
 """
 
 import argparse
@@ -18,17 +18,17 @@ import torch
 from tsqp.bench.host import describe_machine
 
 BUDGET_S = 460.0
-LEAST_S = 5.0  # below, a step would end before it began
+LEAST_S = 5.0  # a step with less time left is skipped
 TESTS = Path(__file__).parents[3] / "tests" / "gpu"
 MODES = "transformers,tee,open,open-gpu-attention,open-fused,pad,shares"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command, as arguments for Python, and how long it may take.
+    """A command, given as arguments for Python, and its time limit.
 
     Attributes:
-        is_json: its last line of output is its result.
+        is_json: whether the last line of output is a JSON result.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Outcome:
     """How a step ended.
 
     Attributes:
-        state: "done", "failed", "timed out", or "skipped" for want of time.
-        result: the JSON that it printed, or the last lines of what it said.
+        state: "done", "failed", "timed out", or "skipped" if too little time was left.
+        result: the printed JSON, or the last lines of output.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Outcome:
 
 
 def steps(device: str) -> list[Step]:
-    """All of them, those that tell most first."""
+    """All steps, the most informative first."""
     tsqp = ("-m", "tsqp")
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", str(TESTS))
     bench = (*tsqp, "bench", "--device", device)
     small = ("--prompt-tokens", "1024", "--new-tokens", "17", "--rounds", "3")
     large = ("--prompt-tokens", "1024", "--new-tokens", "9", "--rounds", "2")
-    if device == "cpu":  # a rehearsal
+    if device == "cpu":  # a trial run of this script
         small = ("--prompt-tokens", "64", "--new-tokens", "3", "--rounds", "1")
     found = [
         Step("tests", tests, 150, is_json=False),
@@ -78,7 +78,7 @@ def steps(device: str) -> list[Step]:
 
 
 def run_step(step: Step, left_s: float) -> Outcome:
-    """Run one step to its end, or to its limit."""
+    """Run one step until it ends or reaches its time limit."""
     limit_s = min(step.limit_s, left_s)
     if limit_s < LEAST_S:
         return Outcome(step.name, "skipped", 0.0, "no time was left")
@@ -106,7 +106,7 @@ def run_step(step: Step, left_s: float) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all steps; exit status 1 if one did not end well."""
+    """Run all steps; exits with status 1 if any step was not done."""
     parser = argparse.ArgumentParser(prog="scripts/gpu-check", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, required=True, help="a new JSON file")
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         outcome = run_step(step, BUDGET_S - (perf_counter() - began))
         outcomes.append(outcome)
         print(f"{step.name}: {outcome.state}, {outcome.seconds:.0f} s", file=sys.stderr, flush=True)
-        _write(options.out, options.device, outcomes)  # what is there stays, whatever comes
+        _write(options.out, options.device, outcomes)  # a crash loses no results
     if any(outcome.state != "done" for outcome in outcomes):
         sys.exit(1)
 

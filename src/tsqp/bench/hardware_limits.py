@@ -1,4 +1,4 @@
-"""What this machine could do at best, measured in the same run as what it did."""
+"""The best rates of this machine, measured in the same run as the benchmark."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from tsqp.algebra.int8_product import int8_product
 from tsqp.bench.timing import least_seconds
 
 SIZE = 2048
-STREAM_BYTES = 2**29  # far larger than any cache, so that every pass comes from memory
+STREAM_BYTES = 2**29  # far larger than any cache, so that every pass reads memory
 
 
 @dataclass(frozen=True, slots=True)
 class HardwareLimits:
-    """The best rates seen.
+    """The best rates measured on this machine, per second.
 
     Attributes:
-        matmul_flops: floating-point operations a second in one large product.
-        int8_ops: multiplications and additions of int8 a second in one large product.
-        read_bytes_per_s: weights streamed from memory by a matrix-vector product.
+        matmul_flops: floating-point operations in one large matrix product.
+        int8_ops: multiplications and additions of int8 in one large matrix product.
+        read_bytes_per_s: bytes of weights that a matrix-vector product reads from memory.
         copy_bytes_per_s: bytes copied from memory to memory.
     """
 
@@ -31,12 +31,12 @@ class HardwareLimits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLimits:
-    """The best rates seen on a GPU.
+    """The best rates measured on a GPU, per second.
 
     Attributes:
-        name: of the device.
+        name: name of the device.
         matmul_flops, int8_ops, read_bytes_per_s: as in `HardwareLimits`.
-        copy_bytes_per_s: between this machine's memory and the device's, the slower way.
+        copy_bytes_per_s: bytes copied between host and device, in the slower direction.
     """
 
     name: str
@@ -47,7 +47,7 @@ class DeviceLimits:
 
 
 def measure_limits(dtype: torch.dtype) -> HardwareLimits:
-    """Measure with the threads that torch is set to."""
+    """Measure this machine, with the number of threads that torch is set to."""
     a, b = torch.ones(SIZE, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
     product_s = least_seconds(lambda: torch.mm(a, b))
     weight = torch.ones(STREAM_BYTES // dtype.itemsize // SIZE, SIZE, dtype=dtype)
@@ -59,7 +59,7 @@ def measure_limits(dtype: torch.dtype) -> HardwareLimits:
 
 
 def measure_device_limits(device: torch.device, dtype: torch.dtype) -> DeviceLimits:
-    """The same of a CUDA device."""
+    """Measure a CUDA device."""
 
     def rate(amount: float, run: Callable[[], object]) -> float:
         def whole() -> None:
@@ -85,13 +85,13 @@ def measure_device_limits(device: torch.device, dtype: torch.dtype) -> DeviceLim
 
 
 def int8_ops() -> float:
-    """Multiplications and additions of int8 a second."""
+    """Multiplications and additions of int8 per second."""
     a, b = (torch.ones(SIZE, SIZE, dtype=torch.int8) for _ in range(2))
     return 2 * SIZE**3 / least_seconds(lambda: int8_product(a, b.t()))
 
 
 def copy_bytes_per_s(nbytes: int = STREAM_BYTES // 2) -> float:
-    """Bytes copied a second, so many at a time; each is read once and written once."""
+    """Bytes copied per second, in copies of `nbytes` bytes; a byte read and written counts once."""
     source = torch.ones(nbytes, dtype=torch.uint8)
     target = torch.ones_like(source)
     return source.nbytes / least_seconds(lambda: target.copy_(source))

@@ -1,4 +1,4 @@
-"""Our config of a model in the words of transformers, to run the same model there."""
+"""Converts our model config to a transformers config, to run the same model there."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tsqp.model.rope import DynamicScaling, LinearScaling, Rope, YarnScaling
 
 
 def hf_config(config: ModelConfig, **changes: object) -> Any:
-    """The transformers config that gives the same computation."""
+    """The transformers config for the same computation, with `changes` applied."""
     from transformers import AutoConfig
 
     kinds = [FULL if layer.window is None else SLIDING for layer in config.layers]

@@ -1,4 +1,4 @@
-"""Where a result was measured."""
+"""Describes the machine on which a result was measured."""
 
 import subprocess
 from pathlib import Path
@@ -13,7 +13,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this package lies in, marked where files differ from it."""
+    """The git commit of this package's checkout, marked if files have changed since."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""`tsqp bench kernels`: what the trusted side pays for each element, on one core.
+"""`tsqp bench kernels`: the trusted side's cost per element, on one core.
 
 Shape suffixes: T tokens; D input and F output features of a group; B bytes of a row.
 """
@@ -31,7 +31,7 @@ from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import BLOCK_ROWS, Group, MaskedGroup
 
-TARGET_NS = 1.5  # what an input and an output element, with both checks, were to take at most
+TARGET_NS = 1.5  # the goal for one input and one output element, both checks included
 SHAPES = {  # of SmolLM2-135M: (F, D)
     "qkv": (960, 576),
     "o": (576, 576),
@@ -39,22 +39,22 @@ SHAPES = {  # of SmolLM2-135M: (F, D)
     "down": (576, 1536),
 }
 TOKENS = (1, 64, 512)
-ROUNDS = 5  # of everything in turn: what else the machine does is not the same all the time
+ROUNDS = 5  # each measures every case once, so that other load affects all cases alike
 
 
 @dataclass(frozen=True, slots=True)
 class KernelFigures:
-    """One group, one field, one number of tokens.
+    """Times for one group, one field and one number of tokens.
 
     Attributes:
-        mask_ns: for each input element, [P2], [P5] and the right side of [P7].
-        unmask_ns: for each output element, [P5], [P7] with both vectors, and [P3].
-        pair_ns: both, to be compared with TARGET_NS.
-        random_ns: for each uniform residue.
-        pad_row_us: to make one pad, [P4], or one row of lattice masks [P11].
-        pad_element_ns: of it, for each input and output element.
-        pad_product_ps: of it, for each product of two int8 and its addition; random residues are
-            not counted. None for lattice masks, which have no such products.
+        mask_ns: masking, per input element: [P2], [P5] and the right side of [P7].
+        unmask_ns: unmasking, per output element: [P5], [P7] with both vectors, and [P3].
+        pair_ns: mask_ns + unmask_ns; the goal is TARGET_NS.
+        random_ns: drawing one uniform residue.
+        pad_row_us: making one pad [P4], or one row of lattice masks [P11].
+        pad_element_ns: pad_row_us divided by the number of input and output elements.
+        pad_product_ps: making one pad, without its random residues, divided by the number of int8
+            multiply-adds. None for lattice masks, which need no such products.
     """
 
     field: str
@@ -73,7 +73,7 @@ class KernelFigures:
 
 @dataclass(frozen=True, slots=True)
 class KernelResult:
-    """All of them, and the best rates of one core."""
+    """The figures of all cases, and the best rates of one core."""
 
     kernels: list[KernelFigures]
     target_ns: float
@@ -87,7 +87,7 @@ class KernelResult:
 
 
 def measure_kernels() -> KernelResult:
-    """All fields, groups and numbers of tokens, on one thread."""
+    """Measure all fields, groups and numbers of tokens, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -112,7 +112,7 @@ def measure_kernels() -> KernelResult:
 
 
 def tables(result: KernelResult) -> Iterator[Table]:
-    """A row for each figure."""
+    """One row for each case."""
     table = new_table(
         "Trusted loops on one core",
         "field", "group", "D → F", "tokens", "mask, ns", "unmask, ns", "both, ns", "random, ns",
@@ -140,7 +140,7 @@ def notes(result: KernelResult) -> Iterator[str]:
 
 
 class _Layer:
-    """One group, and an honest worker's answer to random inputs."""
+    """One group with random inputs and the right answer to them."""
 
     def __init__(self, field: Field, linear: LinearGroup, tokens: int) -> None:
         features, width = shape = linear.shape
@@ -152,7 +152,7 @@ class _Layer:
             load = LatticeLoad({linear: shape}, {})
             load.add(linear, integers)
             self.group = load.groups[linear]
-            memory = 2 * DEGREE * row_bytes_in_stock(field, *shape)  # for whole batches
+            memory = 2 * DEGREE * row_bytes_in_stock(field, *shape)  # whole batches
             self.provider: PadProvider = load.provider(memory)
         else:
             self.group = MaskedGroup(linear, integers, None, field)
@@ -163,7 +163,7 @@ class _Layer:
         self.provider.make(linear, self.made, self.place)
         self._x_TD = torch.randn(tokens, width, generator=generator)
         self._c_TB = torch.empty(tokens, width * field.residue_bytes, dtype=torch.uint8)
-        # As in a call: blocks of rows, the last of which may be short.
+        # As in a real call: blocks of rows, of which the last may be shorter.
         starts = range(0, tokens, BLOCK_ROWS)
         self._blocks = [slice(first, min(first + BLOCK_ROWS, tokens)) for first in starts]
         self._pads = [self.made.copy(block) for block in self._blocks]
@@ -198,7 +198,7 @@ def _answer(c_TB: Tensor, weight_FD: Tensor, field: Field) -> Tensor:
 
 
 class _Case:
-    """One field, one group, one number of tokens, and what was measured so far."""
+    """One field, group and number of tokens, with the samples measured so far."""
 
     def __init__(self, field: Field, group: str, tokens: int) -> None:
         self._linear = LinearGroup(0, group, *SHAPES[group])
@@ -207,7 +207,7 @@ class _Case:
         self._measured: dict[str, list[float]] = defaultdict(list)
 
     def measure(self) -> None:
-        """Once more."""
+        """Take one more sample of each time."""
         layer, tokens, (features, width) = self._layer, self._tokens, self._linear.shape
         mask_ns = 1e9 * seconds(layer.mask) / (tokens * width)
         unmask_ns = 1e9 * seconds(layer.unmask) / (tokens * features)

@@ -1,7 +1,7 @@
-"""The least time that any program could take for a mode's work, at this machine's best rates.
+"""Lower bounds of the time for each mode's work, computed from the best rates of this machine.
 
-Each bound counts the one resource that binds that kind of work: operations for a prompt, operations
-or weights read for a token; and for the private modes the copying of residues.
+Each bound counts only the limiting resource: operations for a prompt, and operations or memory
+reads for a new token. The private modes add the time to copy the residues.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import linear_bytes, parse_dtype
 from tsqp.model.config import ModelConfig, linear_groups, output_projection
 
-# Products with each weight in the private modes, by who computes them.
+# How many products with each weight the private modes compute, on each side.
 WORKER_PRODUCTS = {"pad": 1, "pad-inline": 1, "shares": 2}
-TEE_PRODUCTS = {"pad-inline": 1}  # but for lattice masks, which take none
+TEE_PRODUCTS = {"pad-inline": 1}  # lattice masks need none
 TEE_MODES = ("transformers", "tee")
 
 
 @dataclass(frozen=True, slots=True)
 class LowerBound:
-    """Seconds at least: for all prompts of a batch, and for each new token."""
+    """Lower bounds in seconds: for all prompts of a batch, and for each new token."""
 
     prefill_s: float
     decode_s: float
@@ -42,10 +42,10 @@ def lower_bound(
     limits: HardwareLimits,
     device: DeviceLimits | None,
 ) -> LowerBound:
-    """What a mode could take at best.
+    """The lower bound of one mode's time.
 
     Args:
-        device: the best rates of the workers' GPU, if they have one.
+        device: best rates of the workers' GPU, if they have one.
     """
     where = limits if device is None or mode in TEE_MODES else device
     if mode not in WORKER_PRODUCTS:
@@ -67,21 +67,21 @@ def lower_bound(
 
 
 def _products(config: ModelConfig, setting: Setting, read_s: float, ops_per_s: float) -> LowerBound:
-    """All linear layers once.
+    """The time to compute all linear layers once.
 
     Args:
-        read_s: to read all weights.
+        read_s: seconds to read all weights.
     """
     weights = sum(group.features * group.width for group in linear_groups(config))
     lm_head = output_projection(config)
     head = lm_head.features * lm_head.width
-    # The output projection is applied to the last position of a prompt alone.
+    # In prefill, the output projection is applied only to the last position.
     products = 2 * setting.batch * (setting.prompt_tokens * (weights - head) + head)
     return LowerBound(products / ops_per_s, max(read_s / setting.batch, 2 * weights / ops_per_s))
 
 
 def _crossing(config: ModelConfig, setting: Setting, copy_bytes_per_s: float) -> LowerBound:
-    """The residues of all linear layers, both ways."""
+    """The time to copy the residues of all linear layers, in both directions."""
     residues = sum(sum(group.shape) for group in linear_groups(config))
     head = sum(output_projection(config).shape)
     copy_s = FIELDS[setting.field].residue_bytes / copy_bytes_per_s

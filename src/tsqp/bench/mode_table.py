@@ -1,4 +1,4 @@
-"""A comparison as tables: a row a mode."""
+"""Tables of `tsqp bench MODEL`, with one row for each mode."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ MB = 1e6
 
 
 def tables(result: Result) -> Iterator[Table]:
-    """What was measured, as far as it was."""
+    """A table for each part of the benchmark that was run."""
     yield _times(result)
     if result.prefill_ratio:
         yield _ratios(result)
@@ -24,7 +24,7 @@ def tables(result: Result) -> Iterator[Table]:
 
 
 def notes(result: Result) -> Iterator[str]:
-    """What a reader must know to read the tables."""
+    """What the columns mean, and how it was measured."""
     c = result.ceilings
     yield (
         f"Medians of {result.rounds} rounds (lowest to highest); ratios are taken within a round. "

@@ -1,4 +1,4 @@
-"""The modes that are compared, each as something that runs a prompt and says what it cost."""
+"""The modes that `tsqp bench` compares. Each has a runner that times one prompt and answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ from tsqp.gpu.backends import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.tee.crypto.pads import row_bytes_in_stock
 
-TIMEOUT_S = 60.0  # for one call, on a machine that may be busy
+TIMEOUT_S = 60.0  # per call; the machine may be busy
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The same for all modes.
+    """The settings that all modes share.
 
     Attributes:
         model: as for `LLM`.
         dtype: "float32", "float16" or "bfloat16".
-        field: residues of the private modes.
-        prompt_tokens: length of the prompt, of random tokens, in one chunk.
-        new_tokens: generated tokens, of which the first belongs to the prefill.
-        threads: for each of transformers, the TEE side and a worker.
-        device: of the workers, as `tsqp worker` takes it.
-        batch: such prompts at once.
+        field: field of the residues, in the private modes.
+        prompt_tokens: length of each prompt; its tokens are random, and prefill is one chunk.
+        new_tokens: number of generated tokens; the first one belongs to the prefill.
+        threads: threads of each of transformers, the trusted side and a worker.
+        device: device of the workers, as in `tsqp worker --device`.
+        batch: number of prompts that are processed together.
     """
 
     model: str
@@ -47,26 +47,26 @@ class Setting:
 
     @property
     def forwards(self) -> int:
-        """Tokens that are computed in one run: all but the last."""
+        """Tokens that one run feeds to the model: all but the last."""
         return self.batch * (self.prompt_tokens + self.new_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one run took.
+    """The cost of one run.
 
     Attributes:
         prefill_s: seconds for all prompts of a batch.
         decode_s_per_token: seconds for each token after the first.
-        prefill_cpu_s_per_token: processor time of the trusted side, for each token of the prompt;
-            pads that are made in line count, pads made ahead do not.
+        prefill_cpu_s_per_token: CPU time of the trusted side per prompt token, including pads made
+            on demand but not pads made ahead.
         decode_cpu_s_per_token: the same for each token after the first.
-        pads_cpu_s_per_token: processor time of making the pads that this run used, for each token,
-            in line or ahead.
-        worker_s: in which workers computed, by their own word.
-        calls_per_forward: of the prompts as one, and of each new token of all.
-        tensor_bytes: both ways.
-        socket_bytes: of it and beside it, what went through the socket.
+        pads_cpu_s_per_token: CPU time per token to make the pads that this run used, on demand or
+            ahead.
+        worker_s: compute time that the workers reported.
+        calls_per_forward: calls divided by the number of forward passes.
+        tensor_bytes: bytes of tensors, in both directions.
+        socket_bytes: bytes that went through the socket: messages, and tensors sent inline.
     """
 
     prefill_s: float
@@ -81,7 +81,7 @@ class Sample:
 
 
 class Runner(Protocol):
-    """A model that is loaded in one mode."""
+    """A model loaded in one mode."""
 
     def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample: ...
 
@@ -89,15 +89,15 @@ class Runner(Protocol):
 
 
 class LlmRunner:
-    """Any mode of TSQP.
+    """Runs any mode of TSQP.
 
     Args:
-        stocked: make the pads of a whole run before it, as far as memory allows.
-        options: for `LLM`.
+        stocked: whether to make the pads of a whole run ahead of it, as far as memory allows.
+        options: options of `LLM`.
 
     Attributes:
-        stock_rows: pads of each group that lie ready before a run.
-        field: of the private modes.
+        stock_rows: pads of each group in stock before a run.
+        field: field of the residues, in the private modes.
     """
 
     def __init__(self, setting: Setting, *, stocked: bool = False, **options: Any) -> None:
@@ -117,7 +117,7 @@ class LlmRunner:
         )
 
     def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample:
-        """One greedy answer from a full stock; then the pads that it used are made again."""
+        """Generate one greedy answer from a full stock of pads, then refill the stock."""
         llm = self.llm
         self._fill()
         llm.stats.reset()
@@ -144,16 +144,16 @@ class LlmRunner:
         )
 
     def _fill(self) -> float:
-        """Fill the stock; the processor seconds that it took in all threads."""
+        """Fill the stock of pads; returns the CPU seconds of all threads."""
         began = process_time()
         self.llm.fill_pads()
         return process_time() - began
 
     def _renew(self) -> float:
-        """Make a whole stock of lattice masks; processor seconds for one row of every group.
+        """Renew the whole stock of lattice masks; returns CPU seconds for one row of every group.
 
-        A run uses up only a part of a class, which is made as a whole. The stock must have been
-        full before: memory that is used for the first time costs more.
+        A class of masks is made as a whole, but a run uses only part of it. The stock must be full
+        before, because memory that is used for the first time costs more.
         """
         assert self.llm.pads is not None
         made, began = self.llm.pads.made_rows, process_time()
@@ -166,7 +166,7 @@ class LlmRunner:
 
 
 class TransformersRunner:
-    """The outside reference, on the TEE's processor or on the workers' device."""
+    """Runs transformers, the external reference, on the CPU or on the workers' device."""
 
     def __init__(self, setting: Setting, *, on_worker: bool = False) -> None:
         torch.set_num_threads(setting.threads)
@@ -180,7 +180,7 @@ class TransformersRunner:
             checkpoint.close()
 
     def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample:
-        """One greedy answer."""
+        """Generate one greedy answer."""
         prompts = [prompt_ids] * self._batch
         prefill_s, prefill_cpu_s = _time(partial(self._model.prefill, prompts))
         decode_s, decode_cpu_s = _time(partial(self._model.decode, new_tokens - 1))
@@ -212,20 +212,20 @@ MODES: dict[str, Callable[[Setting], Runner]] = {
 
 
 def stock_bytes(config: ModelConfig, rows: int, field: FieldName) -> int:
-    """Memory for pads of `rows` tokens."""
+    """Bytes of the pads for `rows` tokens."""
     groups = linear_groups(config)
     return rows * sum(row_bytes_in_stock(FIELDS[field], *group.shape) for group in groups)
 
 
 def _time(run: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and seconds of processor time."""
+    """Wall seconds and CPU seconds of one call."""
     began, cpu_began = perf_counter(), process_time()
     run()
     return perf_counter() - began, process_time() - cpu_began
 
 
 def _stock(setting: Setting) -> tuple[int, int]:
-    """Rows and bytes of the pads of a run; half of what is free, where they take more."""
+    """Rows and bytes of the pads for one run, limited to half of the free memory."""
     checkpoint = open_checkpoint(setting.model)
     checkpoint.close()
     row_bytes = stock_bytes(checkpoint.config, 1, setting.field)
@@ -237,7 +237,7 @@ def _stock(setting: Setting) -> tuple[int, int]:
 
 
 def _count(llm: LLM) -> dict[str, float]:
-    """What has crossed and what pads have cost, since the session began."""
+    """Traffic and cost of pads since the session began."""
     rpc, pads = llm.rpc, llm.pads
     return {
         "calls": sum(rpc.calls.values()),

@@ -1,4 +1,4 @@
-"""The end of every benchmark: tables for people, then one JSON line for machines."""
+"""Output of every benchmark: tables for people and one JSON line for programs."""
 
 import json
 import shlex
@@ -15,13 +15,13 @@ from tsqp.runtime.quiet import is_quiet
 
 
 def check_out(out: Path | None, option: str = "--out") -> None:
-    """Refuse, before anything is measured, a file that could not be written.
+    """Check that a result file can be written, before anything is measured.
 
     Args:
-        option: which names it.
+        option: the option that names the file, for the message.
 
     Raises:
-        UsageError: it exists, or its folder does not.
+        UsageError: the file exists, or its folder does not.
     """
     if out is not None and out.exists():
         raise UsageError(f"{out} exists; name a new file, or remove it.")
@@ -33,7 +33,7 @@ def check_out(out: Path | None, option: str = "--out") -> None:
 def print_result(
     result: dict[str, object], tables: Iterable[Table], notes: Iterable[str], out: Path | None
 ) -> None:
-    """Print tables and notes to standard error and the JSON to standard output; write `out`."""
+    """Print tables and notes to stderr and JSON to stdout, and write the JSON to `out`."""
     console = Console(stderr=True, width=140, highlight=False, quiet=is_quiet())
     for table in tables:
         console.print(table)
@@ -41,13 +41,13 @@ def print_result(
         console.print(note, markup=False)
     command = "tsqp " + shlex.join(sys.argv[1:])
     line = json.dumps({"command": command, **result})
-    print(line, flush=True)  # first: should the file fail, the figures are not lost
+    print(line, flush=True)  # before the file, so that an error there does not lose the figures
     if out is not None:
         out.write_text(line + "\n")
 
 
 def new_table(title: str, *columns: str) -> Table:
-    """A table whose first column names the rows."""
+    """An empty table whose first column holds row names."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -55,7 +55,7 @@ def new_table(title: str, *columns: str) -> Table:
 
 
 def show(figure: Figure, digits: int, unit: float = 1.0) -> str:
-    """Median (least to most), in units of `unit`."""
+    """Format as "median (minimum to maximum)", in units of `unit`."""
     values = (figure.median / unit, figure.least / unit, figure.most / unit)
     median, least, most = (f"{value:.{digits}f}" for value in values)
     return f"{median} ({least}–{most})"

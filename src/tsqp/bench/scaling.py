@@ -1,8 +1,8 @@
-"""`tsqp bench scaling`: how the TEE's work for a token grows with the width d of a model.
+"""`tsqp bench scaling`: how the TEE's work per token grows with the width d of a model.
 
-A token's linear layers are O(d²) operations. In `tee` the TEE does them; in `pad` it does O(d)
-operations around each product. Making a pad takes O(d²) operations more, and making lattice masks
-O(d). The slopes of log(time) over log(d) show it.
+The linear layers take O(d²) operations per token. The TEE computes them in `tee`; in `pad` it needs
+only O(d) operations for each product, plus O(d²) to make a pad or O(d) to make lattice masks. The
+slope of log(time) over log(d) shows the exponent.
 """
 
 import json
@@ -28,7 +28,7 @@ from tsqp.model.config import tensor_shapes
 from tsqp.model.hf_config import from_hf
 
 LAYERS, HEAD_DIM, VOCABULARY = 2, 64, 512
-COMPARED: dict[str, tuple[str, str, FieldName]] = {  # mode, dtype and field of each
+COMPARED: dict[str, tuple[str, str, FieldName]] = {  # name: (mode, dtype, field)
     "tee": ("tee", "float32", "wide"),
     "tee bfloat16": ("tee", "bfloat16", "wide"),
     "pad": ("pad", "float32", "wide"),
@@ -41,12 +41,12 @@ NEW_TOKENS = 2
 
 @dataclass(frozen=True, slots=True)
 class ScalingResult:
-    """Processor seconds of the TEE for each token of a prompt.
+    """CPU seconds of the TEE per prompt token, for models of different widths.
 
     Attributes:
-        cpu_s_per_token: by name and width: those of COMPARED without what is made ahead, what is
-            made ahead for them, and "… in all", the sum of both.
-        slopes: of the logarithm over the logarithm of the width, by least squares.
+        cpu_s_per_token: by name and width. Each name of COMPARED is without the work done ahead;
+            that work has a name of its own, and "… in all" is the sum of both.
+        slopes: slope of log(time) over log(width), by least squares, for each name.
     """
 
     widths: list[int]
@@ -63,10 +63,10 @@ class ScalingResult:
 
 
 def parse_widths(text: str) -> list[int]:
-    """The widths of "256,512".
+    """Parse widths such as "256,512".
 
     Raises:
-        UsageError: fewer than two, or one that is no multiple of a head.
+        UsageError: there are fewer than two, or one is not a multiple of HEAD_DIM.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 0 < int(part) <= 2**14 for part in parts):
@@ -104,13 +104,13 @@ def measure_scaling(
 
 
 def slope(figures: dict[int, Figure]) -> float:
-    """Of the logarithm of the medians over the logarithm of the widths, by least squares."""
+    """The slope of log(median) over log(width), by least squares."""
     logs = np.log([[width, figure.median] for width, figure in figures.items()])
     return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
 
 
 def tables(result: ScalingResult) -> Iterator[Table]:
-    """A row for each width, and the slopes."""
+    """One row for each width, then the slopes."""
     table = new_table("TEE processor time for a token, µs", "d", *result.cpu_s_per_token)
     for width in result.widths:
         cells = [figures[width] for figures in result.cpu_s_per_token.values()]
@@ -120,7 +120,7 @@ def tables(result: ScalingResult) -> Iterator[Table]:
 
 
 def notes(result: ScalingResult) -> Iterator[str]:
-    """What it means."""
+    """How to read the table."""
     yield (
         f"{LAYERS} layers, {result.prompt_tokens} prompt tokens; medians of {result.rounds} rounds "
         "with least and most. Slope: of log time over log d; work that grows as a product does has "
@@ -130,11 +130,11 @@ def notes(result: ScalingResult) -> Iterator[str]:
 
 
 def draw(result: ScalingResult, path: Path) -> None:
-    """The same as a plot, in SVG."""
+    """Write a plot of the result as SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Plot
 
-    mpl.rcdefaults()  # whatever a matplotlibrc in the working folder says
+    mpl.rcdefaults()  # ignore a matplotlibrc in the working folder
     figure = Plot(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for (name, figures), marker in zip(result.cpu_s_per_token.items(), cycle("os^v"), strict=False):
@@ -155,7 +155,7 @@ def _cell(figure: Figure) -> str:
 
 
 def _samples(width: int, prompt_tokens: int, rounds: int, threads: int) -> list[dict[str, Sample]]:
-    """What each mode took in each round that counts."""
+    """A sample of each mode for each round, without the warm-up round."""
     prompt_ids = [n % VOCABULARY for n in range(prompt_tokens)]
     samples: list[dict[str, Sample]] = [{} for _ in range(rounds + 1)]
     with tempfile.TemporaryDirectory(prefix="tsqp-bench-") as folder:
@@ -170,7 +170,7 @@ def _samples(width: int, prompt_tokens: int, rounds: int, threads: int) -> list[
 
 
 def _write_model(folder: Path, width: int, positions: int) -> None:
-    """A checkpoint of this width, with random weights."""
+    """Write a checkpoint of this width with random weights."""
     config = {
         "model_type": "llama",
         "vocab_size": VOCABULARY,

@@ -1,4 +1,4 @@
-"""Run as a program by `startup`: start one mode, run it once, and say what it took."""
+"""The program that `startup` runs: starts one mode, runs it once and prints the cost as JSON."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from tsqp.bench.startup import peak_bytes
 
 
 def main() -> None:
-    """Arguments: the mode, and the setting as JSON."""
+    """Run with two arguments: the mode, and the setting as JSON."""
     mode, setting = sys.argv[1], Setting(**json.loads(sys.argv[2]))
     began = perf_counter()
     runner = MODES[mode](setting)

@@ -1,4 +1,4 @@
-"""How long a mode takes to start, and what memory it takes, each in a process of its own."""
+"""Start-up time and peak memory of each mode, measured in a new process for each."""
 
 import json
 import os
@@ -19,15 +19,15 @@ PREPARED = ("pad", "pad-inline", "shares")  # modes that keep integer weights in
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of one mode, and one run after it.
+    """One start of one mode, followed by one run.
 
     Attributes:
-        cache: of integer weights: "none" (not used), "cold" or "prepared".
-        process_s: from starting the process until it can answer; stock of pads not included.
-        load_s: of it, loading the model and meeting the worker.
-        stock_s: to fill the stock of pads.
-        tee_bytes: most memory of the trusted side, at any time.
-        workers_bytes: the same of each worker.
+        cache: state of the cache of integer weights: "none" (not used), "cold" or "prepared".
+        process_s: from the start of the process until it can answer, without filling the stock.
+        load_s: part of process_s: loading the model and connecting to the worker.
+        stock_s: filling the stock of pads.
+        tee_bytes: peak memory of the trusted side.
+        workers_bytes: peak memory of each worker.
     """
 
     mode: str
@@ -40,8 +40,8 @@ class Start:
 
 
 def measure_starts(modes: list[str], setting: Setting) -> Iterator[Start]:
-    """Start every mode in turn; those that keep a cache first without, then with it."""
-    # By its path: the cache that these processes get does not have the demo model.
+    """Start every mode; modes with a cache of integer weights start without it, then with it."""
+    # Pass the path of the demo model, as it is not in the cache that these processes get.
     model = str(demo_model.locate()) if setting.model == "demo" else setting.model
     own = {**asdict(setting), "model": model}
     for mode in modes:
@@ -72,7 +72,7 @@ def _start(mode: str, state: str, setting: dict[str, object], cache: str) -> Sta
 
 
 def peak_bytes(process: int | str = "self") -> int:
-    """The most memory that a process has had, as Linux counts it (VmHWM)."""
+    """Peak memory of a process, as Linux counts it (VmHWM)."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])

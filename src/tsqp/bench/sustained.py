@@ -1,4 +1,4 @@
-"""How fast a mode goes on once the pads that were made ahead are used up."""
+"""The speed of a mode after the stock of pads is used up."""
 
 from dataclasses import dataclass
 from time import process_time
@@ -6,20 +6,20 @@ from time import process_time
 from tsqp import SamplingParams
 from tsqp.bench.modes import LlmRunner, stock_bytes
 
-PROMPTS = 5  # most to use the stock up with
+PROMPTS = 5  # maximum number of prompts that use up the stock
 
 
 @dataclass(frozen=True, slots=True)
 class Sustained:
-    """Many tokens, one at a time.
+    """Average cost of a token over many tokens.
 
     Attributes:
         seconds_per_token: wall time.
-        cpu_s_per_token: processor time of the trusted side, pads included.
-        pads_cpu_s_per_token: of it, making pads ahead, and in line.
-        ahead: share of the pads that were made ahead, between the tokens.
-        stock_rows_before, stock_rows_after: pads for so many tokens lay ready, on average over the
-            groups. A mode that makes pads faster than it uses them ends with more.
+        cpu_s_per_token: CPU time of the trusted side, including pads.
+        pads_cpu_s_per_token: part of cpu_s_per_token: making pads, ahead and on demand.
+        ahead: share of the pads that were made ahead.
+        stock_rows_before, stock_rows_after: number of tokens for which pads were in stock, averaged
+            over the groups. The stock grows if pads are made faster than they are used.
     """
 
     tokens: int
@@ -32,7 +32,7 @@ class Sustained:
 
 
 def sustain(runner: LlmRunner, tokens: int) -> Sustained:
-    """Use the stock up, then generate `tokens` tokens, in as many answers as the context wants."""
+    """Use up the stock, then generate `tokens` tokens, in as many answers as the context needs."""
     llm = runner.llm
     context = llm.config.max_positions
     _use_up(runner)
@@ -63,7 +63,7 @@ def sustain(runner: LlmRunner, tokens: int) -> Sustained:
 
 
 def _use_up(runner: LlmRunner) -> None:
-    """Compute prompts until one had to wait for pads; some machines make them faster than that."""
+    """Run prompts until one has to wait for pads, or PROMPTS times: some machines never wait."""
     llm = runner.llm
     prompt = [1] * min(runner.stock_rows, llm.config.max_positions - 1)
     for _ in range(PROMPTS):

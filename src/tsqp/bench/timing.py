@@ -1,15 +1,15 @@
-"""How long something takes, where the machine is not always equally fast."""
+"""Times a function on a machine whose speed varies."""
 
 import statistics
 from collections.abc import Callable
 from time import perf_counter
 
 SAMPLES = 7
-SAMPLE_S = 0.02  # long beside the clock and a call from Python
+SAMPLE_S = 0.02  # long compared with the clock and a call from Python
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Seconds of one `run`, the median of SAMPLES of at least SAMPLE_S each, after a warm-up."""
+    """Seconds of one `run`: the median of SAMPLES of at least SAMPLE_S each, after a warm-up."""
     run()
     repeats = 1
     while (first := _total(run, repeats)) < SAMPLE_S:
@@ -18,7 +18,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def least_seconds(run: Callable[[], object]) -> float:
-    """Seconds of the fastest `run`, for what the machine can do at best."""
+    """Seconds of the fastest `run`, as an estimate of the machine's best speed."""
     return min(_total(run, 1) for _ in range(SAMPLES))
 
 

@@ -1,6 +1,6 @@
-"""Round trips and bandwidth of every way in which a call can reach a worker on this machine.
+"""Latency and bandwidth of each transport to a worker on this machine.
 
-For `tsqp bench transport`, and for `tsqp doctor`.
+Used by `tsqp bench transport` and `tsqp doctor`.
 """
 
 from collections.abc import Iterator
@@ -30,20 +30,21 @@ from tsqp.wire.tensors import Spec
 MODEL = "random:tiny"
 SHM_BYTES = 2**26
 MANY_ROWS = 2**15
-ANSWER_BYTES = 2**23  # of so many rows
+ANSWER_BYTES = 2**23  # bytes of MANY_ROWS rows
 TIMEOUT_S = 10.0
 LISTENING = {"ipc": None, "tcp": "tcp://127.0.0.1:0"}
 
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """One way, measured.
+    """The figures of one transport.
 
     Attributes:
         socket: "ipc" or "tcp".
-        transport: how calls and tensors cross, as `LLM.transport` names it, and `reason` why.
-        median_us, p99_us: of a call that fetches one row of an embedding, there and back.
-        bytes_per_s: of answers, in a call that fetches MANY_ROWS rows.
+        transport: name of the transport, as in `LLM.transport`.
+        reason: why this transport was chosen.
+        median_us, p99_us: round-trip time of a call for one embedding row.
+        bytes_per_s: bandwidth of an answer of MANY_ROWS rows.
     """
 
     socket: str
@@ -55,10 +56,10 @@ class Transport:
 
 
 class Ways:
-    """Workers with a tiny model, and every way to them. A context manager.
+    """Local workers with a tiny model, and the transports to them. A context manager.
 
     Raises:
-        WorkerUnavailable: on entering; a worker does not start.
+        WorkerUnavailable: on entering, if a worker does not start.
     """
 
     def __init__(self) -> None:
@@ -82,11 +83,11 @@ class Ways:
         self._stack.close()
 
     def __iter__(self) -> Iterator[tuple[str, bool]]:
-        """The ways to the workers that have started: the socket, and whether memory is shared."""
+        """All transports, as pairs: the socket, and whether memory is shared."""
         return product(self._workers, (True, False))
 
     def measure(self, socket: str, shared: bool, calls: int) -> Transport:
-        """Measure one of them, with at least two calls of one row."""
+        """Measure one transport with `calls` calls for one row (at least 2)."""
         link = Link(parse_endpoint(self._workers[socket].endpoint), None)
         process = WorkerProcess(link, MODEL, torch.float32, None)
         try:
@@ -100,7 +101,7 @@ class Ways:
 
 @dataclass(frozen=True, slots=True)
 class TransportResult:
-    """All ways, and this machine's own copying of as many bytes."""
+    """All transports, and the speed of a plain memory copy of the same size."""
 
     transports: list[Transport]
     calls: int
@@ -114,7 +115,7 @@ class TransportResult:
 
 
 def measure_transports(calls: int) -> TransportResult:
-    """Measure every way, with at least two calls of one row.
+    """Measure every transport with `calls` calls for one row (at least 2).
 
     Raises:
         WorkerUnavailable: a worker does not start.
@@ -126,7 +127,7 @@ def measure_transports(calls: int) -> TransportResult:
 
 
 def tables(result: TransportResult) -> Iterator[Table]:
-    """A row for each way."""
+    """One row for each transport."""
     table = new_table(
         "Calls to a worker", "socket", "transport", "µs", "p99, µs", "GB/s", "of copying"
     )
@@ -163,7 +164,7 @@ def _measure(socket: str, channel: Channel, width: int, calls: int) -> Transport
 
 
 def _fetch(channel: Channel, rows: int, width: int) -> float:
-    """Seconds for a call that fetches so many rows."""
+    """Seconds of a call for `rows` embedding rows."""
     inputs, outputs = Spec((rows,), torch.int64), Spec((rows, width), torch.float32)
     began = perf_counter()
     slot = channel.reserve(Embed(), [inputs], [outputs])
