@@ -1,1 +1,1 @@
-"""`tsqp doctor`: what is wrong, in ten seconds."""
+"""`tsqp doctor`: finds what is wrong with this machine or a worker, in about ten seconds."""

@@ -1,4 +1,4 @@
-"""One check after the other: each says what it found, or what is wrong and what to do."""
+"""Runs single checks. A check reports what it found, or what is wrong and what to do."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from tsqp.errors import RemoteError, TSQPError
 from tsqp.runtime.tracebacks import without_foreign_messages
 
 State = Literal["ok", "bad", "skipped"]
-NOT_SERVED = "start it with --serve"  # what a worker says that serves the other modes
+NOT_SERVED = "start it with --serve"  # part of the message of a worker that serves other modes
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        found: in a few words; of a check that failed, the whole cause and what to do.
-        traceback: where the cause is one that nobody foresaw, and what a worker said of its own.
+        found: the finding in a few words; if the check failed, the cause and what to do.
+        traceback: traceback of an unexpected error, here or reported by a worker.
     """
 
     name: str
@@ -29,15 +29,15 @@ class Check:
 
 
 class Wrong(Exception):
-    """A check that failed: one sentence, what is wrong and what to do."""
+    """Raised by a check that fails; one sentence says what is wrong and what to do."""
 
 
 class Skipped(Exception):
-    """A check that does not apply: one sentence, why."""
+    """Raised by a check that does not apply; one sentence says why."""
 
 
 def run_check(name: str, check: Callable[[], str]) -> Check:
-    """Run one check, whatever it raises."""
+    """Run one check; turns any exception into a result."""
     began = perf_counter()
 
     def ended(state: State, found: object, trace: str = "") -> Check:

@@ -1,4 +1,4 @@
-"""All checks, in the order in which one would look, printed as they end."""
+"""Runs all checks in order and prints each result at once."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ def examine(threads: int | None, target: Target | Unnamed | None) -> Iterator[Ch
 
 
 def transport_checks() -> Iterator[Check]:
-    """One check for each way to a worker on this machine, beside this machine's own copying."""
+    """One check for each transport to a local worker, compared with a plain memory copy."""
     rates: list[float] = []
 
     def copying() -> str:
@@ -54,7 +54,7 @@ def transport_checks() -> Iterator[Check]:
 
 
 def print_checks(checks: Iterable[Check], *, json_output: bool) -> bool:
-    """Print each check as it ends; whether none failed."""
+    """Print each check as it ends; returns whether none failed."""
     console = Console(stderr=json_output, highlight=False, soft_wrap=True)
     done = []
     for check in checks:

@@ -1,4 +1,4 @@
-"""Checks of a worker whose model is not known here: what it says of itself."""
+"""Checks of a worker whose model is not known here: asks the worker what it serves."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ MODES: tuple[tuple[str, WeightsDtype], ...] = (("pad", "int8"), ("open", "float3
 
 @dataclass(frozen=True, slots=True)
 class Unnamed:
-    """A worker whose model is not known, and its public key."""
+    """A worker whose model is not known: its endpoint and its public key."""
 
     worker: str
     worker_key: str | None = None
 
 
 def greeting_checks(target: Unnamed) -> Iterator[Check]:
-    """Whether the worker can be reached, with which key, and what it serves to each mode."""
+    """Check whether the worker can be reached, its key, and what it serves to each mode."""
     links: list[Link] = []
 
     def reach() -> str:

@@ -1,4 +1,4 @@
-"""Checks of this machine: is it one on which TSQP runs well, and is it a TEE?"""
+"""Checks of this machine: whether TSQP runs well on it, and whether it is a TEE."""
 
 import os
 import resource
@@ -19,14 +19,14 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 GRAMINE = Path("/dev/attestation/attestation_type")
 TEE_DEVICES = {"Intel TDX": Path("/dev/tdx_guest"), "AMD SEV-SNP": Path("/dev/sev-guest")}
 
-SIMD = {  # what int8 and bfloat16 products profit from, by its name in /proc/cpuinfo
+SIMD = {  # CPU features that speed up int8 and bfloat16 products: name in /proc/cpuinfo
     "amx_int8": "AMX",
     "avx512_vnni": "AVX-512 VNNI",
     "avx_vnni": "AVX VNNI",
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
-WANTED_SHM = 2**27  # a container's default of 64 MiB means calls that are cut into pieces
+WANTED_SHM = 2**27  # with the 64 MiB default of containers, calls are split
 MIN_MEMORY = 2**30
 MIN_FILES = 128
 GIB = 2**30
@@ -36,7 +36,7 @@ def machine_checks(threads: int | None) -> list[tuple[str, Callable[[], str]]]:
     """Name and function of each check, in order.
 
     Args:
-        threads: that the user would compute with; None for torch's choice.
+        threads: number of threads that the user wants; None for the default of torch.
     """
     return [
         ("processor", processor),
@@ -51,17 +51,17 @@ def machine_checks(threads: int | None) -> list[tuple[str, Callable[[], str]]]:
 
 
 def cores() -> int:
-    """Cores that this process may use: by affinity, and by its control group's quota."""
+    """Number of cores that this process may use, by its CPU affinity and its cgroup quota."""
     allowed = len(os.sched_getaffinity(0))
     try:
         quota, period = CPU_QUOTA.read_text().split()
         return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control groups, or of version 1
+    except (OSError, ValueError):  # no control groups, or version 1
         return allowed
 
 
 def processor() -> str:
-    """Cores, and the instructions that matter."""
+    """The number of cores, and the CPU features that matter."""
     try:
         flags = set(CPUINFO.read_text().split())
     except OSError:
@@ -73,7 +73,7 @@ def processor() -> str:
 
 
 def threads_fit(threads: int) -> str:
-    """More threads than cores wait for each other; threads that spin burn what others need."""
+    """Whether there are no more threads than cores, and OpenMP threads do not spin."""
     if threads > cores():
         raise Wrong(
             f"{threads} threads would share {cores()} cores, and wait for each other; pass "
@@ -89,7 +89,7 @@ def threads_fit(threads: int) -> str:
 
 
 def memory() -> str:
-    """What this process may still take."""
+    """The memory that is still available to this process."""
     free = available_bytes()
     if free < MIN_MEMORY:
         raise Wrong(f"Only {free / GIB:.1f} GiB of memory are free; free some before you start.")
@@ -97,11 +97,11 @@ def memory() -> str:
 
 
 def shared_memory(folder: Path = SHM_FOLDER) -> str:
-    """Where tensors cross without being copied through a socket."""
+    """Whether memory can be shared with a worker, so that tensors need not go through a socket."""
     try:
         SealedSegment.create(MIN_SEGMENT).close()
     except WorkerUnavailable:
-        pass  # then segments are files
+        pass  # segments are then files, which need the checks below
     else:
         return "sealed memory"
     if not folder.is_dir():
@@ -119,7 +119,7 @@ def shared_memory(folder: Path = SHM_FOLDER) -> str:
 
 
 def limits() -> str:
-    """What the system lets one process have."""
+    """The limits of the operating system on one process."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= files < MIN_FILES:
         raise Wrong(f"This process may open {files} files; raise the limit (ulimit -n 1024).")
@@ -133,7 +133,7 @@ def limits() -> str:
 
 
 def tee() -> str:
-    """Which kind of trusted execution environment this is."""
+    """The kind of trusted execution environment, if this is one."""
     try:
         return f"Gramine, attestation {GRAMINE.read_text().strip()}"
     except OSError:
@@ -144,7 +144,7 @@ def tee() -> str:
 
 
 def gpu() -> str:
-    """torch, and what it computes on."""
+    """The version of torch and the GPUs that it sees."""
     if not torch.cuda.is_available():
         return f"{torch.__version__}, no CUDA device"
     names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
@@ -152,7 +152,7 @@ def gpu() -> str:
 
 
 def int8_products() -> str:
-    """The worker's product on a CPU, and the pads' [P4], [P9]."""
+    """The int8 product, which a CPU worker [P9] and the pads [P4] use."""
     if not fast_product_is_exact():
         raise Wrong(
             "torch._int_mm is not exact on this processor, so the private modes multiply in "

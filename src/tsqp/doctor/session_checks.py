@@ -1,4 +1,4 @@
-"""Checks of a worker, step by step: reach it, shake hands, and see whether its products are right.
+"""Checks of a worker, step by step: connect, shake hands, and verify its products.
 
 Shape suffixes: T tokens; D input and F output features of a group; H query heads; J key/value
 heads; K features of one head; S tokens of a sequence.
@@ -48,7 +48,7 @@ Step = tuple[str, Callable[[], str]]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A worker, the model that it should serve, and how to speak to it."""
+    """A worker to check: its endpoint, the model that it should serve, and session options."""
 
     model: str
     worker: str
@@ -59,7 +59,7 @@ class Target:
 
 
 def session_checks(target: Target) -> Iterator[Check]:
-    """All checks of one worker, in every mode that it serves; each mode ends where one fails."""
+    """Run all checks of one worker, in every mode that it serves. A failure ends its mode."""
     with ExitStack() as stack:
         opened: list[Checkpoint] = []
 
@@ -110,7 +110,7 @@ class _Mode:
         self._groups = layer_groups(checkpoint.config, 0)
 
     def steps(self) -> Iterator[Step]:
-        """After `reach`."""
+        """The steps that follow `reach`."""
         yield f"{self._privacy}: handshake", self._shake_hands
         if self._privacy == "open":
             yield "open: embedding", self._embed
@@ -121,7 +121,7 @@ class _Mode:
         yield f"{self._privacy}: transport", self._transport
 
     def reach(self) -> str:
-        """Whether anybody serves the endpoint, and with the key that was given."""
+        """Check that a worker serves the endpoint, and that it has the given key."""
         [link] = self._options().links
         if link.endpoint.scheme == "local":
             return "local: one is started for each mode"
@@ -157,7 +157,7 @@ class _Mode:
         return f"{FEW_ROWS} rows are the model's"
 
     def _multiply(self) -> str:
-        """Against float64; in `pad` the check of [P7] comes before."""
+        """Check one product against float64; in `pad`, after the check of [P7]."""
         x_TD = self._inputs(FEW_ROWS)
         if self._privacy == "pad":
             integers = quantize_group(self._checkpoint, self._groups.qkv)
@@ -171,7 +171,7 @@ class _Mode:
         return f"{'padded, checked, and ' if self._privacy == 'pad' else ''}right to {error:.0e}"
 
     def _attend(self) -> str:
-        """Q·Kᵀ, and P·V with the output projection, as `--attention gpu` has them; in float64."""
+        """Check the products of `--attention gpu` against float64: Q·Kᵀ, and P·V with "o"."""
         if ATTENTION_ABILITY not in self._channel.welcome.abilities:
             raise Wrong(
                 "The worker cannot do attention, which --attention gpu needs; install the same "
@@ -189,7 +189,7 @@ class _Mode:
         o_TD = self._ask(WeightedValues(0, [(0, p_HTS)]), offload)
         offload.free(0)
 
-        # Each key/value head serves as many query heads, which follow one another.
+        # Each key/value head serves the same number of consecutive query heads.
         k_SHK, v_SHK = (
             x.double().repeat_interleave(c.num_heads // c.num_kv_heads, 1) for x in (k_TJK, v_TJK)
         )
@@ -214,7 +214,7 @@ class _Mode:
         )
 
     def _transport(self) -> str:
-        """Tensors that could be shared and are not: the usual reason why a worker is slow."""
+        """Check that memory is shared where possible; if not, this often makes a worker slow."""
         channel = self._channel
         if channel.transport == "inline" and parse_endpoint(self._target.worker).is_loopback:
             raise Wrong(
@@ -238,7 +238,7 @@ class _Mode:
         )
 
     def _inputs(self, rows: int) -> Tensor:
-        """For the product: the same for everybody, nothing of a user's."""
+        """Fixed inputs for the product, which contain no user data."""
         return self._waves(rows, self._checkpoint.config.hidden_size)
 
     def _waves(self, *shape: int) -> Tensor:
@@ -253,7 +253,7 @@ class _Mode:
             return answer.clone()
 
     def _error(self, what: str, found: Tensor, expected: Tensor) -> float:
-        """The largest error, in parts of the largest number."""
+        """The largest error, relative to the largest expected value."""
         error = float((found.double() - expected).abs().max() / expected.abs().max())
         if not error <= TOLERANCE[self._dtype]:
             raise Wrong(f"{what} is off by {error:.0e} of its size; do not trust this worker.")

@@ -1,4 +1,4 @@
-"""Results of benchmarks as tables, whatever the benchmark: figures by name, ratios of two files."""
+"""Tables for the result of any benchmark, and ratios between two results."""
 
 from collections.abc import Iterator, Mapping
 from math import isfinite
@@ -18,7 +18,7 @@ FIGURE = frozenset(("median", "least", "most"))
 
 
 def bench_tables(file: BenchFile) -> Iterator[Table]:
-    """Quantities that have the same columns, modes mostly, in one table; then lists of results."""
+    """One table for quantities with the same columns (usually modes), then one for each list."""
     by_columns: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for name, value in _quantities(file.values):
         columns = tuple(value)[:MAX_COLUMNS]
@@ -34,7 +34,7 @@ def bench_tables(file: BenchFile) -> Iterator[Table]:
 
 
 def bench_notes(file: BenchFile) -> Iterator[str]:
-    """The command, the settings, the machine."""
+    """The command, the settings and the machine."""
     yield f"{printable(file.name)}: {_text(file.values['command'])}"
     plain = {k: v for k, v in file.values.items() if isinstance(v, str | int | float)}
     plain.pop("command", None)
@@ -44,7 +44,7 @@ def bench_notes(file: BenchFile) -> Iterator[str]:
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, float]:
-    """All numbers by path; of a figure its median."""
+    """All numbers by path; a figure counts as its median."""
     found: dict[str, float] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
@@ -58,18 +58,18 @@ def numbers(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict
 
 
 def bench_ratios(file: BenchFile, against: BenchFile) -> dict[str, float]:
-    """What both measured, this file's by the other's."""
+    """Numbers of this file divided by those of the other, where both have them."""
     return quotients(numbers(file.values), numbers(against.values))
 
 
 def quotients(mine: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """Of what both have; without those that no float can hold."""
+    """Quotients for the names that both have, without those that overflow a float."""
     found = {name: value / other[name] for name, value in mine.items() if other.get(name)}
     return {name: quotient for name, quotient in found.items() if isfinite(quotient)}
 
 
 def _quantities(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Quantities whose values are figures or numbers by name."""
+    """The quantities whose values are a mapping of figures or numbers."""
     for name, value in values.items():
         if not isinstance(value, Mapping) or not value:
             continue
@@ -94,7 +94,7 @@ def _list_table(name: str, items: list[dict[str, Any]]) -> Table:
 
 
 def _cell(value: object) -> str:
-    """A figure or a number; nothing for anything else."""
+    """Format a figure or a number; empty for anything else."""
     if _is_number(value):
         return f"{value:,.4g}"
     if isinstance(value, Mapping) and set(value) == FIGURE:
@@ -104,13 +104,13 @@ def _cell(value: object) -> str:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is one that a float can hold."""
+    """Whether the value is a number that fits in a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < MAX_NUMBER
 
 
 def _text(value: object) -> str:
-    """Anything, safe to print and not longer than a line."""
+    """Any value as printable text, shortened to one line."""
     text = "" if value is None else str(value)
     return printable(text[:100])

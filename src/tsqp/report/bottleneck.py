@@ -1,4 +1,4 @@
-"""What a phase spends most of its time on, and what would help."""
+"""Finds what a phase spends most of its time on, and how to reduce it."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """Advice, and the share of the bottleneck's time that it would save."""
+    """Advice, with an estimate of the share of the bottleneck's time that it saves."""
 
     advice: str
     saves: float
@@ -62,12 +62,13 @@ LINK_REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """The largest group of parts of a phase.
+    """The group of parts that takes most of a phase.
 
     Attributes:
-        seconds, share: of the phase's wall time.
-        faster: how many times as fast the phase would be with the remedy, by the estimate.
-        at_most: the same, if all of it were gone.
+        seconds: wall time of the group.
+        share: its share of the phase's wall time.
+        faster: estimated speed-up of the phase with the remedy.
+        at_most: speed-up if the group took no time at all.
     """
 
     phase: str
@@ -81,12 +82,12 @@ class Bottleneck:
 
 
 def group_seconds(phase: PhaseTimes) -> dict[str, float]:
-    """All of the phase's wall time, by GROUPS."""
+    """The phase's wall time, divided into GROUPS."""
     return {name: phase.seconds(*parts) for name, parts in GROUPS.items()}
 
 
 def bottleneck(phase: PhaseTimes, header: Header) -> Bottleneck:
-    """Of one phase."""
+    """Find the bottleneck of one phase."""
     groups = group_seconds(phase)
     name = max(groups, key=groups.__getitem__)
     seconds, wall_s = groups[name], phase.wall_s
@@ -105,7 +106,7 @@ def bottleneck(phase: PhaseTimes, header: Header) -> Bottleneck:
 
 
 def show_times(times: float) -> str:
-    """How many times as fast."""
+    """Format a speed-up."""
     return f"{times:.2f}" if times < 100 else "more than 100"
 
 

@@ -1,21 +1,21 @@
-"""One call as the stages that it went through, in order."""
+"""Divides one call into its stages, in order."""
 
 from collections.abc import Iterator
 
 from tsqp.report.phases import CALL_PARTS, call_parts_us
 from tsqp.tee.call_lines import CallLine
 
-AWAY = "away"  # the trusted side was at work elsewhere, and the call on its way
+AWAY = "away"  # the trusted side did other work while the call was in flight
 
 
 def stages(call: CallLine, begin_us: float) -> Iterator[tuple[str, float, float]]:
-    """The parts of a call, CALL_PARTS and AWAY, with begin and end in microseconds.
+    """The parts of a call (CALL_PARTS and AWAY), with their begin and end in microseconds.
 
-    Where in the wait the worker computed is not known: it is put in the middle, so that "link"
-    comes twice. Parts without length are left out.
+    It is not known when during the wait the worker computed. Its time is placed in the middle, so
+    "link" appears twice. Empty parts are left out.
 
     Args:
-        begin_us: the moment that counts as 0, in microseconds of unix time.
+        begin_us: the time that counts as 0, in microseconds of Unix time.
     """
     parts = dict(zip(CALL_PARTS, call_parts_us(call), strict=True))
     half = parts["link"] / 2

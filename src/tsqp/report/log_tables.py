@@ -1,4 +1,4 @@
-"""A report on a terminal."""
+"""The report of a call log, as tables and notes for a terminal."""
 
 from collections.abc import Iterator, Mapping
 
@@ -17,7 +17,7 @@ METHOD_COLUMNS = (
 
 
 def log_tables(report: LogReport) -> Iterator[Table]:
-    """By method; then where the time of each phase went."""
+    """A table of methods, then a table of where the time of each phase went."""
     if report.methods:
         yield _methods(report)
     if report.phases:
@@ -25,7 +25,7 @@ def log_tables(report: LogReport) -> Iterator[Table]:
 
 
 def log_notes(report: LogReport) -> Iterator[str]:
-    """The run, then the bottlenecks, then what is wrong with the file."""
+    """The run, the bottlenecks, and what is wrong with the file."""
     yield title(report)
     yield from (printable(note) for note in report.log.notes)
     for phase in report.phases:
@@ -41,7 +41,7 @@ def log_notes(report: LogReport) -> Iterator[str]:
 
 
 def title(report: LogReport) -> str:
-    """One line for what ran."""
+    """One line that describes the run."""
     h = report.log.header
     geometry = f"{h.geometry.layers} layers of {h.geometry.hidden}"
     cpu = printable(h.machine.get("cpu", "unknown machine"))
@@ -57,7 +57,7 @@ def title(report: LogReport) -> str:
 
 
 def comparison(ratios: Mapping[str, float], name: str, against: str) -> Table:
-    """Two runs side by side."""
+    """A table that compares two runs."""
     heading = f"{printable(name)} ÷ {printable(against)}"
     table = new_table(heading, "above 1 is slower", "ratio")
     for quantity, ratio in ratios.items():
@@ -66,7 +66,7 @@ def comparison(ratios: Mapping[str, float], name: str, against: str) -> Table:
 
 
 def bottleneck_text(found: Bottleneck) -> str:
-    """What holds a phase up, and the remedy, in sentences."""
+    """Describe a bottleneck and its remedy in sentences."""
     return (
         f"Bottleneck of {found.phase}: {found.name}, {found.share:.0%} of its time. "
         f"{found.advice} Estimate: {show_times(found.faster)} times as fast."
@@ -74,7 +74,7 @@ def bottleneck_text(found: Bottleneck) -> str:
 
 
 def method_cells(method: Method) -> list[str]:
-    """A row under METHOD_COLUMNS."""
+    """The row of one method, for METHOD_COLUMNS."""
     return [
         method.name,
         f"{method.calls:,}",

@@ -1,4 +1,4 @@
-"""Calls by method: how many, how large, how long."""
+"""Statistics of calls by method: number, size and latency."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +16,11 @@ QUANTILES = (0.5, 0.95, 0.99)
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """All calls of one method, or of all.
+    """Statistics of all calls of one method, or of all methods.
 
     Attributes:
-        total_s: of the trusted side's time, waiting included.
-        median_us, p95_us, p99_us: of one call likewise.
+        total_s: time of the trusted side, including waiting.
+        median_us, p95_us, p99_us: percentiles of the same time for one call.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class LogReport:
-    """Everything that is said about one log."""
+    """Everything that is reported about one log."""
 
     log: LogFile
     methods: list[Method]
@@ -93,7 +93,7 @@ class LogReport:
 
 
 def throughput(phase: PhaseTimes) -> dict[str, float]:
-    """Bytes a second each way, in the phase's wall time and in the time that the link took."""
+    """Bytes per second in each direction, over the phase's wall time and over the link's time."""
     link_s = phase.seconds("send", "link", "receive")
     both = phase.bytes_sent + phase.bytes_received
     return {
@@ -104,12 +104,12 @@ def throughput(phase: PhaseTimes) -> dict[str, float]:
 
 
 def ratios(report: LogReport, against: LogReport) -> dict[str, float]:
-    """Seconds of a run by those of another, for what both have: above 1 is slower."""
+    """Seconds of one run divided by those of another, where both have them; above 1 is slower."""
     return quotients(_figures(report), _figures(against))
 
 
 def _figures(report: LogReport) -> dict[str, float]:
-    """What two runs can be compared by, for each step where the numbers of steps may differ."""
+    """The figures that two runs are compared by; per step if the numbers of steps may differ."""
     found = {}
     for phase in report.phases:
         each = max(phase.steps, 1)

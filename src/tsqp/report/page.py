@@ -1,4 +1,4 @@
-"""A report as one page: no script, nothing from elsewhere, readable on paper."""
+"""A report as one HTML page, without scripts or external resources; suitable for printing."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -28,16 +28,16 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def write_page(path: Path, reports: Sequence[LogReport]) -> None:
-    """Write a new file.
+    """Write the page to a new file.
 
     Raises:
-        UsageError: it exists, or cannot be written.
+        UsageError: the file exists, or cannot be written.
     """
     write_new_file(path, page(reports))
 
 
 def page(reports: Sequence[LogReport]) -> str:
-    """The whole document."""
+    """The whole HTML document."""
     numbers = count()
     body = "\n".join(part for report in reports for part in _section(report, numbers))
     return (
@@ -74,7 +74,7 @@ def _section(report: LogReport, numbers: Iterator[int]) -> Iterator[str]:
 
 
 def _figure(svg: str, caption: str, number: int) -> str:
-    """A picture whose ids nothing else in the page has."""
+    """A figure element. The ids in its SVG are made unique within the page."""
     unique = svg.replace(' id="', f' id="p{number}-').replace("url(#", f"url(#p{number}-")
     unique = unique.replace(' href="#', f' href="#p{number}-')
     unique = unique.replace("<svg ", f'<svg role="img" aria-label="{_text(caption)}" ', 1)

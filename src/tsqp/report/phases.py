@@ -1,4 +1,4 @@
-"""Where the time of a phase went: parts that do not overlap, and add up to what was measured."""
+"""Divides the time of each phase into parts that do not overlap and add up to the total."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tsqp.tee.stats import KINDS, OPERATIONS
 PhaseName = Literal["prefill", "decode"]
 PHASES: tuple[PhaseName, ...] = ("prefill", "decode")
 
-LEAST_S = 1e-6  # no clock of a log is finer, and quotients by less may be infinite
+LEAST_S = 1e-6  # the resolution of the clocks; dividing by less may overflow
 
 CALL_PARTS = (
     "pads",
@@ -23,18 +23,18 @@ CALL_PARTS = (
     "receive",
     "unmask",
 )
-TEE_PARTS = (*KINDS, "joining rows", "other")  # of these, in the trusted side between calls
+TEE_PARTS = (*KINDS, "joining rows", "other")  # work of the trusted side between calls
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseTimes:
-    """One phase of one run.
+    """The times of one phase of one run.
 
     Attributes:
-        wall_s: of its steps; where the log has no last line, of its calls alone.
-        parts_s: by CALL_PARTS, then TEE_PARTS as far as they were measured; they add up to
+        wall_s: wall time of its steps, or only of its calls if the log has no last line.
+        parts_s: times by CALL_PARTS and by the TEE_PARTS that were measured; their sum is
             `wall_s`.
-        bytes_sent, bytes_received: of tensors.
+        bytes_sent, bytes_received: bytes of tensors.
     """
 
     phase: PhaseName
@@ -47,25 +47,25 @@ class PhaseTimes:
     parts_s: dict[str, float]
 
     def seconds(self, *parts: str) -> float:
-        """Of some parts together."""
+        """The total time of some parts."""
         return sum(self.parts_s.get(part, 0.0) for part in parts)
 
     @property
     def tee_s(self) -> float:
-        """What the trusted side did itself between its calls."""
+        """The time of the trusted side's own work between calls."""
         return self.seconds(*TEE_PARTS)
 
 
 def phases_of(log: LogFile) -> list[PhaseTimes]:
-    """Each phase that took LEAST_S or more."""
+    """All phases that took at least LEAST_S."""
     found = (_phase(log, phase) for phase in PHASES)
     return [each for each in found if each.wall_s >= LEAST_S]
 
 
 def call_parts_us(call: CallLine) -> tuple[float, ...]:
-    """What a call took of the trusted side's time, by CALL_PARTS, in microseconds.
+    """The trusted side's time for one call, by CALL_PARTS, in microseconds.
 
-    The worker's word counts as far as it fits into the wait.
+    The worker reports its own compute time, which is cut to the time of the wait.
     """
     compute = min(call.compute_us, call.wait_us)
     return (
@@ -94,7 +94,7 @@ def _phase(log: LogFile, phase: PhaseName) -> PhaseTimes:
     parts_s = _of_calls(summary)
     methods = {call.method for call in calls}
     parts_s |= _between(summary, methods, sum(parts_s.values()))
-    # A log that contradicts itself may have parts that are longer than the whole.
+    # An inconsistent log may have parts that are longer than the total.
     wall_s = max(summary.wall_s, sum(parts_s.values()))
     return PhaseTimes(
         phase, wall_s, summary.steps, summary.tokens, summary.calls, sent, received, parts_s
@@ -102,7 +102,7 @@ def _phase(log: LogFile, phase: PhaseName) -> PhaseTimes:
 
 
 def _of_calls(summary: PhaseSummary) -> dict[str, float]:
-    """Sums over all calls, those whose lines are missing too."""
+    """Sums over all calls, including those whose lines are missing."""
     stages_s = {stage: summary.stages_s.get(stage, 0.0) for stage in get_args(Stage)}
     wait_s = stages_s.pop("wait")
     compute_s = min(stages_s.pop("compute"), wait_s)
@@ -111,10 +111,10 @@ def _of_calls(summary: PhaseSummary) -> dict[str, float]:
 
 
 def _between(summary: PhaseSummary, methods: Set[str], calls_s: float) -> dict[str, float]:
-    """What happened between calls.
+    """The times of the work between calls.
 
-    Kinds that workers answer are measured whole, with their calls inside: what the calls do not
-    explain of them is cutting inputs into blocks of rows and joining the answers.
+    The kinds of work that workers do are measured with their calls included. The rest of that
+    time is spent splitting inputs into blocks of rows and joining the answers.
     """
     away = {kind for kind, names in OPERATIONS.items() if methods & set(names)}
     own_s = {kind: summary.kinds_s.get(kind, 0.0) for kind in KINDS if kind not in away}

@@ -1,7 +1,7 @@
-"""The pictures of a report, as SVG to stand inside a page.
+"""The plots of a report, as SVG elements for a page.
 
-Colours are those of Okabe and Ito, which the colour-blind can tell apart; rows, hatches, line
-styles and labels say the same without colour.
+The colours are the palette of Okabe and Ito, which is safe for the colour-blind. Rows, hatches,
+line styles and labels carry the same information without colour.
 """
 
 import io
@@ -22,9 +22,9 @@ from tsqp.report.methods import LogReport
 from tsqp.report.phases import PhaseName, call_parts_us
 from tsqp.tee.call_lines import CallLine
 
-Span = tuple[float, float]  # begin and end
+Span = tuple[float, float]  # (begin, end)
 
-STYLES = {  # colour and hatch of GROUPS
+STYLES = {  # colour and hatch of each of GROUPS
     "worker compute": ("#0072B2", ""),
     "link": ("#56B4E9", "..."),
     "serialisation": ("#000000", ""),
@@ -40,7 +40,7 @@ LINES = (
     ("#000000", (0, (6, 1, 1, 1, 1, 1))),
 )
 GROUP_OF = {part: group for group, parts in GROUPS.items() for part in parts}
-FINEST = 800  # marks in a row of a time line: more could not be seen
+FINEST = 800  # maximum marks in one row of a time line; more could not be told apart
 BINS = 48
 WIDTH = 9.0  # inches
 RC: dict[Any, Any] = {
@@ -53,23 +53,23 @@ RC: dict[Any, Any] = {
 
 
 def breakdown(report: LogReport) -> str:
-    """The share of each group in each phase."""
+    """A plot of the share of each group in each phase."""
     return _draw("breakdown", 0.9 + 0.7 * len(report.phases), lambda ax: _breakdown(ax, report))
 
 
 def time_line(calls: Sequence[CallLine], phase: PhaseName) -> str:
-    """A typical step of a phase, from its first call to its last."""
+    """A plot of a typical step of a phase, from its first call to its last."""
     step = typical_step(calls, phase)
     return _draw(f"{phase}-step", 2.6, lambda ax: _time_line(ax, step))
 
 
 def latencies(report: LogReport) -> str:
-    """How long calls took, by method."""
+    """A plot of call latencies by method."""
     return _draw("latencies", 2.8, lambda ax: _latencies(ax, report))
 
 
 def bytes_by_method(report: LogReport) -> str:
-    """Bytes each way, by method."""
+    """A plot of bytes in each direction by method."""
     height = 1.0 + 0.6 * len(report.methods)
     return _draw("bytes", height, lambda ax: _bytes(ax, report))
 
@@ -88,9 +88,9 @@ def typical_step(calls: Iterable[CallLine], phase: PhaseName) -> list[CallLine]:
 
 
 def spans(step: Sequence[CallLine]) -> dict[str, list[Span]]:
-    """What the trusted side and the worker did, by GROUPS, in microseconds from the first call.
+    """When each of GROUPS was active, in microseconds since the first call.
 
-    Where in the wait the worker computed is not known: it is drawn in the middle.
+    It is not known when during the wait the worker computed. Its time is drawn in the middle.
     """
     found: dict[str, list[Span]] = {group: [] for group in GROUPS}
     begin = _begin(step)
@@ -104,7 +104,7 @@ def spans(step: Sequence[CallLine]) -> dict[str, list[Span]]:
 
 
 def merged(spans: Iterable[Span], gap: float) -> list[Span]:
-    """Spans in order, those that touch or lie within `gap` made one."""
+    """The spans in order; spans that are at most `gap` apart are merged."""
     found: list[Span] = []
     for begin, end in sorted(spans):
         if found and begin <= found[-1][1] + gap:
@@ -194,9 +194,9 @@ def _bytes(ax: Axes, report: LogReport) -> None:
 
 
 def _draw(name: str, height: float, plot: Callable[[Axes], None]) -> str:
-    """An SVG element."""
+    """Draw a plot as an SVG element."""
     with mpl.rc_context():
-        mpl.rcdefaults()  # whatever a matplotlibrc in the working folder says
+        mpl.rcdefaults()  # ignore a matplotlibrc in the working folder
         mpl.rcParams.update(RC | {"svg.hashsalt": name})
         figure = Figure((WIDTH, height), layout="constrained")
         plot(figure.subplots())
@@ -204,6 +204,6 @@ def _draw(name: str, height: float, plot: Callable[[Axes], None]) -> str:
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", metadata=nothing)
     svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]  # what stands before is for a file of its own
+    svg = svg[svg.index("<svg") :]  # drop the XML header, which only a separate file needs
     svg = re.sub(r' xmlns:xlink="[^"]*"', "", svg).replace("xlink:href=", "href=")
     return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)

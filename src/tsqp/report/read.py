@@ -1,4 +1,4 @@
-"""Reading call logs and results of benchmarks. Every file is hostile until checked."""
+"""Reads call logs and benchmark results. Every file is untrusted until checked."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tsqp.tee.call_lines import FORMAT, CallLine, Header, Summary
 
 MAX_FILE_BYTES = 2**28
 MAX_LINE_BYTES = 2**14
-BAD_LINES = 3  # that are skipped; with more, a file is damaged
+BAD_LINES = 3  # maximum of bad lines that are skipped; a file with more is damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,9 @@ class LogFile:
     """A call log.
 
     Attributes:
-        name: of the file, for people.
-        summary: None where the log has no last line.
-        notes: what was wrong with the file, as sentences.
+        name: name of the file, to show.
+        summary: None if the log has no last line.
+        notes: problems of the file, as sentences.
     """
 
     name: str
@@ -35,7 +35,7 @@ class LogFile:
 
 @dataclass(frozen=True, slots=True)
 class BenchFile:
-    """A result of `tsqp bench`, as it stands."""
+    """A result of `tsqp bench`, as read from its JSON."""
 
     name: str
     values: dict[str, Any]
@@ -47,10 +47,10 @@ class _Version(Struct, frozen=True):
 
 
 def read_file(path: Path) -> LogFile | BenchFile:
-    """A call log, or the result of a benchmark.
+    """Read a call log or a benchmark result.
 
     Raises:
-        ReportError: it is neither, or damaged, or of another version.
+        ReportError: the file is neither, is damaged, or has another version.
     """
     text = _read(path)
     if not text.strip():
@@ -87,7 +87,7 @@ def _read(path: Path) -> bytes:
 
 
 def _decode_version(line: bytes) -> int | None:
-    """The format of the log that begins with this line; None where no log does."""
+    """The format version in the first line of a log; None if it is not a log."""
     try:
         version = msgspec.json.decode(line[:MAX_LINE_BYTES], type=_Version)
     except (msgspec.DecodeError, ValueError, RecursionError):
@@ -109,7 +109,7 @@ def _read_log(path: Path, text: bytes, version: int) -> LogFile:
             "the version that wrote it."
         )
     lines = text.split(b"\n")
-    cut = lines.pop()  # nothing, if the file ends with a whole line
+    cut = lines.pop()  # empty if the file ends with a whole line
     notes = []
     if cut:
         notes.append(f"{path.name} ends within a line, which was left out.")
@@ -142,7 +142,7 @@ def _read_log(path: Path, text: bytes, version: int) -> LogFile:
 
 
 class _Lines:
-    """Decodes lines, and counts the bad ones."""
+    """Decodes lines and counts the bad ones."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -158,7 +158,7 @@ class _Lines:
         return found
 
     def rest(self, lines: Sequence[bytes]) -> Iterator[tuple[int, Header | CallLine | Summary]]:
-        """All good lines with their numbers, the first of which is 2."""
+        """All valid lines after the first one, each with its line number."""
         for number, line in enumerate(lines, 2):
             found = self._decode(line)
             if found is not None:

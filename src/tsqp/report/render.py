@@ -1,4 +1,4 @@
-"""`tsqp report FILE…`: each file's tables and notes, its ratios to another, and a page."""
+"""`tsqp report FILE…`: prints tables, notes and ratios, and writes a page or a trace."""
 
 import json
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ def print_reports(
     trace: Path | None,
     json_output: bool,
 ) -> None:
-    """Print to standard output; with `json_output`, to standard error, and one JSON object.
+    """Print reports to stdout; with `json_output`, to stderr, and one JSON object to stdout.
 
     Raises:
-        ReportError: a file cannot be reported on.
-        UsageError: `html` or `trace` exists, or files are not of one kind where they must be.
+        ReportError: a file cannot be read as a log or a result.
+        UsageError: `html` or `trace` exists, or files of different kinds cannot be combined.
     """
     check_out(html, "--html")
     check_out(trace, "--trace")

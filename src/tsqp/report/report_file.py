@@ -1,4 +1,4 @@
-"""Files that a report makes: always new ones."""
+"""Writes the files of a report; never overwrites a file."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from tsqp.errors import UsageError
 
 
 def write_new_file(path: Path, text: str) -> None:
-    """Write a text that is not there yet.
+    """Write `text` to a new file.
 
     Raises:
         UsageError: the file exists, or cannot be written.

@@ -11,26 +11,26 @@ from tsqp.report.report_file import write_new_file
 from tsqp.tee.call_lines import CallLine
 from tsqp.wire.codec import printable
 
-TEE = 1  # the thread of the trusted side; workers come after it
-# On the trusted side these two are one thing: it waits.
+TEE = 1  # thread id of the trusted side; workers have the next ids
+# For the trusted side, both parts are waiting.
 WAITS = ("link", "worker compute")
 
 
 def write_trace(path: Path, reports: Sequence[LogReport]) -> None:
-    """Write a new file.
+    """Write a trace to a new file.
 
     Raises:
-        UsageError: it exists, or cannot be written.
+        UsageError: the file exists, or cannot be written.
     """
     events = [event for n, report in enumerate(reports, 1) for event in trace_events(report, n)]
     write_new_file(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def trace_events(report: LogReport, process: int) -> Iterator[dict[str, Any]]:
-    """A log as one process: a thread for the trusted side, and one for each worker.
+    """The events of one log: one process with a thread for the trusted side and for each worker.
 
-    Times are microseconds since the first call. Where in the wait a worker computed is not known:
-    it is put in the middle.
+    Times are microseconds since the first call. It is not known when during the wait a worker
+    computed. Its time is placed in the middle.
     """
     calls = report.log.calls
     yield _name("process_name", process, 0, printable(report.log.name))
@@ -44,7 +44,7 @@ def trace_events(report: LogReport, process: int) -> Iterator[dict[str, Any]]:
 
 def _call_events(call: CallLine, begin_us: float, process: int) -> Iterator[dict[str, Any]]:
     arguments = {
-        name: getattr(call, name)  # names of this list only
+        name: getattr(call, name)  # `name` comes only from this list
         for name in ("step", "phase", "layer", "group", "rows", "sent_bytes", "received_bytes")
     }
     waits = [stage for stage in stages(call, begin_us) if stage[0] in WAITS]
