@@ -1,1 +1,1 @@
-"""THE WIRE: everything that a hostile GPU host can see or send."""
+"""THE WIRE: messages and memory between the two sides, all visible to an untrusted GPU host."""

@@ -1,8 +1,7 @@
 """The times of one call, measured by the TEE's side of a channel.
 
-A call is divided into stages that follow one another, and each is measured once. Stages of
-different calls never overlap, because one thread drives all calls. Times are measured only for a
-log.
+A call is divided into consecutive stages. Stages of different calls never overlap, because one
+thread drives all calls. Times are measured only if there is a call log.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +17,16 @@ OnTimes = Callable[["CallTimes"], None]
 
 
 class CallTimes:
-    """The stopwatch of one call; it runs from its making until `end`.
+    """The stopwatch of one call. It runs from its creation until `end`.
 
     Attributes:
-        kind, layer, group: of the operation; None where it has none.
-        rows: rows of its input; of its answer if nothing is sent or the input is flat.
+        kind: kind of the operation.
+        layer, group: layer and group of the operation, or None if it has none.
+        rows: rows of the input, or of the answer if nothing is sent or the input is flat.
         sent_bytes, received_bytes: bytes of tensors.
         began_ns: start of the call, by time.perf_counter_ns.
-        stages_ns: by the numbers above. "away" is time in which this side did something else.
-        compute_ns: the worker's own word, which may be any number.
+        stages_ns: length of each stage, by the numbers above. During "away" this side did other work.
+        compute_ns: compute time that the worker reported; it is not trusted.
     """
 
     __slots__ = (
@@ -46,7 +46,7 @@ class CallTimes:
     def __init__(
         self, on_end: OnTimes, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> None:
-        """Start the clock. Only the name of the operation is kept: some operations hold secrets."""
+        """Start the clock. Only names of the operation are kept, as operations may hold secrets."""
         self.began_ns = self._stage_ns = perf_counter_ns()
         self._on_end: OnTimes | None = on_end
         self.kind: str = operation.__struct_config__.tag  # type: ignore[assignment]
@@ -60,13 +60,13 @@ class CallTimes:
         self.compute_ns = 0
 
     def end_stage(self, number: int) -> None:
-        """Count the time since the end of the last stage to this one."""
+        """Add the time since the end of the last stage to stage `number`."""
         now = perf_counter_ns()
         self.stages_ns[number] += now - self._stage_ns
         self._stage_ns = now
 
     def end(self) -> None:
-        """Stop the clock after the answer has been read; does nothing the second time."""
+        """Stop the clock after the answer has been read; safe to call twice."""
         if self._on_end is not None:
             self.end_stage(UNMASK)
             on_end, self._on_end = self._on_end, None

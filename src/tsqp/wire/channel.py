@@ -2,8 +2,8 @@
 
     slot = channel.reserve(operation, inputs, outputs)    # tensors to write into
     slot.inputs[0].copy_(x)
-    ticket = channel.submit(slot)                          # now the worker works
-    with channel.wait(ticket, deadline) as reply:          # reply.outputs are valid in here only
+    ticket = channel.submit(slot)                          # the worker starts to compute
+    with channel.wait(ticket, deadline) as reply:          # reply.outputs are valid only in here
         ...
 
 Several tickets may be in flight. The channel belongs to one thread.
@@ -34,7 +34,7 @@ class Counters:
     sent_bytes: int = 0  # tensors, TEE → worker
     received_bytes: int = 0  # tensors, worker → TEE
     socket_bytes: int = 0  # frames both ways: messages, and inline tensors
-    compute_s: dict[str, float] = field(default_factory=dict)  # worker's own word, by kind
+    compute_s: dict[str, float] = field(default_factory=dict)  # as the workers report it, by kind
 
     @classmethod
     def total(cls, parts: Iterable["Counters"]) -> Self:
@@ -60,16 +60,16 @@ class Counters:
 class Slot(Protocol):
     """A call being prepared: write the inputs, then submit."""
 
-    times: CallTimes | None  # where a log wants them
+    times: CallTimes | None  # if there is a call log
 
     @property
     def inputs(self) -> Sequence[Tensor]: ...
 
 
 class Reply(Protocol):
-    """An answer. Its outputs may be shared memory: valid inside the `with` block only.
+    """An answer. Its outputs may lie in shared memory and are valid only inside the `with` block.
 
-    The block is for reading the answer, and ends the call's times, unless `times.end()` did.
+    The end of the block ends the call's times, unless `times.end()` was called before.
     """
 
     times: CallTimes | None
@@ -95,21 +95,21 @@ class Channel(Protocol):
     reason: str  # why this transport
     counters: Counters
     welcome: Welcome
-    on_times: OnTimes | None  # takes the times of each call that is answered; None measures none
+    on_times: OnTimes | None  # called with the times of each answered call; None to measure none
 
     @property
     def max_call_bytes(self) -> int:
-        """Bytes of inputs and outputs beyond which a call should be split by rows."""
+        """Maximum bytes of inputs and outputs; a larger call should be split by rows."""
         ...
 
     def reserve(
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> Slot:
-        """Room for a call's tensors, uninitialised."""
+        """Reserve room for the tensors of a call; they are uninitialised."""
         ...
 
     def submit(self, slot: Slot) -> int:
-        """Send a reserved call and return its ticket. The slot must not be touched any more."""
+        """Send a reserved call and return its ticket. The slot must not be used afterwards."""
         ...
 
     def discard(self, slot: Slot) -> None:
@@ -117,11 +117,11 @@ class Channel(Protocol):
         ...
 
     def wait(self, ticket: int, deadline: float) -> Reply:
-        """Wait for the answer to `ticket`, until `deadline` (of time.monotonic) at most.
+        """Wait for the answer to `ticket`, at most until `deadline` (of time.monotonic).
 
         Raises:
             RemoteError: the worker reported a failure.
-            WorkerLost: the worker vanished, or the deadline passed.
+            WorkerLost: the worker is gone, or the deadline passed.
             ProtocolError: the worker did not send a valid answer.
         """
         ...
@@ -136,32 +136,32 @@ class Channel(Protocol):
 
 
 class Service(Protocol):
-    """The work of a worker, independent of what carries its messages."""
+    """The work of a worker, independent of how messages are carried."""
 
     def welcome(self, hello: Hello) -> Welcome:
-        """What this worker serves. The carrier handles agreement and segments."""
+        """What this worker serves. The server checks the agreement and handles segments."""
         ...
 
     def open(self) -> "ServiceSession":
-        """A session for the calls of one client, which other clients cannot reach."""
+        """Open a session for the calls of one client; other clients cannot reach it."""
         ...
 
 
 class ServiceSession(Protocol):
-    """The calls of one client, and what the worker keeps for it between them."""
+    """Handles the calls of one client, and keeps its state between calls."""
 
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
-        """Raise ProtocolError unless these are the shapes that `operation` needs."""
+        """Raise ProtocolError unless `operation` has inputs and outputs of these shapes."""
         ...
 
     def run(
         self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     ) -> None:
-        """Compute; the outputs are written in place."""
+        """Compute `operation` and write the outputs in place."""
         ...
 
     def close(self) -> None:
-        """Release everything that was kept; called once."""
+        """Release all state; called once."""
         ...
 
 
@@ -238,7 +238,7 @@ class InprocChannel:
                 out_of_memory=isinstance(exc, OutOfMemory),
             )
         compute_ns = time.perf_counter_ns() - start
-        if times is not None:  # this side does the worker's work, as if it waited for it
+        if times is not None:  # this thread does the worker's work: count it as waiting
             times.end_stage(WAIT)
             times.compute_ns = compute_ns
         self.counters.count_call(kind)

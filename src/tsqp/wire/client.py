@@ -1,7 +1,7 @@
 """The TEE's channel to a worker process: messages over ZeroMQ, tensors in shared memory or inline.
 
-Everything that arrives is checked against this side's own records: the ticket must be an open one,
-and the tensors must have exactly the lengths that the call asked for.
+Every answer is checked against this side's own records: its ticket must belong to an open call, and
+its tensors must have exactly the requested lengths.
 """
 
 import hmac
@@ -60,23 +60,23 @@ from tsqp.wire.tensors import Spec, raw
 from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import ClientSocket
 
-MAX_INLINE = 2**29  # bytes of a call that travels in frames; more are split
+MAX_INLINE = 2**29  # maximum bytes of a call without shared memory; larger calls are split
 
 
 def check_reachable(
     endpoint: Endpoint, worker_key: str | None = None, timeout: float = 5.0
 ) -> None:
-    """Find out whether something serves `endpoint`, cheaply, before expensive work.
+    """Check that a worker serves `endpoint`: a cheap test before expensive work.
 
     Raises:
-        WorkerUnavailable: nothing does.
-        HandshakeError: it does not hold the secret key of `worker_key`.
+        WorkerUnavailable: nobody serves the endpoint.
+        HandshakeError: the worker does not hold the secret key of `worker_key`.
     """
     ClientSocket(endpoint, timeout, worker_key).close()
 
 
 class RemoteChannel:
-    """A session with a worker process. Belongs to one thread."""
+    """A session with a worker process, for use by one thread."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class RemoteChannel:
 
         Args:
             endpoint: ipc or tcp.
-            hello: what this side needs; `shm_bytes` = 0 keeps the tensors inline.
+            hello: what this side needs; `shm_bytes` = 0 sends all tensors inline.
             worker_key: the worker's public key, for an encrypted link.
             connect_timeout: seconds for the connection, and again for the handshake.
             no_shm_reason: the reason to report if `shm_bytes` is 0.
@@ -125,13 +125,13 @@ class RemoteChannel:
 
     @property
     def max_call_bytes(self) -> int:
-        """A third of the segment: one answer in use, the next call, and the gaps between."""
+        """A third of the segment: room for an answer in use, the next call, and gaps."""
         return self._arena.size // 3 if self._arena else MAX_INLINE
 
     def reserve(
         self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]
     ) -> RemoteCall:
-        self._check_open()  # in a forked process, the segment is still its parent's
+        self._check_open()  # a forked process still maps its parent's segment
         times = CallTimes(self.on_times, operation, inputs, outputs) if self.on_times else None
         specs = [*inputs, *outputs]
         place = self._arena.take(sum(map(_room, specs))) if self._arena else None
@@ -159,11 +159,11 @@ class RemoteChannel:
         inline = [] if slot.place is not None else [raw(tensor) for tensor in slot.inputs]
         end_stage(times, SERIALISE)
         try:
-            self._calls[ticket] = slot  # first: its answer may come before this is done
+            self._calls[ticket] = slot  # before sending: the answer may come at once
             self._socket.inflow.expect(slot.inline_bytes)
             if not (slot.place is not None and self._post(frame)):
                 self._send_frames([frame, *inline])
-        except BaseException:  # a message that was sent in part cannot be taken back
+        except BaseException:  # a partly sent message cannot be taken back
             self.close()
             raise
         self.counters.count_call(kind_of(slot.operation))
@@ -199,7 +199,7 @@ class RemoteChannel:
             self._cancelled[ticket] = call  # the worker may write there until it has answered
 
     def release(self, call: RemoteCall) -> None:
-        """Give back the memory of an answered call, once."""
+        """Free the memory of an answered call; safe to call twice."""
         if call.place is not None and self._arena is not None:
             self._arena.give_back(call.place)
             call.place = None
@@ -229,7 +229,7 @@ class RemoteChannel:
         self._socket.send(frames)
 
     def _post(self, frame: bytes) -> bool:
-        """Send a call through the mailbox; False where it has no room."""
+        """Send a call through the mailbox; returns False if there is no mailbox or no room."""
         if self._mailbox is None or len(self._calls) + len(self._cancelled) > SLOTS:
             return False
         self._check_open()
@@ -241,7 +241,7 @@ class RemoteChannel:
 
     @property
     def _is_forked(self) -> bool:
-        """Whether this is a copy of the channel in a forked process."""
+        """Whether this process is a fork of the one that made the channel."""
         return self._pid != os.getpid()
 
     def _check_open(self) -> None:
@@ -263,12 +263,12 @@ class RemoteChannel:
         """Take one message from the socket and record which call it answers.
 
         Args:
-            waiting: times of the call that is waited for.
+            waiting: times of the call that `wait` waits for.
         """
         frame = self._next(deadline)
         try:
             self._take(frame, deadline, waiting)
-        except BaseException:  # the rest of a message that was taken in part would be misread
+        except BaseException:  # the rest of a partly read message would be misread
             self.close()
             raise
 
@@ -282,7 +282,7 @@ class RemoteChannel:
             return
         call = self._calls.get(ticket) or self._cancelled.get(ticket)
         if isinstance(message, Failure) and (call is None or message.kind == "protocol"):
-            raise self._remote_error(message)  # and with it the worker has ended the session
+            raise self._remote_error(message)  # the worker has also ended the session
         if call is None or call.answered or not isinstance(message, Result | Failure):
             raise ProtocolError(
                 f"The worker at {self.endpoint} answered a call that is not open; "
@@ -302,7 +302,7 @@ class RemoteChannel:
         self._socket.inflow.expect(-call.inline_bytes)
         end_stage(call.times, RECEIVE)
         if call.times is not waiting:
-            end_stage(waiting, AWAY)  # that was the other call's
+            end_stage(waiting, AWAY)  # this time belongs to the other call
         if self._cancelled.pop(ticket, None) is not None:
             self.release(call)
 
@@ -338,10 +338,10 @@ class RemoteChannel:
         return message
 
     def _attach(self, hello: Hello, folder: Path, deadline: float) -> None:
-        """Map the worker's segment, and tell it to withdraw the offer."""
+        """Map the segment that the worker offers, and tell the worker to withdraw the offer."""
         ref = self.welcome.segment
         segment, self.reason = map_offered(ref, self.welcome.reason, hello, folder)
-        if segment is None and isinstance(ref, SealedRef):  # a name may be in reach instead
+        if segment is None and isinstance(ref, SealedRef):  # a segment with a name may work
             why_not_sealed = self.reason
             self._send(Attach(mapped=False, poll=False, wants_name=True))
             offer = self._await_offer(deadline)

@@ -1,4 +1,4 @@
-"""Messages to bytes and back: strict and bounded.
+"""Encodes and decodes messages. Decoding is strict and bounded.
 
 A message is one frame: a fixed header of 20 bytes, little-endian, then a msgpack body. The header
 is the same in every protocol version, so that two versions can name each other.
@@ -7,7 +7,7 @@ is the same in every protocol version, so that two versions can name each other.
     0       4      magic, b"TSQP"
     4       2      protocol version
     6       2      zero
-    8       8      ticket: which call this belongs to; 0 outside calls
+    8       8      ticket: the call that this belongs to; 0 outside calls
     16      4      length of the body
 """
 
@@ -29,15 +29,15 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: Message, ticket: int = 0) -> bytes:
-    """One message as one frame."""
+    """Encode a message as one frame."""
     body = _encoder.encode(message)
     return HEADER.pack(MAGIC, PROTOCOL_VERSION, 0, ticket, len(body)) + body
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` without the characters that a terminal acts upon or that cannot be encoded.
+    """Replace control characters and characters that cannot be encoded.
 
-    The result has as many characters, those in `keep` among them.
+    The result has the same length. The characters in `keep` stay.
     """
     return "".join(c if c.isprintable() or c in keep else _substitute(c) for c in text)
 
@@ -54,11 +54,11 @@ class Decoder(Generic[M]):
         self._sender = sender
 
     def decode(self, frame: bytes | memoryview) -> tuple[int, M]:
-        """The ticket and the message in `frame`.
+        """Decode `frame` into its ticket and message.
 
         Raises:
-            ProtocolError: the frame is not one whole, valid message.
-            HandshakeError: it is a message of another protocol version.
+            ProtocolError: the frame is not exactly one valid message.
+            HandshakeError: the message has another protocol version.
         """
         if not HEADER.size <= len(frame) <= MAX_MESSAGE:
             raise ProtocolError(
@@ -85,10 +85,10 @@ class Decoder(Generic[M]):
 
 
 def tee_decoder(worker: str) -> Decoder[FromWorker]:
-    """What the TEE accepts from the worker at endpoint `worker`."""
+    """A decoder of the messages that the TEE accepts from the worker at endpoint `worker`."""
     return Decoder(FromWorker, f"The worker at {worker}")
 
 
 def worker_decoder() -> Decoder[FromTEE]:
-    """What a worker accepts from a client."""
+    """A decoder of the messages that a worker accepts from a client."""
     return Decoder(FromTEE, "A client")

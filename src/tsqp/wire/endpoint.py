@@ -16,7 +16,7 @@ HOST = re.compile(r"[^][:;\s]+|\[[^][;\s]*:[^][;\s]*\]")  # a name, an IPv4 or a
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A parsed endpoint. `address` is a path for ipc and HOST:PORT for tcp, else empty."""
+    """A parsed endpoint. `address` is a path for ipc, HOST:PORT for tcp, and empty otherwise."""
 
     scheme: Literal["ipc", "tcp", "local", "inproc"]
     address: str = ""
@@ -26,7 +26,7 @@ class Endpoint:
 
     @property
     def is_abstract(self) -> bool:
-        """An ipc name in Linux's abstract namespace, which leaves no file."""
+        """Whether it is an ipc name in Linux's abstract namespace, which has no file."""
         return self.scheme == "ipc" and self.address.startswith("@")
 
     @property
@@ -41,10 +41,10 @@ class Endpoint:
 
     @property
     def ip(self) -> IPv4Address | IPv6Address | None:
-        """The address that libzmq reads in the host of a tcp endpoint; None for a name.
+        """The IP address of a tcp endpoint, as libzmq parses it; None for a host name.
 
-        Like libzmq, this accepts 127.1, 0x7f000001 and the other spellings of inet_aton as
-        addresses, and drops a zone, as in fe80::1%eth0.
+        Like libzmq, this accepts all spellings of inet_aton, such as 127.1 and 0x7f000001, and
+        drops the zone of an address such as fe80::1%eth0.
         """
         host = self.host.rpartition("%")[0] or self.host
         try:
@@ -59,7 +59,7 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it is certain that only processes of this machine can reach it."""
+        """Whether certainly only processes of this machine can reach it."""
         if self.scheme != "tcp":
             return True
         return self.host == "localhost" if self.ip is None else self.ip.is_loopback
@@ -69,7 +69,7 @@ def parse_endpoint(text: str) -> Endpoint:
     """Parse an endpoint.
 
     Raises:
-        WorkerUnavailable: `text` is not one of the known forms.
+        WorkerUnavailable: `text` has none of the known forms.
     """
     if text == "local":
         return Endpoint("local")
@@ -84,7 +84,7 @@ def parse_endpoint(text: str) -> Endpoint:
 
 
 def _checked_path(path: str) -> str:
-    if not path.isprintable() or path in ("", "@", "*"):  # "*" is libzmq's, for any path at all
+    if not path.isprintable() or path in ("", "@", "*"):  # libzmq reads "*" as any free path
         raise WorkerUnavailable(
             f"An ipc endpoint needs a path, as in ipc:///run/tsqp.sock; {FORMS}."
         )
@@ -97,7 +97,7 @@ def _checked_path(path: str) -> str:
 
 
 def _checked_host_and_port(address: str) -> str:
-    if ";" in address:  # libzmq's, for the address to connect from
+    if ";" in address:  # libzmq reads the part before ";" as the address to connect from
         raise WorkerUnavailable(
             "A tcp endpoint names one address, the worker's; write it as tcp://127.0.0.1:5555."
         )

@@ -1,8 +1,8 @@
 """Finds out why a ZeroMQ handshake failed, from the greeting of the peer.
 
-If two libzmq peers use different mechanisms, they disconnect so fast that either side may see only
-a broken connection. So this module sends the beginning of a greeting (ZMTP 3, RFC 23) itself. A
-peer answers with its complete greeting, which names the mechanism, and waits for the rest.
+Two libzmq peers with different security mechanisms disconnect so fast that either side may see only
+a broken connection. So this module sends the beginning of a greeting (ZMTP 3, RFC 23) itself. The
+peer answers with its complete greeting, which names its mechanism, and waits for the rest.
 """
 
 import socket
@@ -14,7 +14,7 @@ from tsqp.wire.endpoint import Endpoint
 
 Mechanism = Literal["NULL", "CURVE"]
 
-ASK_S = 1.0  # for finding out why a handshake failed
+ASK_S = 1.0  # timeout for finding out why a handshake failed
 _BEGINNING = b"\xff" + bytes(8) + b"\x7f" + b"\x03"  # the signature and the major version
 _LENGTH = 64
 _NAME = slice(12, 32)
@@ -22,11 +22,11 @@ _MECHANISMS: dict[bytes, Mechanism] = {b"NULL": "NULL", b"CURVE": "CURVE"}
 
 
 def ask_mechanism(endpoint: Endpoint, timeout: float) -> Mechanism | None:
-    """The security mechanism of a peer; None if the peer does not answer as ZeroMQ does.
+    """Ask a peer for its security mechanism; None if the peer does not speak ZMTP.
 
     Args:
         endpoint: ipc or tcp.
-        timeout: seconds for all of it.
+        timeout: seconds for the connection and the answer together.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -46,7 +46,10 @@ def ask_mechanism(endpoint: Endpoint, timeout: float) -> Mechanism | None:
 
 
 def connect(endpoint: Endpoint, deadline: float) -> socket.socket:
-    """A plain connection to an ipc or tcp endpoint; `deadline` is of time.monotonic.
+    """Open a plain socket to an ipc or tcp endpoint.
+
+    Args:
+        deadline: of time.monotonic.
 
     Raises:
         OSError: nobody listens there.
@@ -65,7 +68,7 @@ def connect(endpoint: Endpoint, deadline: float) -> socket.socket:
 
 
 def why_not(endpoint: Endpoint, *, encrypting: bool) -> WorkerError:
-    """What is wrong with a peer whose handshake failed."""
+    """The error that explains why the handshake with a peer failed."""
     mechanism = ask_mechanism(endpoint, ASK_S)
     if mechanism is None or (mechanism == "NULL" and not encrypting):
         return WorkerUnavailable(

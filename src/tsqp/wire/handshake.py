@@ -1,4 +1,4 @@
-"""What both sides must agree on before the first call. Each side checks it."""
+"""Checks that both sides agree before the first call. Each side runs these checks."""
 
 import hmac
 import re
@@ -13,7 +13,7 @@ _OTHER_WEIGHTS = re.compile(r"the worker holds other weights \(digest ([0-9a-f]{
 def read_refusal(reason: str) -> tuple[str | None, str | None]:
     """Read the worker's dtype, or the first digits of its digest, from `check_agreement`'s refusal.
 
-    Both are None if the worker was refused for another reason.
+    Both are None if the client was refused for another reason.
     """
     dtype, digest = _OTHER_DTYPE.search(reason), _OTHER_WEIGHTS.search(reason)
     return dtype and dtype[1], digest and digest[1]

@@ -1,10 +1,10 @@
-"""How much a peer has sent that has not been received as whole messages: bounded.
+"""Bounds the bytes that a peer has sent and that were not yet received as whole messages.
 
-libzmq collects all frames of a message before it gives out the first one. Its own limits are for
-the size of a frame and for the number of messages, so a peer whose message never ends would fill
-the memory. The kernel counts the bytes of each TCP connection, and a connection is shut down when
-too many came since the last whole message. libzmq then frees what it collected. Connections are
-looked at every LOOK_MS; what comes between a message and the next look is not counted.
+libzmq collects all frames of a message before it returns the first one. It limits only the size of
+a frame and the number of messages, so a peer whose message never ends would fill the memory. The
+kernel counts the bytes of each TCP connection. A connection is shut down when too many bytes came
+since the last whole message, and libzmq then frees what it collected. Connections are checked every
+LOOK_MS, so bytes that come between a message and the next check are not counted.
 
 The kernel does not count the bytes of Unix sockets: see `tsqp.wire.relay` and `tsqp.wire.peers`.
 """
@@ -21,8 +21,8 @@ from contextlib import suppress
 
 LOOK_MS = 50  # how often connections are looked at
 END_S = 10.0  # for a thread to end after its connection; it takes longer only if something is wrong
-SLACK = 2**22  # bytes of messages that nobody asked for: failures and probes
-IDLE_BYTES_S = 1024  # that heartbeats may bring in a second: about 80 with CURVE, 16 without
+SLACK = 2**22  # allowed bytes of messages that were not asked for: failures and probes
+IDLE_BYTES_S = 1024  # allowed for heartbeats; they take about 80 with CURVE, 16 without
 _INFO_BYTES = 136  # of struct tcp_info, up to the end of tcpi_bytes_received
 _RECEIVED = struct.Struct("=Q")
 _UNREAD = struct.Struct("=i")
@@ -30,12 +30,12 @@ _CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
 
 
 class Inflow:
-    """What one connection may still bring: one thread receives, another one looks.
+    """The bytes that one connection may still bring. One thread receives; another one looks.
 
     Attributes:
         limit: bytes that may come before the next whole message is received.
-        messages: how many were received.
-        is_over: whether more came.
+        messages: number of messages received.
+        is_over: whether more than `limit` came.
     """
 
     def __init__(self, limit: int) -> None:
@@ -47,21 +47,21 @@ class Inflow:
         self._since = time.monotonic()
 
     def expect(self, count: int) -> None:
-        """Let `count` bytes more come; or take that back, after `received_message`."""
+        """Raise the limit by `count` bytes. Lower it again only after `received_message`."""
         self.limit += count
 
     def received_message(self) -> None:
-        """The receiving thread has a whole message; first of all it says so here."""
+        """The receiving thread calls this first after it received a whole message."""
         self.messages += 1
 
     def excess(self, count: int | None = None, connection: socket.socket | None = None) -> int:
-        """Bytes beyond what may have come; negative where there is room.
+        """How many bytes came beyond the limit; negative below it. Give one of:
 
         Args:
-            count: all bytes that came so far, or
-            connection: what they come through.
+            count: number of bytes that came so far.
+            connection: the connection whose bytes the kernel counts.
         """
-        # In this order: a limit that is lowered already belongs to a message that is seen.
+        # Read the limit first: it is lowered only after its message was counted.
         limit, messages = self.limit, self.messages
         if count is None:
             assert connection is not None
@@ -77,7 +77,7 @@ class Guard:
     """A thread that watches one TCP connection, and shuts it down when too much comes."""
 
     def __init__(self, descriptor: int, inflow: Inflow) -> None:
-        """Watch the connection that libzmq has as `descriptor`."""
+        """Watch the connection of libzmq with this `descriptor`."""
         self._connection = duplicate(descriptor)
         self._inflow = inflow
         self._thread = threading.Thread(target=self._watch, name="tsqp-guard", daemon=True)
@@ -108,7 +108,7 @@ class Guard:
 
 
 def duplicate(descriptor: int) -> socket.socket:
-    """A socket of our own for a connection of libzmq's; it must be closed, or the peer sees no end.
+    """A duplicate of a socket of libzmq. Close it too, or the peer does not see the end.
 
     Raises:
         OSError: the connection has ended already.
@@ -122,23 +122,23 @@ def duplicate(descriptor: int) -> socket.socket:
 
 
 def shut_down(connection: socket.socket) -> None:
-    """End a connection for everybody who holds it."""
+    """End a connection for all who hold a descriptor of it."""
     with suppress(OSError):  # it has ended
         connection.shutdown(socket.SHUT_RDWR)
 
 
 def end_connection(descriptor: int) -> None:
-    """End a connection of libzmq's, without a descriptor of our own."""
+    """End a connection of libzmq without duplicating its descriptor."""
     with suppress(OSError):  # it has ended
         connection = socket.socket(fileno=descriptor)
         try:
             shut_down(connection)
         finally:
-            connection.detach()  # it stays libzmq's
+            connection.detach()  # libzmq still owns the descriptor
 
 
 def received_bytes(connection: socket.socket) -> int:
-    """How many bytes libzmq took from a TCP connection since it began.
+    """How many bytes libzmq has read from a TCP connection.
 
     Raises:
         OSError: this system does not count them, or the connection has ended.
@@ -159,5 +159,5 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
 
 
 def is_trusted_user(connection: socket.socket) -> bool:
-    """Whether the other end could end this process anyway: it has the same user, or is root's."""
+    """Whether the other end runs as the same user or as root, and so could kill this process."""
     return peer_of(connection)[1] in (0, os.geteuid())

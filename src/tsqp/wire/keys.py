@@ -1,8 +1,8 @@
-"""Key pairs of encrypted links, and the small text files that hold them.
+"""Key pairs of encrypted links, and the text files that hold them.
 
-A worker keeps its secret key in a file that nobody else can read; the trusted side is given the
-public key. Both are 40 characters of Z85. A file has comment lines and one line with a key, whose
-first word says which kind it is.
+The worker keeps its secret key in a file that nobody else can read. The trusted side needs the
+public key. Both keys are 40 characters of Z85. A file has comment lines, and one line with the kind
+of the key and the key itself.
 """
 
 import os
@@ -42,8 +42,8 @@ def write_key_pair(folder: Path) -> tuple[Path, Path, str]:
         the secret file, the public file, and the public key.
 
     Raises:
-        UsageError: the folder holds keys already.
-        TSQPError: the files cannot be written; neither is left.
+        UsageError: the folder already holds keys.
+        TSQPError: the files cannot be written; neither file is left behind.
     """
     secret_path, public_path = folder / SECRET_FILE, folder / PUBLIC_FILE
     public, secret = new_key_pair()
@@ -68,7 +68,7 @@ def write_key_pair(folder: Path) -> tuple[Path, Path, str]:
 
 
 def read_secret_key(path: Path) -> str:
-    """The secret key in a worker's file.
+    """Read the secret key from a worker's file.
 
     Raises:
         UsageError: there is no such file, others can read it, or it holds no secret key.
@@ -77,7 +77,7 @@ def read_secret_key(path: Path) -> str:
 
 
 def parse_public_key(text: str) -> str:
-    """A public key, given as its 40 characters or as the name of its file.
+    """Read a public key, given as its 40 characters or as the name of its file.
 
     Raises:
         UsageError: `text` is neither.

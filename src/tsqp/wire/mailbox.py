@@ -1,12 +1,12 @@
-"""Messages in shared memory that both sides poll, without a system call or a thread to wake.
+"""Messages in shared memory that both sides poll, without system calls.
 
-Waking an idle core costs more than most calls, and a message through a socket wakes three threads.
-So on one machine, calls and answers are in two small rings at the start of the segment. Each side
-polls them for a bounded time before it goes to sleep on its socket. A side that sleeps says so in
-the segment, and is then woken through the socket.
+Waking an idle core takes longer than most calls, and a message through a socket wakes three
+threads. On one machine, calls and answers therefore go through two small rings at the start of the
+segment. Each side polls its ring for a bounded time before it sleeps on its socket. A sleeping side
+sets a flag in the segment, and the peer then wakes it through the socket.
 
-The rings hold the same frames as the socket does, and what is taken from them is copied once
-and decoded by the same rules. x86 only: its stores become visible in order.
+The rings hold the same frames as the socket. A frame is copied out once and then decoded by the
+same rules. This works only on x86, where stores become visible in order.
 """
 
 import platform
@@ -18,7 +18,7 @@ SLOT_BYTES = 256
 HEADER_BYTES = 16  # sequence number and length
 MAX_FRAME = SLOT_BYTES - HEADER_BYTES
 RING_BYTES = SLOTS * SLOT_BYTES
-FLAG_BYTES = 64  # a cache line for each side's flag
+FLAG_BYTES = 64  # one cache line per flag
 MAILBOX_BYTES = 2 * FLAG_BYTES + 2 * RING_BYTES
 CAN_POLL = platform.machine() in ("x86_64", "AMD64")
 
@@ -26,19 +26,19 @@ Side = Literal["tee", "worker"]
 
 
 class _Ring:
-    """One writer, one reader. The writer never has more than SLOTS frames unread."""
+    """A ring for one writer and one reader. At most SLOTS frames are unread."""
 
     def __init__(self, memory: memoryview) -> None:
         self._bytes = memory
         self._words = memory.cast("Q")
-        self._count = 0  # frames written, or read
+        self._count = 0  # number of frames written or read so far
 
     def put(self, frame: bytes) -> None:
         self._count += 1
         start = self._count % SLOTS * SLOT_BYTES
         self._bytes[start + HEADER_BYTES : start + HEADER_BYTES + len(frame)] = frame
         self._words[start // 8 + 1] = len(frame)
-        self._words[start // 8] = self._count  # last: from here on the reader may look
+        self._words[start // 8] = self._count  # must be last: now the reader may read the slot
 
     @property
     def has_frame(self) -> bool:
@@ -51,16 +51,16 @@ class _Ring:
         self._count += 1
         start = self._count % SLOTS * SLOT_BYTES
         length = self._words[start // 8 + 1]
-        # A length that cannot be gives an empty frame, which the codec refuses.
+        # An impossible length gives an empty frame, which the codec refuses.
         end = start + HEADER_BYTES + (length if length <= MAX_FRAME else 0)
         return bytes(self._bytes[start + HEADER_BYTES : end])
 
 
 class Mailbox:
-    """One side's view of the two rings and the two flags."""
+    """One side's access to the two rings and the two flags."""
 
     def __init__(self, memory: memoryview, side: Side) -> None:
-        """Use the first MAILBOX_BYTES of a segment, which begin as zeros."""
+        """Use the first MAILBOX_BYTES of a segment, which must be zero at first."""
         flags = memory[: 2 * FLAG_BYTES].cast("Q")
         rings = [
             _Ring(memory[start : start + RING_BYTES])
@@ -76,7 +76,7 @@ class Mailbox:
         """Post a frame of at most MAX_FRAME bytes to the peer.
 
         Returns:
-            whether the peer sleeps, and must be woken through the socket.
+            whether the peer sleeps and must be woken through the socket.
         """
         self._out.put(frame)
         self._order()
@@ -91,11 +91,11 @@ class Mailbox:
         return self._in.has_frame
 
     def say_asleep(self, asleep: bool) -> None:
-        """Tell the peer that this side sleeps. Look for mail once more before going to sleep."""
+        """Tell the peer whether this side sleeps. Check for mail once more before sleeping."""
         self._flags[self._my_flag] = asleep
         self._order()
 
     def _order(self) -> None:
-        """Keep the store before and the load after in order: taking a lock is a full barrier."""
+        """Prevent reordering of the store before and the load after: a lock is a full barrier."""
         with self._fence:
             pass

@@ -2,8 +2,8 @@
 
 All fields are typed and bounded; msgspec refuses anything else while decoding. Messages do not
 contain tensors: a `TensorRef` says where a tensor is, in the shared segment or in the frames that
-follow. The TEE chooses every place and every shape, for requests and for answers, so an answer
-contains nothing that the TEE would have to believe.
+follow. The TEE chooses the places and shapes of all tensors, also those of answers, so it does not
+have to trust anything in an answer.
 """
 
 from typing import Annotated, Literal
@@ -23,7 +23,7 @@ MAX_SENTENCE = 2000
 MAX_TRACEBACK = 16_000
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
-WeightsDtype = Literal["float32", "float16", "bfloat16", "int8"]  # of the weights of a session
+WeightsDtype = Literal["float32", "float16", "bfloat16", "int8"]  # of a session's weights
 Dimension = Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
 LayerNumber = Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]
 SequenceNumber = Annotated[int, Meta(ge=0, lt=2**53)]
@@ -39,7 +39,7 @@ Nanoseconds = Annotated[int, Meta(ge=0, le=2**62)]
 Seed = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 OUTPUT_LAYER = -1  # the layer of the output projection, here and in call logs and recordings
-INLINE = -1  # the offset of a tensor that travels as a frame of its own
+INLINE = -1  # the offset of a tensor that is sent as a separate frame
 
 
 def place_of(group: LinearGroup) -> tuple[int, str]:
@@ -60,14 +60,14 @@ class TensorRef(Message, frozen=True):
 
 
 class SegmentRef(Message, frozen=True, tag="named"):
-    """A shared-memory segment that the worker made: its name in /dev/shm and its bytes."""
+    """A shared-memory segment that the worker made: its name in /dev/shm and its size."""
 
     name: Annotated[str, Meta(pattern=r"^tsqp-[0-9a-f]{32}\Z")]
     size: Annotated[int, Meta(ge=1, le=2**40)]
 
 
 class SealedRef(Message, frozen=True, tag="sealed"):
-    """A sealed segment without a name: the process that has it, its descriptor there, its bytes."""
+    """A sealed segment without a name: the owner's pid and descriptor, and the size."""
 
     pid: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     descriptor: Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -75,9 +75,9 @@ class SealedRef(Message, frozen=True, tag="sealed"):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """TEE → worker, first: who I am and what I need.
+    """TEE → worker, the first message: the client's version and what it needs.
 
-    `shm_bytes` is the segment wanted, 0 for none. `evidence` is reserved for attestation.
+    `shm_bytes` is the wanted size of the segment, 0 for none. `evidence` is for attestation later.
     """
 
     nonce: Nonce
@@ -89,10 +89,10 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Worker → TEE: what I serve.
+    """Worker → TEE: what the worker serves.
 
-    `max_call_macs` is the most multiply-accumulates of one call, see `tsqp.wire.call_limit`.
-    `reason` says why no sealed segment is offered, or none at all.
+    `max_call_macs` is the maximum of multiply-accumulates in one call, see `tsqp.wire.call_limit`.
+    `reason` says why no segment is offered, or why it is not sealed.
     """
 
     nonce: Nonce
@@ -107,10 +107,10 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
 
 class Attach(Message, frozen=True, tag="attach"):
-    """TEE → worker: whether the segment is mapped, and messages are polled for in it.
+    """TEE → worker: whether the segment is mapped, and whether its mailbox is polled.
 
-    The worker withdraws the segment in either case. `wants_name`, once, asks for an `Offer` of a
-    segment with a name instead of a sealed one.
+    The worker withdraws its offer in either case. `wants_name` asks for an `Offer` of a segment
+    with a name instead of a sealed one; a client may ask once.
     """
 
     mapped: bool
@@ -119,21 +119,21 @@ class Attach(Message, frozen=True, tag="attach"):
 
 
 class Offer(Message, frozen=True, tag="offer"):
-    """Worker → TEE: a segment with a name, or why there is none."""
+    """Worker → TEE: a segment with a name, or the reason why there is none."""
 
     segment: SegmentRef | None
     reason: Sentence = ""
 
 
 class Linear(Message, frozen=True, tag="linear"):
-    """y = x · Wᵀ for one group of one layer (OUTPUT_LAYER is the output projection)."""
+    """y = x · Wᵀ for one group of one layer (layer OUTPUT_LAYER is the output projection)."""
 
     layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)]
     group: Name
 
 
 class Embed(Message, frozen=True, tag="embed"):
-    """Rows of the embedding table; only in `open`, where the worker may know the tokens."""
+    """Rows of the embedding table; used only in `open`, where the worker may see token ids."""
 
 
 class Product(Message, frozen=True, tag="product"):
@@ -145,7 +145,7 @@ class Product(Message, frozen=True, tag="product"):
 
 
 class SeedProduct(Message, frozen=True, tag="seed_product"):
-    """The same for `rows` rows c that are not sent: they are the residues of a seed [P8]."""
+    """The same product for `rows` rows c that the worker expands from a seed [P8]."""
 
     layer: Annotated[int, Meta(ge=-1, lt=MAX_LAYERS)]
     group: Name
@@ -155,9 +155,9 @@ class SeedProduct(Message, frozen=True, tag="seed_product"):
 
 
 class Allocate(Message, frozen=True, tag="allocate"):
-    """Make room for the keys and values of `capacity` tokens under a new number.
+    """Make room for the keys and values of a new sequence of up to `capacity` tokens.
 
-    A sequence belongs to the session that allocates it; each session has its own numbers.
+    A sequence belongs to the session that allocates it. Each session numbers its own sequences.
     """
 
     sequence: SequenceNumber
@@ -180,8 +180,8 @@ class Free(Message, frozen=True, tag="free"):
 class Span(Message, frozen=True):
     """Tokens [start, start + length) of a sequence, of which the worker holds the first `start`.
 
-    If the worker applies the rotary embedding, dynamic scaling is for the first `known` tokens; 0
-    means up to the end of the span.
+    If the worker applies the rotary embedding, dynamic scaling assumes a length of `known` tokens,
+    or up to the end of the span if 0.
     """
 
     sequence: SequenceNumber
@@ -194,11 +194,11 @@ Spans = Annotated[tuple[Span, ...], Meta(min_length=1, max_length=MAX_SPANS)]
 
 
 class AttentionScores(Message, frozen=True, tag="attention_scores"):
-    """Keep k and v of the spans' tokens, then multiply q with all keys of their sequences.
+    """Store k and v of the spans' tokens, then multiply q with all keys of their sequences.
 
-    Inputs are q [T, heads, features], k and v [T, kv heads, features], rotated, the tokens of all
-    spans in order. The answer is flat: for each span [heads, length, start + length], not scaled
-    and not masked.
+    The inputs are q [T, heads, features] and k and v [T, kv heads, features], with rotary embedding
+    applied, for the tokens of all spans in order. The answer is flat: for each span [heads, length,
+    start + length], neither scaled nor masked.
     """
 
     layer: LayerNumber
@@ -206,7 +206,7 @@ class AttentionScores(Message, frozen=True, tag="attention_scores"):
 
 
 class Weighted(Message, frozen=True):
-    """Rows of weights over the first `length` tokens that the worker holds of a sequence."""
+    """Rows of attention weights over the first `length` tokens of a sequence."""
 
     sequence: SequenceNumber
     rows: Dimension
@@ -214,9 +214,10 @@ class Weighted(Message, frozen=True):
 
 
 class WeightedValues(Message, frozen=True, tag="weighted_values"):
-    """Multiply weights with the values kept in a layer, then with the layer's "o".
+    """Multiply attention weights with the stored values of a layer, then with the layer's "o".
 
-    The input is flat: [heads, rows, length] each. The answer has a row for each of their rows.
+    The input is flat: [heads, rows, length] for each of `weighted`. The answer has one row for each
+    of their rows.
     """
 
     layer: LayerNumber
@@ -224,9 +225,9 @@ class WeightedValues(Message, frozen=True, tag="weighted_values"):
 
 
 class Layer(Message, frozen=True, tag="layer"):
-    """Run a whole layer on x [T, features], the tokens of all spans in order.
+    """Run a whole layer on x [T, features], for the tokens of all spans in order.
 
-    The answer has the same shape. The worker keeps the keys and values.
+    The answer has the same shape. The worker stores the keys and values.
     """
 
     layer: LayerNumber
@@ -246,16 +247,16 @@ class Call(Message, frozen=True, tag="call"):
 
 
 class Result(Message, frozen=True, tag="result"):
-    """Worker → TEE: the outputs are where the call wanted them.
+    """Worker → TEE: the outputs are written where the call asked for them.
 
-    `compute_ns`, the time of the operation, is the worker's own word, and nothing may rest on it.
+    `compute_ns` is the time of the operation as the worker reports it. It must not be trusted.
     """
 
     compute_ns: Nanoseconds
 
 
 class Failure(Message, frozen=True, tag="failure"):
-    """Worker → TEE: the call, or the handshake, failed."""
+    """Worker → TEE: the call or the handshake failed."""
 
     kind: Literal["refused", "protocol", "memory", "error"]
     message: Sentence
@@ -263,7 +264,7 @@ class Failure(Message, frozen=True, tag="failure"):
 
 
 class Probe(Message, frozen=True, tag="probe"):
-    """Both directions: wake up and look for mail. Needs no answer; sending it shows a dead link."""
+    """Both directions: wake up and look for mail. Needs no answer. Sending fails on a dead link."""
 
 
 class Bye(Message, frozen=True, tag="bye"):

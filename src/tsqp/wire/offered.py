@@ -1,4 +1,4 @@
-"""The trusted side's look at shared memory that a worker offers."""
+"""Maps shared memory that a worker offers, on the trusted side."""
 
 import hmac
 from pathlib import Path
@@ -15,13 +15,13 @@ def map_offered(
     """Map what a worker offers, if it can be used.
 
     Args:
-        ref: what it offers.
-        reason: what the worker says about it.
-        hello: what it was asked for.
-        folder: where segments with a name are.
+        ref: the offered segment, or None.
+        reason: the worker's reason if there is none, or if it is not sealed.
+        hello: what this side asked for.
+        folder: the folder of segments with a name.
 
     Returns:
-        the segment or None, and what to report about it.
+        the mapped segment or None, and the reason to report.
     """
     reason = printable(reason)
     if ref is None:

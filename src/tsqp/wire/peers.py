@@ -1,4 +1,4 @@
-"""The connections of a worker: none, and not all together, may fill its memory."""
+"""Bounds the memory of a worker's connections: of each one, and of all together."""
 
 import errno
 import socket
@@ -7,19 +7,19 @@ from contextlib import suppress
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.wire.inflow import Inflow, duplicate, end_connection, is_trusted_user, shut_down
 
-MAX_INFLOW = 2**30  # bytes of one connection that are not received as messages yet
+MAX_INFLOW = 2**30  # bytes of one connection that were not yet received as messages
 
 
 class Peers:
-    """What each connection has brought, see `tsqp.wire.inflow`.
+    """The inflow of each connection, see `tsqp.wire.inflow`.
 
-    One thread says what happens to connections and looks at them. Another one receives.
+    One thread calls `meet`, `part` and `look`. Another thread receives messages.
     """
 
     def __init__(self) -> None:
-        self._connections: dict[int, socket.socket] = {}  # by libzmq's descriptor
+        self._connections: dict[int, socket.socket] = {}  # by descriptor of libzmq
         self._inflows: dict[int, Inflow] = {}
-        self._most = max(MAX_INFLOW, available_bytes() // 2)  # of all connections together
+        self._most = max(MAX_INFLOW, available_bytes() // 2)  # of all connections together, bytes
 
     def __len__(self) -> int:
         return len(self._inflows)
@@ -31,18 +31,18 @@ class Peers:
             inflow.received_message()
 
     def meet(self, descriptor: int) -> None:
-        """A connection begins. Over a Unix socket, it is ended if another user made it.
+        """A connection begins. A Unix connection of another user is ended.
 
-        The kernel counts no bytes there; but whoever is let in could end this process anyway. A
-        connection for which there is no descriptor left is ended too.
+        The kernel does not count the bytes of other Unix connections, but their users could end
+        this process anyway. A connection is also ended if no file descriptor is left to watch it.
         """
-        self.part(descriptor)  # an earlier one, whose end was not reported yet
+        self.part(descriptor)  # an earlier connection whose end was not reported yet
         try:
             connection = duplicate(descriptor)
         except OSError as exc:
             if exc.errno in (errno.EMFILE, errno.ENFILE):  # it could not be watched
                 end_connection(descriptor)
-            return  # else it has ended
+            return  # otherwise it has already ended
         if connection.family == socket.AF_UNIX:
             if not is_trusted_user(connection):
                 shut_down(connection)
@@ -58,7 +58,7 @@ class Peers:
             connection.close()
 
     def look(self) -> None:
-        """End the connections that bring too much, those that brought most first."""
+        """End connections that brought too much, beginning with those that brought most."""
         unread = {}
         for descriptor, connection in self._connections.items():
             with suppress(OSError):  # it has ended, or this system does not count
@@ -71,6 +71,6 @@ class Peers:
             del unread[descriptor]
 
     def close(self) -> None:
-        """Let go of all connections."""
+        """Stop watching all connections, without ending them."""
         for descriptor in list(self._connections):
             self.part(descriptor)

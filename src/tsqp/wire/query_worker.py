@@ -1,7 +1,7 @@
-"""Asks a worker what it serves, without a session and without own weights.
+"""Asks a worker what it serves, without opening a session and without having the weights.
 
-The protocol has no message for this. But a worker refuses a client that holds other weights, and
-its refusal says which weights it holds itself.
+The protocol has no message for this. A worker refuses a client with other weights, and the refusal
+says which weights the worker holds.
 """
 
 import secrets
@@ -15,7 +15,7 @@ from tsqp.wire.messages import Failure, Hello, WeightsDtype
 from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import ClientSocket
 
-_NOBODY_S = "0" * 64  # the digest of no weights
+_NOBODY_S = "0" * 64  # no model has this digest
 _DTYPES: dict[str, WeightsDtype] = {
     "float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
 }  # fmt: skip
@@ -24,18 +24,18 @@ _DTYPES: dict[str, WeightsDtype] = {
 def ask_what_is_served(
     endpoint: Endpoint, worker_key: str | None, dtype: WeightsDtype, timeout: float = 5.0
 ) -> tuple[WeightsDtype, str]:
-    """The dtype of the worker's weights, and the first 12 digits of their digest.
+    """Ask for the dtype of the worker's weights and the first 12 digits of their digest.
 
     Args:
         endpoint: ipc or tcp.
         worker_key: the worker's public key, for an encrypted link.
-        dtype: "int8" for the weights of the private modes; any other for those of `open`.
+        dtype: "int8" to ask for the weights of the private modes, any other for those of `open`.
         timeout: seconds for the connection, and again for the answer.
 
     Raises:
-        WorkerUnavailable, WorkerLost: nobody serves the endpoint, or answers in time.
-        HandshakeError: it has another key or protocol version, or no such weights.
-        ProtocolError: it answered something else.
+        WorkerUnavailable, WorkerLost: nobody serves the endpoint, or no answer comes in time.
+        HandshakeError: the worker has another key or protocol version, or no such weights.
+        ProtocolError: the worker sent an unexpected answer.
     """
     reason = _refusal(endpoint, worker_key, dtype, timeout)
     own_dtype, digest = read_refusal(reason)

@@ -1,4 +1,4 @@
-"""What clients may take of a worker, so that none of them takes all there is."""
+"""Limits on what a client may take of a worker, so that no client takes everything."""
 
 import ipaddress
 from collections.abc import Collection
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tsqp.errors import HandshakeError, WorkerUnavailable
 from tsqp.wire.shm import MIN_SEGMENT
 
-IPV6_PREFIX = 64  # what one network gives to one customer or machine
+IPV6_PREFIX = 64  # the prefix that one customer or machine usually gets
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +15,12 @@ class Quotas:
     """Limits of one worker.
 
     Attributes:
-        max_sessions: of all clients together.
-        max_sessions_per_client: of one user on this machine, or of one address; see `client_name`.
-        max_shm_bytes: shared memory of one session; 0 keeps tensors on the socket.
-        max_total_shm_bytes: of all sessions. In any case they take at most half of the memory that
-            would be free without them.
+        max_sessions: sessions of all clients together.
+        max_sessions_per_client: sessions of one user on this machine or of one address; see
+            `client_name`.
+        max_shm_bytes: shared memory of one session; 0 sends tensors through the socket.
+        max_total_shm_bytes: shared memory of all sessions. It is always limited to half of the
+            memory that would be free without them.
     """
 
     max_sessions: int = 64
@@ -28,10 +29,10 @@ class Quotas:
     max_total_shm_bytes: int | None = None
 
     def check_session(self, client: str, others: Collection[str]) -> None:
-        """Raise HandshakeError where there is no room for another session of `client`.
+        """Raise HandshakeError unless `client` may open another session.
 
         Args:
-            others: the client of each session that there is.
+            others: the client of each open session.
         """
         if len(others) >= self.max_sessions:
             raise HandshakeError(
@@ -49,11 +50,12 @@ class Quotas:
         """Bytes of shared memory for a new session.
 
         Args:
-            held: by the sessions that there are.
-            free: memory that is free besides.
+            wanted: bytes that the client wants.
+            held: bytes that the open sessions hold.
+            free: bytes that are still free.
 
         Raises:
-            WorkerUnavailable: the other sessions have taken it. The session can go on without.
+            WorkerUnavailable: the other sessions hold all of it. The session can go on without.
         """
         total = (free + held) // 2
         if self.max_total_shm_bytes is not None:
@@ -71,12 +73,12 @@ DEFAULT_QUOTAS = Quotas()
 
 
 def client_name(scheme: str, address: str) -> str:
-    """Who a connection counts for: a user of this machine, or an address.
+    """The client of a connection, for limits: a user of this machine, or an address.
 
     Args:
         scheme: ipc or tcp.
-        address: as libzmq gives it, "NAME:UID:GID:PID" for ipc, an IP address for tcp. Addresses of
-            one IPv6 network of 64 bits are one client.
+        address: as libzmq gives it: "NAME:UID:GID:PID" for ipc, an IP address for tcp. An IPv6
+            network of 64 bits counts as one client.
     """
     if scheme == "ipc":
         fields = address.split(":")

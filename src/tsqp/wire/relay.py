@@ -1,7 +1,7 @@
-"""Between libzmq and a Unix socket, on the trusted side: two threads that count what comes.
+"""Relays bytes between libzmq and a worker's Unix socket, and counts the incoming ones.
 
-The kernel does not count the bytes of Unix sockets, so they are counted on their way, see
-`tsqp.wire.inflow`. With shared memory almost nothing goes this way. Linux only.
+The kernel does not count the bytes of Unix sockets, so two threads of the trusted side do, see
+`tsqp.wire.inflow`. With shared memory, almost no data goes through the socket. Linux only.
 """
 
 import os
@@ -19,14 +19,14 @@ from tsqp.wire.inflow import END_S, Inflow, peer_of, shut_down
 
 CHUNK = 2**18
 RETRY_S = 0.1
-CAN_RELAY = sys.platform == "linux"  # abstract names
+CAN_RELAY = sys.platform == "linux"  # for abstract socket names
 
 
 class Relay:
     """Connects libzmq to a worker's socket.
 
     Attributes:
-        endpoint: where libzmq is to connect, once.
+        endpoint: the endpoint to which libzmq connects, once.
     """
 
     def __init__(self, worker: Endpoint, inflow: Inflow, deadline: float) -> None:
@@ -56,10 +56,10 @@ class Relay:
             raise
 
     def begin(self) -> None:
-        """Take the connection that libzmq of this process makes, and no other one.
+        """Accept the connection of this process's libzmq, and no other connection.
 
         Raises:
-            WorkerUnavailable: it makes none.
+            WorkerUnavailable: it does not connect.
         """
         while self._ours is None:
             try:
@@ -83,7 +83,7 @@ class Relay:
 
     def _pump(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
         buffer, total = memoryview(bytearray(CHUNK)), 0
-        with suppress(OSError):  # either end has gone, so the other one goes too
+        with suppress(OSError):  # one end is gone: close the other one too
             while length := source.recv_into(buffer):
                 total += length
                 if counted and self._inflow.excess(total) > 0:
@@ -115,7 +115,7 @@ def _reach(worker: Endpoint, deadline: float) -> socket.socket:
 
 
 def no_worker_at(endpoint: Endpoint | str) -> str:
-    """What to say where nobody listens in time."""
+    """The message for an endpoint where nobody listens in time."""
     return (
         f"No worker answers at {endpoint}; start one with "
         f"`tsqp worker MODEL --listen {endpoint}`, or correct --worker."

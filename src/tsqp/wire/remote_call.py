@@ -11,7 +11,7 @@ from tsqp.wire.messages import Operation, TensorRef
 
 
 class RemoteCall:
-    """One call, from reservation to release: the slot, then the reply."""
+    """One call, from reservation to release. It is first the slot, then the reply."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class RemoteCall:
         times: CallTimes | None,
     ) -> None:
         self.operation = operation
-        self.place = place  # in the arena, or None for inline
+        self.place = place  # offset in the arena; None for inline tensors
         self.inputs = inputs
         self.outputs = outputs
         self.refs = refs

@@ -1,11 +1,11 @@
-"""A stream of residues from a 256-bit seed, the same on both sides.
+"""Expands a 256-bit seed into a stream of residues, identically on both sides.
 
-The trusted side makes its pads and shares of it; a worker that is sent the seed of a share [P8]
-makes the share itself.
+The trusted side makes pads and shares from such streams. A worker that receives the seed of a share
+[P8] expands the share itself.
 
 The stream is AES-256 in counter mode from counter 0, read as little-endian words of 32 bits, or of
-64 in the lattice field. The lowest `bits` bits of a word are a candidate; candidates that are p or
-larger are skipped, so what remains is uniform on [0, p).
+64 bits in the lattice field. The lowest `bits` bits of each word are a candidate. Candidates that
+are p or larger are rejected, so the residues are uniform on [0, p).
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ def expand(seed: bytes | bytearray, residues_N: NDArray[Any], field: Field) -> N
     """Fill `residues_N` with the first residues of the stream.
 
     Args:
-        seed: SEED_BYTES, never used for anything else.
-        residues_N: of the field's dtype, contiguous; receives values in [0, p).
+        seed: SEED_BYTES bytes, which must not be used for anything else.
+        residues_N: contiguous array of the field's dtype; receives values in [0, p).
     """
     assert len(seed) == SEED_BYTES
     stream = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
@@ -41,4 +41,4 @@ def expand(seed: bytes | bytearray, residues_N: NDArray[Any], field: Field) -> N
             stream.update_into(zeros[: words.itemsize * count], words[:count].view(np.uint8).data)
             done += accept(words[:count], field.bits, field.p, residues_N[done : done + count])
     finally:
-        words[:] = 0  # what they hold may be a secret [P11]
+        words[:] = 0  # they may hold a secret [P11]

@@ -1,7 +1,7 @@
-"""The worker's serving loop: sessions, their shared memory, and one call after the other.
+"""The worker's serving loop: handles sessions, their shared memory, and one call at a time.
 
-Clients are not trusted either. Every reference that a client sends is checked against its own
-segment and against the shapes that the operation needs, before anything is read or allocated.
+Clients are not trusted. Each tensor reference of a client is checked against its own segment and
+the shapes of the operation, before anything is read or allocated.
 """
 
 import time
@@ -51,8 +51,8 @@ from tsqp.wire.shm import SHM_FOLDER, NamedSegment, SealedSegment, free_bytes
 from tsqp.wire.tensors import raw, spec_of
 from tsqp.wire.zmq import MAX_FRAME
 
-LOOK_EVERY_S = 0.5  # how often a busy worker looks for clients that left
-LOOKS = 10  # libzmq reports a broken connection some time before it drops the peer
+LOOK_EVERY_S = 0.5  # how often a busy worker checks for clients that left
+LOOKS = 10  # more than one, as libzmq reports a broken connection before it drops the peer
 
 
 OnCall = Callable[[int, Operation, Sequence[Tensor]], None]
@@ -62,17 +62,17 @@ OnCall = Callable[[int, Operation, Sequence[Tensor]], None]
 class Session:
     """The state of one client's session."""
 
-    number: int  # counted from 1
+    number: int  # from 1 on
     service: ServiceSession
-    client: str  # for whom it counts
+    client: str  # the client whose limits it counts for
     hello: Hello
     segment: SealedSegment | NamedSegment | None = None
     mailbox: Mailbox | None = None
-    last_sent: int = 0  # ticket of the last call through the socket
-    last_posted: int = 0  # and through the mailbox: the two may overtake each other
+    last_sent: int = 0  # last ticket through the socket
+    last_posted: int = 0  # last ticket through the mailbox; either path may be faster
 
     def attach(self, message: Attach) -> None:
-        """Note whether the client could map the segment."""
+        """Record whether the client could map the segment."""
         if self.segment is not None:
             self.segment.withdraw()
             if message.poll and self.mailbox is None:
@@ -81,7 +81,7 @@ class Session:
             self.drop_segment()
 
     def note(self, ticket: int, posted: bool) -> None:
-        """Refuse a ticket that is not greater than the previous one on the same path."""
+        """Record a ticket; refuse one that is not greater than the last one on its path."""
         if ticket <= (self.last_posted if posted else self.last_sent):
             raise ProtocolError("A client sent the same call twice.")
         if posted:
@@ -101,7 +101,7 @@ class Session:
 
 
 class Server:
-    """Serves a `Service` on one endpoint, to many sessions, from one thread."""
+    """Serves a `Service` to many sessions on one endpoint, from one thread."""
 
     _service: Service
     _on_call: OnCall | None
@@ -119,8 +119,8 @@ class Server:
 
         Args:
             secret_key: if given, the worker accepts only encrypted links; see `ServerSocket`.
-            quotas: what clients may take.
-            log: takes one line about a session that begins or ends.
+            quotas: limits on what clients may take.
+            log: called with one line when a session begins or ends.
 
         Raises:
             WorkerUnavailable: the endpoint cannot be served.
@@ -129,7 +129,7 @@ class Server:
         self._opened = 0
         self._decoder = worker_decoder()
         self._put_off: tuple[bytes, memoryview] | None = None  # a message for the next round
-        self._called: set[bytes] = set()  # who had a call through the socket in this round
+        self._called: set[bytes] = set()  # clients that had a call through the socket in this round
         self._quotas = quotas
         self._shm_folder = shm_folder
         self._log = log
@@ -143,14 +143,14 @@ class Server:
     def serve(
         self, service: Service, stop: Callable[[], bool], on_call: OnCall | None = None
     ) -> None:
-        """Serve until `stop()`, which is asked several times a second, is true.
+        """Serve until `stop()` returns true. It is called several times a second.
 
         Args:
-            on_call: told the session, the operation and the inputs of every call before it is
-                computed.
+            on_call: called before each call is computed, with the session, the operation and the
+                inputs.
 
         Raises:
-            RecordingError: `on_call` did; no session is served any more.
+            RecordingError: `on_call` raised it; serving has ended.
         """
         self._service = service
         self._on_call = on_call
@@ -160,7 +160,7 @@ class Server:
         while not stop():
             active = self._serve_round(stop)
             if not active:
-                # A worker without work sleeps at once; between two calls it looks for the next.
+                # Spin only if there was work just now: another call may follow soon.
                 self._put_off = self._socket.receive(self, wait=True, spin=busy)
             busy = active or self._put_off is not None
             if time.monotonic() - looked > LOOK_EVERY_S:
@@ -170,7 +170,7 @@ class Server:
                     self._free_lost_sessions()
 
     def close(self) -> None:
-        """End all sessions and stop listening; nothing stays in /dev/shm or on disk."""
+        """End all sessions and stop listening; leaves nothing in /dev/shm or on disk."""
         for identity in list(self.sessions):
             self._end(identity, "the worker stops")
         self._socket.close()
@@ -181,17 +181,17 @@ class Server:
         return any(s.mailbox is not None and s.mailbox.has_mail for s in self.sessions.values())
 
     def say_asleep(self, asleep: bool) -> None:
-        """Tell all sessions that post."""
+        """Tell all sessions with a mailbox whether this worker sleeps."""
         for session in self.sessions.values():
             if session.mailbox is not None:
                 session.mailbox.say_asleep(asleep)
 
     def _serve_round(self, stop: Callable[[], bool]) -> bool:
-        """Do one call of each session that has any waiting; whether there was something to do.
+        """Do one waiting call of each session; returns whether there was something to do.
 
-        libzmq gives one message of each peer in turn. The first message of a peer that had its turn
-        is put off until the next round. Then comes the mail of sessions that had no call through
-        the socket.
+        libzmq returns messages of its peers in turn. The first message of a peer that already had
+        its turn is put off until the next round. Then follow posted calls, for sessions that had no
+        call through the socket in this round.
         """
         self._called.clear()
         heard: set[bytes] = set()
@@ -208,7 +208,7 @@ class Server:
         return self._take_mail(stop) or bool(heard)
 
     def _take_mail(self, stop: Callable[[], bool]) -> bool:
-        """Do one posted call of each session that had none yet; whether there was any."""
+        """Do one posted call of each session that had none yet; returns whether there was any."""
         found = False
         for identity, session in list(self.sessions.items()):
             if stop():
@@ -221,7 +221,7 @@ class Server:
         return found
 
     def _handle(self, identity: bytes, frame: bytes | memoryview, *, posted: bool = False) -> None:
-        """Handle one message, which came through the socket or was posted."""
+        """Handle one message, from the socket or posted."""
         ticket = 0
         try:
             ticket, message = self._decoder.decode(frame)
@@ -233,7 +233,7 @@ class Server:
         except ProtocolError as exc:
             self._send(identity, Failure("protocol", _sentence(str(exc))), ticket)
             self._end(identity, str(exc))
-        except RecordingError as exc:  # a recording with gaps would prove nothing
+        except RecordingError as exc:  # a recording with gaps would be useless
             self._send(identity, Failure("error", _sentence(str(exc))), ticket)
             raise
         except Exception as exc:
@@ -283,7 +283,7 @@ class Server:
         self._send(identity, msgspec.structs.replace(welcome, segment=ref, reason=reason), 0)
 
     def _share_memory(self, session: Session, *, may_seal: bool) -> str:
-        """Make a segment for a session; why it is not sealed, or why there is none."""
+        """Make a segment for a session; returns why there is none, or why it is not sealed."""
         if not session.hello.shm_bytes:
             return ""
         if not self._quotas.max_shm_bytes:
@@ -307,7 +307,7 @@ class Server:
         return _sentence("; ".join(reasons))
 
     def _offer_named(self, identity: bytes, session: Session) -> None:
-        """Replace the sealed segment of a session, which its client cannot open."""
+        """Replace a sealed segment, which the client cannot open, by a segment with a name."""
         if not isinstance(session.segment, SealedSegment) or session.mailbox is not None:
             raise ProtocolError("A client asked for another segment where it may not.")
         session.drop_segment()
@@ -317,7 +317,7 @@ class Server:
 
     @property
     def _clients(self) -> list[str]:
-        """For whom each session counts."""
+        """The client of each session."""
         return [session.client for session in self.sessions.values()]
 
     def _call(
@@ -329,7 +329,7 @@ class Server:
         specs = [spec_of(ref) for ref in (*call.inputs, *call.outputs)]
         session.service.check(call.operation, specs[: len(call.inputs)], specs[len(call.inputs) :])
         inputs = [self._place(session, ref) for ref in call.inputs]
-        if not posted:  # else the socket may hold a message that was put off
+        if not posted:  # otherwise the frames in the socket belong to a message that was put off
             self._called.add(identity)
             self._socket.receive_exactly(_inline(inputs, call.inputs), "A client")
         outputs = [self._place(session, ref) for ref in call.outputs]
@@ -337,7 +337,7 @@ class Server:
             self._on_call(session.number, call.operation, inputs)
         start = time.perf_counter_ns()
         session.service.run(call.operation, inputs, outputs)
-        # Of this call only: the time before it would tell what other clients do.
+        # The time of this call only: waiting times would show what other clients do.
         result = Result(time.perf_counter_ns() - start)
         if not posted or session.mailbox is None:
             self._send(identity, result, ticket, _inline(outputs, call.outputs))
@@ -357,13 +357,13 @@ class Server:
     def _send(
         self, identity: bytes, message: Message, ticket: int, inline: Sequence[memoryview] = ()
     ) -> None:
-        # Only a session is waited for, once: a peer must not hold up the others again and again.
+        # Wait only for a session, and only once, so that no peer delays the others repeatedly.
         wait = isinstance(message, Result)
         if not self._socket.send(identity, [encode(message, ticket), *inline], wait=wait):
             self._end(identity, "the client left")
 
     def _free_lost_sessions(self) -> None:
-        """Send each session one small message: to a peer that left, that fails at once."""
+        """Send each session one small message, which fails at once if the peer has left."""
         for identity in list(self.sessions):
             if not self._socket.probe(identity, encode(Probe())):
                 self._end(identity, "the client left")
@@ -376,7 +376,7 @@ class Server:
 
 
 def _inline(tensors: list[Tensor], refs: tuple[TensorRef, ...]) -> list[memoryview]:
-    """The bytes of those tensors that are sent as frames."""
+    """The bytes of the tensors that are sent as frames."""
     pairs = zip(tensors, refs, strict=True)
     return [raw(tensor) for tensor, ref in pairs if ref.offset == INLINE]
 

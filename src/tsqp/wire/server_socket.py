@@ -22,17 +22,17 @@ FOREVER = -1
 
 
 class ServerSocket(BaseSocket):
-    """The worker's end: many peers, each with an identity that libzmq keeps apart."""
+    """The worker's socket. It has many peers, which libzmq tells apart by an identity."""
 
     def __init__(self, endpoint: Endpoint, secret_key: str | None = None) -> None:
         """Bind.
 
         Args:
-            secret_key: takes none but encrypted connections, and proves who answers. Which clients
-                may connect is left open.
+            secret_key: if given, only encrypted connections are accepted, and the worker proves its
+                identity. Clients are not authenticated.
 
         Raises:
-            WorkerUnavailable: the address is taken, or may not be used.
+            WorkerUnavailable: the address is in use or not allowed.
         """
         super().__init__(zmq.ROUTER, endpoint)
         has_file = endpoint.scheme == "ipc" and not endpoint.is_abstract
@@ -47,13 +47,13 @@ class ServerSocket(BaseSocket):
             if self._path is not None:
                 remove_stale(self._path)
             self._socket.set(zmq.SNDHWM, MAX_UNREAD)
-            self._socket.set(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that left is an error
+            self._socket.set(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that left raises an error
             if secret_key is not None:
                 self._socket.set(zmq.CURVE_SERVER, 1)
                 self._socket.set(zmq.CURVE_SECRETKEY, secret_key.encode())
             self._watch(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED)
             self._guard.start()
-            mask = os.umask(0o177)  # the socket file is for this user alone
+            mask = os.umask(0o177)  # only this user may use the socket file
             try:
                 self._socket.bind(str(endpoint))
             finally:
@@ -69,15 +69,15 @@ class ServerSocket(BaseSocket):
 
     @property
     def address(self) -> str:
-        """The endpoint in use, with the port that the system chose where it was 0."""
+        """The endpoint in use, with the port that the system chose if port 0 was given."""
         address = self._socket.get(zmq.LAST_ENDPOINT)
         assert isinstance(address, bytes)
         return address.rstrip(b"\0").decode()
 
     def receive(self, wakeup: Wakeup, *, wait: bool, spin: bool) -> tuple[bytes, memoryview] | None:
-        """A peer and the first frame of its message; None for mail, or for one tick of silence.
+        """A peer and the first frame of its message; None for mail, or after a tick of silence.
 
-        The frame is valid until the next call. A frame that is too long comes as an empty one.
+        The frame is valid until the next call. A frame that is too long is returned as empty.
         """
         if not (self._wait(wakeup, spin=spin) if wait else self._has_message):
             return None
@@ -92,19 +92,19 @@ class ServerSocket(BaseSocket):
 
     @property
     def client(self) -> str:
-        """Who sent the message that was received last, see `client_name`."""
+        """The client that sent the last received message, see `client_name`."""
         assert self._sender is not None
         try:
             address = self._sender.get("Peer-Address")
-        except zmq.ZMQError:  # libzmq does not know
+        except zmq.ZMQError:  # libzmq does not know it
             address = ""
         return client_name(self._scheme, str(address))
 
     def send(self, identity: bytes, frames: Sequence[Buffer], *, wait: bool) -> bool:
-        """Send one message; False where the peer has left, or does not read.
+        """Send one message; returns False if the peer has left or does not read.
 
         Args:
-            wait: give a peer that has much to read some time before giving it up.
+            wait: whether to wait for a peer that still has many unread messages.
         """
         flags = 0 if wait else zmq.NOBLOCK
         try:
@@ -117,11 +117,11 @@ class ServerSocket(BaseSocket):
         return True
 
     def probe(self, identity: bytes, frame: bytes) -> bool:
-        """Send one frame without waiting; False where the peer has left."""
+        """Send one frame without waiting; returns False if the peer has left."""
         try:
             self._socket.send_multipart([identity, frame], zmq.NOBLOCK)
         except zmq.Again:
-            return True  # it is there, and has more to read than it likes
+            return True  # it is there, but has too many unread messages
         except zmq.ZMQError:
             return False
         return True
@@ -132,7 +132,7 @@ class ServerSocket(BaseSocket):
         return left
 
     def _guard_peers(self) -> None:
-        """A thread, until the monitor stops: it must look while the worker computes."""
+        """Watch the peers until the monitor stops; a thread, as the main one may be computing."""
         with suppress(zmq.ZMQError), closing(self._peers):  # an error: the context has ended
             while True:
                 for event, descriptor in self._next_events(LOOK_MS if self._peers else FOREVER):
@@ -146,7 +146,7 @@ class ServerSocket(BaseSocket):
                 self._peers.look()
 
     def close(self) -> None:
-        """Close, and remove the socket file, which libzmq leaves; safe to call twice."""
+        """Close the socket and remove its file, which libzmq leaves behind; safe to call twice."""
         if self._path is not None and self._file is not None:
             remove_own(self._path, self._file)
             self._file = None

@@ -1,15 +1,16 @@
-"""Tensors in memory shared between two processes of one machine.
+"""Tensors in memory that two processes of one machine share.
 
-The worker makes a segment and the TEE maps it. Where possible the segment has no name: it is a
-sealed memfd, which the TEE opens through /proc and which nobody can shrink, so that neither side
-can kill the other with SIGBUS. Otherwise it is a file in /dev/shm, which the worker unlinks as soon
-as the TEE has mapped it. Either lives exactly as long as the two processes.
-`multiprocessing.shared_memory` is not used: it starts a helper process, which inside an enclave
+The worker makes a segment and the TEE maps it. If possible, the segment is a sealed memfd. It has
+no name, the TEE opens it through /proc, and nobody can shrink it, so neither side can kill the
+other with SIGBUS. Otherwise it is a file in /dev/shm, which the worker unlinks as soon as the TEE
+has mapped it. Both kinds are freed when the two processes end.
+
+`multiprocessing.shared_memory` is not used, because it starts a helper process. In an enclave, that
 would be another enclave.
 
-Nothing here is trusted by the TEE. Offsets and shapes come from the TEE's own books; contents can
-change at any moment; a worker that truncates a segment with a name kills the TEE process with
-SIGBUS, which is a denial of service and nothing more.
+The TEE does not trust shared memory. Offsets and shapes come from the TEE's own records, and
+contents may change at any time. A worker that truncates a segment with a name kills the TEE process
+with SIGBUS, which is only a denial of service.
 """
 
 import fcntl
@@ -32,11 +33,11 @@ SHM_FOLDER = Path("/dev/shm")
 PROCESSES = Path("/proc")
 ALIGNMENT = 64  # a cache line
 MIN_SEGMENT = 256 * 1024
-MAX_VIEWS = 1024  # kept, as the same few calls come again and again
+MAX_VIEWS = 1024  # cached, because the same few calls repeat
 
 
 class Segment:
-    """A mapped segment; tensors are views into it."""
+    """A mapped segment. Tensors are views into it."""
 
     def __init__(self, size: int, mapping: mmap.mmap) -> None:
         self.size = size
@@ -47,7 +48,7 @@ class Segment:
         """A view of `shape` at byte `offset`.
 
         Raises:
-            ProtocolError: it would not lie wholly inside the segment, or is not aligned.
+            ProtocolError: the view would not fit in the segment, or is not aligned.
         """
         key = (offset, shape, dtype)
         view = self._views.get(key)
@@ -69,47 +70,47 @@ class Segment:
         return torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=offset).view(shape)
 
     def memory(self, length: int) -> memoryview:
-        """The first `length` bytes themselves."""
+        """A view of the first `length` bytes."""
         assert self._mapping is not None
         return memoryview(self._mapping)[:length]
 
     def read(self, length: int) -> bytes:
-        """A copy of the last `length` bytes."""
+        """Return a copy of the last `length` bytes."""
         assert self._mapping is not None
         return self._mapping[self.size - length :]
 
     def write(self, data: bytes) -> None:
-        """Write `data` at the end."""
+        """Write `data` to the last bytes of the segment."""
         assert self._mapping is not None
         self._mapping[self.size - len(data) :] = data
 
     def withdraw(self) -> None:
-        """End the offer: remove the name, or close the descriptor that was offered.
+        """End the offer: remove the name, or close the offered descriptor.
 
-        The memory stays while anyone maps it. So long, Python's mmap keeps a descriptor of its own,
-        by which this user's processes can open sealed memory.
+        The memory stays as long as a process maps it. During this time Python's mmap holds another
+        descriptor, through which processes of the same user can open sealed memory.
         """
 
     def close(self) -> None:
-        """Withdraw and unmap; views that are still alive keep the mapping until they die."""
+        """Withdraw and unmap. Views that still exist keep the mapping alive."""
         self.withdraw()
         self._views.clear()
         self._mapping = None
 
 
 class SealedSegment(Segment):
-    """A segment without a name, whose size nobody can change: a sealed memfd (Linux)."""
+    """A sealed memfd (Linux): a segment without a name, whose size nobody can change."""
 
     def __init__(self, size: int, mapping: mmap.mmap, descriptor: int | None = None) -> None:
         super().__init__(size, mapping)
-        self._descriptor = descriptor  # while it is on offer
+        self._descriptor = descriptor  # while it is offered
 
     @classmethod
     def create(cls, size: int) -> "SealedSegment":
-        """Create and map a segment of at most `size` bytes, less where memory is short.
+        """Create and map a segment of `size` bytes, or fewer if memory is short.
 
         Raises:
-            WorkerUnavailable: there is no room, or this system cannot seal memory; says which.
+            WorkerUnavailable: there is no room, or this system cannot seal memory.
         """
         size = _room_for(size, free_bytes(None), "no sealed memory")
         if not hasattr(os, "memfd_create"):
@@ -128,10 +129,10 @@ class SealedSegment(Segment):
 
     @classmethod
     def open(cls, pid: int, descriptor: int, size: int) -> "SealedSegment":
-        """Map the segment that process `pid` has as `descriptor`.
+        """Map the segment that is open as `descriptor` in process `pid`.
 
-        The worker may name anything at all, so nothing is opened before it is known to be memory: a
-        pipe could make this wait, and a device could act.
+        The worker may name any file, so a file is opened only once it is known to be memory. A pipe
+        could block, and a device could have side effects.
 
         Raises:
             WorkerUnavailable: it cannot be opened, is not sealed, or has another size.
@@ -140,7 +141,7 @@ class SealedSegment(Segment):
             path = PROCESSES / f"{pid:d}" / "fd" / f"{descriptor:d}"
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
-                # By its name first: to ask a file of another file system may wait for that system.
+                # Check the name first: a stat of a file on another file system may block.
                 is_memory = str(Path(f"/proc/self/fd/{place:d}").readlink()).startswith("/memfd:")
                 if not is_memory or not stat.S_ISREG(os.fstat(place).st_mode):
                     raise WorkerUnavailable("the worker offers something else than memory")
@@ -152,7 +153,7 @@ class SealedSegment(Segment):
                 return cls(size, _map_sealed(own, size))
             finally:
                 os.close(own)
-        except (OSError, AttributeError) as exc:  # O_PATH is Linux's
+        except (OSError, AttributeError) as exc:  # only Linux has O_PATH
             why = exc.strerror if isinstance(exc, OSError) else "this system has none"
             raise WorkerUnavailable(
                 f"the worker's sealed memory is out of this side's reach ({why})"
@@ -160,7 +161,7 @@ class SealedSegment(Segment):
 
     @property
     def ref(self) -> SealedRef:
-        """What a peer needs to open it, as long as it is on offer."""
+        """The reference by which a peer can open it while it is offered."""
         assert self._descriptor is not None
         return SealedRef(os.getpid(), self._descriptor, self.size)
 
@@ -171,7 +172,7 @@ class SealedSegment(Segment):
 
 
 class NamedSegment(Segment):
-    """A segment that is a file: for peers that do not see each other's /proc."""
+    """A file in a shared folder: for processes that do not see each other's /proc."""
 
     def __init__(self, size: int, mapping: mmap.mmap, path: Path) -> None:
         super().__init__(size, mapping)
@@ -179,10 +180,10 @@ class NamedSegment(Segment):
 
     @classmethod
     def create(cls, size: int, folder: Path = SHM_FOLDER) -> "NamedSegment":
-        """Create and map a segment of at most `size` bytes, less where the folder is small.
+        """Create and map a segment of `size` bytes, or fewer if the folder is small.
 
         Raises:
-            WorkerUnavailable: there is no room or no right to make one; says which.
+            WorkerUnavailable: there is no room, or no permission to make a file.
         """
         path = folder / f"tsqp-{secrets.token_hex(16)}"
         try:
@@ -203,7 +204,7 @@ class NamedSegment(Segment):
     def open(cls, name: str, size: int, folder: Path = SHM_FOLDER) -> "NamedSegment":
         """Map a segment that a worker made.
 
-        Inside Gramine the file is a device whose length reads as zero, so the length is `size`.
+        In Gramine the file is a device that reports length 0, so the length is taken from `size`.
 
         Raises:
             WorkerUnavailable: it cannot be opened or is too short.
@@ -227,22 +228,22 @@ class NamedSegment(Segment):
 
     @property
     def ref(self) -> SegmentRef:
-        """What a peer needs to open it, until it is withdrawn."""
+        """The reference by which a peer can open it until it is withdrawn."""
         return SegmentRef(self.path.name, self.size)
 
     def withdraw(self) -> None:
-        with suppress(OSError):  # gone already, or out of reach: nothing is left to do
+        with suppress(OSError):  # already removed, or out of reach
             self.path.unlink()
 
 
 def _seals() -> int:
-    """What nobody can do to the segment any more; writing stays possible."""
+    """The seals: nobody can resize the segment any more, but all can write."""
     return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def _room_for(size: int, free: int, otherwise: str) -> int:
-    """At most `size` bytes, in whole pages."""
-    # Half of what is free: other sessions, and other programs, need some too.
+    """The size of a new segment: at most `size` bytes, in whole pages."""
+    # Use at most half of the free memory: other sessions and programs need some too.
     size = min(size, free // 2) // mmap.PAGESIZE * mmap.PAGESIZE
     if size < MIN_SEGMENT:
         raise WorkerUnavailable(
@@ -252,7 +253,7 @@ def _room_for(size: int, free: int, otherwise: str) -> int:
 
 
 def _map_sealed(descriptor: int, size: int) -> mmap.mmap:
-    """Map a memfd, if it cannot be taken away."""
+    """Map a memfd whose memory cannot be taken away."""
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError as exc:
@@ -260,7 +261,7 @@ def _map_sealed(descriptor: int, size: int) -> mmap.mmap:
     if seals & _seals() != _seals():
         raise WorkerUnavailable("the worker's memory is not sealed, so it could be taken away")
     if os.fstatvfs(descriptor).f_bsize != mmap.PAGESIZE:
-        # Seals do not keep huge pages from being given back; the next access would be SIGBUS.
+        # Seals do not prevent that huge pages are freed; the next access would cause SIGBUS.
         raise WorkerUnavailable("the worker's memory consists of huge pages")
     length = os.fstat(descriptor).st_size
     if length != size:
@@ -269,7 +270,7 @@ def _map_sealed(descriptor: int, size: int) -> mmap.mmap:
 
 
 def free_bytes(folder: Path | None) -> int:
-    """Bytes for segments that are free in memory, and in `folder` for those with a name.
+    """Free bytes for new segments: in memory, and in `folder` for segments with a name.
 
     Raises:
         WorkerUnavailable: there is no such folder.
@@ -284,14 +285,14 @@ def free_bytes(folder: Path | None) -> int:
 
 
 class Arena:
-    """First-fit allocation of byte ranges in a segment, always at the lowest free place.
+    """First-fit allocator of byte ranges in a segment.
 
-    A handful of ranges are in use at a time, so a sorted list is enough; the lowest place first
-    keeps the same few pages warm in the cache.
+    Only a few ranges are in use at a time, so a sorted list is enough. The lowest free place is
+    used first, which keeps the same few pages in the cache.
     """
 
     def __init__(self, size: int, start: int = 0) -> None:
-        """Ranges lie in [start, size)."""
+        """Manage the bytes [start, size)."""
         self.size = size - start
         self._start = -(-start // ALIGNMENT) * ALIGNMENT
         self._end = size

@@ -1,4 +1,4 @@
-"""The file of a Unix socket, which libzmq would overwrite or leave behind."""
+"""Handles the file of a Unix socket, which libzmq would overwrite or leave behind."""
 
 import socket
 import stat
@@ -8,26 +8,26 @@ from tsqp.errors import WorkerUnavailable
 
 
 def identify(path: Path) -> tuple[int, int]:
-    """Which file lies at `path`: its device and inode."""
+    """The device and inode of the file at `path`."""
     status = path.lstat()
     return status.st_dev, status.st_ino
 
 
 def remove_own(path: Path, identity: tuple[int, int]) -> None:
-    """Remove the file at `path` unless another one has taken its place."""
+    """Remove the file at `path` unless it has been replaced by another file."""
     try:
         if identify(path) == identity:
             path.unlink()
     except OSError:
-        return  # gone already, or out of reach: nothing is left to do
+        return  # already removed, or out of reach
 
 
 def remove_stale(path: Path) -> None:
-    """Remove a socket file that nobody listens on; libzmq itself would replace a live one too.
+    """Remove a socket file on which nobody listens. libzmq itself would even replace one in use.
 
     Raises:
-        WorkerUnavailable: a live worker listens there, or the file is not a socket, or its folder
-            does not exist.
+        WorkerUnavailable: a worker listens there, the file is not a socket, or its folder does not
+            exist.
     """
     try:
         mode = path.lstat().st_mode

@@ -1,4 +1,4 @@
-"""Tensors on the wire: a dtype by name, a shape, and raw bytes."""
+"""Describes tensors on the wire: dtype name, shape and raw bytes."""
 
 from math import prod
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class Spec(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
     def at(self, offset: int) -> TensorRef:
-        """The reference that names such a tensor at a place."""
+        """A reference to a tensor of this shape and dtype at `offset`."""
         return TensorRef(DTYPE_NAMES[self.dtype], self.shape, offset)
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Spec(NamedTuple):
 
 
 def spec_of(ref: TensorRef) -> Spec:
-    """The shape and dtype that a reference names."""
+    """The shape and dtype of a reference."""
     return Spec(ref.shape, TORCH_DTYPES[ref.dtype])
 
 

@@ -1,10 +1,10 @@
-"""Where mail may come besides the socket."""
+"""The interface of a mailbox to a thread that waits for messages on a socket."""
 
 from typing import Protocol
 
 
 class Wakeup(Protocol):
-    """Of a connection with shared memory: see `tsqp.wire.mailbox`."""
+    """Tells whether there is mail in shared memory; see `tsqp.wire.mailbox`."""
 
     @property
     def has_mail(self) -> bool: ...

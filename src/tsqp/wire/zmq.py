@@ -1,10 +1,10 @@
-"""The ZeroMQ socket of the trusted side, and what it shares with the worker's.
+"""The ZeroMQ socket of the trusted side, and the base class of both sides' sockets.
 
-ZeroMQ's exceptions end here and in `tsqp.wire.server_socket`.
+ZeroMQ's exceptions are translated here and in `tsqp.wire.server_socket`.
 
-The worker always binds and the TEE connects, because inside Gramine binding a numeric TCP address
-aborts in libzmq. The heartbeats of libzmq's own thread detect a peer that is gone or stopped, even
-while a long computation keeps the main threads busy.
+The worker always binds and the TEE connects, because libzmq aborts in Gramine when it binds a
+numeric TCP address. libzmq's own thread sends heartbeats, which detect a peer that is gone or
+stopped even during a long computation.
 """
 
 import os
@@ -34,14 +34,14 @@ from tsqp.wire.relay import CAN_RELAY, Relay, no_worker_at
 from tsqp.wire.wakeup import NO_WAKEUP, Wakeup
 
 HEARTBEAT_MS = 1000
-SILENCE_MS = 4000  # a peer that misses its heartbeats for this long is gone
-TICK_MS = 100  # how often a blocked wait looks at its deadline and at the connection
-SEND_MS = 1000  # how long a peer that does not read is waited for
+SILENCE_MS = 4000  # a peer without heartbeats for this long counts as gone
+TICK_MS = 100  # how often a wait checks its deadline and the connection
+SEND_MS = 1000  # how long to wait for a peer that does not read
 SPIN_S = 0.001
-LOOKS = 8  # at the mailbox for one at the socket
-MAX_UNREAD = 16  # messages that wait, here or for a peer, before no more are taken
+LOOKS = 8  # looks at the mailbox for each look at the socket
+MAX_UNREAD = 16  # maximum number of queued messages, in each direction
 MAX_FRAME = 2**30
-KEY_LENGTH = 40  # characters of Z85, for 32 bytes
+KEY_LENGTH = 40  # characters of Z85 for 32 bytes
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -52,7 +52,7 @@ Buffer = bytes | memoryview
 
 
 class BaseSocket:
-    """What both ends share: options, the monitor, and receiving into fixed memory."""
+    """The common part of both sides: options, the monitor, and receiving into buffers."""
 
     def __init__(self, kind: int, endpoint: Endpoint) -> None:
         self._context = zmq.Context(io_threads=1)
@@ -69,7 +69,7 @@ class BaseSocket:
         self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME)
         self._socket.set(zmq.RCVHWM, MAX_UNREAD)
         self._socket.set(zmq.SNDTIMEO, SEND_MS)
-        # Only where it is asked for: with it, "localhost" may no longer mean 127.0.0.1.
+        # Only if an IPv6 address is given: otherwise "localhost" may no longer mean 127.0.0.1.
         self._socket.set(zmq.IPV6, int(endpoint.address.startswith("[")))
         self._message = bytearray(MAX_MESSAGE)
         self._monitor: zmq.Socket[bytes] | None = None
@@ -79,7 +79,7 @@ class BaseSocket:
         self._monitor = self._socket.get_monitor_socket(events)
 
     def _next_events(self, wait_ms: int = 0) -> Iterator[tuple[int, int]]:
-        """The connection events since the last look, each with the descriptor that it is about."""
+        """The connection events since the last look, each with its descriptor."""
         assert self._monitor is not None
         while self._monitor.poll(wait_ms):
             message = parse_monitor_message(self._monitor.recv_multipart())
@@ -94,7 +94,7 @@ class BaseSocket:
         return seen
 
     def receive_into(self, buffer: memoryview | bytearray) -> int:
-        """Receive the beginning of the next frame into `buffer`; returns the full length."""
+        """Receive the next frame into `buffer`, cut to its size; returns the full length."""
         return self._socket.recv_into(buffer)
 
     @property
@@ -106,11 +106,11 @@ class BaseSocket:
     def _wait(self, wakeup: Wakeup, *, spin: bool) -> bool:
         """Wait for mail or a message for one tick; returns whether there is a message.
 
-        Waking a sleeping core takes longer than most answers, so with `spin` this polls for a while
-        first. Each poll yields the core, so a peer on the same cores loses nothing.
+        Waking a sleeping core takes longer than most answers, so with `spin` this first polls for a
+        while. Each poll yields the core, so a peer on the same core is not delayed.
         """
         end = time.perf_counter() + (SPIN_S if spin else 0)
-        looks = 1 if wakeup is NO_WAKEUP else LOOKS  # at the mail; the socket is slower to ask
+        looks = 1 if wakeup is NO_WAKEUP else LOOKS  # a look at the socket is slower
         while time.perf_counter() < end:
             for _ in range(looks):
                 if wakeup.has_mail:
@@ -126,14 +126,14 @@ class BaseSocket:
 
     @property
     def more(self) -> bool:
-        """Whether the message received so far has further frames."""
+        """Whether the current message has more frames."""
         return bool(self._socket.get(zmq.RCVMORE))
 
     def receive_exactly(self, buffers: Sequence[memoryview], sender: str) -> None:
         """Receive the remaining frames of a message into `buffers`, one each.
 
         Raises:
-            ProtocolError: there are fewer or more frames, or one has another length.
+            ProtocolError: the number of frames or the length of a frame is wrong.
         """
         fault = ""
         for number, buffer in enumerate(buffers):
@@ -165,7 +165,7 @@ class BaseSocket:
         try:
             if self._monitor is not None:
                 self._stop_monitor()
-        finally:  # a socket that an interrupt left open would make the end of the context wait
+        finally:  # after an interrupt too: the context would wait for an open socket
             self._context.destroy(linger=0)
 
     def _stop_monitor(self) -> None:
@@ -173,7 +173,7 @@ class BaseSocket:
 
 
 class ClientSocket(BaseSocket):
-    """The TEE's end of one connection, which is lost for good when it breaks once."""
+    """The TEE's end of one connection. A broken connection is not restored."""
 
     def __init__(self, endpoint: Endpoint, timeout: float, worker_key: str | None = None) -> None:
         """Connect within `timeout` seconds.
@@ -197,7 +197,7 @@ class ClientSocket(BaseSocket):
                 self._socket.set(zmq.CURVE_PUBLICKEY, public)
                 self._socket.set(zmq.CURVE_SECRETKEY, secret)
                 self._socket.set(zmq.CURVE_SERVERKEY, worker_key.encode())
-            # A second connection would be to whoever has taken the worker's place.
+            # Never reconnect: another process may have taken the worker's place.
             self._socket.set(zmq.RECONNECT_IVL, -1)
             self._watch(
                 zmq.EVENT_CONNECTED
@@ -216,7 +216,7 @@ class ClientSocket(BaseSocket):
             raise
 
     def _connect(self, endpoint: Endpoint, deadline: float) -> bool:
-        """Whether the handshake succeeded, once a peer is there."""
+        """Wait for a peer and its handshake; returns whether the handshake succeeded."""
         address = self._name
         if endpoint.scheme == "ipc" and CAN_RELAY:
             self._guard = relay = Relay(endpoint, self.inflow, deadline)
@@ -229,13 +229,13 @@ class ClientSocket(BaseSocket):
             left_ms = int((deadline - time.monotonic()) * 1000)
             for event, descriptor in self._next_events(max(left_ms, 1)):
                 if event == zmq.EVENT_CONNECTED and endpoint.scheme == "tcp":
-                    with suppress(OSError):  # it has ended, which is the next event
+                    with suppress(OSError):  # it has already ended; an event will follow
                         self._guard = Guard(descriptor, self.inflow)
                 elif event & HANDSHAKE_FAILED:
                     return False
                 elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     return True
-                elif event == zmq.EVENT_CLOSED:  # nobody listens, as yet
+                elif event == zmq.EVENT_CLOSED:  # nobody listens yet
                     time.sleep(TICK_MS / 1000)
                     self._socket.disconnect(address)
                     self._socket.connect(address)
@@ -243,23 +243,23 @@ class ClientSocket(BaseSocket):
                 raise WorkerUnavailable(no_worker_at(self._name))
 
     def send(self, frames: Sequence[Buffer]) -> None:
-        """Send one message; frames after the first must stay unchanged until they have left.
+        """Send one message. Frames after the first must not change until they are sent.
 
         Raises:
             WorkerLost: the connection broke, or the worker does not read.
         """
-        self._check_connection()  # libzmq would deliver to whoever has taken the worker's place
+        self._check_connection()  # after a break, libzmq would only queue the message
         try:
             self._socket.send(frames[0], zmq.SNDMORE if len(frames) > 1 else 0)
             for place, frame in enumerate(frames[1:], 2):
                 more = zmq.SNDMORE if place < len(frames) else 0
                 self._socket.send(frame, more, copy=False)
         except zmq.ZMQError as exc:
-            self._check_connection()  # where it broke meanwhile, this knows why
+            self._check_connection()  # if the connection broke, this says why
             raise WorkerLost(f"The worker at {self._name} takes no more messages.") from exc
 
     def receive(self, deadline: float, wakeup: Wakeup) -> memoryview | None:
-        """The first frame of the next message, valid until the next call; None for mail.
+        """The first frame of the next message, valid until the next call; None if mail came.
 
         Raises:
             WorkerLost: the connection broke, or `deadline` (of time.monotonic) passed.
@@ -287,10 +287,10 @@ class ClientSocket(BaseSocket):
         return memoryview(self._message)[:length]
 
     def _check_connection(self) -> None:
-        # First: the guard sets `is_over`, and then ends the connection.
+        # Read the events first: the guard sets `is_over` before it ends the connection.
         is_lost = self._events() & zmq.EVENT_DISCONNECTED
         if is_lost and self._guard is not None:
-            self._guard.close()  # and look a last time: too much may have come unseen
+            self._guard.close()  # looks a last time, for bytes that came since its last look
         if self.inflow.is_over:
             raise ProtocolError(
                 f"The worker at {self._name} sent more than it was asked for, in a message without "
@@ -303,7 +303,7 @@ class ClientSocket(BaseSocket):
             )
 
     def close(self) -> None:
-        """Close the socket, and the connection behind it; safe to call twice."""
+        """Close the socket and its connection; safe to call twice."""
         try:
             super().close()
         finally:
@@ -312,13 +312,13 @@ class ClientSocket(BaseSocket):
 
 
 def new_key_pair() -> tuple[str, str]:
-    """A public and a secret key."""
+    """Make a new public key and its secret key."""
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
 
 
 def public_key_of(secret_key: str) -> str:
-    """The public key that belongs to a secret one."""
+    """The public key of a secret key."""
     return zmq.curve_public(secret_key.encode()).decode()
 
 
