@@ -25,7 +25,7 @@ class CallTimes:
         rows: rows of the input, or of the answer if nothing is sent or the input is flat.
         sent_bytes, received_bytes: bytes of tensors.
         began_ns: start of the call, by time.perf_counter_ns.
-        stages_ns: length of each stage, by the numbers above. During "away" this side did other work.
+        stages_ns: length of each stage, by the numbers above. "away" is other work of this side.
         compute_ns: compute time that the worker reported; it is not trusted.
     """
 
