@@ -17,7 +17,7 @@ from protocol_helpers import (
     socket_endpoint,
     write_ids,
 )
-from torch import Tensor, manual_seed
+from torch import Tensor, manual_seed, no_grad, randn_like
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tsqp import cli
@@ -119,6 +119,32 @@ def speaking(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="1MB")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with biases and an output projection of its own."""
+    folder = tmp_path_factory.mktemp("small")
+    manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=199,
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    with no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + 0.3 * randn_like(parameter))
+    model.save_pretrained(folder)
     return folder
 
 
