@@ -33,7 +33,7 @@ def timed_channel(
 
 
 @OVER
-def test_the_laps_of_a_call_fill_the_time_it_took(
+def test_the_stages_of_a_call_fill_the_time_it_took(
     shm_bytes: int, worker: HelperProcess, shared_folder: Path
 ) -> None:
     channel, ended = timed_channel(worker, shared_folder, shm_bytes)
@@ -42,7 +42,8 @@ def test_the_laps_of_a_call_fill_the_time_it_took(
     took = time.perf_counter_ns() - began
     channel.close()
     [times] = ended
-    assert 30 * MS < times.compute_ns <= times.stages_ns[WAIT] + times.stages_ns[AWAY]
+    # The worker may begin before this thread knows that it has sent the call.
+    assert 30 * MS < times.compute_ns <= sum(times.stages_ns[each] for each in (SEND, WAIT, AWAY))
     assert 0 <= times.began_ns - began < took
     assert sum(times.stages_ns) <= took
     for stage in (MASK, SEND, WAIT, RECEIVE, UNMASK):
@@ -64,9 +65,8 @@ def test_waiting_is_counted_once_where_another_answer_comes_first(
     took = time.perf_counter_ns() - began
     channel.close()
     late, early = ended
-    assert late.stages_ns[WAIT] > 50 * MS
     assert early.stages_ns[WAIT] == 0
-    assert early.stages_ns[AWAY] > 50 * MS
+    assert 0 < late.stages_ns[WAIT] <= early.stages_ns[AWAY]
     assert early.compute_ns > 30 * MS
     assert sum(sum(each.stages_ns) - each.stages_ns[AWAY] for each in ended) <= took
 

@@ -162,7 +162,7 @@ def _samples(width: int, prompt_tokens: int, rounds: int, threads: int) -> list[
         _write_model(Path(folder), width, prompt_tokens + NEW_TOKENS)
         for name, (mode, dtype, field) in COMPARED.items():
             setting = Setting(folder, dtype, field, prompt_tokens, NEW_TOKENS, threads)
-            # One after the other: of wide models, memory has no room for all of them at once.
+            # One at a time: several wide models would not fit in memory together.
             with closing(MODES[mode](setting)) as runner:
                 for sample in samples:
                     sample[name] = runner.run(prompt_ids, NEW_TOKENS)
