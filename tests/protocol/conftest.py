@@ -1,5 +1,6 @@
 """Commands that leave nothing behind, and the models and workers that tests share."""
 
+import gc
 import os
 import sys
 import time
@@ -7,13 +8,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from liars import LyingWorker
+from lying_sessions import complete, held, private
 from protocol_helpers import (
     PLAIN_OUTPUT,
     Commands,
     Main,
     Result,
     Running,
+    eventually,
     is_setting,
+    segments,
     socket_endpoint,
     write_ids,
 )
@@ -174,6 +179,41 @@ def demo_tcp(demo_path: Path, shared_commands: Commands) -> str:
     """The endpoint of another worker with the real model in float32."""
     worker = shared_commands.worker("demo", "tcp://127.0.0.1:0", "--dtype", "float32")
     return socket_endpoint(worker.stderr)
+
+
+@pytest.fixture(scope="session")
+def liar(shared_commands: Commands) -> Iterator[LyingWorker]:
+    """A worker that lies as it is told before each session."""
+    liar = LyingWorker(shared_commands)
+    try:
+        liar.running.says("serving ")
+        yield liar
+        liar.close()
+    finally:
+        liar.running.stop()
+
+
+@pytest.fixture(scope="module")
+def _began(liar: LyingWorker) -> Iterator[None]:
+    """What stays after the first session of a process is there: pyzmq's collector of buffers."""
+    with private(liar, shm=False) as llm:
+        complete(llm)
+    gc.freeze()  # what torch made at its import need not be looked at after each test
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def nothing_is_left(liar: LyingWorker, _began: None) -> Iterator[None]:
+    """No thread, file or memory stays on this side, no memory on the other, no name on disk."""
+    gc.collect()
+    before, names = held(), segments()
+    yield
+    gc.collect()
+    assert eventually(lambda: held() == before), (before, held())
+    assert eventually(lambda: liar.segments == 0)
+    assert eventually(lambda: segments() <= names)
+    assert liar.running.is_alive, liar.running.stderr
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from lying_worker import Order
+from lies import Order
 from protocol_helpers import Commands, Running, mapped_segments
 
 import processes
@@ -19,7 +19,7 @@ class LyingWorker:
         self.order(Order())
         program = Path(__file__).with_name("lying_worker.py")
         process = processes.start(
-            [sys.executable, "-P", str(program), self.endpoint, str(self._orders)],
+            [sys.executable, str(program), self.endpoint, str(self._orders)],
             stdin=processes.PIPE,
             stdout=processes.PIPE,
             stderr=processes.PIPE,

@@ -13,13 +13,23 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
+from lies import (
+    MODEL,
+    WRONG_MESSAGES,
+    WRONG_PRODUCTS,
+    WRONG_WELCOMES,
+    Answer,
+    Frames,
+    Order,
+    Place,
+    flip,
+)
 from torch import Tensor
 
 from tsqp.algebra import residue_bytes
@@ -29,7 +39,7 @@ from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
 from tsqp.wire.channel import kind_of
-from tsqp.wire.codec import HEADER, encode
+from tsqp.wire.codec import encode
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.mailbox import MAILBOX_BYTES, Mailbox
 from tsqp.wire.messages import (
@@ -49,134 +59,9 @@ from tsqp.wire.seeds import expand
 from tsqp.wire.server import Server, Session
 from tsqp.wire.tensors import Spec
 
-MODEL, OTHER_MODEL = "random:tiny", "random:tiny:1"
-LATE_S = 1.0
+OTHER_MODEL = "random:tiny:1"
 MEDDLE_S = 0.003  # how long memory keeps changing after the answer was posted
 PAGE = 4096
-
-Place = tuple[int, str]  # of a group, as messages name it
-Frames = list[bytes | memoryview]
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a session does wrong.
-
-    Attributes:
-        crime: a name in one of the tables below.
-        layer, group: the only group that is lied about; "attention_scores" and "weighted_values"
-            count as groups.
-        after: calls of the session that are answered honestly first.
-        bit: which one of the answer "one bit flipped" means, modulo their number.
-    """
-
-    crime: str = "none"
-    layer: int = 0
-    group: str = "qkv"
-    after: int = 0
-    bit: int = 0
-
-    def write(self, path: Path) -> None:
-        path.write_bytes(msgspec.json.encode(self))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The right answer to a call, and what a liar may make another one of.
-
-    Attributes:
-        z_TF, c_TD: residues, int64.
-        before_TF: what the session was answered before, for the same group.
-        group_TF: the same, for another group of the same shape.
-        session_TF: what another session was answered, for the same group.
-    """
-
-    field: Field
-    c_TD: Tensor
-    z_TF: Tensor
-    before_TF: Tensor | None
-    group_TF: Tensor | None
-    session_TF: Tensor | None
-
-
-def add(z_TF: Tensor, what: int, place: object = slice(None)) -> Tensor:
-    changed_TF = z_TF.clone()
-    changed_TF[place] += what
-    return changed_TF
-
-
-def several(z_TF: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """What needs more than one row waits for a call that has them."""
-    return change(z_TF) if len(z_TF) > 1 else None
-
-
-# What is written in the place of the product; None for a call at which this lie is impossible.
-# A number that is larger than a word loses its upper bits.
-WRONG_PRODUCTS: dict[str, Callable[[Answer], Tensor | None]] = {
-    "one element off by one": lambda a: add(a.z_TF, 1, (-1, -1)) % a.field.p,
-    "a row off by one": lambda a: add(a.z_TF, 1, 0) % a.field.p,
-    "a row off by minus one": lambda a: add(a.z_TF, -1, 0) % a.field.p,
-    "a row off by p": lambda a: add(a.z_TF, a.field.p, 0),
-    "a row off by its highest bit": lambda a: add(a.z_TF, 1 << 8 * a.field.residue_bytes - 1, 0),
-    "p itself": lambda a: torch.full_like(a.z_TF, a.field.p),
-    "the largest word": lambda a: torch.full_like(a.z_TF, -1),
-    "zeros": lambda a: torch.zeros_like(a.z_TF),
-    "twice the product": lambda a: 2 * a.z_TF % a.field.p,
-    "minus the product": lambda a: -a.z_TF % a.field.p,
-    "one weight off by one": lambda a: torch.cat(
-        [(a.z_TF[:, :1] + a.c_TD[:, :1]) % a.field.p, a.z_TF[:, 1:]], 1
-    ),
-    "features shifted by one": lambda a: a.z_TF.roll(1, 1),
-    "two rows swapped": lambda a: several(a.z_TF, lambda z_TF: z_TF.flip(0)),
-    "all rows but the last": lambda a: several(a.z_TF, lambda z_TF: add(z_TF, 1, (-1, 0))),
-    "rows and features exchanged": lambda a: several(
-        a.z_TF, lambda z_TF: z_TF.t().reshape(z_TF.shape)
-    ),
-    "floating-point numbers": lambda a: a.z_TF.float().view(torch.int32).long(),
-    "the previous answer": lambda a: a.before_TF,
-    "the answer of another group": lambda a: a.group_TF,
-    "the answer of another session": lambda a: a.session_TF,
-}
-
-
-# The frames of each message that is sent for an answer's frames: the result, and its tensor where
-# that does not lie in shared memory.
-WRONG_MESSAGES: dict[str, Callable[[Frames], Sequence[Frames]]] = {
-    "never answers": lambda frames: [],
-    "answers late": lambda frames: later(frames),
-    "answers twice": lambda frames: [frames, frames],
-    "answers a call to come": lambda frames: [[to_another(frames[0], 1), *frames[1:]]],
-    "answers no call": lambda frames: [[to_another(frames[0], 2**40), *frames[1:]]],
-    "babbles": lambda frames: [[bytes(64), *frames[1:]]],
-    "sends a byte too few": lambda frames: [[frames[0], frames[1][:-1]]],
-    "sends a byte too many": lambda frames: [[frames[0], bytes(frames[1]) + b"\0"]],
-    "sends half of the rows": lambda frames: [[frames[0], frames[1][: len(frames[1]) // 2]]],
-    "sends every row twice": lambda frames: [[frames[0], bytes(frames[1]) * 2]],
-    "sends words twice as wide": lambda frames: [
-        [frames[0], torch.frombuffer(frames[1], dtype=torch.int32).long().numpy().tobytes()]
-    ],
-    "sends no tensor": lambda frames: [frames[:1]],
-    "sends a tensor too many": lambda frames: [[*frames, frames[1]]],
-}
-
-
-def later(frames: Frames) -> Sequence[Frames]:
-    time.sleep(LATE_S)
-    return [frames]
-
-
-def to_another(frame: bytes | memoryview, further: int) -> bytes:
-    """An answer as it is, but to a later call."""
-    magic, version, zero, ticket, length = HEADER.unpack_from(frame)
-    return HEADER.pack(magic, version, zero, ticket + further, length) + frame[HEADER.size :]
-
-
-WRONG_WELCOMES: dict[str, Callable[[Welcome], Welcome]] = {
-    "names another digest": lambda w: msgspec.structs.replace(w, weights_digest="0" * 64),
-    "names another dtype": lambda w: msgspec.structs.replace(w, dtype="float32"),
-    "can do nothing": lambda w: msgspec.structs.replace(w, abilities=()),
-    "repeats an old nonce": lambda w: msgspec.structs.replace(w, nonce=bytes(32)),
-}
 
 
 class Liar:
@@ -188,14 +73,14 @@ class Liar:
         self.outputs: Sequence[Tensor] = ()
         self.answers: dict[Place, Tensor] = {}
         self.segment: int | None = None
-        self._worker = other if order.crime == "hides other weights" else honest
+        self._worker = other if order.lie == "hides other weights" else honest
         self._session = self._worker.open()
         self._heard = {} if previous is None else previous.answers
         self._calls = 0
 
     def welcome(self, hello: Hello) -> Welcome:
         welcome = self._worker.welcome(hello)
-        if self.order.crime == "hides other weights":
+        if self.order.lie == "hides other weights":
             return msgspec.structs.replace(welcome, weights_digest=hello.weights_digest)
         return welcome
 
@@ -213,12 +98,12 @@ class Liar:
         self.outputs = outputs
         place = getattr(operation, "layer", None), getattr(operation, "group", kind_of(operation))
         self.is_lying = place == (order.layer, order.group) and self._calls > order.after
-        if self.is_lying and order.crime == "fails":
+        if self.is_lying and order.lie == "fails":
             raise RuntimeError("this worker has better things to do")
-        if self.is_lying and order.crime == "writes nothing":
+        if self.is_lying and order.lie == "writes nothing":
             return
         self._session.run(operation, inputs, outputs)
-        if self.is_lying and order.crime == "not a number":
+        if self.is_lying and order.lie == "not a number":
             outputs[0].view(-1)[-1] = torch.nan
         if isinstance(operation, Product):
             self._replace(operation, read(inputs[0], FIELDS[operation.field]), outputs[0])
@@ -232,9 +117,9 @@ class Liar:
         self.answers[key] = answer.z_TF
         if not self.is_lying:
             return
-        if self.order.crime == "one bit flipped":
+        if self.order.lie == "one bit flipped":
             flip(z_TB, self.order.bit)
-        elif (change := WRONG_PRODUCTS.get(self.order.crime)) is not None:
+        elif (change := WRONG_PRODUCTS.get(self.order.lie)) is not None:
             wrong_TF = change(answer)
             if wrong_TF is not None:
                 residue_bytes.pack(wrong_TF.numpy().astype(field.dtype), field, z_TB.numpy())
@@ -250,11 +135,11 @@ class Liar:
 
     def messages(self, frames: Frames) -> Sequence[Frames]:
         """What is said instead of an answer."""
-        change = WRONG_MESSAGES.get(self.order.crime)
+        change = WRONG_MESSAGES.get(self.order.lie)
         return [frames] if change is None or not self.is_lying else change(frames)
 
     def before_posting(self) -> None:
-        if self.is_lying and self.order.crime.startswith("truncates "):
+        if self.is_lying and self.order.lie.startswith("truncates "):
             assert self.segment is not None
             try:
                 os.ftruncate(self.segment, 2 * PAGE)  # the rings stay, the tensors go
@@ -262,7 +147,7 @@ class Liar:
                 print(f"cannot truncate: {exc.strerror}", file=sys.stderr, flush=True)
 
     def after_posting(self) -> None:
-        if self.is_lying and self.order.crime == "changes its answer afterwards":
+        if self.is_lying and self.order.lie == "changes its answer afterwards":
             threading.Thread(target=meddle, args=(self.outputs[0], self.order.bit)).start()
 
     def close(self) -> None:
@@ -306,14 +191,14 @@ class LyingServer(Server):
         self._service = self._liars[identity] = liar
         super()._begin(identity, hello)
         session = self.sessions[identity]
-        if session.segment is not None and order.crime.startswith("truncates "):
+        if session.segment is not None and order.lie.startswith("truncates "):
             ref = session.segment.ref
             sealed = isinstance(ref, SealedRef)
             path = f"/proc/self/fd/{ref.descriptor}" if sealed else f"/dev/shm/{ref.name}"
             liar.segment = os.open(path, os.O_RDWR)
 
     def _share_memory(self, session: Session, *, may_seal: bool) -> str:
-        named = session.service.order.crime == "truncates a segment with a name"
+        named = session.service.order.lie == "truncates a segment with a name"
         return super()._share_memory(session, may_seal=may_seal and not named)
 
     def _dispatch(self, identity: bytes, ticket: int, message: FromTEE, posted: bool) -> None:
@@ -328,7 +213,7 @@ class LyingServer(Server):
     ) -> None:
         self._service = liar = self._liars[identity]
         calls = [(ticket, call)]
-        if liar.order.crime == "exchanges two answers":
+        if liar.order.lie == "exchanges two answers":
             calls = self._exchange(liar.order, ticket, call)
         for each, changed in calls:
             super()._call(identity, session, each, changed, posted)
@@ -351,8 +236,8 @@ class LyingServer(Server):
         self, identity: bytes, message: Message, ticket: int, inline: Sequence[memoryview] = ()
     ) -> None:
         liar = self._liars.get(identity)
-        if isinstance(message, Welcome) and liar and liar.order.crime in WRONG_WELCOMES:
-            message = WRONG_WELCOMES[liar.order.crime](message)
+        if isinstance(message, Welcome) and liar and liar.order.lie in WRONG_WELCOMES:
+            message = WRONG_WELCOMES[liar.order.lie](message)
         if not isinstance(message, Result) or liar is None:
             super()._send(identity, message, ticket, inline)
             return
@@ -379,12 +264,6 @@ def share(operation: SeedProduct, width: int) -> Tensor:
     c_TD = np.empty((operation.rows, width), field.dtype)
     expand(operation.seed, c_TD.reshape(-1), field)
     return torch.from_numpy(c_TD).long()
-
-
-def flip(bytes_TB: Tensor, bit: int) -> None:
-    """Flip one bit in place."""
-    byte, place = divmod(bit % (8 * bytes_TB.numel()), 8)
-    bytes_TB.view(-1)[byte] ^= 1 << place
 
 
 def meddle(bytes_TB: Tensor, bit: int) -> None:

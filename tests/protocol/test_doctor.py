@@ -1,14 +1,13 @@
 """The doctor finds what is wrong, and only that; with real workers, real sockets, real mounts."""
 
 import os
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from liars import LyingWorker
-from lying_worker import Order
+from lies import Order
 from protocol_helpers import Commands, Main, socket_endpoint
 from test_without_shared_memory import MISSING, inside, may_mount
 
@@ -35,17 +34,6 @@ def failures(checks: list[Check]) -> dict[str, str]:
 
 def examine(worker: str, model: str = "random:tiny") -> list[Check]:
     return list(session_checks(Target(model, worker, dtype="float32", threads=1)))
-
-
-@pytest.fixture(scope="module")
-def liar(shared_commands: Commands) -> Iterator[LyingWorker]:
-    liar = LyingWorker(shared_commands)
-    try:
-        liar.running.says("serving ")
-        yield liar
-        liar.close()
-    finally:
-        liar.running.stop()
 
 
 def test_a_machine_and_a_worker_that_are_well(commands: Commands, tiny_worker: str) -> None:

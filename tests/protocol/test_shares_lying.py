@@ -2,14 +2,14 @@
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import pytest
 from liars import LyingWorker
-from lying_worker import MODEL, WRONG_PRODUCTS, Order
-from protocol_helpers import DEADLINE_S, Commands, eventually
+from lies import MODEL, WRONG_PRODUCTS, Order
+from protocol_helpers import DEADLINE_S, eventually
 
 from tsqp import LLM, SamplingParams
 from tsqp.errors import IntegrityError, ProtocolError, RemoteError, TSQPError, WorkerError
@@ -28,17 +28,6 @@ OTHER_ENDS: list[tuple[str, type[WorkerError], str]] = [
     ("answers twice", ProtocolError, "answered a call that is not open"),
     ("babbles", ProtocolError, "does not speak the TSQP protocol"),
 ]
-
-
-@pytest.fixture(scope="module")
-def liar(shared_commands: Commands) -> Iterator[LyingWorker]:
-    liar = LyingWorker(shared_commands)
-    try:
-        liar.running.says("serving ")
-        yield liar
-        liar.close()
-    finally:
-        liar.running.stop()
 
 
 def endpoints(liar: LyingWorker, honest: str, place: int) -> list[str]:
@@ -65,7 +54,7 @@ def right_tokens(field: str = "wide") -> list[int]:
 def fails(
     liar: LyingWorker,
     order: Order,
-    verdict: type[WorkerError],
+    error: type[WorkerError],
     worker: Sequence[str],
     sampled: list[int],
     field: str = "wide",
@@ -78,10 +67,10 @@ def fails(
         with pytest.raises(WorkerError) as caught:
             complete(llm)
         assert time.monotonic() - began < DEADLINE_S
-        assert caught.type is verdict
+        assert caught.type is error
         assert len(sampled) < len(right)
         assert sampled == right[: len(sampled)]
-        if verdict is IntegrityError:
+        if error is IntegrityError:
             for channel in llm._channels:
                 assert channel._segment is None  # type: ignore[attr-defined]
                 with pytest.raises(TSQPError, match=f"worker at {channel.endpoint} has ended"):
@@ -102,9 +91,9 @@ def test_a_worker_that_does_not_lie_is_believed(
 
 
 @pytest.mark.parametrize(("field", "place"), [("wide", 0), ("compact", 1), ("wide", 2)])
-@pytest.mark.parametrize("crime", sorted(set(WRONG_PRODUCTS) - {"the answer of another session"}))
+@pytest.mark.parametrize("lie", sorted(set(WRONG_PRODUCTS) - {"the answer of another session"}))
 def test_a_wrong_product_is_blamed_on_all_workers(
-    crime: str,
+    lie: str,
     field: str,
     place: int,
     liar: LyingWorker,
@@ -113,7 +102,7 @@ def test_a_wrong_product_is_blamed_on_all_workers(
     limit: FailureLimit,
 ) -> None:
     three = endpoints(liar, tiny_worker, place)
-    message = fails(liar, Order(crime), IntegrityError, three, sampled, field)
+    message = fails(liar, Order(lie), IntegrityError, three, sampled, field)
     assert message.startswith(
         f"One of the workers at {three[0]}, {three[1]} and {three[2]} returned a wrong product for "
         "group qkv of layer 0; nothing of it was used"
@@ -122,10 +111,10 @@ def test_a_wrong_product_is_blamed_on_all_workers(
 
 
 @PLACES
-@pytest.mark.parametrize(("crime", "verdict", "words"), OTHER_ENDS, ids=[c[0] for c in OTHER_ENDS])
-def test_other_crimes_end_the_generation_too(
-    crime: str,
-    verdict: type[WorkerError],
+@pytest.mark.parametrize(("lie", "error", "words"), OTHER_ENDS, ids=[c[0] for c in OTHER_ENDS])
+def test_other_lies_end_the_generation_too(
+    lie: str,
+    error: type[WorkerError],
     words: str,
     place: int,
     liar: LyingWorker,
@@ -133,7 +122,7 @@ def test_other_crimes_end_the_generation_too(
     sampled: list[int],
 ) -> None:
     three = endpoints(liar, tiny_worker, place)
-    message = fails(liar, Order(crime), verdict, three, sampled)
+    message = fails(liar, Order(lie), error, three, sampled)
     assert re.search(words, message)
     assert liar.endpoint in message
 
