@@ -1,6 +1,7 @@
 """Several clients of one worker, that come and go."""
 
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -30,7 +31,9 @@ import tsqp.wire.shm
 import tsqp.wire.zmq
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
+from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Attach, Failure, Hello, Offer, Operation, Welcome
+from tsqp.wire.peers import Peers
 from tsqp.wire.server import Server
 from tsqp.wire.server_socket import ServerSocket
 
@@ -221,3 +224,22 @@ def test_an_idle_client_may_leave_thousands_of_probes_unread(
         assert eventually(lambda: probed > 5000)  # more than both sockets hold
         assert echoes(idle)
         idle.close()
+
+
+def test_a_worker_that_cannot_watch_its_peers_serves_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(_: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(Peers, "look", failing)
+    server = Server(parse_endpoint("tcp://127.0.0.1:0"), log=lambda _: None)
+    try:
+        endpoint = parse_endpoint(server.address)
+        with (
+            socket.create_connection((endpoint.host, endpoint.port)),
+            pytest.raises(RuntimeError, match="not watched any more"),
+        ):
+            server.serve(Echo(), lambda: False)
+    finally:
+        server.close()

@@ -42,6 +42,7 @@ class ServerSocket(BaseSocket):
         self._sender: zmq.Frame | None = None
         self._peers = Peers()
         self._a_peer_left = False
+        self._guard_error: Exception | None = None
         self._guard = threading.Thread(target=self._guard_peers, name="tsqp-guard", daemon=True)
         try:
             if self._path is not None:
@@ -78,7 +79,12 @@ class ServerSocket(BaseSocket):
         """A peer and the first frame of its message; None for mail, or after a tick of silence.
 
         The frame is valid until the next call. A frame that is too long is returned as empty.
+
+        Raises:
+            RuntimeError: peers are not watched any more, because of an error in this program.
         """
+        if self._guard_error is not None:
+            raise RuntimeError("The connections are not watched any more.") from self._guard_error
         if not (self._wait(wakeup, spin=spin) if wait else self._has_message):
             return None
         first = self._sender = self._socket.recv(copy=False)
@@ -133,17 +139,24 @@ class ServerSocket(BaseSocket):
 
     def _guard_peers(self) -> None:
         """Watch the peers until the monitor stops; a thread, as the main one may be computing."""
-        with suppress(zmq.ZMQError), closing(self._peers):  # an error: the context has ended
-            while True:
-                for event, descriptor in self._next_events(LOOK_MS if self._peers else FOREVER):
-                    if event == zmq.EVENT_MONITOR_STOPPED:
-                        return
-                    if event == zmq.EVENT_ACCEPTED:
-                        self._peers.meet(descriptor)
-                    else:
-                        self._peers.part(descriptor)
-                        self._a_peer_left = True
-                self._peers.look()
+        try:
+            with suppress(zmq.ZMQError), closing(self._peers):  # an error: the context has ended
+                while self._guard_once():
+                    self._peers.look()
+        except Exception as exc:
+            self._guard_error = exc
+
+    def _guard_once(self) -> bool:
+        """Take what the monitor tells next; whether it goes on."""
+        for event, descriptor in self._next_events(LOOK_MS if self._peers else FOREVER):
+            if event == zmq.EVENT_MONITOR_STOPPED:
+                return False
+            if event == zmq.EVENT_ACCEPTED:
+                self._peers.meet(descriptor)
+            else:
+                self._peers.part(descriptor)
+                self._a_peer_left = True
+        return True
 
     def close(self) -> None:
         """Close the socket and remove its file, which libzmq leaves behind; safe to call twice."""
