@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter, process_time
+from time import perf_counter, process_time, thread_time
 from typing import Any, Protocol
 
 import torch
@@ -155,10 +155,13 @@ class LlmRunner:
         A class of masks is made as a whole, but a run uses only part of it. The stock must be full
         before, because memory that is used for the first time costs more.
         """
-        assert self.llm.pads is not None
-        made, began = self.llm.pads.made_rows, process_time()
-        self.llm.fill_pads(renew=True)
-        cpu_s, rows = process_time() - began, self.llm.pads.made_rows - made
+        pool = self.llm._pads
+        assert pool is not None
+        made, began, thread_began = pool.stats.made_rows, process_time(), thread_time()
+        pool.discard()
+        discarding_s = thread_time() - thread_began  # a run's own time includes taking its rows
+        pool.fill()
+        cpu_s, rows = process_time() - began - discarding_s, pool.stats.made_rows - made
         return cpu_s * len(linear_groups(self.llm.config)) / rows
 
     def close(self) -> None:

@@ -283,19 +283,14 @@ class LLM:
         """How many pads were made ahead and in line since the session began; None without pads."""
         return None if self._pads is None else self._pads.stats
 
-    def fill_pads(self, *, renew: bool = False) -> None:
+    def fill_pads(self) -> None:
         """Wait until the stock of pads is full. It also fills while the LLM is idle.
-
-        Args:
-            renew: first discard the pads that are in stock, to measure what new ones cost.
 
         Raises:
             UsageError: the LLM is closed, or this process is forked from its own.
         """
         self._turns.check()
         if self._pads is not None:
-            if renew:
-                self._pads.discard()
             self._pads.fill()
 
     def close(self) -> None:
