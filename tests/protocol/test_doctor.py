@@ -45,7 +45,7 @@ def test_a_machine_and_a_worker_that_are_well(commands: Commands, tiny_worker: s
     names = [check["name"] for check in result.json["checks"] if check["state"] == "ok"]
     assert {"processor", "shared memory", "TEE", "int8 products", "tcp alone"} <= set(names)
     assert {f"{mode}: {step}" for mode in MODES for step in ("handshake", "product")} <= set(names)
-    assert {"open: embedding", "open: attention"} <= set(names)
+    assert {"pad: lattice masks", "open: embedding", "open: attention"} <= set(names)
     assert result.stderr.count("✓") == len(names)
 
 

@@ -6,7 +6,7 @@ heads; K features of one head; S tokens of a sequence.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -19,13 +19,16 @@ from tsqp.checkpoint.quantize import quantize_group
 from tsqp.checkpoint.weights import parse_dtype, read_bias, read_embedding, read_linear
 from tsqp.doctor.check import NOT_SERVED, Check, Skipped, Wrong, run_check
 from tsqp.errors import HandshakeError
-from tsqp.gpu.worker import ATTENTION_ABILITY
+from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY
 from tsqp.model.config import layer_groups
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import Segment
 from tsqp.runtime.build import Builder
 from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.tee.crypto.freivalds import process_limit
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import (
     AttentionScores,
     Embedding,
@@ -34,7 +37,10 @@ from tsqp.tee.offload.base import (
     Request,
     WeightedValues,
 )
+from tsqp.tee.offload.lattice_load import LatticeLoad
+from tsqp.tee.offload.masked import LinearPart
 from tsqp.tee.offload.open_attention import OpenAttentionOffload
+from tsqp.tee.offload.pad import PadLinear
 from tsqp.wire.channel import Channel
 from tsqp.wire.endpoint import parse_endpoint
 
@@ -115,6 +121,8 @@ class _Mode:
         if self._privacy == "open":
             yield "open: embedding", self._embed
         yield f"{self._privacy}: product", self._multiply
+        if self._privacy == "pad":
+            yield "pad: lattice masks", self._multiply_with_lattice_masks
         if self._privacy == "open":
             yield "open: attention", self._attend
         yield f"{self._privacy}: speed", self._hurry
@@ -157,18 +165,40 @@ class _Mode:
         return f"{FEW_ROWS} rows are the model's"
 
     def _multiply(self) -> str:
-        """Check one product against float64; in `pad`, after the check of [P7]."""
-        x_TD = self._inputs(FEW_ROWS)
+        """Against float64; in `pad` the check of [P7] comes before."""
+        error = self._product_error(self._offload)
+        return f"{'padded, checked, and ' if self._privacy == 'pad' else ''}right to {error:.0e}"
+
+    def _multiply_with_lattice_masks(self) -> str:
+        """The same with `--field lattice`, with the hints of this group only."""
+        if LATTICE_ABILITY not in self._channel.welcome.abilities:
+            raise Wrong(
+                "The worker does not know lattice masks, which --field lattice needs; install the "
+                "same version of tsqp on both sides."
+            )
+        group = self._groups.qkv
+        bias_F = read_bias(self._checkpoint, group, self._dtype)
+        shapes = {group: group.shape}
+        load = LatticeLoad(shapes, {} if bias_F is None else {group: bias_F})
+        load.add(group, quantize_group(self._checkpoint, group))
+        with closing(PadPool(load.provider(0), shapes, 0)) as pool, closing(RowPool(1)) as rows:
+            offload = PadLinear(
+                self._channel, load.groups, pool, self._dtype, TIMEOUT_S, rows, process_limit
+            )
+            return f"masked, checked twice, and right to {self._product_error(offload):.0e}"
+
+    def _product_error(self, offload: Offload | LinearPart) -> float:
+        group, x_TD = self._groups.qkv, self._inputs(FEW_ROWS)
         if self._privacy == "pad":
-            integers = quantize_group(self._checkpoint, self._groups.qkv)
+            integers = quantize_group(self._checkpoint, group)
             weight_FD = integers.weight_FD.double() * integers.scale_F.double()[:, None]
         else:
-            weight_FD = self._weight(self._groups.qkv)
+            weight_FD = self._weight(group)
         expected_TF = x_TD.double() @ weight_FD.t()
-        bias_F = read_bias(self._checkpoint, self._groups.qkv, self._dtype)
+        bias_F = read_bias(self._checkpoint, group, self._dtype)
         expected_TF += 0.0 if bias_F is None else bias_F.double()
-        error = self._error("The product", self._ask(Linear(self._groups.qkv, x_TD)), expected_TF)
-        return f"{'padded, checked, and ' if self._privacy == 'pad' else ''}right to {error:.0e}"
+        with offload.start(Linear(group, x_TD)) as answer:
+            return self._error("The product", answer, expected_TF)
 
     def _attend(self) -> str:
         """Check the products of `--attention gpu` against float64: Q·Kᵀ, and P·V with "o"."""
