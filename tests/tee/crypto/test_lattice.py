@@ -148,12 +148,14 @@ def test_values_that_are_no_residues_are_refused(layer: Layer, value: int) -> No
         layer.unmask(z_TF, masks, masked)
 
 
-def test_the_right_residue_plus_q_is_refused_too(layer: Layer) -> None:
-    # The check vectors cannot tell it from the right one.
+def test_q_in_the_place_of_zero_is_refused_too(layer: Layer) -> None:
+    # The check vectors cannot tell it from the right answer.
     masks = layer.take(1)
-    masked, c_TD = layer.mask(rows_of(1, layer.group.width), masks)
+    masks.r_ND[:] = masks.u_NF[:] = 0
+    masked, c_TD = layer.mask(torch.zeros(1, layer.group.width), masks)
     z_TF = layer.answer(c_TD)
-    z_TF[0, 0] += Q
+    assert not layer.unmask(z_TF, masks, masked).any()
+    z_TF[0, 0] = Q
     with pytest.raises(IntegrityError):
         layer.unmask(z_TF, masks, masked)
 
