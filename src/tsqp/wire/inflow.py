@@ -55,11 +55,11 @@ class Inflow:
         self.messages += 1
 
     def excess(self, count: int | None = None, connection: socket.socket | None = None) -> int:
-        """How many bytes came beyond the limit; negative below it. Give one of:
+        """How many bytes came beyond the limit; negative below it.
 
         Args:
-            count: number of bytes that came so far.
-            connection: the connection whose bytes the kernel counts.
+            count: number of bytes that came so far; None to ask the kernel.
+            connection: the connection to ask the kernel about.
         """
         # Read the limit first: it is lowered only after its message was counted.
         limit, messages = self.limit, self.messages
