@@ -37,7 +37,6 @@ class Recorded:
     def __init__(self, model: str, folder: Path) -> None:
         self.model = model
         self.folder = folder
-        self._sessions = 0
         arguments = [model, "--dtype", "float32", "--record", str(folder)]
         self._worker = LocalWorker(arguments)
         self._worker.await_ready()
@@ -52,9 +51,9 @@ class Recorded:
         return self.next_session()
 
     def next_session(self) -> Path:
-        """Where the session was recorded that was opened just now."""
-        self._sessions += 1
-        return self.folder / f"session-{self._sessions}"
+        """Where the last session was recorded; one without a call may have come before it."""
+        names = [path.name for path in self.folder.glob("session-*")]
+        return self.folder / max(names, key=lambda name: int(name.removeprefix("session-")))
 
     def close(self) -> None:
         self._worker.close()
