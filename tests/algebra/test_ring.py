@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mask_blocks import from_blocks
 from tsqp.algebra import modular, ring
 from tsqp.algebra.native import compiled
-from tsqp.algebra.residue_blocks import BLOCK, WORDS, from_blocks
+from tsqp.algebra.residue_blocks import BLOCK, WORDS
 from tsqp.algebra.ring import ClassTransform, Ring
 
 Q = 2**46 - 110_591
@@ -239,3 +240,25 @@ def test_known_answers_of_the_transform() -> None:
         hashlib.sha256(rows_MD.astype("<i8").tobytes()).hexdigest()
         == "b1a02115b6e8d61b24c2cdab0abbc3f8188e8155d846c72b5f232d83a91716f4"
     )
+
+
+@pytest.mark.parametrize("wrong", ["place", "negative place", "places", "work", "stop", "noise"])
+def test_a_transform_refuses_arrays_that_it_would_leave(wrong: str) -> None:
+    of = Ring.of(Q, 16)
+    transform = ClassTransform.of(of)
+    low_GNB, high_GNB = parts(np.zeros((16, 33), np.int64))
+    places_M = np.arange(16)
+    places_M[3] = {"place": 16, "negative place": -1}.get(wrong, 3)
+    with pytest.raises(ValueError, match="do not fit together"):
+        ring.products_of_class(
+            low_GNB,
+            high_GNB,
+            np.zeros(16),
+            transform,
+            np.empty((1 if wrong == "noise" else 0, 16, BLOCK), np.uint32),
+            ring.work_space(8 if wrong == "work" else 16),
+            np.zeros((2, 16, WORDS), np.uint32),
+            places_M[:8] if wrong == "places" else places_M,
+            0,
+            3 if wrong == "stop" else 2,
+        )

@@ -15,7 +15,7 @@ from lies import MODEL, Order
 from protocol_helpers import DEADLINE_S, mapped_segments
 
 from tsqp import LLM, SamplingParams
-from tsqp.errors import RemoteError, TSQPError, WorkerError, WorkerLost
+from tsqp.errors import IntegrityError, RemoteError, TSQPError, WorkerError, WorkerLost
 
 GROUPS = [(layer, name) for layer in (0, 1) for name in ("qkv", "o", "gate_up", "down")]
 GROUPS.append((-1, "lm_head"))
@@ -64,7 +64,11 @@ def fails(
         assert len(sampled) < len(right)
         assert sampled == right[: len(sampled)]
         # A lost worker is tried again, and is no better; one that lied is not.
-        again = {RemoteError: "failed", WorkerLost: "stopped answering|sent probes instead"}
+        again = {
+            RemoteError: "failed",
+            WorkerLost: "stopped answering|sent probes instead",
+            IntegrityError: "wrong product|nothing is offloaded any more",
+        }
         over = again.get(error, "has ended")
         with pytest.raises(TSQPError, match=over):
             complete(llm)

@@ -19,7 +19,7 @@ from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.weights import IntegerModel
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
 from tsqp.model.linear_group import LinearGroup
-from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.tee.crypto.freivalds import FailureLimit, Trust
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider
 from tsqp.tee.crypto.pads import row_bytes_in_stock
@@ -75,7 +75,7 @@ def pad_linear(
     channel: Channel, field: Field, *, stock_rows: int = 50, failures: FailureLimit | None = None
 ) -> PadLinear[Any]:
     """`pad` over a channel, with pads, or with lattice masks where the field is theirs."""
-    failures, rows = failures or FailureLimit(), RowPool(2)
+    trust, rows = Trust(failures or FailureLimit()), RowPool(2)
     if field is LATTICE:
         load = LatticeLoad(SHAPES, {})
         for key, weights in WEIGHTS.items():
@@ -83,19 +83,18 @@ def pad_linear(
         row_bytes = sum(row_bytes_in_stock(LATTICE, *shape) for shape in SHAPES.values())
         memory = stock_rows * row_bytes
         pool = PadPool(load.provider(memory), SHAPES, memory)
-        return PadLinear(channel, load.groups, pool, torch.float32, TIMEOUT_S, rows, failures)
+        return PadLinear(channel, load.groups, pool, torch.float32, TIMEOUT_S, rows, trust)
     weights_FD = {key: weights.weight_FD for key, weights in WEIGHTS.items()}
     pool = PadPool(DirectProvider(weights_FD, field), SHAPES, stock_rows * ROW_BYTES)
-    return PadLinear(channel, _groups(field), pool, torch.float32, TIMEOUT_S, rows, failures)
+    return PadLinear(channel, _groups(field), pool, torch.float32, TIMEOUT_S, rows, trust)
 
 
 def shares_linear(
     channels: Sequence[Channel], field: Field, *, failures: FailureLimit | None = None
 ) -> SharesLinear:
     """`shares` over channels."""
-    failures = failures or FailureLimit()
-    rows = RowPool(2)
-    return SharesLinear(channels, _groups(field), torch.float32, TIMEOUT_S, rows, failures)
+    trust, rows = Trust(failures or FailureLimit()), RowPool(2)
+    return SharesLinear(channels, _groups(field), torch.float32, TIMEOUT_S, rows, trust)
 
 
 def ask(linear: PadLinear[Any] | SharesLinear, group: LinearGroup, x_TD: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class Checked:
         if pads is None:
             if self._taken == len(self._made):
                 self._make()
-            pads = self._made[self._taken : self._taken + 1]
+            pads = self._made.copy([self._taken])
             self._taken += 1
         c_1B = torch.empty(1, each * group.width, dtype=torch.uint8)
         self.masked = group.mask(x_1D, pads.r_ND, c_1B, self.pool)

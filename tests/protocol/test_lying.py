@@ -10,7 +10,7 @@ from small_sessions import QKV, ask, hello, pad_linear, shares_linear, small_wor
 from torch import Tensor
 
 from tsqp.algebra.params import FIELDS
-from tsqp.errors import IntegrityError, WorkerError, WorkerLost
+from tsqp.errors import IntegrityError, WorkerError
 from tsqp.gpu.worker import Worker
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.offload.base import Linear
@@ -91,11 +91,28 @@ def test_a_lie_ends_the_session_and_forgets_pads_and_vectors(begin: Begin, liar:
         with pytest.raises(IntegrityError, match="wrong product"):
             ask(linear, QKV, inputs(1))
         calls = liar.calls
-        with pytest.raises(WorkerLost, match="has ended"):  # it would be honest again
+        with pytest.raises(IntegrityError, match="wrong product"):  # it would be honest again
             ask(linear, QKV, inputs(1))
         assert liar.calls == calls
         assert not linear._groups._groups
         assert not isinstance(linear, PadLinear) or linear._pool.nbytes == 0
+
+
+@MODES
+def test_a_lie_is_remembered_even_if_the_end_of_the_session_is_interrupted(
+    begin: Begin, liar: Liar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    liar.turn, failures = 0, FailureLimit()
+    with closing(begin(failures)) as linear:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(type(linear), "close", interrupted)
+            ask(linear, QKV, inputs(1))
+        with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 0"):
+            ask(linear, QKV, inputs(1))
+        assert (liar.calls, failures._left) == (1, MAX_FAILURES - 1)
 
 
 @MODES

@@ -9,7 +9,7 @@ from lying_sessions import GROUPS, PROMPT, TOKENS, complete, fails, name, privat
 
 from tsqp import SamplingParams
 from tsqp.algebra.params import FIELDS
-from tsqp.errors import IntegrityError, TSQPError
+from tsqp.errors import IntegrityError
 from tsqp.model.linear_group import LinearGroup
 from tsqp.runtime import build
 from tsqp.tee.crypto.freivalds import FailureLimit
@@ -74,7 +74,7 @@ def test_two_lanes_fail_together(liar: LyingWorker, sampled: list[int]) -> None:
         with pytest.raises(IntegrityError, match=name(1, "o")):
             llm.generate([PROMPT, PROMPT], params)
         assert sampled == right[:4]
-        with pytest.raises(TSQPError, match="has ended"):
+        with pytest.raises(IntegrityError, match=name(1, "o")):
             complete(llm)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tsqp import LLM
-from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel, WorkerLost
+from tsqp.errors import IntegrityError, NumericalError, TSQPError, UnsupportedModel
 from tsqp.gpu.worker import Worker
 from tsqp.model.config import layer_groups
 from tsqp.model.linear_group import LinearGroup
@@ -80,10 +80,38 @@ def test_a_session_ends_with_a_wrong_answer_and_forgets_its_check_vectors(
         with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 0"):
             tokens(llm, [[1, 2, 3]])
         monkeypatch.setattr(Worker, "run", run)  # honest again, but nobody asks
-        with pytest.raises(WorkerLost, match="has ended"):
+        with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 0"):
             tokens(llm, [[1, 2, 3]])
         assert llm.pads is not None and llm.pads.stock_bytes == 0
         assert not groups & living_groups()
+
+
+def test_a_lie_is_remembered_by_the_next_session_even_if_its_end_was_interrupted(
+    small_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqp.runtime.build.process_limit", limit := FailureLimit())
+    run, calls = Worker.run, list[int]()
+
+    def lie(worker: Worker, operation: object, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        run(worker, operation, inputs, outputs)  # type: ignore[arg-type]
+        calls.append(1)
+        outputs[0][0, 0] ^= 1
+
+    def interrupted(_: PadPool) -> None:
+        raise KeyboardInterrupt
+
+    with LLM(str(small_llama), worker="inproc", pad_memory=0) as llm:
+        monkeypatch.setattr(Worker, "run", lie)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(PadPool, "close", interrupted)
+            tokens(llm, [[1, 2, 3]])
+        for _ in range(2):
+            with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 0"):
+                tokens(llm, [[1, 2, 3]])
+            with pytest.raises(IntegrityError, match="wrong product for group qkv of layer 0"):
+                llm.score([1, 2, 3])
+        assert len(calls) == 1
+    assert limit._left == MAX_FAILURES - 1
 
 
 def living_groups() -> set[int]:
@@ -112,7 +140,7 @@ def test_a_wrong_row_of_any_block_gives_up_all_of_the_answer(
         with pytest.raises(IntegrityError, match="group down of layer 1"), pending:
             raise AssertionError("somebody was given the answer")
         assert limit._left == MAX_FAILURES - 1  # one lie, counted once
-        with pytest.raises(WorkerLost, match="has ended"):
+        with pytest.raises(IntegrityError, match="group down of layer 1"):
             llm._offload.start(Linear(layer_groups(llm.config, 1).down, torch.randn(1, 88)))
 
 

@@ -11,6 +11,7 @@ from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.errors import IntegrityError, OutOfMemory
 from tsqp.gpu.worker import Worker
+from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.offload import worker_hints
 
@@ -74,10 +75,12 @@ def test_wrong_hints_of_a_worker_are_refused(
         if len(calls) == 3:
             lie(outputs[0])
 
+    monkeypatch.setattr("tsqp.runtime.build.process_limit", limit := FailureLimit())
     monkeypatch.setattr(Worker, "run", lying)
     with pytest.raises(IntegrityError, match=r"made wrong hints; .* group qkv of layer 0"):
         private(hints="worker")
     assert len(calls) <= DEGREE // worker_hints.ROWS  # nothing more is asked of it
+    assert limit._left == MAX_FAILURES - 1
 
 
 def test_a_worker_that_has_no_memory_for_hints_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ class Taken:
 
         def noting(pool: PadPool, key: Any, rows: int) -> Pads:
             pads = take(pool, key, rows)
-            self.rows += [pads[n : n + 1].r_ND.tobytes() for n in range(rows)]
+            self.rows += [pads.copy([n]).r_ND.tobytes() for n in range(rows)]
             return pads
 
         monkeypatch.setattr(PadPool, "take", noting)

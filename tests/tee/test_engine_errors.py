@@ -224,6 +224,30 @@ def test_scoring_goes_on_after_a_lost_worker_has_come_back(checkpoint: Checkpoin
     assert [offload.attention.reserved_bytes for offload in offloads] == [0, 0]
 
 
+def test_a_worker_that_is_lost_and_then_lies_is_not_asked_a_third_time(
+    checkpoint: Checkpoint,
+) -> None:
+    engine, offloads = fragile_engine(checkpoint, [5, 5, NEVER], WorkerLost("The worker is gone."))
+    rebuild = engine._rebuild
+    assert rebuild is not None
+
+    def rebuild_as_liar() -> Fragile:
+        offload = rebuild()
+        assert isinstance(offload, Fragile)
+        offload._error = IntegrityError("A product.")
+        return offload
+
+    engine._rebuild = rebuild_as_liar
+    with pytest.raises(IntegrityError):
+        engine.score(PROMPTS[2])
+    offloads[-1]._error = WorkerLost("The session has ended.")
+    with pytest.raises(WorkerLost):
+        engine.score(PROMPTS[2])
+    number = engine.add(PROMPTS[2], GREEDY)
+    assert isinstance(run(engine)[number], WorkerLost)
+    assert len(offloads) == 2
+
+
 def test_a_closed_engine_begins_no_session(checkpoint: Checkpoint) -> None:
     engine, offloads = fragile_engine(checkpoint, [0, NEVER], WorkerLost("The worker is gone."))
     engine.close()

@@ -4,7 +4,7 @@ A block is the low 32 bits of its residues, and then the upper 16 bits of each. 
 a block at a time, which lies in one place of memory. The last block of a row is filled up with
 residues that mean nothing.
 
-Shape suffixes: G blocks; N rows; W words of a block; H halves of words; D residues of a row.
+Shape suffixes: G blocks; N rows; W words of a block; H halves of words.
 """
 
 from typing import Any
@@ -29,25 +29,6 @@ def blocks(residues: int) -> int:
 def halves(words_GNW: UInt32) -> UInt16:
     """The same memory as [G, N, H]; the upper bits of residue b are in half 2 · BLOCK + b."""
     return words_GNW.view("<u2")
-
-
-def to_blocks(residues_ND: NDArray[np.int64]) -> UInt32:
-    """[G, N, W] from residues in [0, 2^48)."""
-    rows, width = residues_ND.shape
-    padded_ND = np.pad(residues_ND, ((0, 0), (0, blocks(width) * BLOCK - width)))
-    values_GNB = padded_ND.reshape(rows, blocks(width), BLOCK).transpose(1, 0, 2)
-    words_GNW = np.empty((blocks(width), rows, WORDS), np.uint32)
-    words_GNW[..., :BLOCK] = values_GNB & 0xFFFFFFFF
-    halves(words_GNW)[..., 2 * BLOCK :] = values_GNB >> 32
-    return words_GNW
-
-
-def from_blocks(words_GNW: UInt32, width: int) -> NDArray[np.int64]:
-    """The first `width` residues of each row, [N, D]."""
-    high_GNB = halves(words_GNW)[..., 2 * BLOCK :].astype(np.int64)
-    values_NGB = (words_GNW[..., :BLOCK] | high_GNB << 32).transpose(1, 0, 2)
-    rows_ND = values_NGB.reshape(words_GNW.shape[1], len(words_GNW) * BLOCK)
-    return np.ascontiguousarray(rows_ND[:, :width])
 
 
 @inlined

@@ -148,7 +148,15 @@ def products_of_class(
         places_M: which row of `out_GRW` is that of each coefficient, in [0, R).
         first, stop: the blocks of features to do.
     """
-    assert len(places_M) == transform.rows and out_GRW.shape[2] == WORDS
+    # The loops do not check bounds.
+    if not (
+        0 <= first <= stop <= min(len(low_GNB), len(high_GNB), len(out_GRW))
+        and len(noise_GMB) in (0, stop - first)
+        and len(places_M) == len(work_MB) == transform.rows
+        and 0 <= places_M.min() <= places_M.max() < out_GRW.shape[1]
+        and out_GRW.shape[2] == WORDS
+    ):
+        raise ValueError("A transform was given arrays that do not fit together.")
     _products_of_class(
         low_GNB,
         high_GNB,

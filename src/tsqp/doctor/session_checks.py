@@ -26,7 +26,7 @@ from tsqp.nn.attention import Segment
 from tsqp.runtime.build import Builder
 from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
-from tsqp.tee.crypto.freivalds import process_limit
+from tsqp.tee.crypto.freivalds import Trust, process_limit
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import (
@@ -183,7 +183,7 @@ class _Mode:
         load.add(group, quantize_group(self._checkpoint, group))
         with closing(PadPool(load.provider(0), shapes, 0)) as pool, closing(RowPool(1)) as rows:
             offload = PadLinear(
-                self._channel, load.groups, pool, self._dtype, TIMEOUT_S, rows, process_limit
+                self._channel, load.groups, pool, self._dtype, TIMEOUT_S, rows, Trust(process_limit)
             )
             return f"masked, checked twice, and right to {self._product_error(offload):.0e}"
 

@@ -29,7 +29,7 @@ from tsqp.model.linear_group import LinearGroup
 from tsqp.runtime.options import WORKER_HINTS, Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
-from tsqp.tee.crypto.freivalds import process_limit
+from tsqp.tee.crypto.freivalds import Trust, process_limit
 from tsqp.tee.crypto.kernels import compile_loops
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
@@ -174,10 +174,13 @@ class Builder:
             offload = self._private(embedding_VD, fixed_point)
             return lambda: (offload, None)
 
+        trust = Trust(process_limit)
+
         def begin_shares() -> tuple[Offload, None]:
+            trust.check()
             channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
             rows, timeout = self._row_pool(), options.timeout
-            shares = SharesLinear(channels, groups, self._dtype, timeout, rows, process_limit)
+            shares = SharesLinear(channels, groups, self._dtype, timeout, rows, trust)
             return self._private(embedding_VD, shares), None
 
         if options.privacy == "shares":
@@ -208,13 +211,15 @@ class Builder:
             provider: makes the provider of pads for a stock of so many bytes.
         """
         memory, lattice = self._pad_memory(), self.options.lattice
+        trust = Trust(process_limit)
 
         def begin() -> tuple[Offload, PadPool]:
+            trust.check()
             itemsize = self.options.residues.residue_bytes
             channel = self._connect(worker, digest, itemsize, [LATTICE_ABILITY] if lattice else [])
             pool = PadPool(provider(memory), self._shapes(), memory)
             rows, timeout = self._row_pool(), self.options.timeout
-            pad = PadLinear(channel, groups, pool, self._dtype, timeout, rows, process_limit)
+            pad = PadLinear(channel, groups, pool, self._dtype, timeout, rows, trust)
             return self._private(embedding_VD, pad), pool
 
         return begin
@@ -264,6 +269,7 @@ class Builder:
             for group in list(integers):
                 load.add(group, integers.pop(group))
         except HintsError as exc:
+            process_limit.count()
             raise IntegrityError(f"The worker made wrong hints; do not trust it. {exc}") from exc
         finally:
             channel.close()

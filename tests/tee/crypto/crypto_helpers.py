@@ -12,9 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mask_blocks import from_blocks, to_blocks
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import CHECK_MODULUS, LATTICE, WIDE, Field
-from tsqp.algebra.residue_blocks import from_blocks, to_blocks
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pad_providers import PadProvider

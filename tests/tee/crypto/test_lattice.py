@@ -6,11 +6,12 @@ import pytest
 import torch
 from crypto_helpers import integer_weights, make, product
 
+from mask_blocks import from_blocks
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.hints import LABEL, Polynomials, make_hints, public_polynomials
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import LATTICE
-from tsqp.algebra.residue_blocks import BLOCK, from_blocks, halves
+from tsqp.algebra.residue_blocks import BLOCK, halves
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import HintsError, IntegrityError, LatticeError
@@ -45,7 +46,7 @@ class Layer:
         self.rows = RowPool(2)
 
     def take(self, rows: int) -> Pads:
-        return self.make()[:rows]
+        return self.make().copy(slice(rows))
 
     def make(self) -> Pads:
         """A class of rows."""

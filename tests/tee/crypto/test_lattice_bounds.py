@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mask_blocks import from_blocks, to_blocks
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import LATTICE
-from tsqp.algebra.residue_blocks import from_blocks, to_blocks
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, UnsupportedModel
 from tsqp.model.linear_group import LinearGroup

@@ -10,10 +10,10 @@ from crypto_helpers import chi_square_p, make
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from mask_blocks import from_blocks
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.hints import Polynomials, make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
-from tsqp.algebra.residue_blocks import from_blocks
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice

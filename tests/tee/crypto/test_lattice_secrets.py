@@ -9,11 +9,11 @@ import pytest
 from crypto_helpers import integer_weights, make
 
 from every_opcode import at_every_opcode
+from mask_blocks import from_blocks
 from tsqp.algebra.hints import make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
-from tsqp.algebra.residue_blocks import from_blocks
 from tsqp.algebra.ring import ClassTransform, Ring
-from tsqp.errors import LatticeError
+from tsqp.errors import LatticeError, TSQPError
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.lattice import LatticeProvider
@@ -186,3 +186,14 @@ def test_an_exception_at_any_opcode_makes_no_class_twice_and_leaves_no_secret(
     batches.all.clear()  # what an exception took away unseen ends with the batch
     gc.collect()
     assert not any(secret_N.any() for secret_N in secrets)
+
+
+def test_no_secret_is_drawn_after_the_end_of_a_session(
+    provider: LatticeProvider, batches: Batches
+) -> None:
+    make(provider, QKV, SHAPES[QKV])
+    provider.forget()
+    for key in (QKV, HEAD):
+        with pytest.raises(TSQPError, match="are gone"):
+            make(provider, key, SHAPES[key])
+    assert batches.alive == 0

@@ -10,8 +10,8 @@ import pytest
 from crypto_helpers import chi_square_p, integer_weights
 from numpy.typing import NDArray
 
+from mask_blocks import from_blocks
 from tsqp.algebra.params import FIELDS, LATTICE, Field
-from tsqp.algebra.residue_blocks import from_blocks
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import rng
 from tsqp.tee.crypto.pad_pool import PadPool

@@ -16,7 +16,7 @@ from crypto_helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqp.algebra.params import LATTICE
+from tsqp.algebra.params import LATTICE, Field
 from tsqp.errors import TSQPError
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pad_pool import PadPool
@@ -231,3 +231,25 @@ def test_a_forked_process_has_none_of_its_parents_pads(pool: PadPool) -> None:
     os.waitpid(child, 0)
     assert os.read(reader, 200).startswith(b"0 left. A forked process cannot use")
     assert len(pool.take(QKV, 1)) == 1
+
+
+def test_what_is_copied_for_a_caller_is_wiped_where_it_was(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Pads] = []
+    empty = Pads.empty
+
+    def noting(rows: int, width: int, features: int, field: Field) -> Pads:
+        made.append(empty(rows, width, features, field))
+        return made[-1]
+
+    pool = PadPool(NumberingProvider(kind, SHAPES), SHAPES, 0)
+    monkeypatch.setattr(Pads, "empty", noting)
+    monkeypatch.setattr(Stock, "fill", lambda *_: False)  # no room: each call has its own memory
+    taken = pool.take(QKV, 2 * kind.unit - 1)
+    pool.close()
+    rows = [row[0] for row in kind.numbers(taken.r_ND, 1)]
+    assert len(set(rows)) == 2 * kind.unit - 1
+    for pads in made:
+        left = pads is not taken  # all of it was copied, or nothing
+        assert bool((pads.r_ND == pads._used).all()) == left

@@ -15,7 +15,7 @@ from torch import Tensor
 from tsqp.algebra import digits
 from tsqp.algebra.int8_product import int8_product
 from tsqp.algebra.params import MAX_WIDTH, WIDE, Field
-from tsqp.errors import IntegrityError
+from tsqp.errors import IntegrityError, LatticeError
 from tsqp.tee.crypto.rng import uniform_check
 
 VECTORS = 2  # each misses a wrong row with probability 2^-31
@@ -64,6 +64,9 @@ def times(k_VF: NDArray[Any], weight_FD: Tensor, field: Field) -> NDArray[Any]:
     return np.asarray(total_VD % field.p, field.dtype)
 
 
+_Wrong = IntegrityError | LatticeError
+
+
 class FailureLimit:
     """How often workers may fail a check before nothing is offloaded any more [P7].
 
@@ -90,6 +93,41 @@ class FailureLimit:
         """Count a failure."""
         with self._lock:
             self._left -= 1
+
+
+class Trust:
+    """Whether the workers of one `LLM` may be asked: in no session after a wrong answer [P7].
+
+    The error of the first one is raised again, so that it cannot be taken for a lost worker, after
+    which a new session would begin with the same check vectors.
+
+    Args:
+        limit: of the whole process.
+    """
+
+    def __init__(self, limit: FailureLimit) -> None:
+        self._limit = limit
+        self._error: _Wrong | None = None
+
+    def check(self) -> None:
+        """Raise IntegrityError or LatticeError if they may not be asked, nor their answers used."""
+        self._limit.check()
+        if self._error is not None:
+            raise _without_traceback(self._error)
+
+    def end(self, error: _Wrong) -> None:
+        """Trust them no more; to be called before the session is closed, which may take long.
+
+        Args:
+            error: IntegrityError counts for the limit; LatticeError is not the workers' doing.
+        """
+        self._error = _without_traceback(error)  # which holds check vectors
+        if isinstance(error, IntegrityError):
+            self._limit.count()
+
+
+def _without_traceback(error: _Wrong) -> _Wrong:
+    return type(error)(*error.args)
 
 
 process_limit = FailureLimit()  # of the whole process, whatever the number of sessions

@@ -29,7 +29,7 @@ from tsqp.algebra.hints import Polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.residue_blocks import BLOCK
 from tsqp.algebra.ring import ClassTransform, products_of_class
-from tsqp.errors import LatticeError
+from tsqp.errors import LatticeError, TSQPError
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
 from tsqp.wire.seeds import SEED_BYTES, expand
@@ -107,6 +107,7 @@ class LatticeProvider:
         self._public = public
         self._hints = dict(hints)
         self._transform = transform
+        self._is_over = False
         # Classes that nobody has been given, each with the batch that it belongs to.
         self._classes: dict[LinearGroup, deque[tuple[_Batch, int]]]
         self._classes = {key: deque() for key in hints}
@@ -138,12 +139,16 @@ class LatticeProvider:
 
     def forget(self) -> None:
         """Erase all secrets; those that masks are being made from, once they are made."""
+        self._is_over = True
         for key in self._classes:
             self._give_up(key, None)
 
     def _take_class(self, key: LinearGroup) -> tuple[_Batch, int]:
         classes = self._classes[key]
         while True:
+            if self._is_over:  # also one that was begun while `forget` was at work
+                self._give_up(key, None)
+                raise TSQPError("The masks of this session are gone; begin a new one.")
             with suppress(IndexError):
                 return classes.popleft()
             batch = _Batch(self._transform.classes)

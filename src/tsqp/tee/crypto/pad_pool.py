@@ -145,10 +145,11 @@ class PadPool:
                 part = self._remove(key, rows)
             else:
                 features, width = self._shapes[key]
-                pads = Pads.empty(made, width, features, self._provider.field)
+                pads = part = Pads.empty(made, width, features, self._provider.field)
                 self._make(key, pads, list(range(made)))
-                part = pads[: min(made, rows)]
-                pads.wipe(slice(rows, None))
+                if made > rows:
+                    part = pads.copy(slice(rows))
+                    pads.wipe(slice(None))
             if part is not None:  # else another thread took all of them
                 rows -= len(part)
                 yield part

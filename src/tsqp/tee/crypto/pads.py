@@ -39,19 +39,17 @@ class Pads:
 
     @classmethod
     def joined(cls, parts: Sequence["Pads"]) -> "Pads":
-        """All rows of some pads, one after the other."""
+        """All rows of some pads, one after the other; several pads are wiped."""
         if len(parts) == 1:
             return parts[0]
         r_ND = np.concatenate([part.r_ND for part in parts], axis=-2)
-        return cls(r_ND, np.concatenate([part.u_NF for part in parts], axis=-2))
+        joined = cls(r_ND, np.concatenate([part.u_NF for part in parts], axis=-2))
+        for part in parts:
+            part.wipe(slice(None))
+        return joined
 
     def __len__(self) -> int:
         return int(self.r_ND.shape[-2])
-
-    def __getitem__(self, rows: slice) -> "Pads":
-        """Some rows; blocks of them are copied, as kernels want whole arrays."""
-        r_ND, u_NF = self.r_ND[..., rows, :], self.u_NF[..., rows, :]
-        return Pads(np.ascontiguousarray(r_ND), np.ascontiguousarray(u_NF))
 
     def copy(self, place: list[int] | slice) -> "Pads":
         """Some rows, in memory of their own."""

@@ -191,7 +191,11 @@ class Engine:
         except SESSION_OVER as error:
             if not self._replace_offload(error):
                 raise
+        try:
             return self._score(prompt_ids)
+        except SESSION_OVER as error:
+            self._replace_offload(error)  # for the next request, if there may be another one
+            raise
 
     def forget(self, conversation: Conversation) -> None:
         """Free the kept KV of a conversation."""
@@ -333,6 +337,8 @@ class Engine:
         try:
             self._offload = self._rebuild()
         except TSQPError as cause:
+            if isinstance(cause, SESSION_OVER) and not isinstance(cause, WorkerLost):
+                self._rebuild = None
             log.warning("no new session with the worker: %s", cause)
             return False
         self._kept = ConversationKv(self._offload, self._config)

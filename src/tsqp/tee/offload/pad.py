@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tsqp.errors import IntegrityError, LatticeError
 from tsqp.model.linear_group import LinearGroup
-from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.tee.crypto.freivalds import Trust
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.row_pool import RowPool
@@ -48,7 +48,7 @@ class PadLinear(Generic[Kept]):
 
     Args:
         timeout: seconds that the worker may take for one call.
-        failures: the counter of failed checks of the whole process.
+        trust: ended by a wrong answer, and shared with sessions that replace this one.
     """
 
     placement = MASKED
@@ -61,7 +61,7 @@ class PadLinear(Generic[Kept]):
         dtype: torch.dtype,
         timeout: float,
         rows: RowPool,
-        failures: FailureLimit,
+        trust: Trust,
     ) -> None:
         self._channel = channel
         self._groups = Groups(groups)
@@ -69,9 +69,10 @@ class PadLinear(Generic[Kept]):
         self._dtype = dtype
         self._timeout = timeout
         self._rows = rows
-        self._failures = failures
+        self._trust = trust
 
     def start(self, request: Linear) -> Pending:
+        self._trust.check()
         return start_in_blocks(self, self._groups.of(request), request.x_TD, self._dtype)
 
     def close(self) -> None:
@@ -85,7 +86,7 @@ class PadLinear(Generic[Kept]):
 
     def send(self, group: Group[Kept], x_TD: Tensor) -> _Block[Kept]:
         """[P4], [P5], [P12]: take fresh pads, mask, and submit."""
-        self._failures.check()
+        self._trust.check()
         rows, each = len(x_TD), group.field.residue_bytes
         slot = self._channel.reserve(
             Product(*place_of(group.linear), group.field.name),
@@ -106,7 +107,7 @@ class PadLinear(Generic[Kept]):
         began = time.monotonic()
         with self._channel.wait(block.ticket, began + self._timeout) as reply:
             waited_s = time.monotonic() - began
-            self._failures.check()
+            self._trust.check()
             try:
                 group.unmask(
                     reply.outputs[0],
@@ -116,12 +117,9 @@ class PadLinear(Generic[Kept]):
                     f"The worker at {self._channel.endpoint}",
                     self._rows,
                 )
-            except IntegrityError:
+            except (IntegrityError, LatticeError) as error:
                 # The worker, its pads and the check vectors are never used again [P7].
-                self._failures.count()
-                self.close()
-                raise
-            except LatticeError:  # not the worker's doing; the group lets no other session begin
+                self._trust.end(error)
                 self.close()
                 raise
         return waited_s

@@ -18,7 +18,7 @@ from tsqp.algebra.residue_bytes import Int32
 from tsqp.errors import IntegrityError
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import kernels
-from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.tee.crypto.freivalds import Trust
 from tsqp.tee.crypto.rng import fresh_seed
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.base import Linear, Pending
@@ -63,7 +63,7 @@ class SharesLinear:
         dtype: torch.dtype,
         timeout: float,
         rows: RowPool,
-        failures: FailureLimit,
+        trust: Trust,
     ) -> None:
         assert len(channels) >= 2
         self._channels = tuple(channels)
@@ -72,9 +72,10 @@ class SharesLinear:
         self._dtype = dtype
         self._timeout = timeout
         self._rows = rows
-        self._failures = failures
+        self._trust = trust
 
     def start(self, request: Linear) -> Pending:
+        self._trust.check()
         return start_in_blocks(self, self._groups.of(request), request.x_TD, self._dtype)
 
     def close(self) -> None:
@@ -88,7 +89,7 @@ class SharesLinear:
 
     def send(self, group: Group[Masked], x_TD: Tensor) -> _Block:
         """[P8]: c_1 … c_n-1 as fresh seeds, and c_n = xq - Σ c_i mod p. Nobody is waited for."""
-        self._failures.check()
+        self._trust.check()
         seeds = [fresh_seed() for _ in self._seeded]
         tickets: list[int] = []
         try:
@@ -110,7 +111,7 @@ class SharesLinear:
                 began = time.monotonic()
                 with channel.wait(ticket, deadline) as reply:
                     waited_s += time.monotonic() - began
-                    self._failures.check()
+                    self._trust.check()
                     z_TB = reply.outputs[0]
                     if channel is self._last:
                         kept = block.masked
@@ -119,9 +120,9 @@ class SharesLinear:
                     z_np = kernels.aligned(z_TB)
                     if kernels.subtract_answer(z_np, group.field, others_TF) != kernels.ALL_ROWS:
                         raise group.wrong_product(self._names)
-        except IntegrityError:
+        except IntegrityError as error:
             # The workers and the check vectors are never used again [P7].
-            self._failures.count()
+            self._trust.end(error)
             self.close()
             raise
         return waited_s
