@@ -77,7 +77,10 @@ def test_wrong_hints_of_a_worker_are_refused(
 
     monkeypatch.setattr("tsqp.runtime.build.process_limit", limit := FailureLimit())
     monkeypatch.setattr(Worker, "run", lying)
-    with pytest.raises(IntegrityError, match=r"made wrong hints; .* group qkv of layer 0"):
+    with pytest.raises(
+        IntegrityError,
+        match=r"The worker at inproc made wrong hints for group qkv of layer 0; no mask",
+    ):
         private(hints="worker")
     assert len(calls) <= DEGREE // worker_hints.ROWS  # nothing more is asked of it
     assert limit._left == MAX_FAILURES - 1

@@ -270,7 +270,10 @@ class Builder:
                 load.add(group, integers.pop(group))
         except HintsError as exc:
             process_limit.count()
-            raise IntegrityError(f"The worker made wrong hints; do not trust it. {exc}") from exc
+            raise IntegrityError(
+                f"The worker at {channel.endpoint} made wrong hints for {group}; no mask was made "
+                "with them, and nothing more should be asked there."
+            ) from exc
         finally:
             channel.close()
         return load, digest, embedding_VD

@@ -55,8 +55,8 @@ class Engine:
         microbatches: number of parts into which the tokens of a step are divided, so that this side
             works on one part while the worker works on another.
         rebuild: makes a new offload after the worker was lost, or raises TSQPError. The requests
-            then begin again, each of them once. It is never called after another error of a
-            session, because the worker, or a lattice mask, is then not to be trusted.
+            then begin again, each of them once. It is not called after another error of a session,
+            because the worker, or a lattice mask, is then not to be trusted.
     """
 
     def __init__(
