@@ -16,8 +16,8 @@ from tsqp.algebra.native import Kernel, compiled
 from tsqp.algebra.params import DIRECT_FIELDS, FIELDS, Field
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import Worker
+from tsqp.gpu.worker_weights import load_integers
 from tsqp.wire.messages import Product, SeedProduct
 
 TWO_TOKENS = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

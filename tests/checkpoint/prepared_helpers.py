@@ -8,9 +8,9 @@ import torch
 
 from model_helpers import group_of
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.prepared import write_prepared
 from tsqp.checkpoint.quantize import IntegerWeights, quantize_all
+from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.model.linear_group import LinearGroup
 
 

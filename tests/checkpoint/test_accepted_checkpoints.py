@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from model_helpers import WriteGGUF, make_model
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.digest import weights_digest
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.quantize import quantize_all
 from tsqp.checkpoint.weights import parse_dtype
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.config import tensor_shapes
 from tsqp.model.linear_group import LinearGroup

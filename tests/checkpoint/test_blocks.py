@@ -9,9 +9,9 @@ from gguf import GGMLQuantizationType
 
 from model_helpers import WriteGGUF
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tsqp.checkpoint.digest import WeightsDigest, weights_digest
 from tsqp.checkpoint.quantize import quantize_all
 from tsqp.checkpoint.weights import read_embedding, read_linear
+from tsqp.checkpoint.weights_digest import WeightsDigest, weights_digest
 from tsqp.model.config import layer_groups, tensor_shapes
 
 

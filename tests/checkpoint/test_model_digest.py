@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from model_helpers import WriteGGUF, make_model
 from tsqp import LLM
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.digest import weights_digest
 from tsqp.checkpoint.model_digest import compute_digest
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.errors import UnexpectedModel, UsageError
 
 MODES: dict[str, list[dict[str, Any]]] = {

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from model_helpers import WriteGGUF, make_model
 from tsqp import LLM
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tsqp.checkpoint.digest import weights_digest
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.errors import CheckpointError
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers, load_weights
+from tsqp.gpu.worker_weights import load_integers, load_weights
 
 CPU = CpuBackend()
 TENSORS = {

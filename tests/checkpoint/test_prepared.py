@@ -21,12 +21,12 @@ from prepared_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
 from tsqp.checkpoint.quantize import IntegerWeights, add_to_digest
+from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.errors import CheckpointError, UsageError
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import read_prepared
+from tsqp.gpu.worker_weights import read_prepared
 
 
 @pytest.fixture

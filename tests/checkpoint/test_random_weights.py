@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from tsqp.bench.hf_model import hf_config
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.digest import weights_digest
 from tsqp.checkpoint.random_weights import GEOMETRIES
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.config import tensor_shapes
 from tsqp.model.hf_config import from_hf

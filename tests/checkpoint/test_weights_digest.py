@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType
 
 from model_helpers import WriteGGUF
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.digest import WeightsDigest, weights_digest
 from tsqp.checkpoint.weights import read_embedding, read_linear, read_norm
+from tsqp.checkpoint.weights_digest import WeightsDigest, weights_digest
 from tsqp.model.config import linear_groups, norm_shapes
 
 TENSOR = torch.arange(12.0).view(3, 4)

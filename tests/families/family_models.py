@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
-from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.offload import Offload
 from tsqp.tee.stats import Stats
 
 VOCABULARY = 101

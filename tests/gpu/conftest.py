@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tsqp.gpu.backends.base import Backend
+from tsqp.gpu.backends.backend import Backend
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.backends.cuda import CudaBackend
 

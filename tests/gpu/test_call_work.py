@@ -8,8 +8,8 @@ import torch
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import ProtocolError
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker, WorkerSession
+from tsqp.gpu.worker_weights import load_integers, load_weights
 from tsqp.wire.call_limit import CALL_MACS
 from tsqp.wire.messages import (
     Allocate,

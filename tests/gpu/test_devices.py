@@ -12,10 +12,10 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.gpu.backends import cuda_product
-from tsqp.gpu.backends.base import Backend
+from tsqp.gpu.backends.backend import Backend
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
+from tsqp.gpu.worker_weights import load_integers, load_weights
 from tsqp.model.config import layer_groups
 from tsqp.runtime.local_worker import LocalWorker
 from tsqp.wire.messages import Embed, Linear, Product, SeedProduct

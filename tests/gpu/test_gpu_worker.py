@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tsqp.checkpoint.digest import weights_digest
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.backends.cuda import CudaBackend
-from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import MAX_ROWS, Worker
+from tsqp.gpu.worker_weights import load_weights
 from tsqp.model.config import output_projection
 from tsqp.model.linear_group import LayerGroups
 from tsqp.wire.messages import Embed, Hello, Linear, Operation

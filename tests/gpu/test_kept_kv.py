@@ -9,9 +9,9 @@ from torch import Tensor
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.session import MAX_SEQUENCES
-from tsqp.gpu.weights import load_integers, load_weights
+from tsqp.gpu.client_session import MAX_SEQUENCES
 from tsqp.gpu.worker import Worker, WorkerSession
+from tsqp.gpu.worker_weights import load_integers, load_weights
 from tsqp.wire.messages import (
     Allocate,
     AttentionScores,
@@ -280,7 +280,7 @@ def test_a_client_may_keep_so_many_sequences_and_no_more(session: WorkerSession)
 def test_a_layer_of_more_tokens_than_there_is_memory_for_is_refused(
     session: WorkerSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqp.gpu.session.MANY_TOKENS", 5)
+    monkeypatch.setattr("tsqp.gpu.client_session.MANY_TOKENS", 5)
     ask(session, Allocate(0, 20))
     ask(session, Layer(0, (Span(0, 0, 5),)), random(1, 5, HIDDEN), answer=[5, HIDDEN])
     monkeypatch.setattr("tsqp.checkpoint.weights.available_bytes", lambda: 10_000)

@@ -36,8 +36,8 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import FIELDS, Field
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import Worker
+from tsqp.gpu.worker_weights import load_integers, load_weights
 from tsqp.wire.channel import kind_of
 from tsqp.wire.codec import encode
 from tsqp.wire.endpoint import parse_endpoint

@@ -6,7 +6,7 @@ from torch import Tensor
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import FIELDS
 from tsqp.model.linear_group import LinearGroup
-from tsqp.tee.offload.base import Linear
+from tsqp.tee.offload.offload import Linear
 
 EVERY = pytest.mark.parametrize("field", list(FIELDS))
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import Worker
+from tsqp.gpu.worker_weights import load_integers
 from tsqp.model.config import layer_groups
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import parse_endpoint

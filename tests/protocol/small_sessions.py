@@ -16,17 +16,17 @@ from torch import Tensor
 from tsqp.algebra.params import LATTICE, Field
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import IntegerModel
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
+from tsqp.gpu.worker_weights import IntegerModel
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.freivalds import FailureLimit, Trust
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider
 from tsqp.tee.crypto.pads import row_bytes_in_stock
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import MaskedGroup
+from tsqp.tee.offload.offload import Linear
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.channel import Channel

@@ -17,8 +17,8 @@ from tsqp import LLM, SamplingParams
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import HandshakeError, ProtocolError, RemoteError, TSQPError, WorkerError
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import PRIVATE_ABILITIES, Worker
+from tsqp.gpu.worker_weights import load_integers, load_weights
 from tsqp.wire.call_limit import CALL_MACS
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import parse_endpoint

@@ -28,8 +28,8 @@ from tsqp.errors import IntegrityError, NumericalError
 from tsqp.gpu.worker import Worker
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
-from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.masked import BLOCK_ROWS
+from tsqp.tee.offload.offload import Linear
 from tsqp.wire.channel import InprocChannel
 from tsqp.wire.messages import Operation, SeedProduct
 

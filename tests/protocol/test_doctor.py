@@ -19,7 +19,7 @@ from tsqp.doctor.greeting_checks import Unnamed, greeting_checks
 from tsqp.doctor.session_checks import Target, session_checks
 from tsqp.errors import RemoteError
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers
+from tsqp.gpu.worker_weights import load_integers
 from tsqp.tee.crypto.freivalds import FailureLimit
 from tsqp.wire.keys import write_key_pair
 

@@ -12,8 +12,8 @@ from fake_workers import deaf_socket, fake_worker, newer_version, silence, silen
 from protocol_helpers import DEADLINE_S, START_S, Commands, Running, socket_endpoint, write_ids
 
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.digest import weights_digest
 from tsqp.checkpoint.weights import parse_dtype
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Hello

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tsqp.checkpoint.digest import weights_digest
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
+from tsqp.gpu.worker_weights import load_weights
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine

@@ -13,8 +13,8 @@ from tsqp.algebra.params import FIELDS
 from tsqp.errors import IntegrityError, WorkerError
 from tsqp.gpu.worker import Worker
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
-from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.masked import BLOCK_ROWS
+from tsqp.tee.offload.offload import Linear
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.wire.channel import InprocChannel

@@ -13,7 +13,7 @@ from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import HandshakeError
 from tsqp.gpu import worker as gpu_worker
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_weights
+from tsqp.gpu.worker_weights import load_weights
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.server import Server
 

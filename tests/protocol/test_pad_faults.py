@@ -18,8 +18,8 @@ from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pads import Pads
-from tsqp.tee.offload.base import Linear
 from tsqp.tee.offload.masked import MaskedGroup
+from tsqp.tee.offload.offload import Linear
 from tsqp.wire.client import RemoteChannel
 
 

@@ -18,12 +18,12 @@ from tsqp.algebra.params import DIRECT_FIELDS, FIELDS
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.errors import NumericalError, ProtocolError, RemoteError, WorkerLost
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers
 from tsqp.gpu.worker import MAX_ROWS, Worker
+from tsqp.gpu.worker_weights import load_integers
 from tsqp.model.config import layer_groups, linear_groups
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.offload import shares
-from tsqp.tee.offload.base import Linear
+from tsqp.tee.offload.offload import Linear
 from tsqp.wire.channel import InprocChannel
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Operation, Product, SeedProduct

@@ -8,13 +8,13 @@ from torch import Tensor
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.weights import read_bias
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_weights
 from tsqp.gpu.worker import Worker
+from tsqp.gpu.worker_weights import load_weights
 from tsqp.model.config import linear_groups
 from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
-from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.offload import Offload
 from tsqp.tee.offload.open_attention import OpenAttentionOffload
 from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.stats import Stats

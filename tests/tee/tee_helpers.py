@@ -12,8 +12,8 @@ from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.engine import Engine
 from tsqp.tee.engine.interleave import run_interleaved
-from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.local import LocalOffload
+from tsqp.tee.offload.offload import Offload
 from tsqp.tee.stats import Stats
 from tsqp.tee.text.tokenizer import Tokenizer
 

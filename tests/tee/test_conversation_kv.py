@@ -13,8 +13,8 @@ from tsqp.runtime.generate import generate
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
-from tsqp.tee.offload.base import Linear, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
+from tsqp.tee.offload.offload import Linear, Request
 from tsqp.tee.sampling import Completion, SamplingParams
 
 Tiny = tuple[Checkpoint, LlamaForCausalLM]

@@ -16,8 +16,8 @@ from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
-from tsqp.tee.offload.base import Linear, Pending, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
+from tsqp.tee.offload.offload import Linear, Pending, Request
 from tsqp.tee.stats import Stats
 
 LLAMA3 = {

@@ -15,8 +15,8 @@ from tsqp.errors import OutOfMemory, PromptError, WorkerLost
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
-from tsqp.tee.offload.base import Attention, Linear, Pending, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
+from tsqp.tee.offload.offload import Attention, Linear, Pending, Request
 from tsqp.tee.sampling import Completion, SamplingParams
 from tsqp.tee.stats import KINDS
 from tsqp.tee.text.tokenizer import Tokenizer

@@ -21,8 +21,8 @@ from tsqp.errors import (
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
-from tsqp.tee.offload.base import Embedding, Linear, Request
 from tsqp.tee.offload.local import LocalOffload, Ready
+from tsqp.tee.offload.offload import Embedding, Linear, Request
 from tsqp.tee.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

@@ -18,7 +18,7 @@ from tsqp.bench.hardware_limits import copy_bytes_per_s
 from tsqp.bench.host import describe_machine
 from tsqp.bench.output import new_table
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.digest import weights_digest
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.runtime.links import Link
 from tsqp.runtime.local_worker import LocalWorker
 from tsqp.runtime.worker_link import WorkerProcess

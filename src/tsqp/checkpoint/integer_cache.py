@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.demo_model import cache_folder
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.prepared import (
     FORMAT,
@@ -27,6 +26,7 @@ from tsqp.checkpoint.prepared import (
 )
 from tsqp.checkpoint.progress import Progress, silent
 from tsqp.checkpoint.quantize import IntegerWeights, add_to_digest, quantize_all
+from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.errors import CheckpointError
 from tsqp.model.config import linear_groups
 from tsqp.model.linear_group import LinearGroup

@@ -18,10 +18,10 @@ from collections.abc import Mapping
 import torch
 
 from tsqp.checkpoint.checkpoint import Checkpoint
-from tsqp.checkpoint.digest import weights_digest
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.progress import Progress, part_of, silent
 from tsqp.checkpoint.quantize import integer_bytes
+from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.errors import UnexpectedModel, UsageError
 from tsqp.model.config import trusted_shapes
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from tsqp.algebra.fixed_point import are_quantized_rows
 from tsqp.algebra.params import MAX_WIDTH
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.files import bytes_of
 from tsqp.checkpoint.new_file import new_file
 from tsqp.checkpoint.progress import Counter, Progress, silent
@@ -25,6 +24,7 @@ from tsqp.checkpoint.quantize import (
     quantize_all,
 )
 from tsqp.checkpoint.safetensors_file import SafetensorsFile
+from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.errors import CheckpointError, UsageError, printable_path
 from tsqp.model.config import linear_groups
 from tsqp.model.linear_group import LinearGroup

@@ -13,8 +13,8 @@ from tsqp.algebra.fixed_point import quantize_rows
 from tsqp.algebra.params import MAX_WIDTH
 from tsqp.checkpoint.blocks import read_blocks
 from tsqp.checkpoint.checkpoint import Checkpoint
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.progress import Counter, Progress, silent
+from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.errors import UnsupportedModel
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.model.linear_group import LinearGroup

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tsqp.checkpoint.blocks import read_blocks
 from tsqp.checkpoint.checkpoint import Checkpoint
-from tsqp.checkpoint.digest import TensorHash, WeightsDigest, hashing
 from tsqp.checkpoint.memory import available_bytes
+from tsqp.checkpoint.weights_digest import TensorHash, WeightsDigest, hashing
 from tsqp.errors import ModelError, OutOfMemory
 from tsqp.model.config import EMBEDDING, ModelConfig, linear_groups, norm_shapes
 from tsqp.model.linear_group import LinearGroup

@@ -8,7 +8,7 @@ import typer
 
 from tsqp.cli.app import app
 from tsqp.cli.flags import BenchThreads, Debug, Model, Out, Quiet
-from tsqp.cli.options import with_options
+from tsqp.cli.with_options import with_options
 
 
 @app.command()

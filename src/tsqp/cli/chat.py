@@ -25,8 +25,8 @@ from tsqp.cli.flags import (
     TopK,
     TopP,
 )
-from tsqp.cli.options import with_options
-from tsqp.cli.session import open_llm, read_sampling
+from tsqp.cli.open_llm import open_llm, read_sampling
+from tsqp.cli.with_options import with_options
 from tsqp.runtime.options import Options
 
 

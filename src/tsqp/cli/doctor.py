@@ -7,7 +7,7 @@ import typer
 
 from tsqp.cli.app import app
 from tsqp.cli.flags import Debug, JsonOutput
-from tsqp.cli.options import with_options
+from tsqp.cli.with_options import with_options
 
 
 @app.command()

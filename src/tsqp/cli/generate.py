@@ -26,9 +26,9 @@ from tsqp.cli.flags import (
     TopP,
     is_from_command_line,
 )
-from tsqp.cli.options import with_options
+from tsqp.cli.open_llm import open_llm, read_sampling
 from tsqp.cli.prompts import read_prompts
-from tsqp.cli.session import open_llm, read_sampling
+from tsqp.cli.with_options import with_options
 from tsqp.errors import UsageError
 from tsqp.runtime.options import Options
 

@@ -29,7 +29,9 @@ from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto.freivalds import Trust, process_limit
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.base import (
+from tsqp.tee.offload.lattice_load import LatticeLoad
+from tsqp.tee.offload.masked import LinearPart
+from tsqp.tee.offload.offload import (
     AttentionScores,
     Embedding,
     Linear,
@@ -37,8 +39,6 @@ from tsqp.tee.offload.base import (
     Request,
     WeightedValues,
 )
-from tsqp.tee.offload.lattice_load import LatticeLoad
-from tsqp.tee.offload.masked import LinearPart
 from tsqp.tee.offload.open_attention import OpenAttentionOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.wire.channel import Channel

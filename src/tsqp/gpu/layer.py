@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tsqp.gpu.weights import Weights
+from tsqp.gpu.worker_weights import Weights
 from tsqp.model.config import layer_groups
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention, Segment

@@ -18,10 +18,10 @@ from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
 from tsqp.gpu.backends import backend_on, parse_device
-from tsqp.gpu.backends.base import Backend
+from tsqp.gpu.backends.backend import Backend
 from tsqp.gpu.record import Recorder
-from tsqp.gpu.weights import load_integers, load_weights, read_prepared
 from tsqp.gpu.worker import Worker
+from tsqp.gpu.worker_weights import load_integers, load_weights, read_prepared
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.keys import read_secret_key
 from tsqp.wire.quotas import DEFAULT_QUOTAS, Quotas

@@ -8,8 +8,8 @@ from torch import Tensor
 from tsqp.algebra.params import FIELDS
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu.backends import residues
-from tsqp.gpu.session import KvSession, KvStore
-from tsqp.gpu.weights import IntegerModel, Weights
+from tsqp.gpu.client_session import KvSession, KvStore
+from tsqp.gpu.worker_weights import IntegerModel, Weights
 from tsqp.model.linear_group import LinearGroup
 from tsqp.model.macs import dearest_row_macs
 from tsqp.wire.call_limit import call_macs, check_call, check_residues

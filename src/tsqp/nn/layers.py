@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import Checkpoint
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.weights import norm_weight, read_norm
+from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.model.config import FINAL_NORM, layer_norms
 from tsqp.model.rope import Rope
 from tsqp.nn import ops

@@ -12,7 +12,6 @@ import torch
 from tsqp.algebra import digits
 from tsqp.algebra.params import LATTICE, WIDE, Field
 from tsqp.checkpoint.checkpoint import Checkpoint
-from tsqp.checkpoint.digest import WeightsDigest, weights_digest
 from tsqp.checkpoint.footprint import trusted_bytes
 from tsqp.checkpoint.hints_file import SUFFIX as HINTS_SUFFIX
 from tsqp.checkpoint.hints_file import HintsFile, new_hints_file
@@ -22,6 +21,7 @@ from tsqp.checkpoint.model_digest import check_expected, model_digest
 from tsqp.checkpoint.progress import Progress, part_of, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
 from tsqp.checkpoint.weights import check_memory, embedding_bytes, read_bias, read_embedding
+from tsqp.checkpoint.weights_digest import WeightsDigest, weights_digest
 from tsqp.errors import HintsError, IntegrityError
 from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
 from tsqp.model.config import linear_groups, output_projection, trusted_shapes
@@ -34,13 +34,13 @@ from tsqp.tee.crypto.kernels import compile_loops
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.base import Offload
 from tsqp.tee.offload.field_choice import measure_costs
 from tsqp.tee.offload.fixed_point_linear import FixedPointLinear
 from tsqp.tee.offload.lattice_group import LatticeGroup, process_switch
 from tsqp.tee.offload.lattice_load import LatticeLoad, compile_lattice_loops
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import Group, Kept, LinearPart, MaskedGroup, PrivateOffload
+from tsqp.tee.offload.offload import Offload
 from tsqp.tee.offload.open import OpenOffload
 from tsqp.tee.offload.open_attention import MAX_SCORES, OpenAttentionOffload
 from tsqp.tee.offload.open_layers import OpenLayersOffload

@@ -14,10 +14,10 @@ import torch
 
 from tsqp import __version__
 from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.gguf_file import GGUFCheckpoint
 from tsqp.checkpoint.progress import Progress, silent
 from tsqp.checkpoint.weights import parse_dtype
+from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.errors import PromptError, UsageError
 from tsqp.nn.layers import Layers
 from tsqp.runtime.build import Builder
@@ -34,7 +34,7 @@ from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
 from tsqp.tee.engine.observer import Observer
 from tsqp.tee.engine.scoring import Scores
-from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.offload import Offload
 from tsqp.tee.placement import Placement
 from tsqp.tee.request_checks import one_params, one_prompt, several_prompts
 from tsqp.tee.sampling import Completion, SamplingParams

@@ -1,8 +1,8 @@
 """The options of a run, declared once for Python, for every command, and later for a server.
 
 A field of `Options` with an `Option` in its annotation is also a command-line option
-(`tsqp.cli.options`), an environment variable and a setting. Its help text is also its documentation
-in Python.
+(`tsqp.cli.with_options`), an environment variable and a setting. Its help text is also its
+documentation in Python.
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ import torch
 
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.gpu.backends.cpu import CpuBackend
-from tsqp.gpu.weights import load_integers, load_weights
 from tsqp.gpu.worker import OPEN_ABILITIES, PRIVATE_ABILITIES, Worker
+from tsqp.gpu.worker_weights import load_integers, load_weights
 from tsqp.model.macs import dearest_row_macs, widest_group_macs
 from tsqp.runtime.links import Link
 from tsqp.runtime.local_worker import LocalWorker

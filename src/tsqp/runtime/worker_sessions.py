@@ -6,7 +6,7 @@ from time import process_time
 from tsqp.runtime.build import Begin
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.call_log import CallLog
-from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.offload import Offload
 from tsqp.wire.channel import Channel
 
 

@@ -21,7 +21,7 @@ from tsqp.model.config import layer_groups, output_projection
 from tsqp.nn import ops
 from tsqp.nn.attention import Segment
 from tsqp.nn.layers import Layers
-from tsqp.tee.offload.base import Attention, Embedding, Layer, Linear, Request
+from tsqp.tee.offload.offload import Attention, Embedding, Layer, Linear, Request
 from tsqp.tee.placement import IN_TEE, Placement
 from tsqp.tee.split_attention import split_attention
 from tsqp.tee.stats import Stats

@@ -13,7 +13,7 @@ from torch import Tensor
 from tsqp.model.config import ModelConfig
 from tsqp.nn.attention import Segment
 from tsqp.nn.ops import ATTENTION_BLOCK, attention_weights
-from tsqp.tee.offload.base import Attention, AttentionScores, Request, WeightedValues
+from tsqp.tee.offload.offload import Attention, AttentionScores, Request, WeightedValues
 from tsqp.tee.stats import Stats
 
 MAX_SEGMENTS = 1024  # in one request

@@ -1,12 +1,12 @@
 """The devices that a worker can compute on.
 
-`base.py` says what a backend does; there is one file for each kind of device.
+`backend.py` says what a backend does; there is one file for each kind of device.
 """
 
 import torch
 
 from tsqp.errors import UsageError
-from tsqp.gpu.backends.base import Backend
+from tsqp.gpu.backends.backend import Backend
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.backends.cuda import CudaBackend
 

@@ -1,4 +1,4 @@
-"""The processor. Shape suffixes as in `base.py`."""
+"""The processor. Shape suffixes as in `backend.py`."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from tsqp.algebra.params import Field
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.weights import check_memory
 from tsqp.gpu.backends import residues
-from tsqp.gpu.backends.base import group_queries, weigh_values
+from tsqp.gpu.backends.backend import group_queries, weigh_values
 
 
 class CpuBackend:

@@ -1,4 +1,4 @@
-"""A CUDA device: inputs are copied to it, and answers back. Shape suffixes as in `base.py`."""
+"""A CUDA device: inputs are copied to it, and answers back. Shape suffixes as in `backend.py`."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import Field
 from tsqp.errors import OutOfMemory
 from tsqp.gpu.backends import cuda_product, residues
-from tsqp.gpu.backends.base import group_queries, weigh_values
+from tsqp.gpu.backends.backend import group_queries, weigh_values
 
 
 class CudaBackend:

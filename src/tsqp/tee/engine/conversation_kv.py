@@ -6,7 +6,7 @@ from tsqp.errors import OutOfMemory
 from tsqp.model.config import ModelConfig
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.engine.sequence import Sequence
-from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.offload import Offload
 
 
 class ConversationKv:

@@ -27,7 +27,7 @@ from tsqp.tee.engine.observer import Observer
 from tsqp.tee.engine.scheduler import Scheduler
 from tsqp.tee.engine.scoring import Scores, score
 from tsqp.tee.engine.sequence import Chunk, Output, Sequence
-from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.offload import Offload
 from tsqp.tee.request_checks import check_params, check_prompt
 from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import SamplingParams

@@ -6,7 +6,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from tsqp.tee.offload.base import Embedding, Layer, Linear, Offload, Pending, Ready, Request
+from tsqp.tee.offload.offload import Embedding, Layer, Linear, Offload, Pending, Ready, Request
 from tsqp.tee.stats import Stats, Timer
 
 ForwardPass = Generator[Request, Tensor, Tensor]

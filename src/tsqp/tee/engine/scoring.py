@@ -13,7 +13,7 @@ from tsqp.nn.attention import Segment
 from tsqp.tee.decoder import Batch, Decoder
 from tsqp.tee.engine.interleave import run_interleaved
 from tsqp.tee.logprobs import in_blocks
-from tsqp.tee.offload.base import Offload
+from tsqp.tee.offload.offload import Offload
 from tsqp.tee.stats import Stats
 
 

@@ -18,8 +18,8 @@ from tsqp.algebra.params import Field
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto.pads import empty_rows
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.base import Linear, Ready
 from tsqp.tee.offload.masked import Group
+from tsqp.tee.offload.offload import Linear, Ready
 from tsqp.tee.placement import IN_TEE
 
 

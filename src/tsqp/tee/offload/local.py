@@ -4,14 +4,14 @@ import torch
 from torch.nn import functional as F
 
 from tsqp.checkpoint.checkpoint import Checkpoint
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.footprint import float_bytes
 from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.checkpoint.weights import LinearWeights, read_embedding, read_linear
+from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.model.config import linear_groups, output_projection
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention
-from tsqp.tee.offload.base import Attention, Embedding, Linear, Ready, Request, attend_here
+from tsqp.tee.offload.offload import Attention, Embedding, Linear, Ready, Request, attend_here
 from tsqp.tee.placement import IN_TEE
 
 

@@ -28,7 +28,15 @@ from tsqp.nn.attention import CachedAttention
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Ready, Request, attend_here
+from tsqp.tee.offload.offload import (
+    Attention,
+    Embedding,
+    Linear,
+    Pending,
+    Ready,
+    Request,
+    attend_here,
+)
 from tsqp.tee.placement import Placement
 from tsqp.wire.call_limit import residue_rows_within
 from tsqp.wire.channel import Channel

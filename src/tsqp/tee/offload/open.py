@@ -21,7 +21,7 @@ from torch import Tensor
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention
-from tsqp.tee.offload.base import Attention, Embedding, Linear, Pending, Request, attend_here
+from tsqp.tee.offload.offload import Attention, Embedding, Linear, Pending, Request, attend_here
 from tsqp.tee.placement import OPEN
 from tsqp.wire import messages
 from tsqp.wire.call_limit import rows_within

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tsqp.model.config import ModelConfig, layer_groups
 from tsqp.model.linear_group import LinearGroup
-from tsqp.tee.offload.base import AttentionScores, Pending, Request, WeightedValues
+from tsqp.tee.offload.offload import AttentionScores, Pending, Request, WeightedValues
 from tsqp.tee.offload.open import OpenLinear, RemoteAnswer, SplitAnswer
 from tsqp.tee.offload.remote_kv import RemoteKv
 from tsqp.tee.placement import OPEN_ATTENTION

@@ -12,7 +12,7 @@ from torch import Tensor
 from tsqp.model.config import ModelConfig
 from tsqp.model.linear_group import LinearGroup
 from tsqp.model.macs import layer_macs
-from tsqp.tee.offload.base import Layer, Pending, Request
+from tsqp.tee.offload.offload import Layer, Pending, Request
 from tsqp.tee.offload.open import OpenLinear, RemoteAnswer, SplitAnswer
 from tsqp.tee.offload.remote_kv import RemoteKv
 from tsqp.tee.placement import OPEN_LAYERS

@@ -19,7 +19,6 @@ from tsqp.tee.crypto.freivalds import Trust
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import (
     Group,
     Groups,
@@ -27,6 +26,7 @@ from tsqp.tee.offload.masked import (
     masked_rows_per_call,
     start_in_blocks,
 )
+from tsqp.tee.offload.offload import Linear, Pending
 from tsqp.tee.placement import MASKED
 from tsqp.wire.call_times import PADS, end_stage
 from tsqp.wire.channel import Channel

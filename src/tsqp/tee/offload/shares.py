@@ -21,7 +21,6 @@ from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import Trust
 from tsqp.tee.crypto.rng import fresh_seed
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.base import Linear, Pending
 from tsqp.tee.offload.masked import (
     Group,
     Groups,
@@ -29,6 +28,7 @@ from tsqp.tee.offload.masked import (
     masked_rows_per_call,
     start_in_blocks,
 )
+from tsqp.tee.offload.offload import Linear, Pending
 from tsqp.tee.placement import MASKED
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product, SeedProduct, place_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.layer import FusedLayers
-from tsqp.gpu.weights import Weights
+from tsqp.gpu.worker_weights import Weights
 from tsqp.model.config import layer_groups
 from tsqp.model.macs import layer_macs
 from tsqp.nn.attention import Segment

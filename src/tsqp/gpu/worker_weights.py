@@ -8,13 +8,13 @@ from torch import Tensor
 
 from tsqp.checkpoint import integer_cache
 from tsqp.checkpoint.checkpoint import Checkpoint
-from tsqp.checkpoint.digest import WeightsDigest
 from tsqp.checkpoint.footprint import float_bytes
 from tsqp.checkpoint.prepared import PreparedFile
 from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
 from tsqp.checkpoint.weights import read_embedding, read_linear
-from tsqp.gpu.backends.base import Backend
+from tsqp.checkpoint.weights_digest import WeightsDigest
+from tsqp.gpu.backends.backend import Backend
 from tsqp.model.config import ModelConfig, linear_groups, output_projection
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.layers import Layers
