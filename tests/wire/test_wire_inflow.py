@@ -18,6 +18,7 @@ from tsqp.wire.peers import Peers
 pytestmark = pytest.mark.usefixtures("exact_counts")
 
 MIB = 2**20
+FRAME_HEADER = 9  # of a frame of more than 255 bytes
 
 
 def test_a_guard_that_is_closed_looks_a_last_time(rare_looks: None) -> None:
@@ -51,7 +52,9 @@ def test_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     assert ends[1][0].recv(1) == b""
     peers.look()
     assert len(peers) == 2
-    peers.received_message(ends[2][1].fileno())
+    inflow = peers.inflow(ends[2][1].fileno())
+    assert inflow is not None
+    inflow.received_frame(2000 - FRAME_HEADER)
     peers.look()
     ends[2][0].sendall(bytes(3500))
     ends[2][1].recv(3500, socket.MSG_WAITALL)
@@ -83,16 +86,17 @@ def test_what_waits_in_the_kernel_does_not_count(low_limit: None) -> None:
     listener.close()
 
 
-def test_a_limit_that_is_lowered_belongs_to_a_message_that_was_seen() -> None:
+def test_what_was_received_does_not_count_and_what_is_unread_does() -> None:
     inflow = Inflow(10)
-    inflow.expect(100)
-    assert inflow.excess(110) == 0
-    assert inflow.excess(111) == 1
-    inflow.received_message()
-    inflow.expect(-100)
-    assert inflow.excess(111) == -10
-    assert inflow.excess(121) == 0
-    assert inflow.excess(122) == 1
+    inflow.expect(500)
+    assert inflow.excess(510) == 0
+    assert inflow.excess(511) == 1
+    inflow.received_frame(500)
+    inflow.expect(-500)
+    assert inflow.excess(511) == 511 - 510 - FRAME_HEADER
+    for _ in range(100):  # small messages, one of which is received for each two that come
+        inflow.received_frame(98)
+    assert inflow.excess(511 + 100 * 200) == 511 + 100 * 200 - 510 - FRAME_HEADER - 100 * 100
 
 
 def test_heartbeats_of_an_idle_connection_are_no_endless_message(

@@ -1,10 +1,11 @@
 """Bounds the bytes that a peer has sent and that were not yet received as whole messages.
 
 libzmq collects all frames of a message before it returns the first one. It limits only the size of
-a frame and the number of messages, so a peer whose message never ends would fill the memory. The
-kernel counts the bytes of each TCP connection. A connection is shut down when too many bytes came
-since the last whole message, and libzmq then frees what it collected. Connections are checked every
-LOOK_MS, so bytes that come between a message and the next check are not counted.
+a frame, so a peer whose message never ends would fill the memory. (It can also limit the number of
+messages, but then a peer that passes this limit and hangs up ends the process: see `BaseSocket`.)
+The kernel counts the bytes of each TCP connection, and the frames of received messages are
+subtracted. A connection is shut down when too many bytes are left, and libzmq then frees what it
+collected. Connections are checked every LOOK_MS.
 
 The kernel does not count the bytes of Unix sockets: see `tsqp.wire.relay` and `tsqp.wire.peers`.
 """
@@ -22,6 +23,7 @@ from contextlib import suppress
 LOOK_MS = 50  # how often connections are looked at
 END_S = 10.0  # for a thread to end after its connection; it takes longer only if something is wrong
 SLACK = 2**22  # allowed bytes of messages that were not asked for: failures and probes
+CURVE_BYTES = 33  # added to each encrypted frame: name, nonce, authenticator, flags (RFC 26)
 IDLE_BYTES_S = 1024  # allowed for heartbeats; they take about 80 with CURVE, 16 without
 _INFO_BYTES = 136  # of struct tcp_info, up to the end of tcpi_bytes_received
 _RECEIVED = struct.Struct("=Q")
@@ -32,27 +34,29 @@ _CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
 class Inflow:
     """The bytes that one connection may still bring. One thread receives; another one looks.
 
+    Args:
+        limit: bytes that may have come and not been received as frames of messages.
+        encrypted: whether the connection uses CURVE.
+
     Attributes:
-        limit: bytes that may come before the next whole message is received.
-        messages: number of messages received.
         is_over: whether more than `limit` came.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.messages = 0
+    def __init__(self, limit: int, *, encrypted: bool = False) -> None:
         self.is_over = False
-        self._seen = 0
-        self._start = 0
+        self._limit = limit
+        self._frame_bytes = CURVE_BYTES if encrypted else 0
+        self._received = 0
         self._since = time.monotonic()
 
     def expect(self, count: int) -> None:
-        """Raise the limit by `count` bytes. Lower it again only after `received_message`."""
-        self.limit += count
+        """Raise the limit by `count` bytes. Lower it only after `received_frame`."""
+        self._limit += count
 
-    def received_message(self) -> None:
-        """The receiving thread calls this first after it received a whole message."""
-        self.messages += 1
+    def received_frame(self, length: int) -> None:
+        """The receiving thread calls this first after it received a frame of a message."""
+        body = length + self._frame_bytes
+        self._received += body + (2 if body < 256 else 9)  # flags and length: RFC 37
 
     def excess(self, count: int | None = None, connection: socket.socket | None = None) -> int:
         """How many bytes came beyond the limit; negative below it.
@@ -61,16 +65,14 @@ class Inflow:
             count: number of bytes that came so far; None to ask the kernel.
             connection: the connection to ask the kernel about.
         """
-        # Read the limit first: it is lowered only after its message was counted.
-        limit, messages = self.limit, self.messages
         if count is None:
             assert connection is not None
             count = received_bytes(connection)
-        now = time.monotonic()
-        if messages != self._seen:
-            self._seen, self._start, self._since = messages, count, now
-        heartbeats = int(IDLE_BYTES_S * (now - self._since))
-        return count - self._start - limit - heartbeats
+        # In this order: a limit is lowered only after the frames for which it was raised were
+        # counted, and all of these came before.
+        limit = self._limit
+        heartbeats = int(IDLE_BYTES_S * (time.monotonic() - self._since))
+        return count - limit - self._received - heartbeats
 
 
 class Guard:

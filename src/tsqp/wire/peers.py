@@ -14,9 +14,13 @@ class Peers:
     """The inflow of each connection, see `tsqp.wire.inflow`.
 
     One thread calls `meet`, `part` and `look`. Another thread receives messages.
+
+    Args:
+        encrypted: whether the connections use CURVE.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, encrypted: bool = False) -> None:
+        self._encrypted = encrypted
         self._connections: dict[int, socket.socket] = {}  # by descriptor of libzmq
         self._inflows: dict[int, Inflow] = {}
         self._most = max(MAX_INFLOW, available_bytes() // 2)  # of all connections together, bytes
@@ -24,11 +28,9 @@ class Peers:
     def __len__(self) -> int:
         return len(self._inflows)
 
-    def received_message(self, descriptor: int) -> None:
-        """A whole message was received from a connection."""
-        inflow = self._inflows.get(descriptor)
-        if inflow is not None:
-            inflow.received_message()
+    def inflow(self, descriptor: int) -> Inflow | None:
+        """The inflow of a connection, if it is watched."""
+        return self._inflows.get(descriptor)
 
     def meet(self, descriptor: int) -> None:
         """A connection begins. A Unix connection of another user is ended.
@@ -49,7 +51,7 @@ class Peers:
             connection.close()
             return
         self._connections[descriptor] = connection
-        self._inflows[descriptor] = Inflow(0)
+        self._inflows[descriptor] = Inflow(0, encrypted=self._encrypted)
 
     def part(self, descriptor: int) -> None:
         """A connection has ended."""

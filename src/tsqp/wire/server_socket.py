@@ -40,7 +40,7 @@ class ServerSocket(BaseSocket):
         self._file: tuple[int, int] | None = None
         self._scheme = endpoint.scheme
         self._sender: zmq.Frame | None = None
-        self._peers = Peers()
+        self._peers = Peers(encrypted=secret_key is not None)
         self._a_peer_left = False
         self._guard_error: Exception | None = None
         self._guard = threading.Thread(target=self._guard_peers, name="tsqp-guard", daemon=True)
@@ -89,8 +89,7 @@ class ServerSocket(BaseSocket):
             return None
         first = self._sender = self._socket.recv(copy=False)
         identity = first.bytes
-        if self._peers:
-            self._peers.received_message(first.get(zmq.SRCFD))
+        self._inflow = self._peers.inflow(first.get(zmq.SRCFD)) if self._peers else None
         if not self.more:
             return identity, memoryview(b"")
         length = self.receive_into(self._message)

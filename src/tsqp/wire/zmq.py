@@ -39,7 +39,7 @@ TICK_MS = 100  # how often a wait checks its deadline and the connection
 SEND_MS = 1000  # how long to wait for a peer that does not read
 SPIN_S = 0.001
 LOOKS = 8  # looks at the mailbox for each look at the socket
-MAX_UNREAD = 16  # maximum number of queued messages, in each direction
+MAX_UNREAD = 16  # maximum number of messages that a worker queues for a peer that does not read
 MAX_FRAME = 2**30
 KEY_LENGTH = 40  # characters of Z85 for 32 bytes
 HANDSHAKE_FAILED = (
@@ -67,12 +67,16 @@ class BaseSocket:
         self._socket.set(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
         self._socket.set(zmq.HANDSHAKE_IVL, SILENCE_MS)
         self._socket.set(zmq.MAXMSGSIZE, MAX_FRAME)
-        self._socket.set(zmq.RCVHWM, MAX_UNREAD)
+        # No limit on the number of messages, which `Inflow` bounds instead. A peer that passes such
+        # a limit and hangs up makes libzmq 4.3.5 abort this process: it stops reading, sees the
+        # end, and asserts that there was none when its next heartbeat is due (libzmq#4841).
+        self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.SNDTIMEO, SEND_MS)
         # Only if an IPv6 address is given: otherwise "localhost" may no longer mean 127.0.0.1.
         self._socket.set(zmq.IPV6, int(endpoint.address.startswith("[")))
         self._message = bytearray(MAX_MESSAGE)
         self._monitor: zmq.Socket[bytes] | None = None
+        self._inflow: Inflow | None = None
         self.closed = False
 
     def _watch(self, events: int) -> None:
@@ -95,7 +99,10 @@ class BaseSocket:
 
     def receive_into(self, buffer: memoryview | bytearray) -> int:
         """Receive the next frame into `buffer`, cut to its size; returns the full length."""
-        return self._socket.recv_into(buffer)
+        length = self._socket.recv_into(buffer)
+        if self._inflow is not None:
+            self._inflow.received_frame(length)
+        return length
 
     @property
     def _has_message(self) -> bool:
@@ -140,7 +147,7 @@ class BaseSocket:
             if not self.more:
                 fault = f"{number} tensors where {len(buffers)} are due"
                 break
-            length = self._socket.recv_into(buffer)
+            length = self.receive_into(buffer)
             if length != buffer.nbytes:
                 fault = f"a tensor of {length} bytes where {buffer.nbytes} are due"
                 break
@@ -153,7 +160,7 @@ class BaseSocket:
         """Drop the remaining frames of a message; returns how many there were."""
         dropped = 0
         while self.more:
-            self._socket.recv_into(bytearray())
+            self.receive_into(bytearray())
             dropped += 1
         return dropped
 
@@ -188,7 +195,7 @@ class ClientSocket(BaseSocket):
         """
         super().__init__(zmq.DEALER, endpoint)
         self._name = str(endpoint)
-        self.inflow = Inflow(SLACK)
+        self.inflow = self._inflow = Inflow(SLACK, encrypted=worker_key is not None)
         self._guard: Guard | Relay | None = None
         deadline = time.monotonic() + timeout
         try:
@@ -275,7 +282,6 @@ class ClientSocket(BaseSocket):
                         "raise --timeout if it is only slow."
                     )
             length = self.receive_into(self._message)
-            self.inflow.received_message()
         except zmq.ZMQError as exc:
             raise WorkerLost(f"The link to {self._name} failed: {exc.strerror}.") from exc
         if length > len(self._message):
