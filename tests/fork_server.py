@@ -129,9 +129,25 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
         Path("/proc/self/comm").write_text(request["name"])
     if request["mounts"]:
         _mount(request["mounts"])
+    if os.environ.pop("TESTS_GIVE_UP_SOON", ""):
+        _give_up_soon()
     _renew_streams()
     _end_sooner()
     _run(request["arguments"])
+
+
+def _give_up_soon() -> None:
+    """Look for a worker that was lost for half a second; the first connection takes its time."""
+    from tsqp.runtime.worker_link import WorkerProcess
+    from tsqp.wire import client
+
+    restart = WorkerProcess.restart
+
+    def soon(worker: WorkerProcess) -> None:
+        client.CONNECT_S = 0.5
+        restart(worker)
+
+    WorkerProcess.restart = soon  # type: ignore[method-assign]
 
 
 def _inherit(limits: dict[str, tuple[int, int]], namespace: int) -> None:

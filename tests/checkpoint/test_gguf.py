@@ -310,6 +310,7 @@ def demo_file() -> Path:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_the_demo_model_equals_what_transformers_dequantises(demo_file: Path) -> None:
     config = LlamaConfig(
         vocab_size=49_152,

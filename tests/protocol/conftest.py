@@ -25,6 +25,7 @@ from protocol_helpers import (
 from torch import Tensor, manual_seed, no_grad, randn_like
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import tsqp.wire.client
 from tsqp import cli
 from tsqp.checkpoint import demo_model
 from tsqp.errors import CheckpointError
@@ -85,6 +86,12 @@ def main(
         return Result(end.value.code, *capsys.readouterr(), time.monotonic() - began)
 
     return run
+
+
+@pytest.fixture
+def gives_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process does not wait long for a worker that is not there."""
+    monkeypatch.setattr(tsqp.wire.client, "CONNECT_S", 0.5)
 
 
 @pytest.fixture

@@ -176,6 +176,9 @@ class Running:
                 pieces.append(piece.decode())
 
 
+GIVES_UP_SOON = {"TESTS_GIVE_UP_SOON": "1"}
+
+
 class Commands:
     """Starts commands, and knows everything that they started."""
 
@@ -192,7 +195,10 @@ class Commands:
         before: Sequence[str] = (),
         stdin: Path = Path(os.devnull),
     ) -> Running:
-        """Start `tsqp ARGUMENTS`; `before` is a command that runs it, as unshare does."""
+        """Start `tsqp ARGUMENTS`; `before` is a command that runs it, as unshare does.
+
+        With GIVES_UP_SOON in `env`, it does not wait for a lost worker to come back.
+        """
         kept = {name: value for name, value in os.environ.items() if not is_setting(name)}
         mounts = ""
         if tuple(before[:4]) == processes.WITH_MOUNTS and before[5:] == ["sh"]:

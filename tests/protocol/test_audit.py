@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from protocol_helpers import START_S, Commands, Main, Result, eventually, write_ids
+from protocol_helpers import GIVES_UP_SOON, START_S, Commands, Main, Result, eventually, write_ids
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import DIRECT_FIELDS, FIELDS
@@ -272,7 +272,7 @@ def generate(commands: Commands) -> Result:
     ids = write_ids(commands.folder / "ids.json", TINY_PROMPT)
     return commands.run(
         "generate", "random:tiny", "--worker", commands.ipc(), "--prompt-ids", ids,
-        "--max-tokens", 200, "--ignore-eos",
+        "--max-tokens", 200, "--ignore-eos", env=GIVES_UP_SOON,
     )  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def test_the_calls_of_a_killed_worker_can_be_read(commands: Commands) -> None:
     ids = write_ids(commands.folder / "ids.json", TINY_PROMPT)
     asking = commands.start(
         "generate", "random:tiny", "--worker", commands.ipc(), "--prompt-ids", ids,
-        "--max-tokens", 400, "--ignore-eos",
+        "--max-tokens", 400, "--ignore-eos", env=GIVES_UP_SOON,
     )  # fmt: skip
     index = folder / "session-1" / "calls.jsonl"
     assert eventually(lambda: index.exists() and index.stat().st_size > 10_000, START_S)

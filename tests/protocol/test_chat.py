@@ -11,7 +11,15 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
-from protocol_helpers import START_S, Commands, Main, Result, Running, socket_endpoint
+from protocol_helpers import (
+    GIVES_UP_SOON,
+    START_S,
+    Commands,
+    Main,
+    Result,
+    Running,
+    socket_endpoint,
+)
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 LONG = ["--privacy", "tee", "--seed", "1", "--max-tokens", "50000"]
@@ -36,7 +44,8 @@ def chatting(commands: Commands, *arguments: object) -> Iterator[Terminal]:
     os.mkfifo(pipe)
     descriptor = os.open(pipe, os.O_RDWR)  # so that opening it for reading does not wait
     try:
-        yield Terminal(commands.start("chat", *arguments, stdin=pipe), descriptor)
+        command = ["chat", *arguments]
+        yield Terminal(commands.start(*command, stdin=pipe, env=GIVES_UP_SOON), descriptor)
     finally:
         os.close(descriptor)
 
@@ -69,7 +78,7 @@ def test_a_conversation_with_the_real_model(
     lines = commands.folder / "lines.txt"
     typed = [QUESTION, "", "And of Italy?", "/save talk.jsonl", "/retry", "/stats"]
     lines.write_text("".join(f"{line}\n" for line in typed))
-    command = ["chat", "demo", "--privacy", "tee", "--temperature", "0", "--max-tokens", "40"]
+    command = ["chat", "demo", "--privacy", "tee", "--temperature", "0", "--max-tokens", "10"]
     result = commands.run(*command, stdin=lines)
     assert result.status == 0, result.stderr
     first, second, again = result.stdout.splitlines()
@@ -82,7 +91,7 @@ def test_a_conversation_with_the_real_model(
     # The whole conversation in the template, computed anew, has the same answer.
     whole = commands.folder / "whole.jsonl"
     whole.write_text(json.dumps({"messages": saved[:-1]}))
-    command = ["generate", "demo", "--privacy", "tee", "--prompts", whole, "--max-tokens", "40"]
+    command = ["generate", "demo", "--privacy", "tee", "--prompts", whole, "--max-tokens", "10"]
     assert main(*command, "--json").json["outputs"][0]["text"] == second
     # Nor did it compute the first exchange again.
     prefilled = int(result.stderr.split("prefill ")[1].split()[0])

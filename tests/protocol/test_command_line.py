@@ -135,8 +135,10 @@ def test_tee_goes_on_with_a_plain_prompt_without_a_worker(
     assert result["rpc"]["calls"] == 0
 
 
-def test_without_ignore_eos_an_answer_ends_earlier(main: Main, demo_ipc: str) -> None:
-    short = main(*asking(demo_ipc, QUESTION), "--json", "--max-tokens", 12).token_ids[0]
+def test_without_ignore_eos_an_answer_ends_earlier(
+    main: Main, demo_ipc: str, answer: Result
+) -> None:
+    short = answer.token_ids[0]
     long = main(*asking(demo_ipc, QUESTION), "--json", "--max-tokens", 12, "--ignore-eos")
     assert len(short) == 8
     assert len(long.token_ids[0]) == 12

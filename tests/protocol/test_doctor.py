@@ -67,7 +67,7 @@ def test_without_sealed_memory_a_folder_that_is_missing_or_tiny_is_named(
         machine.shared_memory(tmp_path)
 
 
-def test_a_worker_that_is_down(commands: Commands) -> None:
+def test_a_worker_that_is_down(commands: Commands, gives_up_soon: None) -> None:
     [(name, found)] = failures(examine(commands.ipc())).items()
     assert name == "reach the worker"
     assert f"ipc://{commands.folder}" in found
@@ -203,7 +203,7 @@ def test_a_worker_without_its_model_that_serves_one_mode_or_has_a_key(commands: 
     assert "accepts only encrypted links" in wrong
 
 
-def test_a_worker_without_its_model_that_is_down(commands: Commands) -> None:
+def test_a_worker_without_its_model_that_is_down(commands: Commands, gives_up_soon: None) -> None:
     [(name, found)] = failures(list(greeting_checks(Unnamed(commands.ipc())))).items()
     assert name == "reach the worker"
     assert f"ipc://{commands.folder}" in found

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from fake_workers import deaf_socket, fake_worker, newer_version, silence, silence_after_welcome
-from protocol_helpers import DEADLINE_S, START_S, Commands, Running, socket_endpoint, write_ids
+from protocol_helpers import (
+    DEADLINE_S,
+    GIVES_UP_SOON,
+    START_S,
+    Commands,
+    Running,
+    socket_endpoint,
+    write_ids,
+)
 
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.weights import parse_dtype
@@ -25,7 +33,8 @@ CONNECTED = "worker at "
 
 
 def generate(commands: Commands, model: object, endpoint: str, *arguments: object) -> Running:
-    return commands.start("generate", model, "--privacy", "open", "--worker", endpoint, *arguments)
+    command = ["generate", model, "--privacy", "open", "--worker", endpoint, *arguments]
+    return commands.start(*command, env=GIVES_UP_SOON)
 
 
 def error(running: Running, after: str = "") -> str:
@@ -59,7 +68,11 @@ def test_no_worker_at_the_endpoint_is_an_error_that_says_how_to_start_one(
     ("number", "sentence"),
     [
         (signal.SIGKILL, "is gone: the connection broke"),
-        (signal.SIGSTOP, "is gone: the connection broke|stopped answering"),
+        pytest.param(
+            signal.SIGSTOP,
+            "is gone: the connection broke|stopped answering",
+            marks=pytest.mark.slow,  # tests/wire/test_wire_lost.py has the same in less time
+        ),
     ],
 )
 def test_a_worker_lost_in_prefill_or_in_decode_is_an_error(

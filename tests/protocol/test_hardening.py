@@ -96,7 +96,9 @@ def test_every_command_that_sees_a_prompt_is_hardened_before_its_options_are_rea
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGSEGV, marks=pytest.mark.slow), signal.SIGBUS]
+)
 def test_a_crash_that_holds_a_prompt_leaves_nothing_of_it(
     number: signal.Signals, commands: Commands, speaking: Path
 ) -> None:

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from protocol_helpers import (
     DEADLINE_S,
+    GIVES_UP_SOON,
     SHARED,
     Commands,
     Main,
@@ -121,6 +122,7 @@ def test_a_lost_worker_of_several_is_named(plain: str, commands: Commands) -> No
     running = commands.start(
         "generate", "random:tiny", "--privacy", "shares", "--insecure-same-host",
         "--worker", plain, "--worker", endpoint, "--prompt-ids", long, "--prefill-chunk", 1,
+        env=GIVES_UP_SOON,
     )  # fmt: skip
     running.says(f"worker at {endpoint}").computes()
     lost.send(signal.SIGKILL)
@@ -373,6 +375,6 @@ def test_a_secret_key_file_is_no_worker_key(tmp_path: Path) -> None:
     assert "holds a secret key; it must not leave" in refusal("pad", [HERE], [str(secret_file)])
 
 
-def test_one_key_may_be_given_without_a_list(tmp_path: Path) -> None:
+def test_one_key_may_be_given_without_a_list(tmp_path: Path, gives_up_soon: None) -> None:
     with pytest.raises(TSQPError, match="No worker answers at ipc"):
         LLM("random:tiny", worker=f"ipc://{tmp_path}/none", worker_key=KEYS[0])

@@ -31,7 +31,7 @@ def test_every_group_is_checked_and_named(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     target=st.sampled_from(GROUPS),

@@ -19,7 +19,7 @@ def test_memory_that_changes_after_the_answer_gives_right_tokens_or_none(
     liar: LyingWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noticed = 0
-    for bit in range(40):
+    for bit in range(20):
         monkeypatch.setattr(build, "process_limit", FailureLimit())
         with private(liar, Order("changes its answer afterwards", 0, "down", bit=bit)) as llm:
             assert llm.transport == SHARED

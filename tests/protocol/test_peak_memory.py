@@ -67,7 +67,9 @@ def demo_file() -> str:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=[pytest.mark.slow] if m != "pad" else []) for m in MODES]
+)
 def test_no_side_ever_holds_much_more_than_its_weights(
     mode: str, demo_file: str, tmp_path: Path
 ) -> None:

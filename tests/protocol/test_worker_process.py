@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from protocol_helpers import (
+    GIVES_UP_SOON,
     START_S,
     Commands,
     Main,
@@ -103,7 +104,7 @@ def test_a_signal_ends_a_busy_worker_and_its_client_sees_it(
     worker = commands.worker(speaking, commands.ipc())
     generate = commands.start(
         "generate", speaking, "--privacy", "open", "--worker", commands.ipc(),
-        "--prompt", "Once upon a time", *ENDLESS,
+        "--prompt", "Once upon a time", *ENDLESS, env=GIVES_UP_SOON,
     ).answers()  # fmt: skip
     worker.send(signal.SIGTERM)
     assert worker.ends().status == 0

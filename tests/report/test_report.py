@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_helpers import call, decoding, header, run, write
 from rich.console import Console
@@ -241,6 +241,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text(), JSON))
 def test_any_object_with_a_command_is_printed(values: dict[str, object]) -> None:
     file = BenchFile("any", {"command": "x"} | values)

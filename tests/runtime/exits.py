@@ -83,6 +83,11 @@ def exception() -> None:
 
 
 def interrupt() -> None:
+    llm = make()
+    llm.generate([[1]], ENDLESS, should_stop=lambda: bool(signal.raise_signal(signal.SIGINT)))
+
+
+def interrupt_with_a_worker() -> None:
     llm = make("local")
     llm.generate([[1]], ENDLESS, should_stop=lambda: bool(signal.raise_signal(signal.SIGINT)))
 
@@ -99,13 +104,14 @@ CASES = {
     each.__name__: each
     for each in (
         end_of_main,
-        end_of_main_with_a_worker,
         in_a_cycle,
         exit_3,
         exit_in_a_thread,
         exception,
         interrupt,
         daemon_that_generates,
+        end_of_main_with_a_worker,
+        interrupt_with_a_worker,
     )
 }
 

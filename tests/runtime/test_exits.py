@@ -10,17 +10,31 @@ import exits
 import pytest
 from protocol_helpers import Commands, eventually
 
-STATUS = {"exit_3": 3, "exception": 1, "interrupt": -signal.SIGINT}
+WITH_WORKERS = [name for name in exits.CASES if name.endswith("_with_a_worker")]
+ALONE = [name for name in exits.CASES if name not in WITH_WORKERS]
+STATUS = {
+    "exit_3": 3,
+    "exception": 1,
+    "interrupt": -signal.SIGINT,
+    "interrupt_with_a_worker": -signal.SIGINT,
+}
 SAID = {
     "exception": ["ValueError: it leaves main"],
     "interrupt": ["KeyboardInterrupt"],
+    "interrupt_with_a_worker": ["KeyboardInterrupt"],
     "daemon_that_generates": ["tsqp.errors.UsageError: This LLM is closed; make a new one."],
 }
 
 
 @pytest.mark.timeout(300)  # a dozen programs, on a machine that may be busy
-def test_a_program_that_does_not_close_its_llm_ends_as_any_other(commands: Commands) -> None:
-    names = list(exits.CASES)
+@pytest.mark.parametrize(
+    "names",
+    [ALONE, pytest.param(WITH_WORKERS, marks=pytest.mark.slow)],  # each worker loads torch anew
+    ids=["alone", "with workers"],
+)
+def test_a_program_that_does_not_close_its_llm_ends_as_any_other(
+    names: list[str], commands: Commands
+) -> None:
     result = subprocess.run(
         [sys.executable, exits.__file__, *names],
         capture_output=True,

@@ -37,7 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 FEW = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-MANY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+MANY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True)
 PROMPT = [1, 2, 3]
 
@@ -279,7 +279,7 @@ def test_an_interrupt_anywhere_leaves_a_session_that_answers_and_ends(threads: i
         llm.generate([prompt], FEW)
 
     interrupted = 0
-    for _ in at_every_opcode(run, *modules, first=threads, step=397):
+    for _ in at_every_opcode(run, *modules, first=threads, step=797):
         interrupted += 1
         assert llm.generate([prompt], FEW) == expected
         assert is_blank(llm)

@@ -11,6 +11,7 @@ from tsqp import LLM, SamplingParams
 from tsqp.errors import WorkerLost
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pads import Pads
+from tsqp.wire import client
 
 MODEL = "random:tiny"
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -40,7 +41,7 @@ class Taken:
 @pytest.mark.parametrize(
     "options",
     [
-        {"privacy": "open"},
+        pytest.param({"privacy": "open"}, marks=pytest.mark.slow),
         {"privacy": "pad", "field": "wide"},
         {"privacy": "pad", "field": "lattice"},
         {"privacy": "shares", "worker": ["local", "local"], "insecure_same_host": True},
@@ -80,15 +81,17 @@ def test_a_local_worker_that_is_killed_is_started_again(
 
 
 def test_a_worker_that_comes_back_at_its_endpoint_is_used_by_the_next_call(
-    commands: Commands,
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = commands.worker(MODEL, commands.ipc())
     with LLM(MODEL, privacy="pad", worker=commands.ipc(), threads=1, timeout=30) as llm:
         expected = answers(llm)
         worker.send(signal.SIGKILL)
         worker.ends()
-        for _ in range(2):
-            with pytest.raises(WorkerLost, match=r"is gone|has ended"):
-                answers(llm)
+        with monkeypatch.context() as soon:
+            soon.setattr(client, "CONNECT_S", 0.5)
+            for _ in range(2):
+                with pytest.raises(WorkerLost, match=r"is gone|has ended"):
+                    answers(llm)
         commands.worker(MODEL, commands.ipc())
         assert answers(llm) == expected

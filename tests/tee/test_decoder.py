@@ -178,6 +178,7 @@ def test_half_width_errors_are_at_most_one_and_a_half_of_transformers(
     assert rms(ours - exact) <= 1.5 * rms(theirs - exact)
 
 
+@pytest.mark.slow
 def test_bfloat16_on_the_real_model_is_as_exact_as_transformers(smollm: Checkpoint) -> None:
     ids = random_ids(64, 49_000)
     dtype = torch.bfloat16

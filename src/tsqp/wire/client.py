@@ -60,19 +60,23 @@ from tsqp.wire.tensors import Spec, raw
 from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import ClientSocket
 
+CONNECT_S = 5.0
 MAX_INLINE = 2**29  # maximum bytes of a call without shared memory; larger calls are split
 
 
 def check_reachable(
-    endpoint: Endpoint, worker_key: str | None = None, timeout: float = 5.0
+    endpoint: Endpoint, worker_key: str | None = None, timeout: float | None = None
 ) -> None:
     """Check that a worker serves `endpoint`: a cheap test before expensive work.
+
+    Args:
+        timeout: in seconds; CONNECT_S by default.
 
     Raises:
         WorkerUnavailable: nobody serves the endpoint.
         HandshakeError: the worker does not hold the secret key of `worker_key`.
     """
-    ClientSocket(endpoint, timeout, worker_key).close()
+    ClientSocket(endpoint, CONNECT_S if timeout is None else timeout, worker_key).close()
 
 
 class RemoteChannel:
@@ -84,7 +88,7 @@ class RemoteChannel:
         hello: Hello,
         *,
         worker_key: str | None = None,
-        connect_timeout: float = 5.0,
+        connect_timeout: float | None = None,
         shm_folder: Path = SHM_FOLDER,
         no_shm_reason: str = "--no-shm was given",
     ) -> None:
@@ -94,7 +98,8 @@ class RemoteChannel:
             endpoint: ipc or tcp.
             hello: what this side needs; `shm_bytes` = 0 sends all tensors inline.
             worker_key: the worker's public key, for an encrypted link.
-            connect_timeout: seconds for the connection, and again for the handshake.
+            connect_timeout: seconds for the connection, and again for the handshake; CONNECT_S by
+                default.
             no_shm_reason: the reason to report if `shm_bytes` is 0.
 
         Raises:
@@ -114,6 +119,8 @@ class RemoteChannel:
         self._calls: dict[int, RemoteCall] = {}
         self._cancelled: dict[int, RemoteCall] = {}
         self._last_ticket = 0
+        if connect_timeout is None:
+            connect_timeout = CONNECT_S
         self._socket = ClientSocket(endpoint, connect_timeout, worker_key)
         try:
             self.welcome = self._shake_hands(hello, time.monotonic() + connect_timeout)
