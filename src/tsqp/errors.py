@@ -114,7 +114,7 @@ class OutputError(TSQPError):
 
 
 class LatticeError(TSQPError):
-    """A lattice mask does not fit its product: a wrong hint or program, and no worker's doing."""
+    """A lattice mask was wrong: the hints or TSQP are, and the worker did not cause it."""
 
 
 class RecordingError(TSQPError):

@@ -177,7 +177,7 @@ def test_a_value_that_is_no_residue_is_found(auditor: Auditor, tmp_path: Path) -
     rows[FIRST][0, 0] = COMPACT.p
     report = auditor.audit(write(tmp_path / "a", rows, COMPACT), PROMPT)
     assert fired(report) == {audit.UNIFORM}
-    assert report.named(audit.UNIFORM).note == "1 values are no residues"
+    assert report.named(audit.UNIFORM).note == "1 values are outside [0, p)"
 
 
 def test_plain_activations_give_the_prompt(auditor: Auditor, tmp_path: Path) -> None:

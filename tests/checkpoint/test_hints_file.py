@@ -84,7 +84,7 @@ def test_one_flipped_bit_anywhere_is_refused(place: float, hints: Path, tmp_path
         content[start + int(place * (len(content) - start))] ^= 1
         return content
 
-    with pytest.raises(HintsError, match=r"not those of its weights|values that are no residues"):
+    with pytest.raises(HintsError, match=r"not those of its weights|values outside"):
         private(changed(hints, tmp_path, flip))
 
 
@@ -135,7 +135,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_hints_belong_to_lattice_masks(hints: Path) -> None:
-    with pytest.raises(UsageError, match="--hints goes with --privacy pad and --field lattice"):
+    with pytest.raises(UsageError, match="--hints is for --privacy pad with --field lattice"):
         LLM(MODEL, worker="inproc", field="wide", hints=hints)
 
 

@@ -255,7 +255,7 @@ def test_keygen_makes_two_files_and_prints_the_public_key(main: Main, tmp_path: 
     assert secret not in result.stdout + result.stderr
     again = main("keygen", tmp_path / "keys")
     assert (again.status, again.stdout) == (2, "")
-    assert "worker.key exists, and no key is written over" in again.error
+    assert "worker.key already exists and is not overwritten" in again.error
 
 
 def test_keygen_says_where_it_cannot_write(main: Main, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_wrong_product_is_blamed_on_all_workers(
     message = fails(liar, Order(lie), IntegrityError, three, sampled, field)
     assert message.startswith(
         f"One of the workers at {three[0]}, {three[1]} and {three[2]} returned a wrong product for "
-        "group qkv of layer 0; nothing of it was used"
+        "group qkv of layer 0; the answer was discarded."
     )
     assert limit._left == MAX_FAILURES - 1
 

@@ -21,7 +21,7 @@ FULL = """
 mount -t tmpfs -o size=4m tmpfs /dev/shm && ! head -c 8388608 /dev/zero 2>&- > /dev/shm/full"""
 
 
-UNSEEN = "the worker's sealed memory is out of this side's reach (No such file or directory)"
+UNSEEN = "the worker's sealed memory cannot be opened by this process (No such file or directory)"
 
 
 def tmpfs(size: str) -> str:

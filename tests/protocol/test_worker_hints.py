@@ -98,4 +98,4 @@ def test_a_worker_that_has_no_memory_for_hints_is_named(monkeypatch: pytest.Monk
 def test_the_option_belongs_to_lattice_masks(main: Main) -> None:
     result = main("generate", MODEL, "--worker", "inproc", "--field", "wide", "--hints", "worker")
     assert result.status == 2
-    assert "--hints goes with --privacy pad and --field lattice" in result.stderr
+    assert "--hints is for --privacy pad with --field lattice" in result.stderr

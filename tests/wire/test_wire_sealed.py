@@ -166,18 +166,18 @@ def unix_socket(folder: Path) -> int:
 OTHER_THINGS: dict[str, tuple[Callable[[Path], int], int, str]] = {
     "can shrink": (lambda folder: memfd(GROW | fcntl.F_SEAL_SEAL), SIZE, "is not sealed"),
     "has no seals": (lambda folder: memfd(0), SIZE, "is not sealed"),
-    "is read-only": (lambda folder: memfd(ALL | fcntl.F_SEAL_WRITE), SIZE, "reach"),
+    "is read-only": (lambda folder: memfd(ALL | fcntl.F_SEAL_WRITE), SIZE, "cannot be opened"),
     "is short": (lambda folder: memfd(ALL, SIZE - mmap.PAGESIZE), SIZE, "bytes, not"),
     "is long": (lambda folder: memfd(ALL, SIZE + mmap.PAGESIZE), SIZE, "bytes, not"),
     "has huge pages": (lambda folder: huge_pages(), 2**21, "huge pages"),
-    "is a pipe": (fifo, SIZE, "something else than memory"),
-    "is a file": (regular, SIZE, "something else than memory"),
-    "is a file in memory": (tmpfs_file, SIZE, "something else than memory"),
-    "is a folder": (lambda folder: os.open(folder, os.O_RDONLY), SIZE, "something else"),
-    "is a device": (lambda folder: os.open("/dev/zero", os.O_RDWR), SIZE, "something else"),
-    "is a socket": (unix_socket, SIZE, "something else than memory"),
-    "is an event": (lambda folder: os.eventfd(0), SIZE, "something else than memory"),
-    "is a process": (lambda folder: os.pidfd_open(os.getpid()), SIZE, "something else|reach"),
+    "is a pipe": (fifo, SIZE, "something other than memory"),
+    "is a file": (regular, SIZE, "something other than memory"),
+    "is a file in memory": (tmpfs_file, SIZE, "something other than memory"),
+    "is a folder": (lambda folder: os.open(folder, os.O_RDONLY), SIZE, "something other"),
+    "is a device": (lambda folder: os.open("/dev/zero", os.O_RDWR), SIZE, "something other"),
+    "is a socket": (unix_socket, SIZE, "something other than memory"),
+    "is an event": (lambda folder: os.eventfd(0), SIZE, "something other than memory"),
+    "is a process": (lambda folder: os.pidfd_open(os.getpid()), SIZE, "other|cannot"),
 }
 
 
@@ -221,9 +221,9 @@ OURSELVES = 0
 
 
 @pytest.mark.parametrize(("pid", "number"), [(2**31 - 1, 3), (1, 2**31 - 1), (OURSELVES, 9999)])
-def test_what_is_not_there_is_out_of_reach(pid: int, number: int) -> None:
+def test_what_is_not_there_cannot_be_opened(pid: int, number: int) -> None:
     pid = pid or os.getpid()
-    with pytest.raises(WorkerUnavailable, match="out of this side's reach"):
+    with pytest.raises(WorkerUnavailable, match="cannot be opened by this process"):
         SealedSegment.open(pid, number, SIZE)
 
 

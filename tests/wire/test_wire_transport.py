@@ -104,7 +104,7 @@ def test_shared_memory_is_sealed_and_reported_with_its_size(
     channel.close()
 
 
-UNSEEN = "the worker's sealed memory is out of this side's reach (No such file or directory)"
+UNSEEN = "the worker's sealed memory cannot be opened by this process (No such file or directory)"
 
 
 @pytest.fixture

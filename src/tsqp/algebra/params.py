@@ -7,7 +7,7 @@ import numpy as np
 
 FieldName = Literal["wide", "compact", "lattice"]
 
-CHECK_MODULUS = 2**31 - 1  # P of [P6] and [P7]: prime, and at least either p
+CHECK_MODULUS = 2**31 - 1  # P of [P6] and [P7]: prime, and at least the p of WIDE and COMPACT
 MAX_WIDTH = 131_072  # input features D: sums of int8 products stay below 2^31
 
 
@@ -17,7 +17,7 @@ class Field:
 
     Attributes:
         digits: L, how many balanced base-256 digits hold any residue [P9].
-        residue_bytes: of one residue on the wire.
+        residue_bytes: bytes of one residue on the wire.
     """
 
     name: FieldName
@@ -51,4 +51,4 @@ COMPACT = Field("compact", bits=24, gap=3, digits=3, residue_bytes=3)
 LATTICE = Field("lattice", bits=46, gap=110_591, digits=6, residue_bytes=6)
 FIELDS: dict[FieldName, Field] = {field.name: field for field in (WIDE, COMPACT, LATTICE)}
 DEGREE = 2048  # N of the ring of [P10]: rows of a batch of lattice masks
-DIRECT_FIELDS = (WIDE, COMPACT)  # of pads and shares; lattice masks belong to the other
+DIRECT_FIELDS = (WIDE, COMPACT)  # the fields of pads and shares

@@ -116,7 +116,9 @@ def open_recording(folder: Path, config: ModelConfig, model: str) -> Recording:
         raise RecordingError(f"{session} holds no call of a linear layer; record an answer.")
     fields = {call.field for call in calls}
     if len(fields) > 1:
-        raise RecordingError(f"{session} mixes privacy modes or fields, which no session does.")
+        raise RecordingError(
+            f"{session} mixes privacy modes or fields, so it is not the recording of one session."
+        )
     known = {place_of(group): group for group in linear_groups(config)}
     recorded = []
     values: Counter[LinearGroup] = Counter()

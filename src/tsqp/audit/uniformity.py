@@ -62,7 +62,7 @@ class Uniformity:
     def finding(self, attack: str, subject: str) -> Finding:
         values = int(self._counts[0].sum())
         if self._outside:
-            note = f"{self._outside} values are no residues"
+            note = f"{self._outside} values are outside [0, p)"
             return Finding(attack, subject, "values", self._outside, values, 0.0, 0.0, note)
         if values < MIN_VALUES:
             note = f"not applicable: {values} values, and {MIN_VALUES} are needed"

@@ -144,13 +144,14 @@ def parse_modes(text: str) -> list[str]:
 
 
 def parse_field(name: str) -> FieldName:
-    """Check the name of a field.
+    """Check the name of a field. `auto` is refused: the results of one run are for one field.
 
     Raises:
         UsageError: there is no such field.
     """
     if name not in FIELDS:
-        raise UsageError(f"There is no such field; choose {' or '.join(FIELDS)}.")
+        *names, last = FIELDS
+        raise UsageError(f"`tsqp bench` measures one field; choose {', '.join(names)} or {last}.")
     return FIELDS[name].name
 
 

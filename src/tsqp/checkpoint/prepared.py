@@ -137,8 +137,8 @@ def prepare(model: str, path: Path, progress: Progress = silent) -> str:
     """
     if not path.name.endswith(SUFFIX):
         raise UsageError(
-            f"{printable_path(path, 'OUT')} must end in {SUFFIX}, by which a worker knows such a "
-            "file."
+            f"{printable_path(path, 'OUT')} must end in {SUFFIX}; workers recognise prepared files "
+            "by this ending."
         )
     if path.exists():
         raise UsageError(f"{path} exists; name a new file, or remove it.")

@@ -1,6 +1,6 @@
 """The command line: parses, calls, prints.
 
-Settings come from flags, then TSQP_* variables (and the prototype's LLAMA_* names), then the TOML
+Settings come from flags, then TSQP_* variables (or LLAMA_*, as in earlier versions), then the TOML
 file of --config: see docs/settings.md.
 """
 
@@ -92,7 +92,10 @@ def main() -> None:
             print(usage.describe(exc), file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
-        print("error: Standard input ended too soon; run it again.", file=sys.stderr)
+        print(
+            "error: Standard input ended before the command was complete. Run the command again.",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except TSQPError as exc:
         if state.get("debug"):

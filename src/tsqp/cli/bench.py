@@ -35,8 +35,7 @@ def bench(
         int,
         typer.Option(
             min=0,
-            help="Also measure the generation of this many tokens after the stock of pads is used "
-            "up. 0 skips this.",
+            help="Also generate this many tokens with an empty stock of pads. 0 skips this.",
         ),
     ] = 0,
     starts: Annotated[
@@ -75,7 +74,7 @@ def bench(
 
 @app.command("bench-kernels")
 def bench_kernels(out: Out = None, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Measure the masking and checking loops of the trusted side, on one core, per element."""
+    """Measure the TEE's masking and checking loops, on one core, per element."""
     from tsqp.bench import output
 
     output.check_out(out)

@@ -33,7 +33,8 @@ def read_settings(context: typer.Context, path: Path | None) -> Path | None:
         own = settings[name] if isinstance(settings.get(name), dict) else {}
         for key in own.keys() - options.keys():
             raise UsageError(
-                f"{path}: {name} has no option{_named(key)}; see `tsqp {name} --help`."
+                f"{path}: the file sets an unknown option{_named(key)} of {name}; see "
+                f"`tsqp {name} --help`."
             )
         known |= options.keys()
         mine = {key: value for key, value in (shared | own).items() if key in options}
@@ -45,17 +46,19 @@ def read_settings(context: typer.Context, path: Path | None) -> Path | None:
         }
     for key in shared.keys() - known:
         raise UsageError(
-            f"{path}: no command has an option{_named(key)}; see `tsqp COMMAND --help`."
+            f"{path}: the file sets an unknown option{_named(key)}; see `tsqp COMMAND --help`."
         )
     for key in settings.keys() - shared.keys() - defaults.keys():
-        raise UsageError(f"{path}: there is no command{_named(key)}; see `tsqp --help`.")
+        raise UsageError(
+            f"{path}: the file has a table for an unknown command{_named(key)}; see `tsqp --help`."
+        )
     context.default_map = defaults
     return path
 
 
 def _named(key: str) -> str:
-    """A key as shown in a message. One that cannot be a misspelt name may be a prompt: hidden."""
-    return f" {key!r}" if re.fullmatch(r"[A-Za-z0-9_-]{1,32}", key) else " of a name it sets"
+    """A key as shown in a message. It is left out if it may be a prompt, not a misspelt name."""
+    return f" {key!r}" if re.fullmatch(r"[A-Za-z0-9_-]{1,32}", key) else ""
 
 
 def _reason(error: OSError | ValueError) -> str:

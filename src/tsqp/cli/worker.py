@@ -34,19 +34,23 @@ def worker(
     threads: int | None,
     shm: bool,
     max_sessions: Annotated[
-        int, typer.Option(min=1, help="Most sessions at a time, of all clients.")
+        int, typer.Option(min=1, help="Maximum number of sessions at a time, of all clients.")
     ] = 64,
     max_sessions_per_client: Annotated[
         int,
-        typer.Option(min=1, help="Most sessions of one user of this machine, or of one address."),
+        typer.Option(
+            min=1, help="Maximum number of sessions per client (local user or IP address)."
+        ),
     ] = 16,
     max_shm_bytes: Annotated[
-        int, typer.Option(min=0, help="Most shared memory of one session.")
+        int, typer.Option(min=0, help="Maximum shared memory of one session, in bytes.")
     ] = 2**30,
     max_total_shm_bytes: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Most shared memory of all sessions; at most half of what is free."
+            min=0,
+            help="Maximum shared memory of all sessions together, in bytes. Never more than half "
+            "of the free memory.",
         ),
     ] = None,
     keyfile: Annotated[
@@ -104,7 +108,7 @@ def prepare(
     ],
     hints: Annotated[
         Path | None,
-        typer.Option(help="Also write the hints of lattice masks, for the TEE, in this new file."),
+        typer.Option(help="Also write the hints of lattice masks, for the TEE, to this new file."),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,

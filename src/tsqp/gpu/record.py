@@ -1,9 +1,9 @@
 """`tsqp worker --record DIR`: everything a worker receives, written down for audits.
 
-    DIR/session-1/calls.jsonl           one line a call, a `RecordedCall`
+    DIR/session-1/calls.jsonl           one `RecordedCall` a line
     DIR/session-1/000001.safetensors    its tensors, as the worker saw them
 
-A session holds the calls of one TEE side, from its handshake to its end. A line is written after
+A session holds the calls of one client, from its handshake to its end. A line is written after
 its tensors, and a file gets its name only when it is complete. So if a worker is killed, every call
 that has a line can be read.
 """
@@ -74,7 +74,7 @@ class Recorder:
     """Writes one recording."""
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder, readable by this user alone, or take an empty one.
+        """Make the folder, which only this user can read, or use an empty one.
 
         Raises:
             UsageError: the folder is not empty.

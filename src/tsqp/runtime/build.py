@@ -272,7 +272,7 @@ class Builder:
             process_limit.count()
             raise IntegrityError(
                 f"The worker at {channel.endpoint} made wrong hints for {group}; no mask was made "
-                "with them, and nothing more should be asked there."
+                "with them. Do not use this worker again."
             ) from exc
         finally:
             channel.close()

@@ -1,4 +1,4 @@
-"""The only place that joins the zones: builds a TEE side, a worker side, or both."""
+"""`LLM`: joins model, offload and engine into something that answers."""
 
 import inspect
 import logging

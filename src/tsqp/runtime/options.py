@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
 ATTENTION_SIDES = ("tee", "gpu")
 FUSIONS = ("none", "layer")
-WORKER_HINTS = "worker"  # of `hints`: let the worker make them
+WORKER_HINTS = "worker"  # value of `hints`: the worker makes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,10 @@ class Options:
     privacy: Annotated[
         str,
         Option(
-            "pad: one worker. It sees only uniform noise, and wrong answers are detected. "
-            "shares: several workers. Each sees only uniform noise, but all of them together could "
-            "read everything. open: one worker, which can read everything. tee: no worker.",
+            "pad: one worker. It sees only values that look random, and wrong answers are "
+            "detected. shares: several workers. Each sees only random values, but all of them "
+            "together could read everything. open: one worker, which can read everything. tee: no "
+            "worker.",
             str,
             env=("TSQP_PRIVACY",),
         ),
@@ -110,9 +111,9 @@ class Options:
     field: Annotated[
         str,
         Option(
-            "Residues of the private modes: wide (4 bytes), compact (3 bytes), or lattice (6, in "
-            "pad only), whose masks cost the TEE less in wide layers and rest on RLWE. auto: "
-            "measure whether wide or lattice costs less.",
+            "Residues of the private modes: wide (4 bytes), compact (3 bytes), or lattice (6 "
+            "bytes; not for shares): cheaper for the TEE in wide layers; its security assumes "
+            "RLWE. auto measures whether wide or lattice costs less (not in `tsqp bench`).",
             str,
             env=("TSQP_FIELD",),
         ),
@@ -194,8 +195,7 @@ class Options:
     expect_model: Annotated[
         str | None,
         Option(
-            "Refuse any model that does not have this digest. `tsqp digest` prints the digest of a "
-            "model.",
+            "Accept only the model with this digest. `tsqp digest` prints the digest of a model.",
             str | None,
             env=("TSQP_EXPECT_MODEL",),
             metavar="DIGEST",
@@ -205,8 +205,8 @@ class Options:
         str | Path | None,
         Option(
             "Where the hints of field lattice come from: a file that `tsqp prepare --hints` wrote, "
-            "or `worker`, which lets the worker make them. Either are checked. By default they are "
-            "made here, or come from the cache.",
+            "or `worker`, which lets the worker make them. Both are checked. By default, the TEE "
+            "makes them, or reads them from the cache.",
             str | None,
             metavar="FILE|worker",
         ),
@@ -230,11 +230,13 @@ class Options:
             raise UsageError(f"There is no such field; choose {_or(('auto', *FIELDS))}.")
         if self.field == LATTICE.name and self.privacy == "shares":
             raise UsageError(
-                "--field lattice goes with --privacy pad, or with --fixed-point: shares need no "
-                "masks; choose wide or compact."
+                "--field lattice is for --privacy pad or --fixed-point; shares need no masks, so "
+                "choose wide or compact."
             )
         if self.hints is not None and not self.lattice:
-            raise UsageError("--hints goes with --privacy pad and --field lattice; leave it out.")
+            raise UsageError(
+                "--hints is for --privacy pad with --field lattice only; leave it out."
+            )
         if self.fixed_point and self.privacy != "tee":
             raise UsageError(
                 "--fixed-point is for --privacy tee only; the private modes always use it."
@@ -272,7 +274,7 @@ class Options:
 
     @property
     def residues(self) -> "Field":
-        """The parameters of `field`; of the wide one where it is still to be chosen."""
+        """The parameters of `field`; those of wide while `auto` has not been decided."""
         from tsqp.algebra.params import FIELDS, WIDE
 
         return WIDE if self.field == "auto" else FIELDS[self.field]  # type: ignore[index]  # checked
@@ -299,7 +301,7 @@ class Options:
 
     @property
     def no_shm_reason(self) -> str:
-        """Why no memory is shared with the workers; empty where it may be."""
+        """Why no memory is shared with the workers; empty if it is."""
         if not self.shm:
             return "--no-shm was given"
         if self.privacy == "shares" and not self.insecure_same_host:

@@ -1,4 +1,4 @@
-"""Whether a command was asked to say less: --quiet."""
+"""The option --quiet."""
 
 import logging
 
@@ -6,7 +6,7 @@ _notes = logging.getLogger("tsqp.notes")
 
 
 def set_quiet(quiet: bool) -> None:
-    """Say, or do not say, what a run logs below warnings, and what `is_quiet` is asked about."""
+    """Turn messages below warnings, and everything that asks `is_quiet`, off or on."""
     for logger in (logging.getLogger("tsqp"), _notes):
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
 

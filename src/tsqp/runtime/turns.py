@@ -27,11 +27,11 @@ class _Turn:
 
 
 class Turns:
-    """Lets calls from several threads run one after the other, and the end come after them.
+    """Runs calls from several threads one after the other, and closes after the last of them.
 
-    There is no lock, which an interrupt could leave held. Whose turn it is, is the first key of a
-    dictionary, and it is added and removed in one step of the interpreter each. What has not ended
-    when Python does is ended then.
+    There is no lock, because an interrupt could leave it held. Calls are the keys of a dictionary,
+    and the first key has its turn. Adding a key, and removing one, is a single step of the
+    interpreter. Objects that are still open when Python ends are closed then.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Turns:
     def at_end(self, closer: Callable[[], None]) -> None:
         """Have `closer` called at the end, before those that were added earlier.
 
-        It may be called more than once, by any thread, where an interrupt broke it off.
+        It may be called more than once, by any thread, if an interrupt stopped it.
         """
         self._closers.append(closer)
 

@@ -57,7 +57,7 @@ def write_key_pair(folder: Path) -> tuple[Path, Path, str]:
             raise
     except FileExistsError as exc:
         raise UsageError(
-            f"{exc.filename} exists, and no key is written over; name another folder."
+            f"{exc.filename} already exists and is not overwritten; name another folder."
         ) from exc
     except OSError as exc:
         raise TSQPError(

@@ -144,7 +144,7 @@ class SealedSegment(Segment):
                 # Check the name first: a stat of a file on another file system may block.
                 is_memory = str(Path(f"/proc/self/fd/{place:d}").readlink()).startswith("/memfd:")
                 if not is_memory or not stat.S_ISREG(os.fstat(place).st_mode):
-                    raise WorkerUnavailable("the worker offers something else than memory")
+                    raise WorkerUnavailable("the worker offered something other than memory")
                 flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
                 own = os.open(f"/proc/self/fd/{place:d}", flags)
             finally:
@@ -156,7 +156,7 @@ class SealedSegment(Segment):
         except (OSError, AttributeError) as exc:  # only Linux has O_PATH
             why = exc.strerror if isinstance(exc, OSError) else "this system has none"
             raise WorkerUnavailable(
-                f"the worker's sealed memory is out of this side's reach ({why})"
+                f"the worker's sealed memory cannot be opened by this process ({why})"
             ) from exc
 
     @property

@@ -170,9 +170,9 @@ def test_a_wrong_product_of_a_mask_is_another_error_and_ends_all_lattice_offload
     halves(masks.u_NF)[0, 2, 2 * BLOCK + 5] ^= (
         1  # more than the noise, which rounding would take away
     )
-    with pytest.raises(LatticeError, match="no worker can bring about"):
+    with pytest.raises(LatticeError, match="The worker did not cause this"):
         layer.unmask(layer.answer(c_TD), masks, masked)
-    with pytest.raises(LatticeError, match="nothing is offloaded with lattice masks any more"):
+    with pytest.raises(LatticeError, match="uses no more lattice masks"):
         layer.mask(rows_of(4, layer.group.width), layer.take(4))
 
 
@@ -217,11 +217,11 @@ def test_a_hint_with_one_wrong_bit_is_refused(
         check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv")
 
 
-def test_a_hint_that_is_no_residue_is_refused(layer: Layer) -> None:
+def test_a_hint_outside_the_field_is_refused(layer: Layer) -> None:
     wrong = changed(layer.hints, 0, 5, 5, 0, 0)
     value = int(wrong.low_GNB[0, 5, 5]) + (int(wrong.high_GNB[0, 5, 5]) << 32) + Q
     wrong.low_GNB[0, 5, 5], wrong.high_GNB[0, 5, 5] = value & 0xFFFFFFFF, value >> 32
-    with pytest.raises(HintsError, match="no residues"):
+    with pytest.raises(HintsError, match=r"outside \[0, q\)"):
         check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv")
 
 

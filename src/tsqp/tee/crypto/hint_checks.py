@@ -35,7 +35,9 @@ def check_hints(hints: Polynomials, public: Polynomials, weight_FD: Tensor, name
         HintsError: a value is not in [0, q), or they are not the hints of these weights.
     """
     if not _are_residues(hints.low_GNB, hints.high_GNB, LATTICE.p):
-        raise HintsError(f"The hints of {name} hold values that are no residues.")
+        raise HintsError(
+            f"The hints of {name} hold values outside [0, q): make them again with this model."
+        )
     k_2F = uniform((VECTORS, hints.count), LATTICE)
     kw_2D = times(k_2F, weight_FD, LATTICE)
     if not np.array_equal(_combined(hints, k_2F), _combined(public, kw_2D)):

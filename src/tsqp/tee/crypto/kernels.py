@@ -144,7 +144,7 @@ def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
 
 
 def aligned(z_TB: Tensor) -> Bytes:
-    """An answer where it lies; a copy where it lies crooked, as a frame from a socket may."""
+    """The answer as an array; a copy if its address is not aligned, as in a frame from a socket."""
     return (z_TB.clone() if z_TB.data_ptr() % 4 else z_TB).numpy()
 
 

@@ -43,8 +43,8 @@ CLASS_COUNTERS = 2**64  # blocks of the key's stream that belong to one class, a
 class _Batch:
     """The secret of N rows of one group, from which each class of them is made once.
 
-    Its memory is overwritten once every class has ended, that is, has been made or given up. What
-    an exception from outside takes away unseen ends with the batch itself.
+    Its memory is overwritten once every class has ended, that is, has been made or given up. If an
+    exception interrupts a class, its memory is freed with the batch.
     """
 
     def __init__(self, classes: int) -> None:

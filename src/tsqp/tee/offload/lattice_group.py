@@ -1,4 +1,4 @@
-"""One group of linear layers under lattice masks: what goes out, and what comes of the answer.
+"""One group of linear layers under lattice masks: masks its input, checks and unmasks the product.
 
 Shape suffixes: T tokens; D input and F output features; P pairs of them; B bytes of a row;
 G blocks of features; W words of a block.
@@ -27,12 +27,12 @@ from tsqp.tee.crypto.row_pool import RowPool
 
 @dataclass(frozen=True, slots=True)
 class MaskedRows:
-    """What the TEE keeps of rows that went out.
+    """What the TEE keeps for each row that was sent.
 
     Attributes:
         unit_T: size of one step of each row's integers.
-        expected_T2: k_iW · c mod q, what [P13] must find.
-        expected_after_T: kW · xq mod P, what [P7] must find after rounding.
+        expected_T2: k_iW · c mod q, the expected value of [P13].
+        expected_after_T: kW · xq mod P, the expected value of [P7] after rounding.
     """
 
     unit_T: NDArray[np.float64]
@@ -41,7 +41,7 @@ class MaskedRows:
 
 
 class Switch:
-    """Lattice offload of a process: on until a mask does not fit its product, and never again."""
+    """Whether a process may use lattice masks: until one of them turns out to be wrong."""
 
     def __init__(self) -> None:
         self._reason = ""
@@ -52,16 +52,16 @@ class Switch:
             raise LatticeError(self._reason)
 
     def turn_off(self, group: LinearGroup) -> LatticeError:
-        """What to raise where a mask of this group was wrong."""
+        """Turn it off because a mask of this group was wrong; returns the error to raise."""
         self._reason = (
-            f"A mask of {group} does not fit its product, which no worker can bring about: its "
-            "hints or this program are wrong, so nothing is offloaded with lattice masks any "
-            "more; use --field wide, and report it."
+            f"A lattice mask of {group} is wrong, so this process uses no more lattice masks. The "
+            "worker did not cause this; the hints or TSQP are wrong. Use --field wide, and report "
+            "it."
         )
         return LatticeError(self._reason)
 
 
-process_switch = Switch()  # whatever the number of sessions
+process_switch = Switch()  # for all sessions of the process
 
 
 class LatticeGroup:
@@ -84,7 +84,7 @@ class LatticeGroup:
         """Draw check vectors [P6], [P13].
 
         Args:
-            switch: of the process, unless it is another one.
+            switch: by default, the one of the process.
 
         Raises:
             UnsupportedModel: the field is too small for these weights.
@@ -114,11 +114,11 @@ class LatticeGroup:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row's residues, both ways."""
+        """Bytes of one row's residues, in both directions."""
         return LATTICE.residue_bytes * (self.width + self.features)
 
     def mask(self, x_TD: Tensor, r_GTW: UInt32, c_TB: Tensor, rows: RowPool) -> MaskedRows:
-        """[P12]: write c = Δ · xq + r mod q, the only thing that leaves.
+        """[P12]: write c = Δ · xq + r mod q, the only value that leaves the TEE.
 
         Args:
             x_TD: float32, contiguous.
@@ -168,14 +168,14 @@ class LatticeGroup:
         """[P13], and then [P12], [P7] and [P3]: write y, or raise.
 
         Args:
-            y_TF: float32, contiguous, in private memory; worthless where this raises.
+            y_TF: float32, contiguous, in private memory; undefined if this raises.
             u_GTW: the masks' products, as `residue_blocks` has them.
-            worker_name: whom to blame for a wrong answer, as a sentence begins.
+            worker_name: names the worker at the beginning of an error message.
 
         Raises:
             IntegrityError: some row is not the product; nothing was unmasked.
-            LatticeError: the mask's own product was wrong, which no worker can bring about; or
-                one was before, in any session of this process.
+            LatticeError: a mask was wrong, now or before, in any session of this process. The
+                worker cannot cause this.
         """
         self._switch.check()
         z_TF = np.empty((len(y_TF), BLOCK * len(u_GTW)), np.int64)
@@ -207,8 +207,8 @@ class LatticeGroup:
             y_TF.add_(self._bias_F)
 
     def wrong_product(self, worker_name: str) -> IntegrityError:
-        """What to raise where an answer is not the product."""
+        """The error to raise if an answer is not the product."""
         return IntegrityError(
-            f"{worker_name} returned a wrong product for {self.linear}; nothing of it was used, "
-            "and nothing more should be asked there."
+            f"{worker_name} returned a wrong product for {self.linear}; the answer was "
+            "discarded. Do not use this worker again."
         )

@@ -1,4 +1,4 @@
-"""The common part of the private modes: fixed point, the check, and all that stays in the TEE.
+"""The common part of the private modes: fixed point, the check, and everything done in the TEE.
 
 Shape suffixes: T tokens; D input and F output features of a group; V vocabulary; B bytes of a row.
 """
@@ -41,17 +41,17 @@ from tsqp.tee.placement import Placement
 from tsqp.wire.call_limit import residue_rows_within
 from tsqp.wire.channel import Channel
 
-Block = TypeVar("Block")  # what a mode remembers of rows that are out
-Kept = TypeVar("Kept")  # what a group remembers of them
+Block = TypeVar("Block")  # what a mode keeps for rows that were sent
+Kept = TypeVar("Kept")  # what a group keeps for them
 
-BLOCK_ROWS = 128  # of one call: the TEE unmasks one block while the worker multiplies the next
-BLOCKS_IN_FLIGHT = 2  # blocks that are out at once
+BLOCK_ROWS = 128  # most rows of a call: the TEE unmasks one while the worker multiplies the next
+BLOCKS_IN_FLIGHT = 2
 
 
 class Group(Protocol[Kept]):
-    """One group of linear layers, as the private modes use it: masks, and what checks products.
+    """One group of linear layers, as the private modes use it: it masks inputs and checks products.
 
-    Masks and their products are residues in arrays as `tsqp.tee.crypto.pads.empty_rows` makes.
+    Masks and their products are residues in arrays made by `tsqp.tee.crypto.pads.empty_rows`.
     """
 
     linear: LinearGroup
@@ -63,11 +63,11 @@ class Group(Protocol[Kept]):
 
     @property
     def row_bytes(self) -> int:
-        """Of one row's residues, both ways."""
+        """Bytes of one row's residues, in both directions."""
         ...
 
     def mask(self, x_TD: Tensor, r_TD: NDArray[Any], c_TB: Tensor, rows: RowPool) -> Kept:
-        """Write what leaves; raises NumericalError where x is not finite."""
+        """Write the masked x; raises NumericalError if x is not finite."""
         ...
 
     def unmask(
@@ -79,17 +79,17 @@ class Group(Protocol[Kept]):
         worker_name: str,
         rows: RowPool,
     ) -> None:
-        """Write y; raises IntegrityError unless every row of the answer is the product."""
+        """Write the product y; raises IntegrityError if a row of the answer fails its check."""
         ...
 
     def wrong_product(self, worker_name: str) -> IntegrityError:
-        """What to raise where an answer is not the product."""
+        """The error to raise if an answer is not the product."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """What the TEE keeps of an input that was sent.
+    """What the TEE keeps for each row that was sent.
 
     Attributes:
         unit_T: size of one step of each row's integers, float64.
@@ -183,8 +183,8 @@ class MaskedGroup:
         """[P5], [P7], [P3]: write y, and raise unless every row of it has passed the check.
 
         Args:
-            y_TF: float32, contiguous, in private memory; worthless where this raises.
-            worker_name: whom to blame for a wrong answer, as a sentence begins.
+            y_TF: float32, contiguous, in private memory; undefined if this raises.
+            worker_name: names the worker at the beginning of an error message.
 
         Raises:
             IntegrityError: some row is not the product.
@@ -208,13 +208,13 @@ class MaskedGroup:
     def wrong_product(self, worker_name: str) -> IntegrityError:
         """The error to raise if an answer is not the product."""
         return IntegrityError(
-            f"{worker_name} returned a wrong product for {self.linear}; nothing of it was used, "
-            "and nothing more should be asked there."
+            f"{worker_name} returned a wrong product for {self.linear}; the answer was "
+            "discarded. Do not use this worker again."
         )
 
 
 class Groups(Generic[Kept]):
-    """The groups of one session; with it end their check vectors [P7]."""
+    """The groups of one session. They are forgotten when it ends [P7]."""
 
     def __init__(self, groups: Mapping[LinearGroup, Group[Kept]]) -> None:
         self._groups = dict(groups)
@@ -309,7 +309,7 @@ def masked_rows_per_call(channel: Channel, group: Group[Any]) -> int:
 
 
 class _Blocks(Generic[Block, Kept]):
-    """An answer on its way; at most BLOCKS_IN_FLIGHT of its blocks are out at once."""
+    """An answer that is being computed. At most BLOCKS_IN_FLIGHT of its blocks are sent at once."""
 
     def __init__(
         self,
@@ -363,5 +363,5 @@ class _Blocks(Generic[Block, Kept]):
 
 
 def _split(rows_TN: Tensor, step: int) -> Sequence[Tensor]:
-    """Blocks of at most `step` rows; what a token at a time pays for is next to nothing."""
+    """Blocks of at most `step` rows. The check first makes this cheap for a single token."""
     return [rows_TN] if len(rows_TN) <= step else torch.split(rows_TN, step)

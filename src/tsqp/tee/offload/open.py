@@ -200,11 +200,11 @@ class RemoteAnswer:
 
 
 class SplitAnswer:
-    """An answer that takes several calls, of some of its rows each, one after the other.
+    """An answer that takes several calls, one after the other, each for some of its rows.
 
     Args:
-        submits: submits the calls of the next rows, in the order of their columns. What it was
-            given is only for keeping calls that it has submitted, should the next one fail.
+        submits: each submits the calls of the next rows, in the order of their columns, and adds
+            them to the list that it is given. Calls in the list are cancelled if a later one fails.
     """
 
     def __init__(self, submits: Iterable[Callable[[list[RemoteAnswer]], None]]) -> None:

@@ -1,8 +1,8 @@
 """`--privacy pad`: one untrusted worker, which sees uniform residues and cannot lie unnoticed.
 
-With pads, [P4] takes them from a pool, [P5] masks and unmasks, [P6] and [P7] check every row. With
-lattice masks, which come from the same pool, [P12] masks, [P13] checks every row as it crossed, and
-[P12] unmasks then. Shape suffixes: T tokens; D input and F output features of a group.
+Pads come from a pool [P4]; [P5] masks and unmasks, [P6] and [P7] check every row. Lattice masks
+come from the same pool; [P12] masks, [P13] checks every row, and [P12] unmasks it after that. Shape
+suffixes: T tokens; D input and F output features of a group.
 """
 
 import time
@@ -36,7 +36,7 @@ from tsqp.wire.tensors import Spec
 
 @dataclass(frozen=True, slots=True)
 class _Block(Generic[Kept]):
-    """Rows that are out: what it takes to read their answer."""
+    """Rows that were sent, with everything that is needed to read their answer."""
 
     ticket: int
     pads: Pads
@@ -103,7 +103,14 @@ class PadLinear(Generic[Kept]):
         return _Block(self._channel.submit(slot), pads, masked)
 
     def receive(self, group: Group[Kept], block: _Block[Kept], y_TF: Tensor) -> float:
-        """[P5], [P7], or [P13], [P12]: the product, or nothing."""
+        """Wait for the answer, check it, and unmask it ([P5], [P7], or [P13], [P12]).
+
+        Returns:
+            the seconds spent waiting.
+
+        Raises:
+            IntegrityError, LatticeError: a check failed; no worker is asked again.
+        """
         began = time.monotonic()
         with self._channel.wait(block.ticket, began + self._timeout) as reply:
             waited_s = time.monotonic() - began

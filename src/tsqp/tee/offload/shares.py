@@ -40,7 +40,7 @@ from tsqp.wire.tensors import Spec
 class _Block:
     """Rows in flight, with everything that is needed to read their answers."""
 
-    tickets: tuple[int, ...]  # one a worker
+    tickets: tuple[int, ...]  # one for each worker
     masked: Masked
 
 
@@ -51,7 +51,7 @@ class SharesLinear:
         channels: one for each worker. The other workers must not be able to read it: one share
             reveals nothing, but all of them together reveal the input.
         timeout: seconds that the workers may take for one call.
-        failures: counts failed checks of the whole process.
+        trust: ended by a wrong answer, and shared with sessions that replace this one.
     """
 
     placement = MASKED
@@ -88,7 +88,7 @@ class SharesLinear:
         return min(masked_rows_per_call(channel, group) for channel in self._channels)
 
     def send(self, group: Group[Masked], x_TD: Tensor) -> _Block:
-        """[P8]: c_1 … c_n-1 as fresh seeds, and c_n = xq - Σ c_i mod p. Nobody is waited for."""
+        """[P8]: send c_1 … c_n-1 as fresh seeds, and c_n = xq - Σ c_i mod p. Does not wait."""
         self._trust.check()
         seeds = [fresh_seed() for _ in self._seeded]
         tickets: list[int] = []
@@ -102,7 +102,14 @@ class SharesLinear:
         return _Block((*tickets, ticket), masked)
 
     def receive(self, group: Group[Masked], block: _Block, y_TF: Tensor) -> float:
-        """[P8], [P7]: the sum of the answers, or nothing."""
+        """Wait for all answers, and check and unmask their sum ([P8], [P7]).
+
+        Returns:
+            the seconds spent waiting.
+
+        Raises:
+            IntegrityError: the check failed; no worker is asked again.
+        """
         deadline = time.monotonic() + self._timeout
         waited_s = 0.0
         others_TF = np.zeros((len(block.masked.unit_T), group.features), np.int32)  # -Σ z_i mod p

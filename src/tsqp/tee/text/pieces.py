@@ -43,8 +43,8 @@ class Pieces:
         count = len(self.texts)
         if not 0 < count <= MAX_TOKENS or {len(self.scores), len(self.kinds)} != {count}:
             raise TokenizerError(
-                "The model's vocabulary is empty, too large, or has not one score and one type for"
-                " each token: fetch the model again."
+                "The model's vocabulary is empty, too large, or does not have one score and one"
+                " type per token: fetch the model again."
             )
         if len(set(self.texts)) < count:
             raise TokenizerError("Two tokens of the model's vocabulary have the same text.")
