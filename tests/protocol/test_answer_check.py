@@ -77,7 +77,7 @@ class Checked:
 
     def product(self) -> Tensor:
         y_1F = torch.empty(1, self.group.features)
-        self.group.unmask(self.z_1B, self.u_1F, self.masked, y_1F, "It", self.pool)
+        self.group.check_and_unmask(self.z_1B, self.u_1F, self.masked, y_1F, "It", self.pool)
         return y_1F
 
     def is_refused(self) -> bool:

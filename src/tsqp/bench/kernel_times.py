@@ -182,7 +182,7 @@ class _Layer:
         z_TB, rows = self._z_TB, self._one_thread
         y_TF = torch.empty(len(z_TB), self.group.features)
         for b, pads, masked in zip(self._blocks, self._pads, self._masked, strict=True):
-            self.group.unmask(z_TB[b], pads.u_NF, masked, y_TF[b], "The worker", rows)
+            self.group.check_and_unmask(z_TB[b], pads.u_NF, masked, y_TF[b], "The worker", rows)
 
 
 def _answer(c_TB: Tensor, weight_FD: Tensor, field: Field) -> Tensor:

@@ -86,7 +86,7 @@ class Layers:
         return self._gated(gate_up_TF)
 
     def add(self, layer: int, use: str, x_TD: Tensor, branch_TD: Tensor) -> None:
-        """Add the output of "attention" or "mlp" to the residual stream, in place."""
+        """Add the output of "attention" or "mlp" to x in place; some families norm it first."""
         norm_D = self._norms[layer].get(f"{use}_out")
         if norm_D is not None:
             branch_TD = self._norm(branch_TD, norm_D)

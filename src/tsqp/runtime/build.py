@@ -179,8 +179,8 @@ class Builder:
         def begin_shares() -> tuple[Offload, None]:
             trust.check()
             channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
-            rows, timeout = self._row_pool(), options.timeout
-            shares = SharesLinear(channels, groups, self._dtype, timeout, rows, trust)
+            row_pool, timeout = self._row_pool(), options.timeout
+            shares = SharesLinear(channels, groups, self._dtype, timeout, row_pool, trust)
             return self._private(embedding_VD, shares), None
 
         if options.privacy == "shares":
@@ -218,8 +218,8 @@ class Builder:
             itemsize = self.options.residues.residue_bytes
             channel = self._connect(worker, digest, itemsize, [LATTICE_ABILITY] if lattice else [])
             pool = PadPool(provider(memory), self._shapes(), memory)
-            rows, timeout = self._row_pool(), self.options.timeout
-            pad = PadLinear(channel, groups, pool, self._dtype, timeout, rows, trust)
+            row_pool, timeout = self._row_pool(), self.options.timeout
+            pad = PadLinear(channel, groups, pool, self._dtype, timeout, row_pool, trust)
             return self._private(embedding_VD, pad), pool
 
         return begin

@@ -1,12 +1,13 @@
 """The forward pass of all families, written once for every mode.
 
 It is a generator: it yields requests for operations that run elsewhere, and is resumed with their
-answers. An answer may be in memory shared with the worker, and is valid only until the next request
+results. A result may be in memory shared with the worker, and is valid only until the next request
 has been started. Values that are needed longer are results of operations, in fresh memory.
 
-Shape suffixes: T tokens of all sequences, flat; R rows whose logits are wanted; V vocabulary;
-D hidden features; F output features of a linear layer; H query heads; J key/value heads; N heads
-of both sorts; K features of one head.
+Shape suffixes: T tokens of all sequences, flat; R rows whose logits are wanted; M either of them: T
+rows up to the last layer's attention, R rows after it; V vocabulary; D hidden features; I features
+inside the MLP; F output features of a linear layer; H query heads; J key/value heads; K features of
+one head.
 """
 
 from collections.abc import Generator, Sequence
@@ -100,37 +101,41 @@ class Decoder:
     def _run_layers(
         self, x_TD: Tensor, batch: Batch, stats: Stats
     ) -> Generator[Request, Tensor, Tensor]:
-        """x_RD after the last layer."""
+        """The residual stream after the last layer, x_RD.
+
+        `layers.add` changes it in place; in some families it norms what it adds first.
+        """
         config, layers, time = self._config, self._layers, stats.time
         rows_R = batch.logits_rows_R
 
         with time("rope"):
             tables = layers.tables(batch.positions_T, batch.segments)
 
+        x_MD = x_TD
         for layer, groups in enumerate(self._groups):
             with time("norm"):
-                h_TD = layers.norm(layer, "attention", x_TD)
+                h_TD = layers.norm(layer, "attention", x_MD)
             qkv_TF = yield Linear(groups.qkv, h_TD)
             with time("rope"):
                 q_THK, k_TJK, v_TJK = layers.heads(layer, qkv_TF, tables)
             attention = Attention(layer, q_THK, k_TJK, v_TJK, batch.segments)
             if layer < config.num_layers - 1:
-                o_TD = yield from self._attend(attention, None, stats)
+                o_MD = yield from self._attend_and_project(attention, None, stats)
             else:  # from here on, only the wanted rows are needed
-                o_TD = yield from self._attend(attention, rows_R, stats)
-                x_TD = x_TD[rows_R]
-                if len(x_TD) == 0:
-                    return x_TD
+                o_MD = yield from self._attend_and_project(attention, rows_R, stats)
+                x_MD = x_MD[rows_R]
+                if len(x_MD) == 0:
+                    return x_MD
             with time("norm"):
-                layers.add(layer, "attention", x_TD, o_TD)
-                h_TD = layers.norm(layer, "mlp", x_TD)
-            gate_up_TF = yield Linear(groups.gate_up, h_TD)
+                layers.add(layer, "attention", x_MD, o_MD)
+                h_MD = layers.norm(layer, "mlp", x_MD)
+            gate_up_MF = yield Linear(groups.gate_up, h_MD)
             with time("activation"):
-                h_TI = layers.gated(gate_up_TF)
-            down_TD = yield Linear(groups.down, h_TI)
+                h_MI = layers.gated(gate_up_MF)
+            down_MD = yield Linear(groups.down, h_MI)
             with time("norm"):
-                layers.add(layer, "mlp", x_TD, down_TD)
-        return x_TD
+                layers.add(layer, "mlp", x_MD, down_MD)
+        return x_MD
 
     def _fused_layers(
         self, x_TD: Tensor, batch: Batch, stats: Stats
@@ -140,17 +145,17 @@ class Decoder:
             x_TD = yield Layer(layer, x_TD, batch.segments)
         return x_TD[batch.logits_rows_R]
 
-    def _attend(
+    def _attend_and_project(
         self, attention: Attention, wanted_R: Tensor | None, stats: Stats
     ) -> Generator[Request, Tensor, Tensor]:
-        """Attention and its output projection, for all rows or only for the wanted rows."""
+        """Attention and the layer's output projection o, for all rows or only the wanted rows."""
         if self._placement.splits_attention:
             return (
                 yield from split_attention(
                     attention, self._config, wanted_R, self.most_scores, stats
                 )
             )
-        y_TD = yield attention
+        y_MD = yield attention
         if wanted_R is not None:
-            y_TD = y_TD[wanted_R]
-        return (yield Linear(self._groups[attention.layer].o, y_TD)) if len(y_TD) else y_TD
+            y_MD = y_MD[wanted_R]
+        return (yield Linear(self._groups[attention.layer].o, y_MD)) if len(y_MD) else y_MD

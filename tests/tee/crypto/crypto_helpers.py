@@ -199,7 +199,7 @@ class Layer:
 
     def unmask(self, z_TB: torch.Tensor, u_TF: Int32, masked: Masked) -> torch.Tensor:
         y_TF = torch.empty(len(z_TB), self.group.features)
-        self.group.unmask(z_TB, u_TF, masked, y_TF, "The worker", self.rows)
+        self.group.check_and_unmask(z_TB, u_TF, masked, y_TF, "The worker", self.rows)
         return y_TF
 
 

@@ -190,7 +190,7 @@ def test_sums_of_the_largest_numbers_do_not_overflow(
     z_TB = torch.empty(1, field.residue_bytes * size).byte()
     residue_bytes.pack(np.full((1, size), 127 * xq % field.p, np.int32), field, z_TB.numpy())
     y_TF = torch.empty(1, size)
-    group.unmask(z_TB, np.zeros((1, size), np.int32), masked, y_TF, "The worker", pool)
+    group.check_and_unmask(z_TB, np.zeros((1, size), np.int32), masked, y_TF, "The worker", pool)
     assert set(y_TF[0].tolist()) == {float(np.float32(127 * xq * masked.unit_T[0]))}
 
 

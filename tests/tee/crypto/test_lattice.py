@@ -77,7 +77,7 @@ class Layer:
         )
         residue_bytes.pack(z_TF.numpy(), LATTICE, z_TB.numpy())
         y_TF = torch.full((len(z_TF), self.group.features), torch.nan)
-        self.group.unmask(z_TB, masks.u_NF, masked, y_TF, "The worker", self.rows)
+        self.group.check_and_unmask(z_TB, masks.u_NF, masked, y_TF, "The worker", self.rows)
         return y_TF
 
 

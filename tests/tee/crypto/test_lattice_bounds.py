@@ -71,7 +71,7 @@ class Exact:
         z_TF = self.product(c_TD)
         y_TF = torch.empty(tokens, group.features)
         z_TB = torch.from_numpy(self.pack(z_TF))
-        group.unmask(z_TB, to_blocks(u_TF), masked, y_TF, "It", ROWS)
+        group.check_and_unmask(z_TB, to_blocks(u_TF), masked, y_TF, "It", ROWS)
         for t, x_D in enumerate(x_TD.double().tolist()):
             xq_D = self.integers(x_D)
             found = [(c - r + Q // 2) % Q - Q // 2 for c, r in zip(c_TD[t], r_TD[t], strict=True)]
@@ -174,7 +174,7 @@ class Crossing:
     def product(self, z_TF: NDArray[np.int64]) -> Tensor:
         y_TF = torch.empty(1, 6)
         z_TB = torch.from_numpy(self.exact.pack(z_TF))
-        self.exact.group.unmask(z_TB, self.u_GTW, self.masked, y_TF, "It", ROWS)
+        self.exact.group.check_and_unmask(z_TB, self.u_GTW, self.masked, y_TF, "It", ROWS)
         return y_TF
 
 

@@ -37,12 +37,12 @@ class FixedPointLinear:
         groups: Mapping[LinearGroup, Group[Any]],
         weights_FD: Mapping[LinearGroup, Tensor],
         dtype: torch.dtype,
-        rows: RowPool,
+        row_pool: RowPool,
     ) -> None:
         self._groups = groups
         self._weights_FD = weights_FD
         self._dtype = dtype
-        self._rows = rows
+        self._row_pool = row_pool
 
     def start(self, request: Linear) -> Ready:
         group, weight_FD = self._groups[request.group], self._weights_FD[request.group]
@@ -51,7 +51,7 @@ class FixedPointLinear:
         c_TB = torch.empty(tokens, each * group.width, dtype=torch.uint8)
         z_TB = torch.empty(tokens, each * group.features, dtype=torch.uint8)
         x_TD = request.x_TD.float().contiguous()
-        masked = group.mask(x_TD, _zeros(tokens, group.width, field), c_TB, self._rows)
+        masked = group.mask(x_TD, _zeros(tokens, group.width, field), c_TB, self._row_pool)
         c_TD = torch.from_numpy(np.empty((tokens, group.width), field.dtype))
         z_TF = torch.empty(tokens, group.features, dtype=c_TD.dtype)
         residue_bytes.unpack(c_TB.numpy(), field, c_TD.numpy())
@@ -59,11 +59,11 @@ class FixedPointLinear:
         residue_bytes.pack(z_TF.numpy(), field, z_TB.numpy())
         y_TF = torch.empty(tokens, group.features)
         no_pad_TF = _zeros(tokens, group.features, field)
-        group.unmask(z_TB, no_pad_TF, masked, y_TF, "This process", self._rows)
+        group.check_and_unmask(z_TB, no_pad_TF, masked, y_TF, "This process", self._row_pool)
         return Ready(y_TF.to(self._dtype))
 
     def close(self) -> None:
-        self._rows.close()
+        self._row_pool.close()
 
 
 def _zeros(rows: int, residues: int, field: Field) -> NDArray[Any]:

@@ -117,7 +117,7 @@ class LatticeGroup:
         """Bytes of one row's residues, in both directions."""
         return LATTICE.residue_bytes * (self.width + self.features)
 
-    def mask(self, x_TD: Tensor, r_GTW: UInt32, c_TB: Tensor, rows: RowPool) -> MaskedRows:
+    def mask(self, x_TD: Tensor, r_GTW: UInt32, c_TB: Tensor, row_pool: RowPool) -> MaskedRows:
         """[P12]: write c = Δ · xq + r mod q, the only value that leaves the TEE.
 
         Args:
@@ -149,21 +149,21 @@ class LatticeGroup:
             expected_T2,
             expected_after_T,
         )
-        if rows.run(len(x_np), kernel) != ALL_ROWS:
+        if row_pool.run(len(x_np), kernel) != ALL_ROWS:
             raise NumericalError(
                 f"The input of {self.linear} holds NaN or infinity; try --dtype float32, or check "
                 "the model."
             )
         return MaskedRows(unit_T, expected_T2, expected_after_T)
 
-    def unmask(
+    def check_and_unmask(
         self,
         z_TB: Tensor,
         u_GTW: UInt32,
         masked: MaskedRows,
         y_TF: Tensor,
         worker_name: str,
-        rows: RowPool,
+        row_pool: RowPool,
     ) -> None:
         """[P13], and then [P12], [P7] and [P3]: write y, or raise.
 
@@ -187,7 +187,7 @@ class LatticeGroup:
             LATTICE.p,
             z_TF,
         )
-        if rows.run(len(y_TF), verify) != ALL_ROWS:
+        if row_pool.run(len(y_TF), verify) != ALL_ROWS:
             raise self.wrong_product(worker_name)
         unmask = partial(
             lattice_kernels.unmask,
@@ -201,7 +201,7 @@ class LatticeGroup:
             self.delta.bit_length() - 1,
             y_TF.numpy(),
         )
-        if rows.run(len(y_TF), unmask) != ALL_ROWS:
+        if row_pool.run(len(y_TF), unmask) != ALL_ROWS:
             raise self._switch.turn_off(self.linear)
         if self._bias_F is not None:
             y_TF.add_(self._bias_F)

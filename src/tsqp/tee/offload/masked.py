@@ -66,18 +66,18 @@ class Group(Protocol[Kept]):
         """Bytes of one row's residues, in both directions."""
         ...
 
-    def mask(self, x_TD: Tensor, r_TD: NDArray[Any], c_TB: Tensor, rows: RowPool) -> Kept:
+    def mask(self, x_TD: Tensor, r_TD: NDArray[Any], c_TB: Tensor, row_pool: RowPool) -> Kept:
         """Write the masked x; raises NumericalError if x is not finite."""
         ...
 
-    def unmask(
+    def check_and_unmask(
         self,
         z_TB: Tensor,
         u_TF: NDArray[Any],
         masked: Kept,
         y_TF: Tensor,
         worker_name: str,
-        rows: RowPool,
+        row_pool: RowPool,
     ) -> None:
         """Write the product y; raises IntegrityError if a row of the answer fails its check."""
         ...
@@ -138,7 +138,7 @@ class MaskedGroup:
         """Bytes of one row's residues, in both directions."""
         return self.field.residue_bytes * (self.width + self.features)
 
-    def mask(self, x_TD: Tensor, r_TD: Int32, c_TB: Tensor, rows: RowPool) -> Masked:
+    def mask(self, x_TD: Tensor, r_TD: Int32, c_TB: Tensor, row_pool: RowPool) -> Masked:
         """[P2], [P5]: write c = xq + r mod p, the only value that leaves the TEE.
 
         Args:
@@ -164,21 +164,21 @@ class MaskedGroup:
             unit_T,
             expected_T2,
         )
-        if rows.run(len(x_np), kernel) != kernels.ALL_ROWS:
+        if row_pool.run(len(x_np), kernel) != kernels.ALL_ROWS:
             raise NumericalError(
                 f"The input of {self.linear} holds NaN or infinity; try --dtype float32, or check "
                 "the model."
             )
         return Masked(unit_T, expected_T2)
 
-    def unmask(
+    def check_and_unmask(
         self,
         z_TB: Tensor,
         u_TF: Int32,
         masked: Masked,
         y_TF: Tensor,
         worker_name: str,
-        rows: RowPool,
+        row_pool: RowPool,
     ) -> None:
         """[P5], [P7], [P3]: write y, and raise unless every row of it has passed the check.
 
@@ -200,7 +200,7 @@ class MaskedGroup:
             self.field,
             y_TF.numpy(),
         )
-        if rows.run(len(y_TF), kernel) != kernels.ALL_ROWS:
+        if row_pool.run(len(y_TF), kernel) != kernels.ALL_ROWS:
             raise self.wrong_product(worker_name)
         if self._bias_F is not None:
             y_TF.add_(self._bias_F)

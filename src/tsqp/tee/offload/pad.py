@@ -60,7 +60,7 @@ class PadLinear(Generic[Kept]):
         pool: PadPool,
         dtype: torch.dtype,
         timeout: float,
-        rows: RowPool,
+        row_pool: RowPool,
         trust: Trust,
     ) -> None:
         self._channel = channel
@@ -68,7 +68,7 @@ class PadLinear(Generic[Kept]):
         self._pool = pool
         self._dtype = dtype
         self._timeout = timeout
-        self._rows = rows
+        self._row_pool = row_pool
         self._trust = trust
 
     def start(self, request: Linear) -> Pending:
@@ -78,7 +78,7 @@ class PadLinear(Generic[Kept]):
     def close(self) -> None:
         self._groups.forget()
         self._pool.close()
-        self._rows.close()
+        self._row_pool.close()
         self._channel.close()
 
     def rows_per_call(self, group: Group[Kept]) -> int:
@@ -96,7 +96,7 @@ class PadLinear(Generic[Kept]):
         try:
             pads = self._pool.take(group.linear, rows)
             end_stage(slot.times, PADS)
-            masked = group.mask(x_TD, pads.r_ND, slot.inputs[0], self._rows)
+            masked = group.mask(x_TD, pads.r_ND, slot.inputs[0], self._row_pool)
         except BaseException:
             self._channel.discard(slot)
             raise
@@ -116,13 +116,13 @@ class PadLinear(Generic[Kept]):
             waited_s = time.monotonic() - began
             self._trust.check()
             try:
-                group.unmask(
+                group.check_and_unmask(
                     reply.outputs[0],
                     block.pads.u_NF,
                     block.masked,
                     y_TF,
                     f"The worker at {self._channel.endpoint}",
-                    self._rows,
+                    self._row_pool,
                 )
             except (IntegrityError, LatticeError) as error:
                 # The worker, its pads and the check vectors are never used again [P7].

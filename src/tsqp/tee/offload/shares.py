@@ -62,7 +62,7 @@ class SharesLinear:
         groups: Mapping[LinearGroup, Group[Masked]],
         dtype: torch.dtype,
         timeout: float,
-        rows: RowPool,
+        row_pool: RowPool,
         trust: Trust,
     ) -> None:
         assert len(channels) >= 2
@@ -71,7 +71,7 @@ class SharesLinear:
         self._groups: Groups[Masked] = Groups(groups)
         self._dtype = dtype
         self._timeout = timeout
-        self._rows = rows
+        self._row_pool = row_pool
         self._trust = trust
 
     def start(self, request: Linear) -> Pending:
@@ -80,7 +80,7 @@ class SharesLinear:
 
     def close(self) -> None:
         self._groups.forget()
-        self._rows.close()
+        self._row_pool.close()
         for channel in self._channels:
             channel.close()
 
@@ -122,7 +122,9 @@ class SharesLinear:
                     z_TB = reply.outputs[0]
                     if channel is self._last:
                         kept = block.masked
-                        group.unmask(z_TB, others_TF, kept, y_TF, self._names, self._rows)
+                        group.check_and_unmask(
+                            z_TB, others_TF, kept, y_TF, self._names, self._row_pool
+                        )
                         continue
                     z_np = kernels.aligned(z_TB)
                     if kernels.subtract_answer(z_np, group.field, others_TF) != kernels.ALL_ROWS:
@@ -146,7 +148,7 @@ class SharesLinear:
         slot = self._last.reserve(operation, inputs, [_answer(group, len(x_TD))])
         try:
             rest_TD = _minus_sum(seeds, (len(x_TD), group.width), group.field)
-            masked = group.mask(x_TD, rest_TD, slot.inputs[0], self._rows)
+            masked = group.mask(x_TD, rest_TD, slot.inputs[0], self._row_pool)
         except BaseException:
             self._last.discard(slot)
             raise
