@@ -114,7 +114,7 @@ class OutputError(TSQPError):
 
 
 class LatticeError(TSQPError):
-    """A lattice mask was wrong: the hints or TSQP are, and the worker did not cause it."""
+    """A lattice mask was wrong: the hints or TSQP are wrong, not the worker."""
 
 
 class RecordingError(TSQPError):

@@ -179,7 +179,7 @@ def test_a_damaged_cache_is_passed_over_and_made_again(
     cached.write_bytes(content)
     with caplog.at_level(logging.WARNING, "tsqp"):
         private().close()
-    assert "passing over hints that were kept" in caplog.text
+    assert "ignoring the hints in the cache" in caplog.text
     assert len(making) == 18
     private().close()
     assert len(making) == 18

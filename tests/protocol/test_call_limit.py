@@ -140,7 +140,7 @@ def test_a_client_that_asks_for_more_is_sent_away_and_disturbs_nobody(
             for _ in range(2)
         )
         ask(greedy, operation(most), most)
-        with pytest.raises(RemoteError, match="multiply-accumulates, where this worker does"):
+        with pytest.raises(RemoteError, match="multiply-accumulates, but this worker allows"):
             ask(greedy, operation(most + 1), most + 1)
         ask(other, operation(most), most)
         other.close()

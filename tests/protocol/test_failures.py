@@ -124,7 +124,7 @@ def test_a_local_worker_that_cannot_start_is_an_error_with_its_reason(
 
 def test_a_worker_that_accepts_and_never_answers_is_an_error(commands: Commands, ids: Path) -> None:
     cases = [
-        (deaf_socket(), CONNECTING, "no TSQP worker, or one that hangs"),
+        (deaf_socket(), CONNECTING, "does not answer as a TSQP worker, or the worker hangs"),
         (fake_worker(silence), CONNECTING, "accepts connections but does not answer"),
         (fake_worker(silence_after_welcome), CONNECTED, "stopped answering"),
     ]

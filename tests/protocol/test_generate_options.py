@@ -166,7 +166,7 @@ def test_a_template_that_fails_tells_no_prompt_with_debug_either(
         ("p.jsonl", b"", "p.jsonl holds no prompts; write one a line"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": }\n', "p.jsonl, line 3: JSON is malformed"),
         ("p.jsonl", b'{"prompt": 5}', "p.jsonl, line 1: Expected `str | null`, got `int`"),
-        ("p.jsonl", b'{"my secret": "a"}', 'p.jsonl, line 1: an object may have "prompt" or'),
+        ("p.jsonl", b'{"my secret": "a"}', 'p.jsonl, line 1: an object has either "prompt" or'),
         ("p.jsonl", b"{}", 'p.jsonl, line 1: an object needs either a "prompt" or "messages"'),
         ("p.jsonl", b'{"messages": []}', 'needs either a "prompt" or "messages"'),
         (

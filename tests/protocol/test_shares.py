@@ -388,5 +388,5 @@ def test_a_seed_stands_for_a_bounded_number_of_residues(monkeypatch: pytest.Monk
         if fits:
             worker.check(operation, [], answer)
         else:
-            with pytest.raises(ProtocolError, match="19392 residues, where 19200 are allowed"):
+            with pytest.raises(ProtocolError, match="19392 residues, but at most 19200"):
                 worker.check(operation, [], answer)

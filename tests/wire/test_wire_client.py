@@ -60,7 +60,7 @@ def refuse_politely(connection: socket.socket) -> None:
 
 def test_a_server_of_something_else_is_recognised_at_once() -> None:
     with TCPServer(refuse_politely) as server:
-        assert "no TSQP worker" in unavailable(server.endpoint, 120)
+        assert "does not answer as a TSQP worker" in unavailable(server.endpoint, 120)
 
 
 @pytest.mark.parametrize("garbage", [b"HTTP/1.1 400 Bad\r\n\r\n", b"\xff" * 1000, bytes(1000)])
@@ -71,7 +71,7 @@ def test_garbage_costs_no_more_than_the_timeout(garbage: bytes) -> None:
 
 def test_a_server_that_hangs_up_is_recognised_at_once() -> None:
     with TCPServer(lambda connection: connection.close()) as server:
-        assert "no TSQP worker" in unavailable(server.endpoint, 120)
+        assert "does not answer as a TSQP worker" in unavailable(server.endpoint, 120)
 
 
 def test_a_server_that_never_speaks_costs_no_more_than_the_timeout() -> None:

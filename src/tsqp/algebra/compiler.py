@@ -24,7 +24,7 @@ def numba() -> Any:
         warnings.simplefilter("ignore")  # numba says so if it cannot read the file
         import numba
     settings: Any = numba.core.config
-    # For what changes later, and where somebody else has imported numba before.
+    # Against later changes of variables, and in case another module has imported numba before.
     settings._env_reloader.process_environ({})
     settings._env_reloader.update = lambda: None
     codegen: Any = numba.core.codegen

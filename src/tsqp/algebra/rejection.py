@@ -13,7 +13,7 @@ def accept(words_N: NDArray[Any], bits: int, p: int, residues_N: NDArray[Any]) -
     """Keep the words whose lowest `bits` bits are below p, in order.
 
     Args:
-        words_N: uint32, or uint64 where `residues_N` is int64.
+        words_N: uint32, or uint64 if `residues_N` is int64.
         residues_N: int32 or int64, as long as the words; receives the kept values at its start.
 
     Returns:

@@ -22,7 +22,7 @@ UInt16 = NDArray[np.uint16]
 
 
 def blocks(residues: int) -> int:
-    """How many blocks hold so many residues."""
+    """How many blocks hold this many residues."""
     return -(-residues // BLOCK)
 
 

@@ -45,7 +45,7 @@ def unpack(bytes_TB: Bytes, field: Field, residues_TN: NDArray[Any]) -> None:
 
 
 def as_words(bytes_TB: Bytes, field: Field) -> Int32:
-    """The residues where they lie, if rows of this field are words; else an array of no rows.
+    """The residues, not copied, if a row of this field consists of words; else an empty array.
 
     Args:
         bytes_TB: begins at a multiple of 4 bytes.
@@ -54,7 +54,7 @@ def as_words(bytes_TB: Bytes, field: Field) -> Int32:
 
 
 def as_low_and_high(bytes_TB: Bytes) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    """The two parts of rows of the lattice field, where they lie."""
+    """The two parts of rows of the lattice field, not copied."""
     words = 4 * (bytes_TB.shape[1] // 6)
     return bytes_TB[:, :words].view("<u4"), bytes_TB[:, words:].view("<u2")
 

@@ -36,7 +36,7 @@ class Ring:
     """R_q for a prime q ≡ 1 (mod 2N), where N = `degree` is a power of two.
 
     Attributes:
-        root: ψ = g^((q - 1) / 2N) for the smallest g ≥ 2 that is no square mod q.
+        root: ψ = g^((q - 1) / 2N) for the smallest g ≥ 2 that is not a square mod q.
     """
 
     q: int

@@ -53,7 +53,7 @@ class Recording:
 
     @property
     def mode(self) -> str:
-        """What the rows hold. Recordings can only be compared if they hold the same."""
+        """The kind of values in the rows. Only recordings of the same kind can be compared."""
         return "activations" if self.field is None else f"{self.field.name} residues"
 
     @property

@@ -1,4 +1,4 @@
-"""`tsqp bench kernels`: the trusted side's cost per element, on one core.
+"""`tsqp bench kernels`: the TEE's cost per element, on one core.
 
 Shape suffixes: T tokens; D input and F output features of a group; B bytes of a row.
 """

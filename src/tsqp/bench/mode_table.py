@@ -24,7 +24,7 @@ def tables(result: Result) -> Iterator[Table]:
 
 
 def notes(result: Result) -> Iterator[str]:
-    """What the columns mean, and how it was measured."""
+    """The meaning of the columns, and how they were measured."""
     c = result.ceilings
     yield (
         f"Medians of {result.rounds} rounds (lowest to highest); ratios are taken within a round. "
@@ -39,7 +39,7 @@ def notes(result: Result) -> Iterator[str]:
             f"{d.copy_bytes_per_s / 1e9:.1f} GB/s to it or from it."
         )
     for mode, rows in result.stock_rows.items():
-        yield f"{mode}: pads for {rows} tokens lie ready before each run."
+        yield f"{mode}: pads for {rows} tokens are ready before each run."
         if rows < result.setting.forwards:
             yield f"A run takes {result.setting.forwards}: there was not enough memory for more."
 
@@ -73,7 +73,7 @@ def _ratios(result: Result) -> Table:
 
 def _work(result: Result) -> Table:
     table = new_table(
-        "Processor time of the trusted side, and traffic",
+        "Processor time of the TEE, and traffic",
         "", "ms per prompt token", "ms per new token", "pads, ms per token", "workers, s per run",
         "calls per forward", "MB per run", "socket kB",
     )  # fmt: skip

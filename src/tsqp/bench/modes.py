@@ -31,7 +31,7 @@ class Setting:
         field: field of the residues, in the private modes.
         prompt_tokens: length of each prompt; its tokens are random, and prefill is one chunk.
         new_tokens: number of generated tokens; the first one belongs to the prefill.
-        threads: threads of each of transformers, the trusted side and a worker.
+        threads: threads of each of transformers, the TEE and a worker.
         device: device of the workers, as in `tsqp worker --device`.
         batch: number of prompts that are processed together.
     """
@@ -58,10 +58,10 @@ class Sample:
     Attributes:
         prefill_s: seconds for all prompts of a batch.
         decode_s_per_token: seconds for each token after the first.
-        prefill_cpu_s_per_token: CPU time of the trusted side per prompt token, including pads made
-            on demand but not pads made ahead.
+        prefill_cpu_s_per_token: CPU time of the TEE per prompt token, including pads made
+            when needed but not pads made ahead.
         decode_cpu_s_per_token: the same for each token after the first.
-        pads_cpu_s_per_token: CPU time per token to make the pads that this run used, on demand or
+        pads_cpu_s_per_token: CPU time per token to make the pads that this run used, when needed or
             ahead.
         worker_s: compute time that the workers reported.
         calls_per_forward: calls divided by the number of forward passes.

@@ -26,7 +26,7 @@ class Start:
         process_s: from the start of the process until it can answer, without filling the stock.
         load_s: part of process_s: loading the model and connecting to the worker.
         stock_s: filling the stock of pads.
-        tee_bytes: peak memory of the trusted side.
+        tee_bytes: peak memory of the TEE.
         workers_bytes: peak memory of each worker.
     """
 

@@ -15,8 +15,8 @@ class Sustained:
 
     Attributes:
         seconds_per_token: wall time.
-        cpu_s_per_token: CPU time of the trusted side, including pads.
-        pads_cpu_s_per_token: part of cpu_s_per_token: making pads, ahead and on demand.
+        cpu_s_per_token: CPU time of the TEE, including pads.
+        pads_cpu_s_per_token: part of cpu_s_per_token: making pads, ahead and when needed.
         ahead: share of the pads that were made ahead.
         stock_rows_before, stock_rows_after: number of tokens for which pads were in stock, averaged
             over the groups. The stock grows if pads are made faster than they are used.

@@ -140,7 +140,7 @@ def tables(result: TransportResult) -> Iterator[Table]:
 
 
 def notes(result: TransportResult) -> Iterator[str]:
-    """What was measured, and the limit of the hardware."""
+    """How it was measured, and the limit of the hardware."""
     yield (
         f"µs: a call for one row of an embedding, there and back, the median of {result.calls}. "
         f"GB/s: an answer of {result.answer_bytes >> 20} MiB; one core copies as much at "

@@ -29,7 +29,7 @@ class Checkpoint(Protocol):
 
     @property
     def sources(self) -> Mapping[str, BinaryFile]:
-        """The open file that holds each tensor; empty where weights do not come from files."""
+        """The open file that holds each tensor; empty if weights do not come from files."""
         ...
 
     def file_digests(self) -> dict[str, str]:
@@ -50,7 +50,7 @@ class Checkpoint(Protocol):
         May be called from several threads.
 
         Args:
-            shape: of the whole tensor.
+            shape: shape of the whole tensor.
             rows: the range START:STOP of the first dimension to read; None for all.
 
         Raises:

@@ -80,7 +80,7 @@ def locate() -> Path:
 
 
 def fetch(progress: Progress) -> Path:
-    """Download the model's file into the cache, unless it is there; leave nothing else behind.
+    """Download the model's file into the cache, unless it is there; leave no other file behind.
 
     Args:
         progress: called with the approximate numbers of bytes received and expected.

@@ -90,6 +90,6 @@ def check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[i
     """Raises CheckpointError unless the shapes are equal."""
     if found != expected:
         raise CheckpointError(
-            f"Tensor {name} of {where} has shape {list(found)} where the config asks for"
+            f"Tensor {name} of {where} has shape {list(found)}, but the config asks for"
             f" {list(expected)}."
         )

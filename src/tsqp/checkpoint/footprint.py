@@ -8,8 +8,10 @@ from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import embedding_bytes, linear_bytes
 from tsqp.model.config import ModelConfig, linear_groups
 
-CHECK_BYTES = 8  # of check vectors, for each input and output feature of a group: two of int32
-LATTICE_CHECK_BYTES = 20  # of both checks of lattice masks: two of float64, and one of int32
+CHECK_BYTES = 8  # bytes of check vectors for each input and output feature of a group: two of int32
+LATTICE_CHECK_BYTES = (
+    20  # the same for both checks of lattice masks: two of float64, and one of int32
+)
 HINT_BYTES = LATTICE.residue_bytes * DEGREE  # for each output feature, in blocks of features
 
 
@@ -21,7 +23,7 @@ def trusted_bytes(
     fixed_point: bool = False,
     lattice: bool = False,
 ) -> int:
-    """Bytes of a model's weights on the trusted side.
+    """Bytes of a model's weights in the TEE.
 
     Args:
         privacy: "tee", "pad", "shares" or "open".

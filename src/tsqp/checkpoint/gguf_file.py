@@ -76,7 +76,7 @@ class GGUFCheckpoint:
     def _dequantize(self, stored: StoredTensor, first: int, count: int) -> Tensor:
         raw = np.empty((count, stored.row_bytes), dtype=np.uint8)
         self._file.read_into(stored.offset + first * stored.row_bytes, raw.data.cast("B"))
-        with np.errstate(all="ignore"):  # what is not finite is refused where it is used
+        with np.errstate(all="ignore"):  # values that are not finite are refused when they are used
             return torch.from_numpy(gguf.dequantize(raw, stored.encoding))
 
     def close(self) -> None:

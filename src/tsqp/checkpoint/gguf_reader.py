@@ -21,7 +21,7 @@ READABLE_VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 100_000_000  # as of safetensors; the largest vocabularies take a tenth
 MAX_DIMENSIONS = 4
 MAX_ENTRIES = 2**16  # tensors, and keys of the metadata: the largest models have some thousands
-MAX_ITEMS = 2**22  # of an array: more than ten times the largest vocabulary
+MAX_ITEMS = 2**22  # elements of an array: more than ten times the largest vocabulary
 WINDOW_BYTES = 2**20  # read at once
 
 _STRING, _ARRAY = 8, 9
@@ -49,7 +49,7 @@ class StoredTensor:
         encoding: a `GGMLQuantizationType`.
         shape: as in PyTorch, rows first.
         offset, size: in bytes; the range lies inside the file.
-        row_bytes: of one row; of all of it where there is one dimension.
+        row_bytes: bytes of one row; of the whole tensor if it has one dimension.
     """
 
     name: str
@@ -97,7 +97,7 @@ class GGUFHeader:
     Attributes:
         metadata: values by key; arrays of numbers are lists, arrays of strings `StringArray`s.
         tensors: by their GGUF names.
-        sha256: of the header's bytes, from which everything here was read; hexadecimal.
+        sha256: hexadecimal SHA-256 of the header's bytes, from which everything here was read.
     """
 
     metadata: dict[str, Any]
@@ -217,7 +217,7 @@ def _value(data: _Bytes, kind: int) -> Any:
 
 def _numbers(data: _Bytes, kind: int, count: int) -> Any:
     dtype = np.dtype(_SCALARS[kind])
-    if kind == 7:  # a byte that is neither 0 nor 1 is no reason to trust numpy with it
+    if kind == 7:  # numpy must not see a byte that is neither 0 nor 1
         return np.frombuffer(data.take(count), np.uint8) != 0
     return np.frombuffer(data.take(count * dtype.itemsize), dtype)
 

@@ -55,7 +55,7 @@ def llama3_scaling(factors: Tensor, rope_theta: float, head_dim: int) -> Llama3S
 
 
 def _factors(scaling: Llama3Scaling, rope_theta: float, head_dim: int) -> Tensor:
-    """What llama.cpp's converter writes; float64, [head_dim / 2]."""
+    """The factors as llama.cpp's converter writes them; float64, [head_dim / 2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     turns = scaling.original_max_positions * rope_theta**-exponents / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

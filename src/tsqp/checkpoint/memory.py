@@ -15,7 +15,7 @@ def available_bytes() -> int:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can.
+    """Return freed memory to the system, if the C library can.
 
     By itself, the C library keeps the gaps that short-lived tensors leave between long-lived ones.
     These gaps grow with the model.
@@ -65,7 +65,7 @@ def _number(path: Path) -> int | None:
         text = path.read_text().strip()
     except OSError:
         return None
-    return int(text) if text.isdecimal() else None  # "max" is no limit
+    return int(text) if text.isdecimal() else None  # "max" means no limit
 
 
 def _inactive_file(folder: Path, key: str) -> int:

@@ -1,4 +1,4 @@
-"""One digest of a model: every byte of it that the trusted side uses.
+"""One digest of a model: every byte of it that the TEE uses.
 
 Users who rely on a model can pin this digest. It covers the files that define the computation, the
 text and the end of answers (config, generation config, tokenizer, chat templates; for a GGUF file
@@ -25,7 +25,7 @@ from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.errors import UnexpectedModel, UsageError
 from tsqp.model.config import trusted_shapes
 
-LABEL = "tsqp-model-1"  # of what is hashed, and how; another way gets another label
+LABEL = "tsqp-model-1"  # names what is hashed, and how; any change needs a new label
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
 

@@ -21,7 +21,7 @@ def new_file(path: Path, ending: str) -> Iterator[BinaryIO]:
     its writer is alive. Temporary files that dead writers have left in the folder are removed.
 
     Args:
-        ending: of `path`, and of the names of all such files.
+        ending: the ending of `path` and of all files of this kind.
 
     Raises:
         OSError: the file cannot be written.

@@ -8,7 +8,7 @@ from tsqp.model.config import EMBEDDING, FINAL_NORM, HEAD, ModelConfig, tensor_s
 
 _MAX_PREFIXES = 2  # as in "model.language_model." and "language_model.model."
 
-StoredNames = dict[str, str]  # what a checkpoint calls a tensor, by its name in the model
+StoredNames = dict[str, str]  # a tensor's name in the checkpoint, by its name in the model
 
 
 def find_tensors(
@@ -26,7 +26,7 @@ def find_tensors(
 
     Raises:
         CheckpointError: two tensors for one place; a tensor of a layer that the config leaves
-            out; or no output projection where the config does not tie it to the embedding.
+            out; or no output projection if the config does not tie it to the embedding.
     """
     stored = list(stored)
     prefixes = ("model.", "language_model.") if is_wrapper else ("model.",)
@@ -81,7 +81,7 @@ def _check_unknown(name: str, bare: str, checkpoint: str) -> None:
 
 
 def _settle_head(found: StoredNames, config: ModelConfig, checkpoint: str) -> ModelConfig:
-    """Tie the output projection to the embedding exactly where transformers does.
+    """Tie the output projection to the embedding exactly when transformers does.
 
     If the files hold both, they are not tied, whatever the config says. If the files hold only the
     output projection of a tied pair, it is the embedding.

@@ -68,7 +68,7 @@ def chat(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with open_llm(model, options, tokenizer) as llm:
         if interactive:
-            with suppress(ImportError):  # line editing, where Python has it; no history file
+            with suppress(ImportError):  # line editing, if Python has it; no history file
                 import readline  # noqa: F401
             note("/help lists the commands, and Ctrl-D ends the chat.")
         repl = Repl(

@@ -24,7 +24,9 @@ def run_demo(prompt: str) -> None:
     """Answer, then show how much of the prompt the worker could read in `pad` and in `open`."""
     note(f"Model   SmolLM2-135M-Instruct\nAsking  {prompt}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no recording behind
-    with tempfile.TemporaryDirectory(prefix="tsqp-demo-") as temporary:  # for this user alone
+    with tempfile.TemporaryDirectory(
+        prefix="tsqp-demo-"
+    ) as temporary:  # only this user can open it
         folder = Path(temporary)
         # Both load at once, while this process loads its own weights.
         with (

@@ -152,7 +152,7 @@ def print_statistics(llm: LLM) -> None:
     _stderr.print(_placement_table(llm))
     if (pads := llm.pads) is not None:
         say(
-            f"pads: {pads.ahead_rows:,} rows made ahead, {pads.inline_rows:,} in line "
+            f"pads: {pads.ahead_rows:,} rows made ahead, {pads.inline_rows:,} while waiting "
             f"in {pads.inline_s:.2f} s"
         )
     if rpc.calls:

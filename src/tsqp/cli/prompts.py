@@ -125,9 +125,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _reason(error: msgspec.DecodeError) -> str:
-    """What is wrong, without quoting the prompt."""
+    """The fault, without quoting the prompt."""
     if "unknown field" in str(error):
-        return 'an object may have "prompt" or "messages", and nothing else'
+        return 'an object has either "prompt" or "messages", and no other key'
     return str(error)
 
 

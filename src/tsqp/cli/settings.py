@@ -62,7 +62,7 @@ def _named(key: str) -> str:
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """What is wrong with a file, without quoting it, since it may set a prompt."""
+    """The fault of a file, without quoting the file, because it may set a prompt."""
     if isinstance(error, OSError):
         return str(error.strerror)
     if isinstance(error, UnicodeDecodeError):

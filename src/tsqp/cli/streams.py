@@ -29,7 +29,7 @@ def open_streams() -> None:
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
     elif isinstance(sys.stdin, TextIOWrapper) and _is_ascii(sys.stdin):
-        sys.stdin.reconfigure(encoding="utf-8")  # of which ASCII is a part
+        sys.stdin.reconfigure(encoding="utf-8")  # a superset of ASCII
     if sys.stdout is None:  # the replacement is read-only, so that writing fails and is noticed
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:

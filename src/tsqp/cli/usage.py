@@ -63,7 +63,7 @@ def _name(parameter: Any) -> str:
 
 
 def _expected(parameter: Any) -> str:
-    """What a parameter takes, as far as its type says."""
+    """The values that a parameter takes, as far as its type tells."""
     described = getattr(parameter, "type_descriptor", None)
     annotation = getattr(described, "annotation", None)
     [element] = getattr(annotation, "__args__", None) or [annotation]  # of list[int]

@@ -1,4 +1,4 @@
-"""What a worker keeps for one client between calls: keys and values, in `open` only.
+"""A worker's state for one client between calls: keys and values, in `open` only.
 
 Shape suffixes: T tokens of all spans, flat; H query heads; J key/value heads; K features of one
 head; S tokens kept of a sequence; N scores of all spans, flat; F output features.
@@ -67,10 +67,10 @@ class KvStore:
         self._shares = shares
 
     def check_share(self, required: int) -> None:
-        """Raise OutOfMemory where one session would have more than its share of the memory.
+        """Raise OutOfMemory if one session would have more than its share of the memory.
 
         Args:
-            required: bytes that it would have.
+            required: bytes that the session would have in total.
         """
         share = (self.backend.free_bytes() + self.cache.taken_bytes) // self._shares
         if required > share:
@@ -193,7 +193,7 @@ class KvSession:
             raise ProtocolError(f"A client may keep {MAX_SEQUENCES} sequences at a time.")
         if capacity > self._config.max_positions:
             raise ProtocolError(
-                f"A client wants room for {capacity} tokens in one sequence, where this model "
+                f"A client wants room for {capacity} tokens in one sequence, but this model "
                 f"has a context of {self._config.max_positions}."
             )
 

@@ -51,12 +51,12 @@ class RecordedCall(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         call, session: numbers, from 1.
         layer, group: null for the embedding; -1 and "lm_head" for the output projection; the group
-            is null for a call about kept keys and values, and so is the layer where it has none.
-        field: null where the tensor holds activations or token ids instead of residues, which are
+            is null for a call about kept keys and values, and so is the layer if it has none.
+        field: null if the tensor holds activations or token ids instead of residues, which are
             int32, or int64 in the lattice field.
-        rows: of the first tensor; of the answer for attention weights, which are flat.
-        tensor: a safetensors file beside the index; null for a call without any.
-        sequences: what such a call names of sequences, number for number as the message has it.
+        rows: rows of the first tensor; for attention weights, which are flat, of the answer.
+        tensor: a safetensors file next to the index; null for a call without tensors.
+        sequences: the numbers about sequences in a call about keys and values, as in its message.
     """
 
     call: Annotated[int, Meta(ge=1)]

@@ -31,7 +31,7 @@ from tsqp.wire.zmq import public_key_of
 log = logging.getLogger("tsqp")
 
 SERVE = ("all", "private", "open")
-READY = "ready"  # what a supervised worker says on standard output, and where it listens
+READY = "ready"  # a supervised worker prints this and its address on standard output
 
 
 def serve(
@@ -55,10 +55,10 @@ def serve(
         model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", "demo", or a file
             that `tsqp prepare` wrote, which serves private modes only.
         listen: ipc:///PATH or tcp://HOST:PORT.
-        device: "cpu", "cuda", "cuda:NUMBER", or "auto": CUDA where torch sees a device.
+        device: "cpu", "cuda", "cuda:NUMBER", or "auto": CUDA if torch sees a device.
         serve: "private" holds integer weights, "open" floating-point ones, "all" both.
-        dtype: of the floating-point weights.
-        quotas: what clients may take.
+        dtype: dtype of the floating-point weights.
+        quotas: limits for clients.
         keyfile: the file with the secret key made by `tsqp keygen`. With it, the worker accepts
             only encrypted links.
         insecure: listen on an address that other machines can reach, without encryption.

@@ -80,7 +80,7 @@ class Worker:
         return ", ".join(served)
 
     def welcome(self, hello: Hello) -> Welcome:
-        """What this worker serves to a client that needs weights of `hello.dtype`.
+        """Describe this worker to a client that needs weights of `hello.dtype`.
 
         Raises:
             HandshakeError: the worker does not hold weights of this kind.
@@ -109,7 +109,7 @@ class Worker:
     def check(self, operation: Stateless, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         """Raise ProtocolError unless the tensors have the shapes that `operation` wants.
 
-        Also where it is more work than one call may ask for.
+        Even if it is more work than one call may ask for.
         """
         if isinstance(operation, SeedProduct):
             rows = operation.rows
@@ -130,7 +130,7 @@ class Worker:
                 check_residues(rows * (features + width))
 
     def received(self, operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What a call brought, in private memory: activations, token ids, or residues."""
+        """The inputs of a call, in private memory: activations, token ids, or residues."""
         if isinstance(operation, Product | SeedProduct):
             return [self._residues(operation, inputs)]
         return [tensor.clone() for tensor in inputs]
@@ -215,7 +215,7 @@ class Worker:
         return weights_FD[group]
 
     def _embed(self, ids: Tensor, out_TD: Tensor) -> None:
-        token_ids_T = ids.clone()  # what is checked must not change afterwards
+        token_ids_T = ids.clone()  # it must not change after the check
         table_VD = self._open_weights.embedding_VD
         if token_ids_T.min() < 0 or token_ids_T.max() >= len(table_VD):
             raise ProtocolError("A token id lies outside the vocabulary.")

@@ -31,7 +31,7 @@ class Weights:
             them.
         layers: norms and rotation, for whole layers.
         embedding_VD: the embedding table, which a tied output projection shares.
-        digest: of every tensor of the model, as both sides compute it.
+        digest: digest of every tensor of the model, as both sides compute it.
     """
 
     config: ModelConfig
@@ -90,7 +90,7 @@ class IntegerModel:
     Attributes:
         backend: computes with them.
         linear_FD: the int8 weight of each group.
-        digest: of these and their scales, as both sides compute it.
+        digest: digest of these and their scales, as both sides compute it.
     """
 
     backend: Backend

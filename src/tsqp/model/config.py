@@ -180,7 +180,7 @@ def norm_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def trusted_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that only the trusted side of the private modes has."""
+    """The shapes of the tensors that only the TEE has in the private modes."""
     shapes = tensor_shapes(config)
     return {name: shape for name, shape in shapes.items() if name == EMBEDDING or len(shape) == 1}
 

@@ -19,7 +19,7 @@ def from_hf(config: Json, generation_config: Json | None) -> ModelConfig:
     For a model that also reads images, this gives the config of its language model.
 
     Args:
-        generation_config: of generation_config.json, or None where there is none.
+        generation_config: of generation_config.json, or None if there is none.
 
     Raises:
         UnsupportedModel: a family, activation, rotary scaling, dtype or quantization that is not
@@ -110,7 +110,7 @@ def _dtype(config: Json) -> str:
 
 def _eos_token_ids(config: Json, generation_config: Json | None, vocab: int) -> tuple[int, ...]:
     found = config.get("eos_token_id")
-    if generation_config is not None:  # it decides, also where it says nothing
+    if generation_config is not None:  # it decides, even if it is empty
         found = generation_config.get("eos_token_id")
     ids = found if isinstance(found, list) else [found]
     checked = (_token_id(each, "eos_token_id", vocab) for each in ids)

@@ -29,7 +29,7 @@ def parse_rope(config: Json, theta: float = 10_000.0) -> Rope:
     """The one rope of a model's layers, from a config in either spelling of Hugging Face.
 
     Args:
-        theta: where the config has none.
+        theta: used if the config has none.
 
     Raises:
         UnsupportedModel: a variant that is not implemented.
@@ -56,7 +56,7 @@ def build_rope(parameters: Json, config: Json, theta: float) -> Rope:
     """A rope from its own parameters, and from what a config may say outside them.
 
     Args:
-        theta: where the parameters have none.
+        theta: used if the parameters have none.
     """
     for key, value in parameters.items():
         if isinstance(value, dict):

@@ -62,7 +62,7 @@ class KvCache:
         return self.reserved_bytes - self._untouched_bytes
 
     def bytes_for(self, tokens: int) -> int:
-        """Bytes of the keys and values of so many tokens."""
+        """Bytes of the keys and values of this many tokens."""
         layers, two, heads, features = self._shape
         return layers * two * heads * tokens * features * self._dtype.itemsize
 

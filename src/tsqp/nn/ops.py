@@ -1,4 +1,4 @@
-"""The non-linear operations. They run on the trusted side, unless a trusted GPU runs whole layers.
+"""The non-linear operations. They run in the TEE, unless a trusted GPU runs whole layers.
 
 Shape suffixes: T tokens; D features; I inner features; H query heads; J key/value heads; N heads
 of either sort; K features of one head, and h = K/2; S tokens in the cache.
@@ -50,7 +50,7 @@ def rope_tables(
     """cos [T, 1, 1, h] and (-sin, sin) [T, 1, 2, h] of each position, for `rope`.
 
     Args:
-        frequency_h: or [T, h], where tokens have frequencies of their own.
+        frequency_h: or [T, h], if tokens have frequencies of their own.
     """
     angle_Th = positions_T[:, None].float() * frequency_h
     cos_Th = (angle_Th.cos() * attention_factor).to(dtype)
@@ -155,7 +155,7 @@ def attention_weights(
 
 
 def _mask(q_BHK: Tensor, length: int, window: int | None) -> Tensor:
-    """0 where a row attends, -inf elsewhere, [B, S]; SDPA's own is aligned to the first key."""
+    """0 if a row attends, -inf elsewhere, [B, S]; SDPA's own is aligned to the first key."""
     rows = q_BHK.shape[0]
     hidden_BS = q_BHK.new_full((rows, length), -math.inf)
     mask_BS = hidden_BS.triu(length - rows + 1)

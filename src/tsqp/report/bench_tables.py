@@ -58,7 +58,7 @@ def numbers(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict
 
 
 def bench_ratios(file: BenchFile, against: BenchFile) -> dict[str, float]:
-    """Numbers of this file divided by those of the other, where both have them."""
+    """Numbers of this file divided by those of the other, if both have them."""
     return quotients(numbers(file.values), numbers(against.values))
 
 

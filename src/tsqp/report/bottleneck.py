@@ -38,10 +38,10 @@ REMEDIES = {
         "Make more pads ahead of time: raise --pad-memory, and leave pauses to make them.", 1.0
     ),
     "TEE masking": Remedy(
-        "Give the trusted side more cores and --threads; the estimate assumes twice as many.", 0.5
+        "Give the TEE more cores and --threads; the estimate assumes twice as many.", 0.5
     ),
     "TEE own work": Remedy(
-        "Give the trusted side more cores and --threads; the estimate assumes twice as many.", 0.5
+        "Give the TEE more cores and --threads; the estimate assumes twice as many.", 0.5
     ),
 }
 LINK_REMEDIES = {

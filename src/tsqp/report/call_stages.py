@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from tsqp.report.phases import CALL_PARTS, call_parts_us
 from tsqp.tee.call_lines import CallLine
 
-AWAY = "away"  # the trusted side did other work while the call was in flight
+AWAY = "away"  # the TEE did other work while the call was in flight
 
 
 def stages(call: CallLine, begin_us: float) -> Iterator[tuple[str, float, float]]:

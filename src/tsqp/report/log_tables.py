@@ -89,7 +89,7 @@ def method_cells(method: Method) -> list[str]:
 
 
 def _methods(report: LogReport) -> Table:
-    heading = "Calls by method; times of the trusted side, waiting included"
+    heading = "Calls by method; times of the TEE, waiting included"
     table = new_table(heading, *METHOD_COLUMNS)
     for method in report.methods:
         table.add_row(*method_cells(method))

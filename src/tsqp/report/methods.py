@@ -19,7 +19,7 @@ class Method:
     """Statistics of all calls of one method, or of all methods.
 
     Attributes:
-        total_s: time of the trusted side, including waiting.
+        total_s: time of the TEE, including waiting.
         median_us, p95_us, p99_us: percentiles of the same time for one call.
     """
 
@@ -104,7 +104,7 @@ def throughput(phase: PhaseTimes) -> dict[str, float]:
 
 
 def ratios(report: LogReport, against: LogReport) -> dict[str, float]:
-    """Seconds of one run divided by those of another, where both have them; above 1 is slower."""
+    """Seconds of one run divided by those of another, if both have them; above 1 is slower."""
     return quotients(_figures(report), _figures(against))
 
 

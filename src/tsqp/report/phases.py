@@ -23,7 +23,7 @@ CALL_PARTS = (
     "receive",
     "unmask",
 )
-TEE_PARTS = (*KINDS, "joining rows", "other")  # work of the trusted side between calls
+TEE_PARTS = (*KINDS, "joining rows", "other")  # work of the TEE between calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class PhaseTimes:
 
     @property
     def tee_s(self) -> float:
-        """The time of the trusted side's own work between calls."""
+        """The time of the TEE's own work between calls."""
         return self.seconds(*TEE_PARTS)
 
 
@@ -63,7 +63,7 @@ def phases_of(log: LogFile) -> list[PhaseTimes]:
 
 
 def call_parts_us(call: CallLine) -> tuple[float, ...]:
-    """The trusted side's time for one call, by CALL_PARTS, in microseconds.
+    """The TEE's time for one call, by CALL_PARTS, in microseconds.
 
     The worker reports its own compute time, which is cut to the time of the wait.
     """

@@ -11,8 +11,8 @@ from tsqp.report.report_file import write_new_file
 from tsqp.tee.call_lines import CallLine
 from tsqp.wire.codec import printable
 
-TEE = 1  # thread id of the trusted side; workers have the next ids
-# For the trusted side, both parts are waiting.
+TEE = 1  # thread id of the TEE; workers have the next ids
+# For the TEE, both parts are waiting.
 WAITS = ("link", "worker compute")
 
 
@@ -27,7 +27,7 @@ def write_trace(path: Path, reports: Sequence[LogReport]) -> None:
 
 
 def trace_events(report: LogReport, process: int) -> Iterator[dict[str, Any]]:
-    """The events of one log: one process with a thread for the trusted side and for each worker.
+    """The events of one log: one process with a thread for the TEE and for each worker.
 
     Times are microseconds since the first call. It is not known when during the wait a worker
     computed. Its time is placed in the middle.

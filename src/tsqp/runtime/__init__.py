@@ -1,1 +1,1 @@
-"""The composition root: the only package that joins the trusted side and workers."""
+"""The composition root: the only package that joins `tee/`, `wire/` and `gpu/` into sessions."""

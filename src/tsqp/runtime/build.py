@@ -51,19 +51,19 @@ from tsqp.wire.channel import Channel
 
 log = logging.getLogger("tsqp")
 
-# Connects to the workers; returns the offload, and its pool of pads where there is one. When it is
-# called again after a worker was lost, it begins new sessions with fresh pads, and reads no file.
+# Connects to the workers; returns the offload, and its pool of pads if there is one. Called again
+# after a worker was lost, it begins new sessions with fresh pads, and reads no file.
 Begin = Callable[[], tuple[Offload, PadPool | None]]
 
 MIN_SHM = 2**20
 MAX_SHM = 2**30
 HEAD_ROWS = 8  # sequences whose logits travel in one call; more are split
-MAX_PAD_MEMORY = 2 * 2**30  # unless a user wants more
-MIN_WEIGHTS = 2**25  # of models whose hints are kept: making those of fewer takes a second or two
+MAX_PAD_MEMORY = 2 * 2**30  # without --pad-memory
+MIN_WEIGHTS = 2**25  # smaller models keep no hints: making them takes a second or two
 
 
 class Builder:
-    """Builds the offload of one model; reads from the checkpoint what the trusted side needs.
+    """Builds the offload of one model; reads from the checkpoint what the TEE needs.
 
     Args:
         norms: the model's norms, if they were read already.
@@ -86,13 +86,13 @@ class Builder:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._dtype = dtype
-        # Of what was read: each tensor once, so that what is used is what is hashed.
+        # Each tensor is read once, so that the tensor that is hashed is the one that is used.
         self._read = WeightsDigest() if norms is None else norms
         self._progress = progress
         self.model_digest = ""
 
     def build(self, workers: Sequence[WorkerProcess]) -> Begin:
-        """Read what this side needs; returns a function that begins the sessions.
+        """Read what the TEE needs; returns a function that begins the sessions.
 
         Args:
             workers: the worker processes of the options' endpoints, not yet connected.
@@ -208,7 +208,7 @@ class Builder:
         """Sessions of `pad`, each with pads of its own.
 
         Args:
-            provider: makes the provider of pads for a stock of so many bytes.
+            provider: makes the provider of pads for a stock of this many bytes.
         """
         memory, lattice = self._pad_memory(), self.options.lattice
         trust = Trust(process_limit)
@@ -228,10 +228,10 @@ class Builder:
         return PrivateOffload(self._config, self._dtype, embedding_VD, linear)
 
     def _load_with_hints(self) -> tuple[LatticeLoad, str, torch.Tensor]:
-        """What lattice masks need, with hints from a file or made here; and as `_load` has it.
+        """Load for lattice masks, with hints from a file or made here. See also `_load`.
 
         Raises:
-            HintsError: the file that was named is not one of these weights.
+            HintsError: the given file holds no hints of these weights.
         """
         given, shapes, biases_F = self.options.hints, self._shapes(), self._biases_F()
         path = self._cached_hints() if given is None else Path(given)
@@ -245,7 +245,7 @@ class Builder:
             except HintsError as exc:
                 if given is not None:
                     raise
-                log.warning("passing over hints that were kept: %s", exc)
+                log.warning("ignoring the hints in the cache: %s", exc)
         load = LatticeLoad(shapes, biases_F)
         digest, embedding_VD = self._load(load.add)
         if path is not None:
@@ -279,7 +279,7 @@ class Builder:
         return load, digest, embedding_VD
 
     def _cheaper_field(self) -> Field:
-        """Pads or lattice masks, by what they cost here and whether hints fit."""
+        """The cheaper of pads and lattice masks on this machine, if the hints fit into memory."""
         name, dtype = self._checkpoint.name, self._dtype
         needed = trusted_bytes(self._config, dtype, "pad", lattice=True)
         if needed > (available := available_bytes()):
@@ -297,7 +297,7 @@ class Builder:
         return field
 
     def _cached_hints(self) -> Path | None:
-        """Where hints are kept from one start to the next; None where making them takes no time."""
+        """The file that keeps hints for the next start; None if making them takes little time."""
         weights = sum(features * width for features, width in self._shapes().values())
         return cached_file(self._checkpoint, HINTS_SUFFIX) if weights >= MIN_WEIGHTS else None
 
@@ -309,7 +309,7 @@ class Builder:
                     writer.add(group, hints)
                 writer.digest = digest
         except (HintsError, OSError) as exc:
-            log.warning("keeping no hints: %s", exc)
+            log.warning("cannot keep hints in the cache: %s", exc)
 
     def _load(
         self, place: Callable[[LinearGroup, IntegerWeights], None]

@@ -1,4 +1,4 @@
-"""Which workers, over which links: what each privacy mode asks of them."""
+"""Checks that the workers and their links suit the privacy mode."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def _check_numbers(privacy: str, workers: int, keys: int) -> None:
 
 
 def _check_apart(links: Sequence[Link]) -> None:
-    """[P8]: only the TEE may see all shares of an input. Checks what this side can tell."""
+    """[P8]: only the TEE may see all shares of an input. Checks what the TEE can tell."""
     for link in links:
         if link.endpoint.scheme != "tcp":
             raise UsageError(

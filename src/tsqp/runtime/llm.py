@@ -46,7 +46,7 @@ log = logging.getLogger("tsqp")
 
 
 class LLM:
-    """A model that answers from this process, which is the trusted side.
+    """A model that answers from this process, which belongs in the TEE.
 
     Usable as a context manager. `close` ends the session with the worker; dropping the last
     reference, and the end of the program, do the same. Several threads may call one LLM: their
@@ -64,13 +64,13 @@ class LLM:
         on_load: Callable[[int, int], None] | None = None,
         **given: Any,
     ) -> None:
-        """Load what this side needs and open a session with each worker.
+        """Load what the TEE needs and open a session with each worker.
 
         Args:
             model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".
             options: the options of the run. Or give its fields as keywords; see `tsqp.Options`.
             tokenizer: the model's tokenizer, if it has been read already.
-            on_load: called while this side reads weights, with the bytes read and their total.
+            on_load: called while the TEE reads weights, with the bytes read and their total.
 
         Raises:
             UsageError: options are unknown or contradict each other, or the call log exists.
@@ -244,7 +244,7 @@ class LLM:
 
     @property
     def model_digest(self) -> str:
-        """The digest of every byte of the model that this side uses: "sha256:" and 64 digits.
+        """The digest of every byte of the model that the TEE uses: "sha256:" and 64 digits.
 
         It is the same for all modes that compute in the same numeric form (docs/models.md).
         """
@@ -252,7 +252,7 @@ class LLM:
 
     @property
     def stats(self) -> Stats:
-        """Where the time of this side went since it was loaded."""
+        """Where the time of this process went since the model was loaded."""
         return self._engine.stats
 
     @property
@@ -275,12 +275,12 @@ class LLM:
 
     @property
     def rpc(self) -> Counters:
-        """Counts of calls and bytes between this side and all workers since the session began."""
+        """Counts of calls and bytes between the TEE and all workers since the session began."""
         return Counters.total(channel.counters for channel in self._channels)
 
     @property
     def pads(self) -> PadStats | None:
-        """How many pads were made ahead and in line since the session began; None without pads."""
+        """How many pads were made ahead, and how many while waiting; None without pads."""
         return None if self._pads is None else self._pads.stats
 
     def fill_pads(self) -> None:

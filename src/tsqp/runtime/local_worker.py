@@ -1,6 +1,6 @@
 """A worker as a child process: the endpoint `local`.
 
-It runs on the same machine, as the same user and in the same trust domain as the TEE side. It is
+It runs on the same machine, as the same user and in the same trust domain as this process. It is
 meant for trying things out.
 """
 

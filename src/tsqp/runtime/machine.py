@@ -12,7 +12,7 @@ def describe_machine(version: str) -> dict[str, str]:
     """Processor, versions and date.
 
     Args:
-        version: of tsqp.
+        version: version of tsqp.
     """
     return {
         "cpu": f"{_processor()}, {os.cpu_count()} cores",

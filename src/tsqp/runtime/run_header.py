@@ -1,4 +1,4 @@
-"""The first line of `--rpc-log`: what ran, and where."""
+"""The first line of `--rpc-log`: what ran, and on which machine."""
 
 import time
 
@@ -22,8 +22,8 @@ def run_header(
     """Describe a run without names that would tell whose model or machine it is.
 
     Args:
-        version: of tsqp.
-        digest: of the weights, which names a model that is no well-known one; None without workers.
+        version: version of tsqp.
+        digest: digest of the weights, to name a model that is not well known; None without workers.
     """
     name = model if model == "demo" or model.startswith("random:") else ""
     if not name and digest is not None:

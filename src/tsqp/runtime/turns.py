@@ -63,7 +63,7 @@ class Turns:
             raise UsageError("This LLM is closed; make a new one.")
 
     def heed(self, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
-        """What a call asks before each step: `should_stop`, and `check` after it.
+        """The function that a call asks before each step: `should_stop`, and then `check`.
 
         The callbacks of the step before may have closed the LLM, or forked.
         """

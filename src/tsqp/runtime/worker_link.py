@@ -24,10 +24,10 @@ log = logging.getLogger("tsqp")
 
 
 class WorkerProcess:
-    """The worker behind one link, from the first look to the session.
+    """The worker behind one link, from the first look to the session; it may be in this process.
 
-    The steps are apart because what lies between them takes long: this side loads its weights
-    while a local worker loads its own.
+    The steps are separate so that this process can load its weights while a local worker loads its
+    own.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class WorkerProcess:
         """Start a local worker, or find out whether another one is there.
 
         Args:
-            dtype: of the weights that the session needs; int8 for the private modes.
+            dtype: dtype of the weights that the session needs; int8 for the private modes.
             threads, device: for a local worker.
-            look_first: find that out now, before weights are loaded for nothing; else `connect`
-                is the first to reach another process.
+            look_first: find that out now, before weights are loaded in vain. Otherwise `connect`
+                finds it out.
 
         Raises:
             WorkerUnavailable: nobody serves the endpoint.
-            HandshakeError: whoever does has another key.
+            HandshakeError: the worker has another key.
         """
         self._link = link
         self._dtype = dtype
@@ -82,10 +82,10 @@ class WorkerProcess:
         """Shake hands.
 
         Args:
-            digest: of the weights that this side computed from its own copy.
+            digest: digest of the weights, computed by this process from its own copy.
             shm_bytes: shared memory wanted, 0 for none.
-            no_shm_reason: why none, where it is 0.
-            abilities: that the session needs beside those of every session.
+            no_shm_reason: the reason, if shm_bytes is 0.
+            abilities: abilities that this session needs, besides those that every session needs.
 
         Raises:
             WorkerError: the worker is gone, holds something else, or does too little in one call.

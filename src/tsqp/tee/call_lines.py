@@ -56,7 +56,7 @@ class Header(Line, frozen=True, tag="header"):
         model: "demo", "random:NAME", or the beginning of the weights' digest; never a path.
         transport: the transports of the workers, without duplicates.
         machine: as benchmarks describe it, without the commit.
-        threads: torch's threads on this side.
+        threads: torch's threads in the TEE.
         start: when the log began, in unix seconds.
     """
 
@@ -86,13 +86,14 @@ class CallLine(Line, frozen=True, tag="call"):
         step, phase: the engine's step to which the call belongs, and the phase of that step.
         method: the operation. layer and group are null if the operation has none.
         endpoint: number of the worker, from 0.
-        pads_us: taking pads, and making those that do not lie ready.
-        mask_us: reserving room, quantising and masking; in `open`, the copy.
-        away_us: other work of this side before it asks for the answer.
-        wait_us: for the answer. `compute_us` is the worker's own word for the part in which it
-            computed this call, cut so that it fits in. The rest is the link, and calls of other
-            sessions, which the worker doesn't tell apart.
-        overlap_us: more computing by its own word, while this side was away; cut likewise.
+        pads_us: taking pads, and making those that are not ready.
+        mask_us: reserving memory, quantising and masking; in `open`, copying.
+        away_us: other work of the TEE before it waits for the answer.
+        wait_us: waiting for the answer. `compute_us` is the part in which the worker says that it
+            computed this call, limited to wait_us. The rest is the link, and calls of other
+            sessions, which the worker does not report.
+        overlap_us: the time in which the worker says that it computed while the TEE was away,
+            limited to away_us.
         receive_us: taking the answer from the socket.
         unmask_us: unmasking and checking; in `open`, adding the bias.
     """
@@ -124,11 +125,12 @@ class PhaseSummary(Struct, frozen=True, forbid_unknown_fields=True):
     """All steps of a phase.
 
     Attributes:
-        wall_s: of the steps; cpu_s: processor time of this side in them.
-        tokens: computed.
-        kinds_s: by kind of operation, as `generate --json` has them: what workers answer is there
-            with everything from the request to the answer.
-        stages_s: sums over the calls; "compute" lies in "wait".
+        wall_s: wall time of the steps.
+        cpu_s: processor time of the TEE in these steps.
+        tokens: number of tokens computed.
+        kinds_s: seconds by kind of operation, as in `generate --json`. For operations on workers,
+            everything from the request to the answer counts.
+        stages_s: sums over the calls; "compute" is a part of "wait".
     """
 
     steps: Count

@@ -1,4 +1,4 @@
-"""`--rpc-log FILE`: the timing of every call, and of the trusted side's work between calls.
+"""`--rpc-log FILE`: the timing of every call, and of the TEE's work between calls.
 
 While the model runs, the times of a call are kept in memory. They are written as lines when a step
 ends, or when there are many. Logging never makes a run fail: if the disk is full, it stops.

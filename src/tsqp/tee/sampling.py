@@ -239,7 +239,7 @@ def _bias(name: str, value: object) -> dict[int, float]:
 
 
 def _own(own: T | None, name: str, wanted: str, value: object) -> T:
-    """What `value` was made into; an error that shows no value where it could not be."""
+    """Return `own`; if it is None, raise an error that does not show the value."""
     if own is None:
         raise PromptError(f"{name} must be {wanted}, not {type_of(value)}.")
     return own

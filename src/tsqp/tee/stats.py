@@ -1,4 +1,4 @@
-"""Where the time of the trusted side goes, by kind of operation."""
+"""Where the time of the TEE goes, by kind of operation."""
 
 from time import perf_counter
 
@@ -44,7 +44,7 @@ class Stats:
     """Seconds and calls by kind, and the timings of whole steps, since the last `reset`.
 
     The offload answers "embedding", "layer" (a whole layer), "linear" and "attention"; their times
-    include waiting. The other kinds are computed on this side. "softmax" is counted separately only
+    include waiting. The other kinds are computed in the TEE. "softmax" is counted separately only
     if it runs apart from the products of attention.
 
     Attributes:
@@ -52,7 +52,7 @@ class Stats:
         decode_s: wall time of all other steps.
         wait_s: the part of both in which every microbatch waited for a worker.
         prefill_cpu_s, decode_cpu_s: processor time of this process, all threads, in the steps of
-            each kind. Pads made in line count; pads made ahead do not, see `PadStats`.
+            each kind. Pads made when needed count; pads made ahead do not, see `PadStats`.
         prefill_tokens: number of prompt tokens computed.
         reused_tokens: number of prompt tokens whose keys and values were reused from an earlier
             answer.
@@ -79,7 +79,7 @@ class Stats:
 
     @property
     def tee_s(self) -> float:
-        """Seconds of the steps in which this side was working, not waiting."""
+        """Seconds of the steps in which the TEE was working, not waiting."""
         return self.prefill_s + self.decode_s - self.wait_s
 
     @property

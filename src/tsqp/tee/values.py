@@ -23,7 +23,7 @@ def as_integer(value: object) -> int | None:
 
 
 def as_number(value: object) -> float | None:
-    """The same for real numbers; infinite where float64 cannot hold an integer."""
+    """The same for real numbers; infinite if float64 cannot hold an integer."""
     value = _unpacked(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None

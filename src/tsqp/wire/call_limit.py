@@ -24,7 +24,7 @@ def check_call(macs: int, most: int) -> None:
     """Raise ProtocolError if a call needs more multiply-accumulates than allowed."""
     if macs > most:
         raise ProtocolError(
-            f"A call asks for {macs} multiply-accumulates, where this worker does {most} at most "
+            f"A call asks for {macs} multiply-accumulates, but this worker allows at most {most} "
             "in one call; split it by rows."
         )
 
@@ -33,7 +33,8 @@ def check_residues(residues: int) -> None:
     """Raise ProtocolError if a call has more residues, in and out, than allowed."""
     if residues > MAX_RESIDUES:
         raise ProtocolError(
-            f"A call has {residues} residues, where {MAX_RESIDUES} are allowed; split it by rows."
+            f"A call has {residues} residues, but at most {MAX_RESIDUES} are allowed; split it by "
+            "rows."
         )
 
 

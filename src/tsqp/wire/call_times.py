@@ -1,4 +1,4 @@
-"""The times of one call, measured by the TEE's side of a channel.
+"""The times of one call, measured by the TEE.
 
 A call is divided into consecutive stages. Stages of different calls never overlap, because one
 thread drives all calls. Times are measured only if there is a call log.
@@ -25,7 +25,7 @@ class CallTimes:
         rows: rows of the input, or of the answer if nothing is sent or the input is flat.
         sent_bytes, received_bytes: bytes of tensors.
         began_ns: start of the call, by time.perf_counter_ns.
-        stages_ns: length of each stage, by the numbers above. "away" is other work of this side.
+        stages_ns: length of each stage, by the numbers above. "away" is other work of the TEE.
         compute_ns: compute time that the worker reported; it is not trusted.
     """
 

@@ -139,7 +139,7 @@ class Service(Protocol):
     """The work of a worker, independent of how messages are carried."""
 
     def welcome(self, hello: Hello) -> Welcome:
-        """What this worker serves. The server checks the agreement and handles segments."""
+        """Describe this worker. The server checks the agreement and handles segments."""
         ...
 
     def open(self) -> "ServiceSession":

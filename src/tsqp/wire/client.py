@@ -96,7 +96,7 @@ class RemoteChannel:
 
         Args:
             endpoint: ipc or tcp.
-            hello: what this side needs; `shm_bytes` = 0 sends all tensors inline.
+            hello: what the TEE needs; `shm_bytes` = 0 sends all tensors inline.
             worker_key: the worker's public key, for an encrypted link.
             connect_timeout: seconds for the connection, and again for the handshake; CONNECT_S by
                 default.

@@ -62,7 +62,7 @@ class Decoder(Generic[M]):
         """
         if not HEADER.size <= len(frame) <= MAX_MESSAGE:
             raise ProtocolError(
-                f"{self._sender} sent a message of {len(frame)} bytes, where "
+                f"{self._sender} sent a message of {len(frame)} bytes, but "
                 f"{HEADER.size} to {MAX_MESSAGE} are allowed; check what listens there."
             )
         magic, version, zero, ticket, length = HEADER.unpack_from(frame)

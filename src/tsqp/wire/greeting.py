@@ -49,7 +49,7 @@ def connect(endpoint: Endpoint, deadline: float) -> socket.socket:
     """Open a plain socket to an ipc or tcp endpoint.
 
     Args:
-        deadline: of time.monotonic.
+        deadline: a time of time.monotonic.
 
     Raises:
         OSError: nobody listens there.
@@ -72,7 +72,7 @@ def why_not(endpoint: Endpoint, *, encrypting: bool) -> WorkerError:
     mechanism = ask_mechanism(endpoint, ASK_S)
     if mechanism is None or (mechanism == "NULL" and not encrypting):
         return WorkerUnavailable(
-            f"What listens at {endpoint} is no TSQP worker, or one that hangs; check the endpoint."
+            f"{endpoint} does not answer as a TSQP worker, or the worker hangs; check the endpoint."
         )
     if not encrypting:
         return HandshakeError(

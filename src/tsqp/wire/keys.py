@@ -1,6 +1,6 @@
 """Key pairs of encrypted links, and the text files that hold them.
 
-The worker keeps its secret key in a file that nobody else can read. The trusted side needs the
+The worker keeps its secret key in a file that nobody else can read. The TEE needs the
 public key. Both keys are 40 characters of Z85. A file has comment lines, and one line with the kind
 of the key and the key itself.
 """
@@ -25,7 +25,7 @@ _FILE = """\
 tsqp-{kind}-key {key}
 """
 _ADVICE: dict[Kind, str] = {
-    "public": "give it to whoever uses the worker, for --worker-key",
+    "public": "give it to the users of the worker, for --worker-key",
     "secret": "it stays with the worker, for --keyfile; show it to nobody",
 }
 

@@ -6,7 +6,7 @@ segment. Each side polls its ring for a bounded time before it sleeps on its soc
 sets a flag in the segment, and the peer then wakes it through the socket.
 
 The rings hold the same frames as the socket. A frame is copied out once and then decoded by the
-same rules. This works only on x86, where stores become visible in order.
+same rules. This works only on x86, because only there do stores become visible in order.
 """
 
 import platform

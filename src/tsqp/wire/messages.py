@@ -133,7 +133,7 @@ class Linear(Message, frozen=True, tag="linear"):
 
 
 class Embed(Message, frozen=True, tag="embed"):
-    """Rows of the embedding table; used only in `open`, where the worker may see token ids."""
+    """Rows of the embedding table; used only in `open`, which lets the worker see token ids."""
 
 
 class Product(Message, frozen=True, tag="product"):

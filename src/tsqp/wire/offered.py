@@ -1,4 +1,4 @@
-"""Maps shared memory that a worker offers, on the trusted side."""
+"""The TEE maps the shared memory that a worker offers."""
 
 import hmac
 from pathlib import Path
@@ -17,7 +17,7 @@ def map_offered(
     Args:
         ref: the offered segment, or None.
         reason: the worker's reason if there is none, or if it is not sealed.
-        hello: what this side asked for.
+        hello: what the TEE asked for.
         folder: the folder of segments with a name.
 
     Returns:

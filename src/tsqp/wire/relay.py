@@ -1,6 +1,6 @@
 """Relays bytes between libzmq and a worker's Unix socket, and counts the incoming ones.
 
-The kernel does not count the bytes of Unix sockets, so two threads of the trusted side do, see
+The kernel does not count the bytes of Unix sockets, so two threads of the TEE do, see
 `tsqp.wire.inflow`. With shared memory, almost no data goes through the socket. Linux only.
 """
 

@@ -1,6 +1,6 @@
 """Expands a 256-bit seed into a stream of residues, identically on both sides.
 
-The trusted side makes pads and shares from such streams. A worker that receives the seed of a share
+The TEE makes pads and shares from such streams. A worker that receives the seed of a share
 [P8] expands the share itself.
 
 The stream is AES-256 in counter mode from counter 0, read as little-endian words of 32 bits, or of

@@ -309,7 +309,7 @@ class Server:
     def _offer_named(self, identity: bytes, session: Session) -> None:
         """Replace a sealed segment, which the client cannot open, by a segment with a name."""
         if not isinstance(session.segment, SealedSegment) or session.mailbox is not None:
-            raise ProtocolError("A client asked for another segment where it may not.")
+            raise ProtocolError("A client asked for another segment when it may not.")
         session.drop_segment()
         reason = self._share_memory(session, may_seal=False)
         assert not isinstance(session.segment, SealedSegment)

@@ -1,4 +1,4 @@
-"""The ZeroMQ socket of the trusted side, and the base class of both sides' sockets.
+"""The ZeroMQ socket of the TEE, and the base class of both sides' sockets.
 
 ZeroMQ's exceptions are translated here and in `tsqp.wire.server_socket`.
 
@@ -287,8 +287,8 @@ class ClientSocket(BaseSocket):
         if length > len(self._message):
             self.drain()
             raise ProtocolError(
-                f"The worker at {self._name} sent a message of {length} bytes, where "
-                f"{MAX_MESSAGE} are allowed."
+                f"The worker at {self._name} sent a message of {length} bytes, but "
+                f"only {MAX_MESSAGE} are allowed."
             )
         return memoryview(self._message)[:length]
 

@@ -1,4 +1,4 @@
-"""What a worker asks of a device: products of host buffers with weights that lie on the device.
+"""The interface to a device: it multiplies host buffers by weights that are on the device.
 
 Inputs and outputs are in host memory, which is shared with the TEE or is about to be sent. Weights,
 keys and values are on the backend's device. The TEE may change shared memory at any time, so a
@@ -23,7 +23,7 @@ class Backend(Protocol):
 
     Attributes:
         name: its kind, as a worker announces it: "cpu" or "cuda".
-        device: where its weights, keys and values lie.
+        device: the device that holds its weights, keys and values.
         takes_memory_at_once: whether memory is taken when it is allocated, not page by page when
             it is first written.
     """
@@ -41,7 +41,7 @@ class Backend(Protocol):
         ...
 
     def check_room(self, required: int, what: str) -> None:
-        """Raise OutOfMemory unless so many bytes are free; `what` begins its message."""
+        """Raise OutOfMemory unless this many bytes are free; `what` begins its message."""
         ...
 
     def linear(self, x_TD: Tensor, weight_FD: Tensor, out_TF: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tsqp.algebra.params import LATTICE, Field
 
-MULTIPLE = 8  # what torch._int_mm wants of both features, and MIN_ROWS of rows
+MULTIPLE = 8  # torch._int_mm needs both feature counts to be multiples of this, and MIN_ROWS rows
 MIN_ROWS = 32
 
 

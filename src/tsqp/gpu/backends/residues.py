@@ -1,4 +1,4 @@
-"""The residues that a call brings, in private host memory, for backends that do not read bytes.
+"""The residues of a call, in private host memory, for backends that do not read bytes.
 
 Shape suffixes: T tokens; D input features; B bytes of a row.
 """

@@ -86,7 +86,7 @@ class FailureLimit:
         if self.reached:
             raise IntegrityError(
                 "Workers failed their checks too often in this process, so nothing is offloaded "
-                "any more; find out which one lies, and start again."
+                "any more; find the worker that lies, and start again."
             )
 
     def count(self) -> None:
@@ -96,13 +96,13 @@ class FailureLimit:
 
 
 class Trust:
-    """Whether the workers of one `LLM` may be asked: in no session after a wrong answer [P7].
+    """Whether the workers of one `LLM` may be used: never again after a wrong answer [P7].
 
-    The error of the first one is raised again, so that it cannot be taken for a lost worker, after
-    which a new session would begin with the same check vectors.
+    The first error is raised again by every later `check`. So it cannot be mistaken for a lost
+    worker, after which a new session would begin with the same check vectors.
 
     Args:
-        limit: of the whole process.
+        limit: the limit of the whole process.
     """
 
     def __init__(self, limit: FailureLimit) -> None:
@@ -110,16 +110,16 @@ class Trust:
         self._error: _Wrong | None = None
 
     def check(self) -> None:
-        """Raise IntegrityError or LatticeError if they may not be asked, nor their answers used."""
+        """Raise IntegrityError or LatticeError if the workers may not be used any more."""
         self._limit.check()
         if self._error is not None:
             raise _without_traceback(self._error)
 
     def end(self, error: _Wrong) -> None:
-        """Trust them no more; to be called before the session is closed, which may take long.
+        """End the trust. Call this before closing the session, which may take long.
 
         Args:
-            error: IntegrityError counts for the limit; LatticeError is not the workers' doing.
+            error: IntegrityError counts towards the limit; LatticeError is not the worker's fault.
         """
         self._error = _without_traceback(error)  # which holds check vectors
         if isinstance(error, IntegrityError):
@@ -130,4 +130,4 @@ def _without_traceback(error: _Wrong) -> _Wrong:
     return type(error)(*error.args)
 
 
-process_limit = FailureLimit()  # of the whole process, whatever the number of sessions
+process_limit = FailureLimit()  # for all sessions of the process

@@ -1,4 +1,4 @@
-"""The trusted side of hints [P10]: whether they are those of its weights.
+"""The TEE's check of hints [P10]: whether they belong to its weights.
 
 Shape suffixes: N roots; G blocks of features; B features of a block; W features.
 """
@@ -29,7 +29,7 @@ def check_hints(hints: Polynomials, public: Polynomials, weight_FD: Tensor, name
 
     Args:
         hints: a private copy, which is what is used afterwards.
-        name: what they are the hints of, for the message.
+        name: names the group or model in the error message.
 
     Raises:
         HintsError: a value is not in [0, q), or they are not the hints of these weights.
@@ -47,7 +47,7 @@ def check_hints(hints: Polynomials, public: Polynomials, weight_FD: Tensor, name
 
 
 def fresh_seed() -> bytes:
-    """A public seed of this side's own."""
+    """A new public seed."""
     return secrets.token_bytes(SEED_BYTES)
 
 

@@ -23,7 +23,7 @@ Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-ALL_ROWS = -1  # what a kernel returns where no row is at fault
+ALL_ROWS = -1  # what a kernel returns if no row is at fault
 BLOCK = 128  # pairs of products k · xq that add up without overflow: 2^31 · 2^24 · 2 · 2^7 = 2^63
 
 
@@ -131,7 +131,7 @@ def unpad_and_check(
 
 
 def subtract_answer(z_TB: Bytes, field: Field, u_TF: Int32) -> int:
-    """u -= z mod p: what other workers answered, where the input was shared [P8].
+    """u -= z mod p: what other workers answered, if the input was shared [P8].
 
     Args:
         z_TB: as in `unpad_and_check`.
@@ -201,7 +201,7 @@ def _measure(x_D: Float32, bits_D: Int32) -> tuple[Any, Any]:
 def quantize_row(
     x_D: Float32, bits_D: Int32, l1: float, l2: float, room: float, xq_D: Int32
 ) -> Any:
-    """[P2]: write xq and return 1/a; negative where x is not finite."""
+    """[P2]: write xq and return 1/a; negative if x is not finite."""
     most, squares = _measure(x_D, bits_D)
     if not np.isfinite(squares):
         return -1.0

@@ -36,7 +36,7 @@ from tsqp.wire.seeds import SEED_BYTES, expand
 
 _ZEROS = memoryview(bytes(4 * DEGREE * BLOCK))
 NO_NOISE = np.empty((0, 0, BLOCK), np.uint32)
-MIN_ROWS = 32  # of a class: the hints are read once for each
+MIN_ROWS = 32  # fewest rows of a class; making one reads all hints
 CLASS_COUNTERS = 2**64  # blocks of the key's stream that belong to one class, and to the secret
 
 
@@ -55,7 +55,7 @@ class _Batch:
         _batches.add(self)
 
     def secret(self, transform: ClassTransform, row_class: int) -> NDArray[np.float64]:
-        """What the values at the roots are multiplied by for this class; to be erased."""
+        """The factors of the values at the roots, for this class. The caller erases them."""
         if not any(self._key):
             raise LatticeError("A secret was about to be used after its end.")
         return transform.secret(self._s_N, row_class)
@@ -91,7 +91,7 @@ class LatticeProvider:
 
     Args:
         public: a_d for all input features of the widest group.
-        hints: of each group.
+        hints: the hints of each group.
         transform: says M.
     """
 
@@ -113,7 +113,7 @@ class LatticeProvider:
         self._classes = {key: deque() for key in hints}
 
     def stock_rows(self, memory_rows: int) -> int:
-        """Whole classes. One at least: the rest of a class that was made in line is kept."""
+        """Whole classes, and at least one: the rest of a class made when needed is kept."""
         rows = self._transform.rows
         return max(rows, memory_rows - memory_rows % rows)
 

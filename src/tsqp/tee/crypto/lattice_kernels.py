@@ -2,7 +2,7 @@
 
 The answer is checked as it crossed, every row of it, before any of it is unmasked [P13]: a check
 after the rounding would tell a worker, by its errors, about the noise. Both sides of that check are
-public but for the check vectors. What is used of an answer is a private copy.
+public, except for the check vectors. Answers are copied into private memory before use.
 
 Shape suffixes: T tokens; D input and F output features; P pairs of features; B bytes of a row, as
 `residue_bytes` has them; G blocks of features, W words and H halves of words of a block, as

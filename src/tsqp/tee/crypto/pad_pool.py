@@ -1,4 +1,4 @@
-"""Pads are made ahead by a background thread, or in line if the stock is empty.
+"""Pads are made ahead by a background thread, or when they are needed if the stock is empty.
 
 Lattice masks [P11] are pads here. `PadPool.take` is the only way to a pad, and it removes what it
 returns; there is no way to put one back. Shape suffixes: N rows; D input and F output features of a
@@ -30,21 +30,21 @@ log = logging.getLogger("tsqp")
 POLL_S = 0.001
 DISCARDED_ROWS = 64  # at once
 RETRY_S = 1.0  # after pads could not be made
-NICE = 10  # of the background thread, where the system knows no idle policy
+NICE = 10  # of the background thread, if the system knows no idle policy
 
 
 @dataclass(slots=True)
 class PadStats:
-    """How many pads were made ahead and in line.
+    """How many pads were made ahead, and how many while the engine waited.
 
     Attributes:
         ahead_rows: rows taken from the stock.
         inline_rows: rows made while the engine waited for them. This took `inline_s` seconds, and
             `inline_cpu_s` of processor time.
         background_cpu_s: processor time of the thread that makes pads ahead, and its helpers;
-            0 where the system does not tell.
-        stock_bytes: of the pads that lie ready.
-        made_rows: of all groups, in line or ahead, whether they were used or not.
+            0 if the system does not tell.
+        stock_bytes: bytes of the pads that are ready.
+        made_rows: rows made for all groups, ahead or not, used or not.
     """
 
     ahead_rows: int = 0
@@ -67,7 +67,7 @@ class PadPool:
         shapes: (F, D) of each group.
         memory_bytes: memory for the stock. Every group gets the same number of rows. If this is
             less than one batch of the provider takes, the stock has room for the rest of a batch
-            that was made in line, and no pads are made ahead.
+            that was made when needed, and no pads are made ahead.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class PadPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pads that lie ready."""
+        """Bytes of the pads that are ready."""
         stocks = self._stocks
         return sum(self._row_bytes[key] * stock.ready for key, stock in stocks.items())
 
@@ -136,7 +136,7 @@ class PadPool:
         return Pads.joined(parts)
 
     def _make_in_line(self, key: LinearGroup, rows: int) -> Iterator[Pads]:
-        """Exactly so many rows; what is made beyond them goes into the stock."""
+        """Exactly this many rows; any others that are made go into the stock."""
         while rows > 0:
             made = self._provider.rows_made(key, rows)
             stock = self._stocks.get(key)

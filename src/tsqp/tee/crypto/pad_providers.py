@@ -26,13 +26,13 @@ class PadProvider(Protocol):
 
     @property
     def field(self) -> Field:
-        """Of the residues."""
+        """The field of the residues."""
         ...
 
     def stock_rows(self, memory_rows: int) -> int:
-        """How many rows the stock of a group has room for, where memory suffices for this many.
+        """How many rows the stock of a group has room for, if memory suffices for this many.
 
-        It may be more than that: the rest of a batch that was made in line is kept in any case.
+        It may be more than that: the rest of a batch that was made when needed is kept in any case.
         """
         ...
 

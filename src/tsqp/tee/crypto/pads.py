@@ -1,4 +1,4 @@
-"""What a pad is: r with its product u, used for one row and never again. Lattice masks are pads.
+"""Pads: a mask r with its product u, used for one row and never again. Lattice masks are pads.
 
 Shape suffixes: N rows; D input and F output features of a group; G blocks of features; W words of a
 block.
@@ -26,7 +26,7 @@ class Pads:
 
     Attributes:
         r_ND: on [0, p): uniform, or a lattice mask.
-        u_NF: Wq · r mod p; of a lattice mask, but for the small Wq · e.
+        u_NF: Wq · r mod p; for a lattice mask, without the small Wq · e.
     """
 
     r_ND: NDArray[Any]
@@ -85,7 +85,7 @@ def empty_rows(rows: int, residues: int, field: Field) -> NDArray[Any]:
 
 
 def row_bytes_in_stock(field: Field, *residues: int) -> int:
-    """Of rows with so many residues in `empty_rows`."""
+    """Bytes of rows with this many residues in `empty_rows`."""
     if field is LATTICE:
         return sum(4 * WORDS * blocks(each) for each in residues)
     return 4 * sum(residues)

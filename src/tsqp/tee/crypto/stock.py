@@ -15,12 +15,12 @@ class Stock:
     """The pads of one group that are in stock, in arrays that are allocated once.
 
     Separate arrays for every batch would be simpler, but the allocator would keep freed memory: the
-    process grew to twice the budget. So pads are made where they are to lie.
+    process grew to twice the budget. So pads are made directly in these arrays.
 
     The number of a row is in `_ready`, in `_empty`, or with the thread that popped it. A pop is one
     atomic step of the interpreter, so two threads never get the same row. An exception at any
-    moment (Ctrl-C) leaves a row ready or gone, where a lock could stay held. Such an exception only
-    loses the room of the rows that were popped at that moment.
+    moment (Ctrl-C) leaves a row ready or gone; a lock could stay held. Such an exception loses only
+    the room of the rows that were popped at that moment.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from tsqp.tee.stats import Stats
 
 
 class Step:
-    """What one step computes, once that is known. A step that fails is not counted."""
+    """Counts what one step computes. A step that fails is not counted."""
 
     def __init__(self, stats: Stats, call_log: CallLog | None) -> None:
         self._stats = stats

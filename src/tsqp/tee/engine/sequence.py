@@ -60,7 +60,7 @@ class Sequence:
         assert count is not None
         first = self.computed + 1
         known = self.token_ids[first : min(first + len(logits_RV), self.prompt_tokens)]
-        rows_RV = logits_RV[: len(known)]  # what follows the prompt is not the prompt's
+        rows_RV = logits_RV[: len(known)]  # without the rows of the answer
         self.prompt_logprobs += rate(rows_RV, torch.tensor(known, dtype=torch.int64), count)
 
     def restart(self) -> None:
@@ -106,11 +106,11 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step added to one sequence.
+    """The result of one step for one sequence.
 
     Attributes:
         sequence: its id.
-        token_id: the token that was chosen; None where the sequence was ended before one.
+        token_id: the token that was chosen; None if the sequence was ended before one.
         text: the new text, which may be empty.
         completion: the whole answer, if it has ended.
         error: why there will be no answer. The sequence has ended, and the other fields are empty.

@@ -61,7 +61,7 @@ def _product_s() -> float:
 
 
 def _element_s(rows: int) -> float:
-    """For one element of a class of so many rows: half of them masks, half their products."""
+    """For one element of a class of this many rows: half of them masks, half their products."""
     transform = ClassTransform.of(Ring.of(LATTICE.p, DEGREE), DEGREE // rows)
     polynomials = Polynomials.empty(DEGREE, BLOCK)
     polynomials.low_GNB[:] = np.arange(BLOCK)  # the values do not change the time

@@ -1,4 +1,4 @@
-"""What lattice masks need of a model: made while its integer weights pass by, which are not kept.
+"""Makes what lattice masks need from a model's integer weights, which are not kept.
 
 Shape suffixes: F output and D input features of a group.
 """
@@ -57,7 +57,7 @@ class LatticeLoad:
 
         Raises:
             UnsupportedModel: the field is too small for these weights.
-            HintsError: what was found are not the hints of these weights.
+            HintsError: the hints that were found do not belong to these weights.
         """
         self.groups[linear] = LatticeGroup(linear, weights, self._biases_F.get(linear))
         if self._find is None:
@@ -68,7 +68,7 @@ class LatticeLoad:
             self.hints[linear] = hints
 
     def provider(self, memory_bytes: int) -> LatticeProvider:
-        """Masks for all groups, in batches that suit a stock of so many bytes [P14]."""
+        """Masks for all groups, in batches that suit a stock of this many bytes [P14]."""
         rows = rows_of_a_class(self._shapes, memory_bytes)
         transform = ClassTransform.of(self._ring, DEGREE // rows)
         return LatticeProvider(self._public, self.hints, transform)

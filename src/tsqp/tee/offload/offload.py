@@ -97,7 +97,7 @@ class Pending(Protocol):
     worker: it is valid inside the block only, and must be copied to be kept.
 
     Attributes:
-        waited_s: seconds in which this side only waited for the answer; set on entering.
+        waited_s: seconds in which the TEE only waited for the answer; set on entering.
     """
 
     waited_s: float
@@ -136,7 +136,7 @@ class Ready:
 
 
 def attend_here(attention: CachedAttention, request: Attention) -> Ready:
-    """Compute attention on this side, from its own KV cache."""
+    """Compute attention in the TEE, from its own KV cache."""
     r = request
     return Ready(attention.attend(r.layer, r.q_THK, r.k_TJK, r.v_TJK, r.segments))
 

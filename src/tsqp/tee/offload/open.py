@@ -136,7 +136,7 @@ class OpenLinear:
 
 
 class OpenOffload(OpenLinear):
-    """Attention and the KV cache on this side, the rest as in `OpenLinear`."""
+    """Attention and the KV cache in the TEE, the rest as in `OpenLinear`."""
 
     placement = OPEN
     most_scores = 0

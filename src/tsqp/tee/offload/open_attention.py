@@ -97,7 +97,7 @@ class OpenAttentionOffload(OpenLinear):
 
 
 def _in_calls(weights: Weights, most_rows: int) -> Iterator[Weights]:
-    """The same rows in order, at most so many a call."""
+    """The same rows in order, at most this many a call."""
     call: list[tuple[int, Tensor]] = []
     room = most_rows
     for sequence, weights_HTS in weights:

@@ -19,13 +19,13 @@ from tsqp.wire.messages import Product, place_of
 from tsqp.wire.tensors import Spec
 
 ROWS = 256  # of one call
-CALLS_IN_FLIGHT = 2  # the worker multiplies while the trusted side copies
+CALLS_IN_FLIGHT = 2  # the worker multiplies while the TEE copies
 
 
 def ask_for_hints(
     channel: Channel, group: LinearGroup, public: Polynomials, timeout: float
 ) -> Polynomials:
-    """What a worker says are the hints of a group; they are unchecked.
+    """Ask a worker for the hints of a group; they are not checked yet.
 
     Args:
         public: a_d for at least D features.

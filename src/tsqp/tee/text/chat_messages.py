@@ -32,7 +32,7 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
 
 
 def check_tools(tools: object) -> list[dict[str, Any]] | None:
-    """Descriptions of tools, as JSON schemas, checked and copied; None where there are none.
+    """Descriptions of tools, as JSON schemas, checked and copied; None if there are none.
 
     Raises:
         PromptError: it is not a list of objects.

@@ -87,7 +87,7 @@ class ChatTemplate:
         TokenizerError: there is no default, or it is not Jinja, or too long.
 
     Attributes:
-        texts: what the templates write as it stands in them: data and constants.
+        texts: the texts that stand in the templates: data and constants.
     """
 
     def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
@@ -166,7 +166,7 @@ def _run(parsed: _Parsed, values: Mapping[str, Any]) -> Text:
         failure = _not_accepted(values["messages"], str(exc))
     except RecursionError:
         failure = TokenizerError("The model's chat template was stopped: it is nested too deep.")
-    except Exception:  # what Python raises for values that do not go together
+    except Exception:  # Python raises these for values of unsuitable types
         failure = _not_accepted(values["messages"])
     raise failure  # outside, as what the template raised may quote the conversation
 

@@ -66,7 +66,7 @@ def _with_aliases(tree: nodes.Template, names: set[str]) -> set[str]:
 
 
 def _plain(node: nodes.Node | None) -> nodes.Node | None:
-    """What filters, tests and slices are applied to."""
+    """The expression that filters, tests and slices are applied to."""
     while isinstance(node, nodes.Filter | nodes.Test) or (
         isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
     ):

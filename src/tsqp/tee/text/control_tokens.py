@@ -101,7 +101,7 @@ class ControlTokens:
         return ids
 
     def _prepared(self, marked: str, first: str) -> str:
-        """What is done to a text before it is encoded, done to the text with its marks.
+        """Apply to a text with marks what is applied to a text before it is encoded.
 
         Args:
             first: the control token that the text begins with, or nothing. Some get no space in

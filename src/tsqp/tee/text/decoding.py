@@ -30,7 +30,7 @@ class _Steps:
     joined_by: str = ""
     replaced: list[tuple[str, str]] = field(default_factory=list)
     dropped_from_first: str = ""  # a character that the first token loses wherever it stands
-    stripped: tuple[str, int] = ("", 0)  # from the beginning of the text, at most so many
+    stripped: tuple[str, int] = ("", 0)  # from the beginning of the text, at most this many
 
 
 class Decoding:

@@ -1,9 +1,9 @@
 """How byte-level vocabularies of GGUF files split text before merging: "tokenizer.ggml.pre".
 
-Which types there are, and which of them add a beginning token or look words up before merging, is
-llama.cpp's table (`src/llama-vocab.cpp`). The patterns are those of the models' own tokenizer.json,
-where llama.cpp respells them for its own regular expressions. Each pattern cuts the pieces of the
-one before it; what it does not match stays a piece.
+The types, and which of them add a beginning token or look words up before merging, are taken from
+llama.cpp's table (`src/llama-vocab.cpp`). The patterns are those of the models' own tokenizer.json;
+llama.cpp spells them differently, for its own regular expressions. Each pattern cuts the pieces of
+the one before it; text that it does not match stays a piece.
 """
 
 from dataclasses import dataclass

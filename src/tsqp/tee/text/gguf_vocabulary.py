@@ -26,7 +26,7 @@ _NAMED_IDS = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
-_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # where the file has none
+_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # if the file has none
 
 # Texts that are control tokens whatever type the file gives them.
 _CONTROL_TEXTS = {
@@ -149,7 +149,7 @@ def _strings(metadata: dict[str, Any], key: str) -> list[str]:
 
 
 def _numbers(metadata: dict[str, Any], key: str, count: int, kind: type) -> list[Any]:
-    """One number for each token; zeros where the file has none."""
+    """One number for each token; zeros if the file has none."""
     found = metadata.get(_START + key, [kind(0)] * count)
     if (
         not isinstance(found, list)

@@ -1,4 +1,4 @@
-"""What transformers' tokenizer classes change in a model's tokenizer.json.
+"""The changes that transformers' tokenizer classes make to a model's tokenizer.json.
 
 Some classes take the vocabulary, the merges and the post-processor from the file, and put their own
 normalizer, pre-tokenizer and decoder in the place of the file's. The class is one of a fixed list
@@ -12,8 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-# The class that transformers takes for each family: None where the model's own choice counts, and
-# AS_WRITTEN where the file counts.
+# The class that transformers takes for each family: None if the model's own choice counts, and
+# AS_WRITTEN if the file counts.
 AS_WRITTEN = "TokenizersBackend"
 _FAMILY_CLASSES = {
     "mistral": AS_WRITTEN,
@@ -39,7 +39,7 @@ class TokenizerClass:
     """One class of transformers.
 
     Attributes:
-        named: the tokens with a name, where the model's files do not name them.
+        named: the tokens with a name, if the model's files do not name them.
         rebuild: changes a tokenizer as the class does, by the fields of tokenizer_config.json.
         adds_bos: the class adds the beginning token, whatever tokenizer.json says.
         is_byte_level: for vocabularies whose tokens are spelled in the byte alphabet of GPT-2.
@@ -52,7 +52,7 @@ class TokenizerClass:
 
 
 def find_class(model_type: object, named: object, raw: bytes) -> TokenizerClass | None:
-    """The class that transformers takes for a model; None where tokenizer.json counts as it is.
+    """The class that transformers takes for a model; None if tokenizer.json counts as it is.
 
     Args:
         model_type: of config.json.

@@ -8,7 +8,7 @@ from tsqp.errors import TokenizerError
 
 
 def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str] | None:
-    """A folder's chat template, or several by name; None where there is none.
+    """A folder's chat template, or several by name; None if there is none.
 
     Files of their own count before what tokenizer_config.json holds, as in transformers.
 
@@ -16,7 +16,7 @@ def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str
         configured: "chat_template" of tokenizer_config.json.
 
     Raises:
-        TokenizerError: what should be a template is not text.
+        TokenizerError: a template is not a text.
         CheckpointError: a file cannot be read.
     """
     found = additional_templates(files)

@@ -29,7 +29,7 @@ def add_tokens(
 
     Args:
         settings: tokenizer_config.json.
-        defaults: the tokens with a name, where those files do not name them.
+        defaults: the tokens with a name, if those files do not name them.
         listed: the added tokens of tokenizer.json, by id.
 
     Returns:
@@ -119,6 +119,6 @@ def _added(token: Mapping[str, Any]) -> AddedToken:
 
 
 def read_object(files: ModelFiles, name: str) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no such file."""
+    """The JSON object in a file; empty if there is no such file."""
     raw = files.read(name)
     return {} if raw is None else parse_json(raw, files.folder / name)

@@ -11,11 +11,11 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tsqp.errors import TokenizerError
 from tsqp.tee.text.vocabulary import MAX_TOKENS
 
-SPACE = "▁"  # what stands for a space in a piece
+SPACE = "▁"  # represents a space in a piece
 
 
 class Kind(IntEnum):
-    """What a piece is for; the same numbers in both formats."""
+    """The purpose of a piece; both formats use the same numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -57,7 +57,7 @@ class Pieces:
 
 
 def bpe_backend(pieces: Pieces) -> tokenizers.Tokenizer:
-    """Encodes as SentencePiece's BPE does, with bytes for unknown characters where there are such.
+    """Encodes as SentencePiece's BPE does, with bytes for unknown characters if it has such pieces.
 
     Raises:
         TokenizerError: the scores do not say which pieces to merge first.
@@ -113,7 +113,7 @@ def finish(
 def add_whole_tokens(
     backend: tokenizers.Tokenizer, pieces: Pieces, strips_right: Collection[str] = ()
 ) -> None:
-    """Let the tokens that are no ordinary text be matched whole; control tokens give no text."""
+    """Match tokens that are not ordinary text as a whole; control tokens give no text."""
     special = (Kind.CONTROL, Kind.UNKNOWN)
     backend.add_tokens(
         [

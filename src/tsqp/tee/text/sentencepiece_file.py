@@ -1,4 +1,4 @@
-"""The vocabulary of a SentencePiece file, tokenizer.model, where a folder has no tokenizer.json.
+"""The vocabulary of a SentencePiece file, tokenizer.model, if a folder has no tokenizer.json.
 
 The format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
@@ -78,7 +78,7 @@ def read_sentencepiece(raw: bytes, *, legacy: bool) -> SentencePieceFile:
     spaces = _spaces(table)
     prepare = partial(
         _prepare,
-        # The library takes these two for one character, where the table makes each a space.
+        # If the table turns both into spaces, the library still treats the pair as one character.
         newline="\n\n" if {"\r", "\n"} <= set(spaces) else "\r\n",
         strip=spaces if single else "",
         prefix=" " if prefix and not legacy else "",
@@ -97,7 +97,7 @@ def read_sentencepiece(raw: bytes, *, legacy: bool) -> SentencePieceFile:
 def _prepare(
     text: str, newline: str, strip: str, prefix: str, without_prefix: tuple[str, ...]
 ) -> str:
-    """What happens to a text as a whole; special tokens get no space in front."""
+    """The changes to a text as a whole; special tokens get no space in front."""
     text = text.replace("\r\n", newline).strip(strip)
     return prefix + text if text and not text.startswith(without_prefix) else text
 

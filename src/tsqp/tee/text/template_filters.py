@@ -133,7 +133,7 @@ def _to_json(
 
 
 def percent(run: "Operations", text: str, values: Any) -> Text:
-    """What `text % values` is."""
+    """`text % values`."""
     run.allowance.spend(weigh(text) + str(text).count("%"))
     left = iter(values if isinstance(values, tuple) else [values])
     parts: list[str] = []

@@ -81,7 +81,7 @@ def _splitlines(allowance: Allowance, text: str, keepends: bool = False) -> Item
 
 
 def replace(allowance: Allowance, text: str, old: str, new: str, count: int = -1) -> Text:
-    """What `text.replace(old, new, count)` is, for an `old` that is not empty."""
+    """`text.replace(old, new, count)`, for an `old` that is not empty."""
     if not isinstance(new, str):
         raise TypeError
     allowance.spend_search(text, old)
@@ -91,7 +91,7 @@ def replace(allowance: Allowance, text: str, old: str, new: str, count: int = -1
 
 
 def join(allowance: Allowance, separator: str, parts: Any) -> Text:
-    """What `separator.join(parts)` is."""
+    """`separator.join(parts)`."""
     texts = list(allowance.iterate(parts))
     allowance.spend(sum(weigh(text) + weigh(separator) for text in texts))
     return origin.join(separator, texts)

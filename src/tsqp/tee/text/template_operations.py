@@ -84,7 +84,7 @@ class Operations:
         return isinstance(value, Method | Macro | Function | Undefined)
 
     def attribute(self, value: Any, name: str) -> Any:
-        """What `value.name` is: as in Jinja, a method before a field."""
+        """`value.name`: as in Jinja, a method before a field."""
         if isinstance(value, Namespace | LoopContext):
             return self.item(value, name, name)
         fail_if_missing(value)
@@ -96,7 +96,7 @@ class Operations:
         return value.get(name, missing(name)) if isinstance(value, Fields) else missing(name)
 
     def item(self, value: Any, key: Any, name: str = "") -> Any:
-        """What `value[key]` is: as in Jinja, a field before a method.
+        """`value[key]`: as in Jinja, a field before a method.
 
         Args:
             name: the key, if it is a constant of the template.
@@ -134,7 +134,7 @@ class Operations:
         return function.call(self, *arguments, **named)
 
     def add(self, left: Any, right: Any) -> Any:
-        """What `left + right` is."""
+        """`left + right`."""
         fail_if_missing(left, right)
         if isinstance(left, str) and isinstance(right, str):
             return self.allowance.concat([left, right])
@@ -167,13 +167,13 @@ class Operations:
         return self.allowance.number(compute(left, right))
 
     def subtract(self, left: Any, right: Any) -> Any:
-        """What `left - right` is."""
+        """`left - right`."""
         return self._arithmetic(left, right, lambda a, b: a - b)
 
     def divide(self, left: Any, right: Any) -> Any:
-        """What `left / right` is."""
+        """`left / right`."""
         return self._arithmetic(left, right, lambda a, b: a / b)
 
     def divide_down(self, left: Any, right: Any) -> Any:
-        """What `left // right` is."""
+        """`left // right`."""
         return self._arithmetic(left, right, lambda a, b: a // b)

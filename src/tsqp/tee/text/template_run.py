@@ -69,7 +69,7 @@ class Run(Operations):
     # Statements: each writes to `out`.
 
     def _written(self, body: list[nodes.Node], scope: Scope) -> Text:
-        """What a body writes, as one text."""
+        """The output of a body, as one text."""
         out: list[str] = []
         self._body(body, scope, out)
         return self.allowance.concat(out)

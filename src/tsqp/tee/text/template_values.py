@@ -1,8 +1,7 @@
 """The values that a chat template works with, and the limit of its work.
 
-Every list and object knows its weight: the number of values that it holds, where texts count by
-their length and repeated values count again. Code that walks through a value pays for its weight
-first.
+Every list and object knows its weight: the number of values that it holds. Texts count by their
+length, and repeated values count again. Code that walks through a value pays for its weight first.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,10 +14,10 @@ from tsqp.tee.text.origin import CALLER, Text, concat, cut, text_of, written
 
 BASE_UNITS = 1_000_000  # a conversation of a thousand messages takes about a tenth
 UNITS_FOR_WEIGHT = 64  # more for each unit of what the caller gave
-CHARACTERS = 16  # of a text that weigh as much as one other value
-MAX_BITS = 256  # of an integer
+CHARACTERS = 16  # this much text weighs as much as one other value
+MAX_BITS = 256  # largest integer
 MAX_RANGE = 100_000
-MAX_DEPTH = 64  # of lists and objects in one another
+MAX_DEPTH = 64  # nesting of lists and objects
 
 # Their names count as words of the template: it builds control tokens of them, such as "<|user|>".
 ROLES = frozenset(
@@ -172,7 +171,7 @@ def adopt_conversation(messages: list[dict[str, Any]]) -> Items:
 
 
 def missing(name: str = "") -> Undefined:
-    """A value that is not there: empty where it is written, a MissingValue where it is used."""
+    """A value that does not exist: written as an empty text; any other use raises MissingValue."""
     return _undefined(name, MissingValue(name))
 
 
@@ -259,7 +258,7 @@ class Allowance:
         return value
 
     def repeat(self, value: Any, times: int) -> Any:
-        """What `value * times` is, of a text, a list or a tuple."""
+        """`value * times`, for a text, a list or a tuple."""
         times = max(0, times)
         self.spend(1 + weigh(value) * times + len(value) * times // CHARACTERS)
         if isinstance(value, str):

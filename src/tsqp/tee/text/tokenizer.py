@@ -27,8 +27,8 @@ class Tokenizer:
     tokenizer raises TokenizerError if there is none, or none that can be read.
 
     Attributes:
-        files: what is read from a model's folder, for a digest; None for other models.
-        header_sha256: of the header of a GGUF file, if it has been read; None for other models.
+        files: the files that were read from a model's folder, for a digest; None for other models.
+        header_sha256: SHA-256 of a GGUF file's header, if it was read; None for other models.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Tokenizer:
 
     @property
     def chat_template_source(self) -> str | dict[str, str] | None:
-        """The model's chat template in Jinja, or several by name; None where there is none."""
+        """The model's chat template in Jinja, or several by name; None if there is none."""
         return self._vocabulary.chat_template
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

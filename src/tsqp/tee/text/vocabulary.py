@@ -30,7 +30,7 @@ class Vocabulary:
     Attributes:
         backend: encodes; adds the beginning and end tokens that the model asks for.
         special_tokens: texts of the tokens with a name, such as "bos_token".
-        chat_template: Jinja source, or several by name; None where there is none.
+        chat_template: Jinja source, or several by name; None if there is none.
         prepare: applied to each text as a whole, before `backend` encodes it.
     """
 
