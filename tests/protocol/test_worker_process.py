@@ -165,7 +165,7 @@ def test_a_worker_keeps_away_from_the_files_of_others(commands: Commands) -> Non
     path = commands.folder / "worker.sock"
     path.write_text("precious")
     error = commands.fails("worker", "random:tiny", "--listen", commands.ipc())
-    assert "it is not a socket" in error
+    assert "that is not a socket" in error
     assert path.read_text() == "precious"
 
 

@@ -84,7 +84,7 @@ def test_a_server_that_never_speaks_is_given_up_in_the_end(
 ) -> None:
     monkeypatch.setattr(tsqp.wire.zmq, "SILENCE_MS", 1000)
     with TCPServer(lambda connection: None) as server:
-        assert "one that hangs" in unavailable(server.endpoint, 120)
+        assert "the worker hangs" in unavailable(server.endpoint, 120)
 
 
 def test_a_worker_that_does_not_answer_the_handshake_may_still_be_loading() -> None:

@@ -43,7 +43,7 @@ def test_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     for count in (1000, 3000, 2000):
         ours = socket.create_connection(listener.getsockname())
         theirs, _ = listener.accept()
-        peers.meet(theirs.fileno())
+        peers.add(theirs.fileno())
         ours.sendall(bytes(count))
         assert len(theirs.recv(count, socket.MSG_WAITALL)) == count
         ends.append((ours, theirs))
@@ -71,7 +71,7 @@ def test_what_waits_in_the_kernel_does_not_count(low_limit: None) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(listener.getsockname()) as ours, listener.accept()[0] as theirs:
         peers = Peers()
-        peers.meet(theirs.fileno())
+        peers.add(theirs.fileno())
         ours.setblocking(False)
         sent = 0
         try:
@@ -121,7 +121,7 @@ def test_a_connection_that_cannot_be_watched_is_ended(monkeypatch: pytest.Monkey
     ours, theirs = socket.socketpair()
     with ours, theirs:
         peers = tsqp.wire.peers.Peers()
-        peers.meet(ours.fileno())
+        peers.add(ours.fileno())
         assert theirs.recv(1) == b""
         assert len(peers) == 0
         assert ours.fileno() >= 0, "the descriptor is still libzmq's"
@@ -135,7 +135,7 @@ def test_one_connection_is_bounded_by_itself(low_limit: None) -> None:
         with closing(peers), socket.create_connection(listener.getsockname()) as ours:
             theirs, _ = listener.accept()
             with theirs:
-                peers.meet(theirs.fileno())
+                peers.add(theirs.fileno())
                 for sent, watched in ((MIB, 1), (1, 0)):
                     ours.sendall(bytes(sent))
                     assert len(theirs.recv(sent, socket.MSG_WAITALL)) == sent
@@ -169,5 +169,5 @@ def test_a_unix_connection_of_another_user_is_not_let_in() -> None:
         )
         theirs, _ = listener.accept()
         with theirs:
-            Peers().meet(theirs.fileno())
+            Peers().add(theirs.fileno())
             assert visitor.communicate(timeout=60)[0] == "hung up\n"

@@ -44,7 +44,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
             }
             mine = {name: values.pop(name) for name in own.keys() & offered.keys()}
             if "options" in own:
-                mine["options"] = Options(**_heed(given["context"], values))
+                mine["options"] = Options(**_drop_unused(given["context"], values))
             command(**mine, **given)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -85,7 +85,7 @@ def _value(name: str, option: Option, given: Any) -> Any:
     return int(given * size)
 
 
-def _heed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+def _drop_unused(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     """Drop values from variables and settings that belong to other modes; keep typed ones."""
     for name in ("worker", "worker_key"):
         if values["privacy"] == "tee" and not is_from_command_line(context, name):

@@ -152,12 +152,12 @@ class _Stopped(Exception):
 
 
 def _until(stop: threading.Event, progress: Progress) -> Progress:
-    def heed(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         if stop.is_set():
             raise _Stopped
         progress(done, total)
 
-    return heed
+    return report
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:

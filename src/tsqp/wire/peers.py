@@ -13,7 +13,7 @@ MAX_INFLOW = 2**30  # bytes of one connection that were not yet received as mess
 class Peers:
     """The inflow of each connection, see `tsqp.wire.inflow`.
 
-    One thread calls `meet`, `part` and `look`. Another thread receives messages.
+    One thread calls `add`, `remove` and `look`. Another thread receives messages.
 
     Args:
         encrypted: whether the connections use CURVE.
@@ -23,7 +23,7 @@ class Peers:
         self._encrypted = encrypted
         self._connections: dict[int, socket.socket] = {}  # by descriptor of libzmq
         self._inflows: dict[int, Inflow] = {}
-        self._most = max(MAX_INFLOW, available_bytes() // 2)  # of all connections together, bytes
+        self._most = max(MAX_INFLOW, available_bytes() // 2)  # bytes, of all connections together
 
     def __len__(self) -> int:
         return len(self._inflows)
@@ -32,13 +32,13 @@ class Peers:
         """The inflow of a connection, if it is watched."""
         return self._inflows.get(descriptor)
 
-    def meet(self, descriptor: int) -> None:
-        """A connection begins. A Unix connection of another user is ended.
+    def add(self, descriptor: int) -> None:
+        """Watch a new connection. A Unix connection of another user is ended.
 
         The kernel does not count the bytes of other Unix connections, but their users could end
         this process anyway. A connection is also ended if no file descriptor is left to watch it.
         """
-        self.part(descriptor)  # an earlier connection whose end was not reported yet
+        self.remove(descriptor)  # an earlier connection whose end was not reported yet
         try:
             connection = duplicate(descriptor)
         except OSError as exc:
@@ -53,8 +53,8 @@ class Peers:
         self._connections[descriptor] = connection
         self._inflows[descriptor] = Inflow(0, encrypted=self._encrypted)
 
-    def part(self, descriptor: int) -> None:
-        """A connection has ended."""
+    def remove(self, descriptor: int) -> None:
+        """Stop watching a connection that has ended."""
         self._inflows.pop(descriptor, None)
         if (connection := self._connections.pop(descriptor, None)) is not None:
             connection.close()
@@ -69,10 +69,10 @@ class Peers:
             if unread[descriptor] <= MAX_INFLOW and sum(unread.values()) <= self._most:
                 return
             shut_down(self._connections[descriptor])
-            self.part(descriptor)
+            self.remove(descriptor)
             del unread[descriptor]
 
     def close(self) -> None:
         """Stop watching all connections, without ending them."""
         for descriptor in list(self._connections):
-            self.part(descriptor)
+            self.remove(descriptor)

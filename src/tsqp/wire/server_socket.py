@@ -151,9 +151,9 @@ class ServerSocket(BaseSocket):
             if event == zmq.EVENT_MONITOR_STOPPED:
                 return False
             if event == zmq.EVENT_ACCEPTED:
-                self._peers.meet(descriptor)
+                self._peers.add(descriptor)
             else:
-                self._peers.part(descriptor)
+                self._peers.remove(descriptor)
                 self._a_peer_left = True
         return True
 

@@ -41,7 +41,7 @@ def remove_stale(path: Path) -> None:
         raise WorkerUnavailable(f"Cannot listen on ipc://{path}: {exc.strerror}.") from exc
     if not stat.S_ISSOCK(mode):
         raise WorkerUnavailable(
-            f"Cannot listen on ipc://{path}: it is not a socket; choose another path."
+            f"Cannot listen on ipc://{path}: that is not a socket; choose another path."
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)

@@ -1,4 +1,4 @@
-"""`--privacy pad`: one untrusted worker, which sees uniform residues and cannot lie unnoticed.
+"""`--privacy pad`: one untrusted worker, which sees random-looking residues and is always checked.
 
 Pads come from a pool [P4]; [P5] masks and unmasks, [P6] and [P7] check every row. Lattice masks
 come from the same pool; [P12] masks, [P13] checks every row, and [P12] unmasks it after that. Shape
