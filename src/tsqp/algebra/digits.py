@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tsqp.algebra.native import compiled, inlined
 from tsqp.algebra.params import Field
 
-Residues = NDArray[Any]  # of the dtype of their field
+Residues = NDArray[Any]  # residues, of their field's dtype
 
 
 def split(residues_N: Residues, field: Field, digits_LN: NDArray[np.int8]) -> None:

@@ -21,7 +21,7 @@ from tsqp.algebra.ring import Ring
 SEED_BYTES = 32
 LABEL = b"TSQP lattice masks: public polynomials, version 1"
 SPARE = 16  # candidates beyond N; more are needed with probability below 2^-250
-ROWS = 256  # of hints that are multiplied at once
+ROWS = 256  # hints that are multiplied at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tsqp.algebra.native import Instruction, inlined
 
-MAX_BITS = 46  # of q: sums of 64 residues stay below 2^52
+MAX_BITS = 46  # bits of q: sums of 64 residues stay below 2^52
 
 # a · b + c, rounded once
 _fma = Instruction(

@@ -32,7 +32,7 @@ from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import BLOCK_ROWS, Group, MaskedGroup
 
 TARGET_NS = 1.5  # the goal for one input and one output element, both checks included
-SHAPES = {  # of SmolLM2-135M: (F, D)
+SHAPES = {  # (F, D) of SmolLM2-135M
     "qkv": (960, 576),
     "o": (576, 576),
     "gate_up": (3072, 576),

@@ -50,7 +50,7 @@ def split_attention(
         is_wanted_T.zero_()[wanted_R] = True
     several = list(blocks(whole.segments, heads, most_scores))
     q_THK, k_TJK, v_TJK = whole.q_THK, whole.k_TJK, whole.v_TJK
-    if len(several) > 1:  # then they outlive the answer of which they may be views
+    if len(several) > 1:  # they may be views of an answer, and must outlive it
         q_THK, k_TJK, v_TJK = q_THK.clone(), k_TJK.clone(), v_TJK.clone()
     outputs = []
     first = 0

@@ -25,7 +25,7 @@ END_S = 10.0  # for a thread to end after its connection; it takes longer only i
 SLACK = 2**22  # allowed bytes of messages that were not asked for: failures and probes
 CURVE_BYTES = 33  # added to each encrypted frame: name, nonce, authenticator, flags (RFC 26)
 IDLE_BYTES_S = 1024  # allowed for heartbeats; they take about 80 with CURVE, 16 without
-_INFO_BYTES = 136  # of struct tcp_info, up to the end of tcpi_bytes_received
+_INFO_BYTES = 136  # bytes of struct tcp_info, up to the end of tcpi_bytes_received
 _RECEIVED = struct.Struct("=Q")
 _UNREAD = struct.Struct("=i")
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group

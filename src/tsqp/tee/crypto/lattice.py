@@ -77,7 +77,7 @@ class _Batch:
             self.erase()
 
     def erase(self) -> None:
-        """Overwrite the secret, of which nobody may be making a class."""
+        """Overwrite the secret. Call it only while no class is being made."""
         self._key[:] = bytes(SEED_BYTES)
         self._s_N[:] = 0
 
@@ -197,7 +197,7 @@ class LatticeProvider:
 
 
 def rows_of_a_class(shapes: Mapping[LinearGroup, tuple[int, int]], memory_bytes: int) -> int:
-    """M for a stock of so much memory: the most of which two fit, so that one is always ready.
+    """M for a stock of this much memory: the largest of which two fit, so that one is always ready.
 
     Args:
         shapes: (F, D) of each group.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tsqp.algebra.params import LATTICE, Field
 from tsqp.algebra.residue_blocks import WORDS, blocks
 
-USED = -1  # every bit is set, as in no residue: what lies in the place of a row that was given out
+USED = -1  # overwrites a row that was given out; no residue has every bit set
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ class Engine:
         tokenizer: without one, prompts and answers are token ids only.
         observer: measures the steps.
         prefill_chunk, max_num_seqs: see `Scheduler`.
-        microbatches: number of parts into which the tokens of a step are divided, so that this side
+        microbatches: number of parts into which the tokens of a step are divided, so that the TEE
             works on one part while the worker works on another.
         rebuild: makes a new offload after the worker was lost, or raises TSQPError. The requests
             then begin again, each of them once. It is not called after another error of a session,

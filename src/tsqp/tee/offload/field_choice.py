@@ -18,7 +18,7 @@ from tsqp.tee.crypto.pads import Pads
 
 Shapes = Mapping[LinearGroup, tuple[int, int]]  # (F, D) of each group
 
-ROUNDS = 3  # of which the fastest counts
+ROUNDS = 3  # the fastest counts
 SAMPLE = 512  # features of the layer whose pads are timed
 _GROUP = LinearGroup(0, "o", SAMPLE, SAMPLE)
 
@@ -53,15 +53,17 @@ def measure_costs(shapes: Shapes, pad_memory: int) -> MaskCosts:
 
 
 def _product_s() -> float:
-    """For one weight and row of a pad, with the random residues of a square layer."""
-    weight_FD = torch.full((SAMPLE, SAMPLE), 127, dtype=torch.int8)  # the time is that of any
+    """Seconds for one weight and one row of a pad, with the random residues of a square layer."""
+    weight_FD = torch.full(
+        (SAMPLE, SAMPLE), 127, dtype=torch.int8
+    )  # the values do not change the time
     provider = DirectProvider({_GROUP: weight_FD}, WIDE)
     fastest = _fastest(provider, Pads.empty(BATCH_ROWS, SAMPLE, SAMPLE, WIDE))
     return fastest / (BATCH_ROWS * SAMPLE * SAMPLE)
 
 
 def _element_s(rows: int) -> float:
-    """For one element of a class of this many rows: half of them masks, half their products."""
+    """Seconds for one element of a class of this many rows, masks and products alike."""
     transform = ClassTransform.of(Ring.of(LATTICE.p, DEGREE), DEGREE // rows)
     polynomials = Polynomials.empty(DEGREE, BLOCK)
     polynomials.low_GNB[:] = np.arange(BLOCK)  # the values do not change the time
@@ -73,7 +75,7 @@ def _element_s(rows: int) -> float:
 
 def _fastest(provider: PadProvider, pads: Pads) -> float:
     place = list(range(len(pads)))
-    provider.make(_GROUP, pads, place)  # which may compile
+    provider.make(_GROUP, pads, place)  # the first call may compile
     times = []
     for _ in range(ROUNDS):
         began = process_time()

@@ -27,7 +27,7 @@ from tsqp.tee.text.template_values import (
     weigh,
 )
 
-MAX_NESTING = 200  # of the template's syntax and of its macros' calls
+MAX_NESTING = 200  # nesting of the template's syntax, and of calls of its macros
 
 
 class Scope:

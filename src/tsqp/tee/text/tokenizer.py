@@ -39,7 +39,7 @@ class Tokenizer:
         Args:
             model: as for `open_checkpoint`.
             files: those of the model's folder, if something else reads them too.
-            header: that of the model's GGUF file, if it has been read.
+            header: the header of the model's GGUF file, if it has been read.
         """
         self._model = model
         self._header = header
@@ -58,7 +58,7 @@ class Tokenizer:
                 "The GGUF file has changed since its tokenizer was read: start again."
             )
         self.header_sha256 = header.sha256
-        if "_vocabulary" not in self.__dict__:  # which needs it no more once it is read
+        if "_vocabulary" not in self.__dict__:  # not needed any more once it is read
             self._header = header
 
     @cached_property
