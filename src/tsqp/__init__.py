@@ -17,6 +17,9 @@ from tsqp.errors import TSQPError
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from tsqp.runtime.answer_stream import AnswerStream, StreamOutput, Usage
+    from tsqp.runtime.async_llm import AsyncLLM
+    from tsqp.runtime.engine_thread import RequestObserver, RequestStats
     from tsqp.runtime.hardening import harden_process
     from tsqp.runtime.llm import LLM
     from tsqp.runtime.options import Options
@@ -32,33 +35,45 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AnswerStream",
+    "AsyncLLM",
     "Completion",
     "Conversation",
     "Counters",
     "Options",
     "PadStats",
     "Placement",
+    "RequestObserver",
+    "RequestStats",
     "SamplingParams",
     "Scores",
     "Stats",
+    "StreamOutput",
     "TSQPError",
     "TokenLogprobs",
+    "Usage",
     "__version__",
     "harden_process",
 ]
 
 _MODULES = {
     "LLM": "tsqp.runtime.llm",
+    "AnswerStream": "tsqp.runtime.answer_stream",
+    "AsyncLLM": "tsqp.runtime.async_llm",
     "Completion": "tsqp.tee.sampling",
     "Conversation": "tsqp.tee.conversation",
     "Counters": "tsqp.wire.channel",
     "Options": "tsqp.runtime.options",
     "PadStats": "tsqp.tee.crypto.pad_pool",
     "Placement": "tsqp.tee.placement",
+    "RequestObserver": "tsqp.runtime.engine_thread",
+    "RequestStats": "tsqp.runtime.engine_thread",
     "SamplingParams": "tsqp.tee.sampling",
     "Scores": "tsqp.tee.engine.scoring",
     "Stats": "tsqp.tee.stats",
+    "StreamOutput": "tsqp.runtime.answer_stream",
     "TokenLogprobs": "tsqp.tee.sampling",
+    "Usage": "tsqp.runtime.answer_stream",
     "harden_process": "tsqp.runtime.hardening",
 }
 

@@ -12,6 +12,7 @@
     ├── NumericalError             an activation is not a finite number
     ├── PromptError                a prompt is empty, or a parameter is out of range
     │   └── PromptTooLong          a prompt leaves no room in the model's context
+    ├── QueueFull                  an AsyncLLM has too many waiting requests; try again later
     ├── OutOfMemory                something would not fit; gives the bytes needed and available
     ├── OutputError                standard output cannot be written
     ├── LatticeError               a lattice mask does not fit its own product; no worker's fault
@@ -103,6 +104,10 @@ class PromptTooLong(PromptError):
         )
         self.tokens = tokens
         self.limit = limit
+
+
+class QueueFull(TSQPError):
+    """Too many requests are waiting already; the caller should try again later."""
 
 
 class OutOfMemory(TSQPError):

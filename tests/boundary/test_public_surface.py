@@ -11,17 +11,23 @@ import tsqp
 def test_the_public_names_are_frozen() -> None:
     assert tsqp.__all__ == [
         "LLM",
+        "AnswerStream",
+        "AsyncLLM",
         "Completion",
         "Conversation",
         "Counters",
         "Options",
         "PadStats",
         "Placement",
+        "RequestObserver",
+        "RequestStats",
         "SamplingParams",
         "Scores",
         "Stats",
+        "StreamOutput",
         "TSQPError",
         "TokenLogprobs",
+        "Usage",
         "__version__",
         "harden_process",
     ]
@@ -80,6 +86,55 @@ def test_the_arguments_of_llm_are_frozen() -> None:
     }
 
 
+def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
+    own = [
+        "model",
+        "options",
+        "tokenizer",
+        "on_load",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_queued_reqs",
+        "reconnect_s",
+        "observer",
+    ]
+    of_llm = list(inspect.signature(tsqp.LLM).parameters)
+    assert list(inspect.signature(tsqp.AsyncLLM).parameters) == own + of_llm[4:]
+    public = {name for name in dir(tsqp.AsyncLLM) if not name.startswith("_")}
+    assert public == {
+        "abort",
+        "add",
+        "chat_template",
+        "close",
+        "detokenize",
+        "drain",
+        "has_tokenizer",
+        "is_healthy",
+        "model_digest",
+        "num_running",
+        "num_waiting",
+        "pads",
+        "placement",
+        "reconnects",
+        "rpc",
+        "stats",
+        "status",
+        "token_bytes",
+        "tokenize",
+        "tokenize_chat",
+        "transport",
+        "transport_reason",
+    }
+    assert list(inspect.signature(tsqp.AsyncLLM.add).parameters) == [
+        "self",
+        "prompt",
+        "params",
+        "request_id",
+        "tenant",
+        "cache_salt",
+    ]
+
+
 def test_the_fields_of_parameters_and_completions_are_frozen() -> None:
     assert list(inspect.signature(tsqp.SamplingParams).parameters) == [
         "temperature",
@@ -120,8 +175,9 @@ def test_options_may_be_one_object_and_are_checked_when_it_is_made() -> None:
         tsqp.LLM("random:tiny", privacy="tee", thread=1)
 
 
-def test_every_type_that_public_calls_return_is_public() -> None:
-    for name, member in inspect.getmembers(tsqp.LLM):
+@pytest.mark.parametrize("kind", [tsqp.LLM, tsqp.AsyncLLM, tsqp.AnswerStream])
+def test_every_type_that_public_calls_return_is_public(kind: type) -> None:
+    for name, member in inspect.getmembers(kind):
         call = member.fget if isinstance(member, property) else member
         if name.startswith("_") or not callable(call):
             continue

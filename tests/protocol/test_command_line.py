@@ -206,7 +206,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_without_what_it_holds(
     def fail(*_: object) -> None:
         raise ZeroDivisionError(held)
 
-    monkeypatch.setattr("tsqp.runtime.llm.open_checkpoint", fail)
+    monkeypatch.setattr("tsqp.runtime.loaded_model.open_checkpoint", fail)
     result = main(*TINY, "--prompt-ids", ids)
     assert result.status == 1
     assert result.stderr == (

@@ -5,34 +5,16 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
-from tsqp import __version__
-from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.gguf_file import GGUFCheckpoint
-from tsqp.checkpoint.progress import Progress, silent
-from tsqp.checkpoint.weights import parse_dtype
-from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.errors import PromptError, UsageError
-from tsqp.nn.layers import Layers
-from tsqp.runtime.build import Builder
 from tsqp.runtime.generate import generate
+from tsqp.runtime.loaded_model import LoadedModel
 from tsqp.runtime.options import Options, keywords
-from tsqp.runtime.run_header import run_header
 from tsqp.runtime.turns import Turns
-from tsqp.runtime.worker_link import WorkerProcess
-from tsqp.runtime.worker_sessions import WorkerSessions
-from tsqp.tee.call_log import CallLog
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.crypto.pad_pool import PadPool, PadStats
-from tsqp.tee.decoder import Decoder
-from tsqp.tee.engine.engine import Engine
-from tsqp.tee.engine.observer import Observer
 from tsqp.tee.engine.scoring import Scores
 from tsqp.tee.offload.offload import Offload
 from tsqp.tee.placement import Placement
@@ -79,25 +61,23 @@ class LLM:
         """
         if options is not None and given:
             raise UsageError("Give options as one object, or as keywords, but not both.")
-        self._options = Options(**given) if options is None else options
-        self.privacy = self._options.privacy
-        if self._options.threads is not None:
-            torch.set_num_threads(self._options.threads)
         self._turns = Turns()
         weakref.finalize(self, self._turns.end).atexit = False  # Turns end at exit themselves
-        self._workers: list[WorkerProcess] = []
-        self._tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
-        rpc_log = self._options.rpc_log
-        self._call_log = None if rpc_log is None else CallLog(Path(rpc_log))
-        if self._call_log is not None:
-            self._turns.at_end(self._call_log.close)
         try:
-            self._load(model, on_load or silent)
-            if self._call_log is not None:
-                self._begin_log(self._call_log, model)
+            self._model = LoadedModel(
+                model,
+                Options(**given) if options is None else options,
+                tokenizer=tokenizer,
+                on_load=on_load,
+                at_end=self._turns.at_end,
+            )
         except BaseException:
             self.close()
             raise
+        self._engine, self._tokenizer = self._model.engine, self._model.tokenizer
+        self._workers = self._model.workers
+        self.config, self.dtype = self._model.config, self._model.dtype
+        self.privacy = self._model.options.privacy
 
     def generate(
         self,
@@ -248,7 +228,7 @@ class LLM:
 
         It is the same for all modes that compute in the same numeric form (docs/models.md).
         """
-        return self._model_digest
+        return self._model.model_digest
 
     @property
     def stats(self) -> Stats:
@@ -266,17 +246,17 @@ class LLM:
 
         If the workers have different transports, all are listed, in the order of the workers.
         """
-        return self._sessions.transport
+        return self._model.sessions.transport
 
     @property
     def transport_reason(self) -> str:
         """Why this transport."""
-        return self._sessions.transport_reason
+        return self._model.sessions.transport_reason
 
     @property
     def rpc(self) -> Counters:
         """Counts of calls and bytes between the TEE and all workers since the session began."""
-        return Counters.total(channel.counters for channel in self._channels)
+        return self._model.rpc
 
     @property
     def pads(self) -> PadStats | None:
@@ -317,76 +297,21 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _load(self, model: str, progress: Progress) -> None:
-        options = self._options
-        if options.privacy == "open":
-            log.warning("privacy open: the worker reads every prompt and every answer")
-        # One reading of each file: what the tokenizer uses is what the digest covers.
-        checkpoint = open_checkpoint(model, self._tokenizer.files)
-        try:
-            if isinstance(checkpoint, GGUFCheckpoint):
-                self._tokenizer.use_header(checkpoint.header)
-            self.config = checkpoint.config
-            self.dtype = parse_dtype(options.dtype, self.config)
-            weights_dtype = torch.int8 if options.masked else self.dtype
-            look_first = options.expect_model is None
-            for link in options.links:
-                process = WorkerProcess(
-                    link, model, weights_dtype, options.threads, options.device, look_first
-                )
-                self._workers.append(process)
-                self._turns.at_end(process.close)
-            if self._workers or self._tokenizer.files is not None:
-                self._tokenizer.preload()  # while the workers load, and before the digest is taken
-            norms = WeightsDigest()  # read once: what is used is what is hashed
-            layers = Layers(checkpoint, self.dtype, norms)
-            builder = Builder(options, checkpoint, self.dtype, norms, progress)
-            begin = builder.build(self._workers)
-            self._sessions = WorkerSessions(self._workers, begin)
-            self._turns.at_end(self._offload.close)
-            self._options = builder.options  # with the field that was chosen
-            self._model_digest = builder.model_digest
-            decoder = Decoder(
-                checkpoint,
-                self.dtype,
-                layers,
-                self._offload.placement,
-                self._offload.most_scores,
-            )
-        finally:
-            checkpoint.close()
-        self._engine = Engine(
-            decoder,
-            self._offload,
-            self.config,
-            self._tokenizer,
-            Observer(cpu_clock=self._sessions.cpu_s, call_log=self._call_log),
-            prefill_chunk=options.prefill_chunk,
-            microbatches=options.microbatches,
-            rebuild=partial(self._sessions.renew, begin) if self._workers else None,
-        )
-        self._turns.at_end(self._engine.close)
-
-    def _begin_log(self, call_log: CallLog, model: str) -> None:
-        channels, transport = self._channels, self.transport
-        digest = channels[0].welcome.weights_digest if channels else None
-        header = run_header(
-            __version__, model, self._options, self.config, self.dtype, transport, digest
-        )
-        call_log.begin(header)
-        self._sessions.record(call_log)
+    @property
+    def _options(self) -> Options:
+        return self._model.options
 
     @property
     def _offload(self) -> Offload:
-        return self._sessions.offload
+        return self._model.offload
 
     @property
     def _pads(self) -> PadPool | None:
-        return self._sessions.pads
+        return self._model.pads
 
     @property
     def _channels(self) -> list[Channel]:
-        return self._sessions.channels
+        return self._model.channels
 
 
 def _show_options() -> None:

@@ -4,6 +4,7 @@ import logging
 from collections import abc
 from contextlib import suppress
 from itertools import count
+from time import monotonic
 
 import torch
 from torch import Tensor
@@ -93,12 +94,24 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished
 
+    @property
+    def num_running(self) -> int:
+        """Number of running sequences; any thread may ask."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of waiting sequences; any thread may ask."""
+        return self._scheduler.num_waiting
+
     def add(
         self,
         prompt_ids: abc.Sequence[int],
         params: SamplingParams,
         *,
         conversation: Conversation | None = None,
+        tenant: str = "",
+        cache_salt: str = "",
     ) -> int:
         """Queue a prompt and return the id of its sequence.
 
@@ -106,6 +119,7 @@ class Engine:
             params: the parameters of one answer; `tsqp.runtime.generate` handles `n`.
             conversation: reuse the KV of the last sequence of this conversation as far as the
                 prompts begin alike, and keep the KV for its next sequence. None frees kept KV.
+            tenant, cache_salt: whose prompt it is. Nothing is shared between sequences yet.
 
         Raises:
             PromptError: the prompt is empty, leaves no room for an answer, or it or `params` hold
@@ -201,6 +215,15 @@ class Engine:
         """Free the kept KV of a conversation."""
         self._drop_kept(conversation)
 
+    def reconnect(self) -> bool:
+        """Begin a new session with a worker that is lost, while no request is queued.
+
+        Returns:
+            whether there is one.
+        """
+        assert not self.has_unfinished
+        return self._replace_offload(WorkerLost("The worker is lost."))
+
     def close(self) -> None:
         """Close the offload, and make no other; safe to call twice."""
         self._rebuild = None
@@ -241,6 +264,8 @@ class Engine:
                 continue
             self.stats.reused_tokens += sequence.computed
             self._scheduler.admit()
+            if sequence.admitted_at is None:
+                sequence.admitted_at = monotonic()
         return outputs
 
     def _run(self, chunks: abc.Sequence[Chunk]) -> list[Output]:
@@ -269,13 +294,13 @@ class Engine:
                 sequence.computed += chunk.length
                 if not ended:
                     return None
-                token_id = sequence.choose(logits_RV[-1])
+                sequence.choose(logits_RV[-1])
             text, reason = sequence.read()
             if reason is None:
-                return Output(sequence.id, token_id, text)
+                return sequence.output(text)
             self._release(sequence)
             rest, completion = sequence.complete(reason)
-            return Output(sequence.id, token_id, text + rest, completion)
+            return sequence.output(text + rest, completion)
         except TSQPError as error:
             return self._fail(sequence, error)
 

@@ -29,6 +29,14 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
     def running(self) -> list[Sequence]:
         """A copy of the list of running sequences, in order of arrival."""
         return list(self._running)

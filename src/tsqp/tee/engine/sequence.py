@@ -36,6 +36,7 @@ class Sequence:
     reserved: int = 0  # tokens for which there is room in the cache
     computed: int = 0  # tokens whose KV is in the cache
     restarts: int = 0  # how often its worker was lost
+    admitted_at: float | None = None  # when it first began to run, by time.monotonic
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
 
@@ -90,6 +91,17 @@ class Sequence:
                 return text, "stop"
         return text, "length" if len(self.token_ids) >= self.capacity else None
 
+    def output(self, text: str, completion: Completion | None = None) -> "Output":
+        """What the step added that chose the last token."""
+        return Output(
+            self.id,
+            self.token_ids[-1],
+            text,
+            completion,
+            logprobs=self.logprobs[-1] if self.logprobs else None,
+            admitted_at=self.admitted_at,
+        )
+
     def complete(self, reason: FinishReason) -> tuple[str, Completion]:
         """The text that was still held back, and the complete answer."""
         text = self.stream.finish() if self.stream else ""
@@ -114,6 +126,9 @@ class Output:
         text: the new text, which may be empty.
         completion: the whole answer, if it has ended.
         error: why there will be no answer. The sequence has ended, and the other fields are empty.
+        logprobs: of the token; None unless requested.
+        admitted_at: when the sequence first began to run, by time.monotonic.
+        cached_tokens: tokens of the prompt whose keys and values were reused.
     """
 
     sequence: int
@@ -121,6 +136,9 @@ class Output:
     text: str = ""
     completion: Completion | None = None
     error: TSQPError | None = None
+    logprobs: TokenLogprobs | None = None
+    admitted_at: float | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ OTHER_PARTS = (
     "audio", "file", "image", "image_url", "input_audio", "input_file", "input_image", "video",
     "video_url",
 )  # fmt: skip
+OWN_VALUES = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+}  # fmt: skip
 FORM = 'A conversation is a list of {"role": "...", "content": "..."}'
 
 
@@ -42,6 +45,27 @@ def check_tools(tools: object) -> list[dict[str, Any]] | None:
     found = _copy(tools, "The list of tools", MAX_DEPTH)
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise PromptError("Tools are a list of JSON schemas, one object for each tool.")
+    return found
+
+
+def check_template_kwargs(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Further values for a chat template, by name, checked and copied.
+
+    Raises:
+        PromptError: it is not an object of JSON values, or names something that has an argument of
+            its own.
+    """
+    if values is None:
+        return {}
+    found = _copy(values, "The object of values for the chat template", MAX_DEPTH)
+    if not isinstance(found, dict):
+        raise PromptError("The values for the chat template are an object, with their names.")
+    own = found.keys() & OWN_VALUES
+    if own:
+        raise PromptError(
+            f"The values for the chat template may not include {min(own)}, which has a field of "
+            "its own."
+        )
     return found
 
 

@@ -10,7 +10,12 @@ from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.gguf_reader import GGUFHeader, read_header
 from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import CheckpointError, ModelError, TokenizerError
-from tsqp.tee.text.chat_messages import check_messages, check_tools, check_unicode
+from tsqp.tee.text.chat_messages import (
+    check_messages,
+    check_template_kwargs,
+    check_tools,
+    check_unicode,
+)
 from tsqp.tee.text.chat_template import ChatTemplate
 from tsqp.tee.text.control_tokens import ControlTokens
 from tsqp.tee.text.decoding import Decoding
@@ -145,6 +150,19 @@ class Tokenizer:
         """
         return decode(self._decoding, token_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; for a special token, its name.
+
+        Empty if the vocabulary has no such token.
+
+        Raises:
+            TokenizerError: the id is below zero, or has more than 32 bits.
+        """
+        found = self._decoding.bytes_of(token_id, first=False)
+        if found is not None:
+            return found
+        return (self._vocabulary.backend.id_to_token(token_id) or "").encode()
+
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer for the tokens after a prompt."""
         return Detokenizer(self._decoding, prompt_ids)
@@ -163,21 +181,32 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         split_special: bool = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The token ids of a conversation, put into the model's chat template.
 
-        The template ends where the assistant's answer begins.
+        The text ends where the assistant's answer begins, unless the arguments say otherwise.
 
         Args:
             messages: see `check_messages`.
             tools: what the model may call, as JSON schemas.
             split_special: treat control tokens in messages and tools as plain text.
+            add_generation_prompt, continue_final_message, template_kwargs: see
+                `ChatTemplate.render`.
 
         Raises:
             TokenizerError: there is no template, or it cannot be used.
             PromptError: it is not a conversation, or the template refuses it.
         """
-        text = self._chat_template.render(check_messages(messages), tools=check_tools(tools))
+        text = self._chat_template.render(
+            check_messages(messages),
+            tools=check_tools(tools),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **check_template_kwargs(template_kwargs),
+        )
         if split_special:
             return self._control_tokens.encode(text)
         return self.encode(text, add_special_tokens=False)

@@ -1,0 +1,449 @@
+"""`AsyncLLM`: a model for programs with an event loop, such as a server."""
+
+import asyncio
+import atexit
+import inspect
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tsqp.errors import QueueFull, TSQPError, UsageError, WorkerLost
+from tsqp.runtime.answer_stream import AnswerStream, Request
+from tsqp.runtime.engine_thread import CLOSED, FAILED, LOST, READY, EngineThread, RequestObserver
+from tsqp.runtime.loaded_model import LoadedModel
+from tsqp.runtime.options import Options, keywords
+from tsqp.tee.crypto.pad_pool import PadStats
+from tsqp.tee.placement import Placement
+from tsqp.tee.request_checks import one_params, one_prompt
+from tsqp.tee.sampling import SamplingParams
+from tsqp.tee.stats import Stats
+from tsqp.tee.text.tokenizer import Tokenizer
+from tsqp.wire.channel import Counters
+
+T = TypeVar("T")
+
+TEXT_THREADS = 2
+DRAINING = "draining"
+LOOK_S = 0.05  # how often `drain` looks whether all requests have ended
+
+
+class AsyncLLM:
+    """A model that answers many requests at once, without blocking the event loop.
+
+    A thread of its own computes: each step is the next token, or a piece of the prompt, of every
+    running request. Requests join and leave between two steps. An error of one request does not
+    touch the others. After a worker was lost, it is tried again with increasing pauses; running
+    requests then compute again what they need.
+
+    It may be used as an async context manager. `add` and `AnswerStream` belong in an event loop;
+    everything else may be called by any thread. A program with secret prompts should call
+    `tsqp.harden_process` first.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        options: Options | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        on_load: Callable[[int, int], None] | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_queued_reqs: int | None = None,
+        reconnect_s: float = 60.0,
+        observer: RequestObserver | None = None,
+        **given: Any,
+    ) -> None:
+        """Load what this side needs and open a session with each worker.
+
+        This takes as long as loading takes, so a program whose event loop runs already should call
+        it with `asyncio.to_thread`.
+
+        Args:
+            model, options, tokenizer, on_load: see `LLM`.
+            max_model_len: a lower maximum number of tokens of prompt and answer than the model's.
+            max_num_seqs: maximum number of answers that run at the same time; others wait.
+            max_num_queued_reqs: maximum number of answers that wait; None for no limit.
+            reconnect_s: for how many seconds a lost worker is tried again before the requests that
+                need it fail. It is tried again after that too, and new requests are refused
+                meanwhile.
+            observer: told of the progress of requests, by the thread that computes.
+
+        Raises:
+            UsageError, ModelError, WorkerError: see `LLM`.
+        """
+        if options is not None and given:
+            raise UsageError("Give options as one object, or as keywords, but not both.")
+        for name, least, value in (
+            ("max_model_len", 2, max_model_len),
+            ("max_num_seqs", 1, max_num_seqs),
+            ("max_num_queued_reqs", 0, max_num_queued_reqs),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}; it must be {least} or more.")
+        self._pid = os.getpid()
+        self._draining = False
+        self._thread = EngineThread(
+            max_num_seqs=max_num_seqs,
+            max_queued=max_num_queued_reqs,
+            reconnect_s=reconnect_s,
+            observer=observer,
+        )
+        self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="tsqp-text")
+        self._ends = _Ends(self._thread, self._text)
+        # Nothing of the ends refers to this object, so that the last reference to it ends all.
+        weakref.finalize(self, self._ends.close).atexit = False  # which `_close_all` does
+        try:
+            self._model = LoadedModel(
+                model,
+                Options(**given) if options is None else options,
+                tokenizer=tokenizer,
+                on_load=on_load,
+                at_end=self._ends.add,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                renew=self._thread.renew,
+            )
+            self._thread.start(self._model.engine)
+        except BaseException:
+            self.close()
+            raise
+        self.config, self.dtype = self._model.config, self._model.dtype
+        self.privacy = self._model.options.privacy
+
+    def add(
+        self,
+        prompt: str | Iterable[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> AnswerStream:
+        """Queue one prompt; returns its answers as they grow, and does not wait.
+
+        Args:
+            prompt: a text or token ids.
+            params: the sampling parameters; with `n` above 1 there are several answers.
+            request_id: a name for this request; None makes a random one.
+            tenant: whose request it is. Nothing that one tenant sent is reused for another one,
+                and nothing at all without a tenant.
+            cache_salt: requests of one tenant with different salts reuse nothing of each other.
+
+        Returns:
+            a stream. An error of the prompt or the parameters, or of the computation, is raised by
+            the stream; `AnswerStream.accepted` waits until the prompt was checked.
+
+        Raises:
+            QueueFull: too many requests are waiting.
+            PromptError: the prompt is neither text nor token ids.
+            WorkerLost: the worker is lost, and is being tried again.
+            TSQPError: nothing can be computed any more, for example after an IntegrityError.
+            UsageError: the AsyncLLM is closed or draining, or there is no running event loop.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise UsageError("Call AsyncLLM.add in a running event loop.") from None
+        given, params = one_prompt(prompt), one_params(params)
+        self._check()
+        if not self._thread.let_in(params.n):
+            raise QueueFull("Too many requests are waiting; try again later.")
+        request = Request(
+            request_id or secrets.token_hex(16),
+            () if isinstance(given, str) else given,
+            params,
+            tenant,
+            cache_salt,
+            loop,
+        )
+        if isinstance(given, str):
+            self._text.submit(_tokenize, self._thread, self._model.tokenizer, request, given)
+        else:
+            self._thread.add(request)
+        return AnswerStream(request, self._thread.abort)
+
+    async def abort(self, stream: AnswerStream) -> None:
+        """Give up a request; its sequence is freed before the next step."""
+        await stream.aclose()
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text.
+
+        Raises:
+            TokenizerError: the model has no tokenizer.
+            PromptError: the text is not valid Unicode.
+        """
+        tokenizer = self._model.tokenizer
+        return await self._in_text_thread(
+            partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        )
+
+    async def tokenize_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        split_special: bool = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of a conversation, put into the model's chat template.
+
+        Args:
+            messages: `[{"role": "user", "content": "..."}, ...]`, see `LLM.chat`.
+            tools: what the model may call, as JSON schemas.
+            split_special: treat control tokens in messages and tools as plain text.
+            add_generation_prompt: whether the text ends where an answer begins.
+            continue_final_message: let the model continue the last message; not with
+                `add_generation_prompt`.
+            template_kwargs: further values for the template, such as `enable_thinking`.
+
+        Raises:
+            TokenizerError: the model has no chat template, or the template fails.
+            PromptError: it is not a conversation, or the template refuses it.
+        """
+        return await self._in_text_thread(
+            partial(
+                self._model.tokenizer.encode_chat,
+                messages,
+                tools=tools,
+                split_special=split_special,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_kwargs=template_kwargs,
+            )
+        )
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of some token ids, special ones left out.
+
+        Raises:
+            TokenizerError: the model has no tokenizer, or an id has more than 32 bits.
+        """
+        return await self._in_text_thread(partial(self._model.tokenizer.decode, token_ids))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; for a special token, its name.
+
+        Empty if the vocabulary has no such token, or the model no tokenizer.
+        """
+        tokenizer = self._model.tokenizer
+        return tokenizer.token_bytes(token_id) if tokenizer.exists else b""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the model has a tokenizer that can be read."""
+        return self._model.tokenizer.exists
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The model's chat template in Jinja, or several by name; None without one."""
+        return self._model.tokenizer.chat_template_source if self.has_tokenizer else None
+
+    @property
+    def status(self) -> str:
+        """In a word, what new requests can expect.
+
+        "ready"; "reconnecting" (the worker was lost, requests wait for it); "lost" (it was tried
+        for long, and still is; requests are refused); "failed" (for good: a worker gave a wrong
+        answer, or broke the protocol); "draining" or "closed".
+        """
+        status = self._thread.status
+        return DRAINING if self._draining and status == READY else status
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the status is "ready"."""
+        return self.status == READY
+
+    @property
+    def num_running(self) -> int:
+        """Number of answers that are being computed."""
+        return self._thread.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of answers that wait until there is room."""
+        return self._thread.num_waiting
+
+    @property
+    def reconnects(self) -> int:
+        """How often new sessions with the workers were begun after one was lost."""
+        return self._thread.reconnects
+
+    @property
+    def model_digest(self) -> str:
+        """See `LLM.model_digest`."""
+        return self._model.model_digest
+
+    @property
+    def stats(self) -> Stats:
+        """Where the time of this side went since it was loaded."""
+        return self._model.engine.stats
+
+    @property
+    def placement(self) -> Placement:
+        """Which side runs which operation."""
+        return self._model.offload.placement
+
+    @property
+    def transport(self) -> str:
+        """See `LLM.transport`."""
+        return self._model.sessions.transport
+
+    @property
+    def transport_reason(self) -> str:
+        """Why this transport."""
+        return self._model.sessions.transport_reason
+
+    @property
+    def rpc(self) -> Counters:
+        """See `LLM.rpc`."""
+        return self._model.rpc
+
+    @property
+    def pads(self) -> PadStats | None:
+        """See `LLM.pads`."""
+        return None if self._model.pads is None else self._model.pads.stats
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests, and wait until the others have ended.
+
+        Args:
+            timeout: for how many seconds to wait; None for no limit.
+
+        Returns:
+            whether all of them ended.
+        """
+        self._draining = True
+        loop = asyncio.get_running_loop()
+        end = None if timeout is None else loop.time() + timeout
+        while self.num_running or self.num_waiting:
+            if end is not None and loop.time() >= end:
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
+
+    def close(self) -> None:
+        """End all requests and sessions, and stop local workers; safe to call twice.
+
+        Requests that are not complete fail with a UsageError. This waits for the current step, so
+        in an event loop use `async with`, or `asyncio.to_thread`. In a forked process it does
+        nothing, because everything belongs to the parent.
+
+        Raises:
+            UsageError: the current step does not end within a minute.
+        """
+        self._ends.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _check(self) -> None:
+        if self._pid != os.getpid():
+            raise UsageError(
+                "This AsyncLLM belongs to the process that this one was forked from; make a new "
+                "one in this process."
+            )
+        status, failure = self._thread.status, self._thread.failure
+        if status == CLOSED or self._ends.closed:
+            raise UsageError("This AsyncLLM is closed; make a new one.")
+        if self._draining:
+            raise UsageError("This AsyncLLM takes no new requests, because it is about to end.")
+        if status == FAILED:
+            raise type(failure)(*failure.args) if failure else UsageError("The engine has stopped.")
+        if status == LOST:
+            raise WorkerLost("The worker is lost, and is being tried again; try again later.")
+
+    async def _in_text_thread(self, work: Callable[[], T]) -> T:
+        self._check_open()
+        return await asyncio.get_running_loop().run_in_executor(self._text, work)
+
+    def _check_open(self) -> None:
+        if self._ends.closed:
+            raise UsageError("This AsyncLLM is closed; make a new one.")
+
+
+class _Ends:
+    """What has to be closed at the end, the last one first."""
+
+    def __init__(self, thread: EngineThread, text: ThreadPoolExecutor) -> None:
+        self._thread = thread
+        self._text = text
+        self._closers: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self.closed = False
+        _all.add(self)
+
+    def add(self, closer: Callable[[], None]) -> None:
+        self._closers.append(closer)
+
+    def close(self) -> None:
+        if self._pid != os.getpid():
+            return
+        self.closed = True
+        if self._thread.is_current:  # the last reference was dropped within a step
+            threading.Thread(target=self.close, name="tsqp-close").start()
+            return
+        with self._lock:
+            self._thread.close()
+            with ExitStack() as stack:
+                for closer in self._closers:
+                    stack.callback(closer)
+                self._text.shutdown(wait=True, cancel_futures=True)
+
+
+_all: weakref.WeakSet[_Ends] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """A thread that computes while Python ends would abort the process."""
+    with ExitStack() as stack:
+        for ends in list(_all):
+            stack.callback(ends.close)
+
+
+atexit.register(_close_all)
+
+
+def _tokenize(thread: EngineThread, tokenizer: Tokenizer, request: Request, text: str) -> None:
+    if request.has_ended:
+        thread.add(request)  # which only counts it
+        return
+    try:
+        request.prompt = tokenizer.encode(text)
+    except TSQPError as error:
+        thread.refuse(request, error)
+    except Exception as error:  # and no cause, which may quote the text
+        thread.refuse(request, TSQPError(f"Unexpected {type(error).__name__} in the tokenizer."))
+    else:
+        thread.add(request)
+
+
+def _show_options() -> None:
+    """Let `help(AsyncLLM)` and editors show the keywords that `Options` declares."""
+    own = inspect.signature(AsyncLLM.__init__)
+    named = [each for each in own.parameters.values() if each.kind != each.VAR_KEYWORD][1:]
+    shown = own.replace(parameters=[*named, *keywords()])
+    AsyncLLM.__signature__ = shown  # type: ignore[attr-defined]
+
+
+_show_options()

@@ -1,0 +1,384 @@
+"""The thread that drives the engine of an `AsyncLLM`."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Protocol
+
+from tsqp.errors import TSQPError, UsageError, WorkerLost
+from tsqp.runtime.answer_stream import Request, StreamOutput
+from tsqp.runtime.tracebacks import without_foreign_messages
+from tsqp.tee.engine.engine import SESSION_OVER, Engine
+from tsqp.tee.engine.sequence import Output
+from tsqp.tee.offload.offload import Offload
+from tsqp.tee.sampling import FinishReason
+
+log = logging.getLogger("tsqp")
+
+FIRST_PAUSE_S = 0.1  # between two attempts to reach a lost worker; doubled each time
+LONGEST_PAUSE_S = 5.0
+JOIN_S = 60.0
+
+READY, RECONNECTING, LOST, FAILED, CLOSED = "ready", "reconnecting", "lost", "failed", "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """How one request went; nothing in it is content.
+
+    Attributes:
+        finish_reasons: of each of its answers; "abort" for those that the caller gave up, "error"
+            for those that failed.
+        prompt_tokens, completion_tokens, cached_tokens: see `Usage`.
+        queue_s: seconds from its arrival until it ran; None if it never did.
+        prefill_s: from then to its first token; None without a token.
+        decode_s: from the first to the last token of all its answers.
+        e2e_s: from its arrival to its end.
+    """
+
+    finish_reasons: tuple[FinishReason, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_s: float | None
+    prefill_s: float | None
+    decode_s: float | None
+    e2e_s: float
+
+
+class RequestObserver(Protocol):
+    """Is told of the progress of requests, by the thread that computes."""
+
+    def first_token(self, seconds: float) -> None:
+        """A request has its first token, so long after its arrival."""
+
+    def next_token(self, seconds: float) -> None:
+        """An answer has a further token, so long after the last one."""
+
+    def ended(self, stats: RequestStats) -> None:
+        """A request that the engine took has ended, in whatever way."""
+
+
+class EngineThread:
+    """Runs the requests of all event loops on one engine.
+
+    Every method except `run` may be called by any thread, and none of them waits, except `close`.
+
+    Args:
+        max_num_seqs: maximum number of sequences that run at the same time.
+        max_queued: maximum number of sequences that wait; None for no limit.
+        reconnect_s: for how long a lost worker is tried again before its requests fail.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_queued: int | None,
+        reconnect_s: float,
+        observer: RequestObserver | None,
+    ) -> None:
+        self._max_num_seqs = max_num_seqs
+        self._max_queued = max_queued
+        self._reconnect_s = reconnect_s
+        self._observer = observer
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._arriving = 0  # sequences that were let in, and that the engine does not have yet
+        self._engine: Engine | None = None
+        self._thread: threading.Thread | None = None
+        self._requests: dict[int, Request] = {}  # by sequence
+        self._last_token: dict[int, float] = {}  # when, by sequence
+        self._deliveries: dict[Request, list[StreamOutput | BaseException | None]] = {}
+        self._reasons: dict[Request, list[FinishReason]] = {}
+        self.status = READY
+        self.reconnects = 0
+        self.failure: TSQPError | None = None
+
+    def start(self, engine: Engine) -> None:
+        """Start the thread."""
+        self._engine = engine
+        self._thread = threading.Thread(target=self.run, name="tsqp-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this is the thread that calls."""
+        return self._thread is threading.current_thread()
+
+    @property
+    def num_running(self) -> int:
+        """Number of running sequences."""
+        return 0 if self._engine is None else self._engine.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of waiting sequences, with those that are still being tokenized."""
+        return self._arriving + (0 if self._engine is None else self._engine.num_waiting)
+
+    def let_in(self, count: int) -> bool:
+        """Count sequences that are about to arrive; false if there is no room for them."""
+        with self._lock:
+            free = max(0, self._max_num_seqs - self.num_running)
+            limit = self._max_queued
+            if limit is not None and self.num_waiting + count > limit + free:
+                return False
+            self._arriving += count
+            return True
+
+    def add(self, request: Request) -> None:
+        """Queue a request that was let in."""
+        self._inbox.put(lambda: self._add(request))
+
+    def refuse(self, request: Request, error: TSQPError) -> None:
+        """End a request that was let in, because its prompt cannot be used."""
+        self._inbox.put(lambda: self._refuse(request, error))
+
+    def abort(self, request: Request) -> None:
+        """Give a request up; does nothing if it has ended."""
+        self._inbox.put(lambda: self._abort(request))
+
+    def close(self) -> None:
+        """End all requests, and the thread; safe to call twice.
+
+        Raises:
+            UsageError: the current step does not end within a minute.
+        """
+        self._closing.set()
+        self._inbox.put(lambda: None)
+        assert not self.is_current
+        if self._thread is not None:
+            self._thread.join(JOIN_S)
+            if self._thread.is_alive():
+                raise UsageError(f"The engine was still computing after {JOIN_S:.0f} seconds.")
+        self.status = CLOSED
+
+    def run(self) -> None:
+        """Drive the engine until the end."""
+        assert self._engine is not None
+        while not self._closing.is_set():
+            try:
+                self._turn(self._engine)
+            except Exception as error:  # a fault of this file: nobody may wait for ever
+                self._fail_all(_unexpected(error))
+        with suppress(Empty):
+            while True:
+                self._inbox.get_nowait()()
+        self._fail_all(UsageError("The AsyncLLM was closed before the answer was complete."))
+        self._deliver()
+
+    def _turn(self, engine: Engine) -> None:
+        self._take_orders(engine)
+        self._deliver()
+        if engine.has_unfinished:
+            self._step(engine)
+        elif self.status == LOST and not self._closing.is_set():
+            engine.reconnect()  # so that it is there when the next request comes
+        self._deliver()
+
+    def renew(self, begin: Callable[[], Offload]) -> Offload:
+        """Begin new sessions with the workers, trying for a while; called within a step.
+
+        Raises:
+            TSQPError: none could be begun.
+        """
+        is_spare_time = self.status == LOST  # nobody waits: one attempt is enough
+        deadline = monotonic() + (0.0 if is_spare_time else self._reconnect_s)
+        pause = FIRST_PAUSE_S
+        if not is_spare_time:
+            self.status = RECONNECTING
+        while True:
+            try:
+                offload = begin()
+            except TSQPError as error:
+                if isinstance(error, SESSION_OVER) and not isinstance(error, WorkerLost):
+                    self._fail_for_good(error)
+                    raise
+                self.status = LOST
+                if monotonic() + pause > deadline or self._closing.wait(pause):
+                    raise
+                self.status = RECONNECTING
+            else:
+                self.status = READY
+                self.reconnects += 1
+                return offload
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _take_orders(self, engine: Engine) -> None:
+        with suppress(Empty):
+            if not engine.has_unfinished and not self._closing.is_set():
+                self._inbox.get(timeout=LONGEST_PAUSE_S if self.status == LOST else None)()
+            while True:
+                self._inbox.get_nowait()()
+
+    def _add(self, request: Request) -> None:
+        assert self._engine is not None
+        self._arrived(request)
+        if request.has_ended:  # given up meanwhile
+            return
+        request.has_begun = True
+        request.prompt_tokens = len(request.prompt)
+        self._reasons[request] = []
+        try:
+            for index in range(request.params.n):
+                number = self._engine.add(
+                    request.prompt,
+                    request.params.of_answer(index),
+                    tenant=request.tenant,
+                    cache_salt=request.cache_salt,
+                )
+                request.sequences[number] = index
+                self._requests[number] = request
+        except TSQPError as error:
+            self._end(request, error)
+            return
+        request.prompt = ()
+        self._deliveries.setdefault(request, [])
+
+    def _refuse(self, request: Request, error: TSQPError) -> None:
+        self._arrived(request)
+        if not request.has_ended:
+            self._end(request, error)
+
+    def _arrived(self, request: Request) -> None:
+        with self._lock:
+            self._arriving -= request.params.n
+
+    def _abort(self, request: Request) -> None:
+        if not request.has_ended:
+            self._end(request, None)
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            outputs = engine.step()
+        except Exception as error:  # a fault of this program, which has ended all sequences
+            self._fail_all(_unexpected(error))
+            return
+        now = monotonic()
+        for output in outputs:
+            request = self._requests.get(output.sequence)
+            if request is not None:
+                self._take(request, output, now)
+
+    def _take(self, request: Request, output: Output, now: float) -> None:
+        number = output.sequence
+        if output.error is not None:
+            if isinstance(output.error, SESSION_OVER) and not isinstance(output.error, WorkerLost):
+                self._fail_for_good(output.error)
+            self._end(request, output.error)
+            return
+        request.completion_tokens += 1
+        request.cached_tokens = max(request.cached_tokens, output.cached_tokens)
+        self._clock(request, output, now)
+        index, completion = request.sequences[number], output.completion
+        if completion is not None:
+            completion = replace(completion, index=index)
+            self._reasons[request].append(completion.finish_reason)
+            self._forget(request, number)
+        assert output.token_id is not None
+        self._deliveries.setdefault(request, []).append(
+            StreamOutput(
+                index,
+                output.text,
+                (output.token_id,),
+                None if output.logprobs is None else (output.logprobs,),
+                completion,
+            )
+        )
+        if not request.sequences:
+            self._deliveries[request].append(None)
+            self._finish(request)
+
+    def _clock(self, request: Request, output: Output, now: float) -> None:
+        times, observer, number = request.times, self._observer, output.sequence
+        if times.admitted is None:
+            times.admitted = output.admitted_at
+        if times.first_token is None:
+            times.first_token = now
+            if observer is not None:
+                observer.first_token(now - times.arrived)
+        elif number in self._last_token and observer is not None:
+            observer.next_token(now - self._last_token[number])
+        times.last_token = self._last_token[number] = now
+
+    def _end(self, request: Request, error: TSQPError | None) -> None:
+        """End a request before its answers are complete; None if it was given up."""
+        assert self._engine is not None
+        for number in list(request.sequences):
+            self._engine.abort(number)
+            self._forget(request, number)
+            if request.has_begun:
+                self._reasons[request].append("abort" if error is None else "error")
+        if error is not None:
+            self._deliveries.setdefault(request, []).append(error)
+        self._finish(request)
+
+    def _forget(self, request: Request, number: int) -> None:
+        del request.sequences[number], self._requests[number]
+        self._last_token.pop(number, None)
+
+    def _finish(self, request: Request) -> None:
+        request.has_ended = True
+        reasons = self._reasons.pop(request, None)
+        if not reasons or self._observer is None:
+            return  # it never ran
+        times = request.times
+        admitted, first, last = times.admitted, times.first_token, times.last_token
+        self._observer.ended(
+            RequestStats(
+                tuple(reasons),
+                request.prompt_tokens,
+                request.completion_tokens,
+                request.cached_tokens,
+                queue_s=None if admitted is None else admitted - times.arrived,
+                prefill_s=None if admitted is None or first is None else first - admitted,
+                decode_s=None if first is None or last is None else last - first,
+                e2e_s=monotonic() - times.arrived,
+            )
+        )
+
+    def _fail_all(self, error: TSQPError) -> None:
+        for request in set(self._requests.values()):
+            self._end(request, error)
+
+    def _fail_for_good(self, error: TSQPError) -> None:
+        if self.failure is None:
+            log.error("nothing is offloaded any more: %s", error)
+        self.failure = self.failure or error
+        self.status = FAILED
+
+    def _deliver(self) -> None:
+        """Hand outputs over to the event loops: one call for each loop."""
+        if not self._deliveries:
+            return
+        loops: dict[
+            asyncio.AbstractEventLoop,
+            list[tuple[Request, list[StreamOutput | BaseException | None]]],
+        ] = {}
+        for request, items in self._deliveries.items():
+            loops.setdefault(request.loop, []).append((request, items))
+        self._deliveries = {}
+        for loop, deliveries in loops.items():
+            try:
+                loop.call_soon_threadsafe(_hand_over, deliveries)
+            except RuntimeError:  # the loop is closed, so nobody reads these any more
+                for request, _ in deliveries:
+                    self._abort(request)
+
+
+def _unexpected(error: Exception) -> TSQPError:
+    log.error("an unexpected error:\n%s", without_foreign_messages(error).rstrip())
+    return TSQPError(f"Unexpected {type(error).__name__}; please report it, with the log.")
+
+
+def _hand_over(
+    deliveries: Sequence[tuple[Request, list[StreamOutput | BaseException | None]]],
+) -> None:
+    for request, items in deliveries:
+        request.put(items)

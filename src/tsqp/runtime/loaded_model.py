@@ -1,0 +1,177 @@
+"""A model that is loaded in this process, with its sessions: what `LLM` and `AsyncLLM` share."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tsqp import __version__
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.gguf_file import GGUFCheckpoint
+from tsqp.checkpoint.progress import Progress, silent
+from tsqp.checkpoint.weights import parse_dtype
+from tsqp.checkpoint.weights_digest import WeightsDigest
+from tsqp.nn.layers import Layers
+from tsqp.runtime.build import Builder
+from tsqp.runtime.options import Options
+from tsqp.runtime.run_header import run_header
+from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.runtime.worker_sessions import WorkerSessions
+from tsqp.tee.call_log import CallLog
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.decoder import Decoder
+from tsqp.tee.engine.engine import Engine
+from tsqp.tee.engine.observer import Observer
+from tsqp.tee.offload.offload import Offload
+from tsqp.tee.text.tokenizer import Tokenizer
+from tsqp.wire.channel import Channel, Counters
+
+log = logging.getLogger("tsqp")
+
+Renew = Callable[[], Offload]  # begins new sessions with all workers, or raises TSQPError
+
+
+class LoadedModel:
+    """The engine of one model, the sessions with its workers, and the call log.
+
+    Attributes:
+        options: as given, with the field that was chosen.
+        tokenizer: of the model.
+        config: of the model.
+        dtype: the floating-point type of this side.
+        model_digest: see `LLM.model_digest`.
+        sessions: the present sessions with the workers.
+        workers: the worker processes.
+        engine: runs requests.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        options: Options,
+        *,
+        tokenizer: Tokenizer | None = None,
+        on_load: Progress | None = None,
+        at_end: Callable[[Callable[[], None]], None],
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        renew: Callable[[Renew], Offload] | None = None,
+    ) -> None:
+        """Load what this side needs, and open a session with each worker.
+
+        Args:
+            at_end: receives each function that has to be called at the end, the last one first,
+                as soon as there is something to close: loading may be interrupted. A function may
+                be called twice.
+            max_model_len: a shorter maximum length of prompt and answer than the model's own.
+            max_num_seqs: see `Scheduler`.
+            renew: called instead of beginning new sessions after a worker was lost, with the
+                function that begins them.
+
+        Raises:
+            UsageError: the call log exists.
+            ModelError: the checkpoint cannot be used, or is not the expected one.
+            WorkerError: there is no worker, or it serves something else.
+        """
+        self.options = options
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.workers: list[WorkerProcess] = []
+        self.tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
+        self._at_end = at_end
+        self._call_log = None if options.rpc_log is None else CallLog(Path(options.rpc_log))
+        if self._call_log is not None:
+            at_end(self._call_log.close)
+        self._load(model, on_load or silent, max_model_len, max_num_seqs, renew)
+        if self._call_log is not None:
+            self._begin_log(self._call_log, model)
+
+    @property
+    def offload(self) -> Offload:
+        return self.sessions.offload
+
+    @property
+    def pads(self) -> PadPool | None:
+        return self.sessions.pads
+
+    @property
+    def channels(self) -> list[Channel]:
+        return self.sessions.channels
+
+    @property
+    def rpc(self) -> Counters:
+        """See `LLM.rpc`."""
+        return Counters.total(channel.counters for channel in self.channels)
+
+    def _load(
+        self,
+        model: str,
+        progress: Progress,
+        max_model_len: int | None,
+        max_num_seqs: int,
+        renew: Callable[[Renew], Offload] | None,
+    ) -> None:
+        options = self.options
+        if options.privacy == "open":
+            log.warning("privacy open: the worker reads every prompt and every answer")
+        # One reading of each file: what the tokenizer uses is what the digest covers.
+        checkpoint = open_checkpoint(model, self.tokenizer.files)
+        try:
+            if isinstance(checkpoint, GGUFCheckpoint):
+                self.tokenizer.use_header(checkpoint.header)
+            self.config = checkpoint.config
+            self.dtype = parse_dtype(options.dtype, self.config)
+            weights_dtype = torch.int8 if options.masked else self.dtype
+            look_first = options.expect_model is None
+            for link in options.links:
+                process = WorkerProcess(
+                    link, model, weights_dtype, options.threads, options.device, look_first
+                )
+                self.workers.append(process)
+                self._at_end(process.close)
+            if self.workers or self.tokenizer.files is not None:
+                self.tokenizer.preload()  # while the workers load, and before the digest is taken
+            norms = WeightsDigest()  # read once: what is used is what is hashed
+            layers = Layers(checkpoint, self.dtype, norms)
+            builder = Builder(options, checkpoint, self.dtype, norms, progress)
+            begin = builder.build(self.workers)
+            self.sessions = WorkerSessions(self.workers, begin)
+            self._at_end(self.offload.close)
+            self.options = builder.options  # with the field that was chosen
+            self.model_digest = builder.model_digest
+            decoder = Decoder(
+                checkpoint, self.dtype, layers, self.offload.placement, self.offload.most_scores
+            )
+        finally:
+            checkpoint.close()
+        if max_model_len is not None:
+            shorter = min(max_model_len, self.config.max_positions)
+            self.config = replace(self.config, max_positions=shorter)
+        rebuild: Renew | None = None
+        if self.workers:
+            again = partial(self.sessions.renew, begin)
+            rebuild = again if renew is None else partial(renew, again)
+        self.engine = Engine(
+            decoder,
+            self.offload,
+            self.config,
+            self.tokenizer,
+            Observer(cpu_clock=self.sessions.cpu_s, call_log=self._call_log),
+            prefill_chunk=options.prefill_chunk,
+            max_num_seqs=max_num_seqs,
+            microbatches=options.microbatches,
+            rebuild=rebuild,
+        )
+        self._at_end(self.engine.close)
+
+    def _begin_log(self, call_log: CallLog, model: str) -> None:
+        digest = self.channels[0].welcome.weights_digest if self.channels else None
+        transport = self.sessions.transport
+        header = run_header(
+            __version__, model, self.options, self.config, self.dtype, transport, digest
+        )
+        call_log.begin(header)
+        self.sessions.record(call_log)

@@ -1,0 +1,376 @@
+"""AsyncLLM: many requests on one event loop, each of which may end or fail by itself."""
+
+import asyncio
+import gc
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+from protocol_helpers import Commands, eventually
+from torch import Tensor
+
+from tsqp import LLM, AnswerStream, AsyncLLM, Completion, RequestStats, SamplingParams
+from tsqp.errors import (
+    IntegrityError,
+    NumericalError,
+    PromptError,
+    PromptTooLong,
+    QueueFull,
+    TSQPError,
+    UsageError,
+    WorkerLost,
+)
+from tsqp.tee.sampler import Sampler
+
+T = TypeVar("T")
+
+MODEL = "random:tiny"
+DEADLINE_S = 60.0
+FEW = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True)
+PROMPTS = [[1, 2, number] for number in range(3, 11)]
+
+
+def run(work: Awaitable[T]) -> T:
+    async def in_time() -> T:
+        return await asyncio.wait_for(work, DEADLINE_S)
+
+    return asyncio.run(in_time())
+
+
+async def settles(condition: Callable[[], bool]) -> None:
+    while not condition():  # `run` has the deadline
+        await asyncio.sleep(0.005)
+
+
+class Watcher:
+    """Counts what an observer is told."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.next = 0
+        self.stats: list[RequestStats] = []
+
+    def first_token(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.first += 1
+
+    def next_token(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.next += 1
+
+    def ended(self, stats: RequestStats) -> None:
+        self.stats.append(stats)
+
+
+@pytest.fixture(scope="module")
+def watcher() -> Watcher:
+    return Watcher()
+
+
+@pytest.fixture(scope="module")
+def llm(watcher: Watcher) -> Iterator[AsyncLLM]:
+    llm = AsyncLLM(
+        MODEL,
+        privacy="tee",
+        threads=1,
+        max_num_seqs=4,
+        max_num_queued_reqs=8,
+        observer=watcher,
+    )
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Completion]:
+    with LLM(MODEL, privacy="tee", threads=1) as llm:
+        return llm.generate(PROMPTS, FEW)
+
+
+def is_idle(llm: AsyncLLM) -> bool:
+    return llm.num_running == 0 and llm.num_waiting == 0
+
+
+def test_requests_at_once_get_the_answers_of_an_llm(
+    llm: AsyncLLM, expected: list[Completion]
+) -> None:
+    async def all_of_them() -> list[list[Completion]]:
+        streams = [llm.add(prompt, FEW) for prompt in PROMPTS]
+        return list(await asyncio.gather(*(stream.completions() for stream in streams)))
+
+    assert [found for [found] in run(all_of_them())] == expected
+
+
+def test_the_pieces_of_a_stream_add_up_to_the_answer(llm: AsyncLLM) -> None:
+    params = SamplingParams(seed=1, n=2, max_tokens=5, ignore_eos=True, logprobs=2)
+
+    async def pieces() -> tuple[list[Any], AnswerStream]:
+        stream = llm.add(PROMPTS[0], params, request_id="mine")
+        return [each async for each in stream], stream
+
+    found, stream = run(pieces())
+    assert stream.request_id == "mine"
+    assert stream.usage.prompt_tokens == 3
+    assert stream.usage.completion_tokens == 10
+    for index in range(2):
+        mine = [each for each in found if each.index == index]
+        completion = mine[-1].completion
+        assert completion.index == index
+        assert mine[-1].finish_reason == completion.finish_reason == "length"
+        assert all(each.finish_reason is None for each in mine[:-1])
+        assert sum((each.token_ids for each in mine), ()) == completion.token_ids
+        assert sum((each.logprobs for each in mine), ()) == completion.logprobs
+
+
+def test_a_reader_that_lags_gets_what_was_added_meanwhile_at_once(llm: AsyncLLM) -> None:
+    async def late() -> int:
+        stream = llm.add(PROMPTS[0], FEW)
+        await settles(lambda: len(stream._request.pending) == FEW.max_tokens + 1)
+        return len([each async for each in stream])
+
+    assert run(late()) == 1
+
+
+@pytest.mark.parametrize("way", ["break", "close", "cancel", "drop", "abort"])
+def test_a_reader_that_stops_frees_its_sequence(
+    llm: AsyncLLM, watcher: Watcher, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Sampler.sample
+
+    def slowly(sampler: Sampler, logits_V: Tensor) -> int:
+        time.sleep(0.02)  # so that it could not end by itself in time
+        return sample(sampler, logits_V)
+
+    monkeypatch.setattr(Sampler, "sample", slowly)
+
+    async def stop() -> None:
+        stream: AnswerStream | None = llm.add([1, 2, 3], ENDLESS)
+        assert stream is not None
+        if way == "break":
+            async for _ in stream:
+                break
+            stream = None  # as the temporary of `async for _ in llm.add(...)`
+        elif way == "cancel":
+            task = asyncio.create_task(stream.completions())
+            await settles(lambda: llm.num_running == 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            await stream.__anext__()
+            await {"close": stream.aclose, "abort": lambda: llm.abort(stream)}.get(
+                way, stream.accepted
+            )()
+            stream = None
+        gc.collect()
+        await settles(lambda: is_idle(llm))
+
+    watcher.stats.clear()
+    run(stop())
+    [stats] = watcher.stats
+    assert stats.finish_reasons == ("abort",)
+    assert stats.completion_tokens < 500
+
+
+def test_a_wrong_request_is_its_own_error_and_raised_before_any_output(llm: AsyncLLM) -> None:
+    async def refuse() -> None:
+        good = llm.add(PROMPTS[0], FEW)
+        with pytest.raises(PromptTooLong, match="maximum context length is 512"):
+            await llm.add([1] * 5000, FEW).accepted()
+        with pytest.raises(PromptError, match="outside the model's vocabulary"):
+            await llm.add([10**6], FEW).completions()
+        with pytest.raises(TSQPError, match="no tokenizer"):
+            await llm.add("a text", FEW).completions()
+        with pytest.raises(PromptError, match="must be a text, token ids"):
+            llm.add(3, FEW)  # type: ignore[arg-type]
+        await good.accepted()
+        assert len(await good.completions()) == 1
+        await settles(lambda: is_idle(llm))
+
+    run(refuse())
+
+
+def test_an_error_of_one_request_leaves_the_others_alone(
+    llm: AsyncLLM, expected: list[Completion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Sampler.sample
+
+    def fail_for_one(sampler: Sampler, logits_V: Tensor) -> int:
+        if sampler._params.seed == 13:
+            raise NumericalError("not a number")
+        return sample(sampler, logits_V)
+
+    monkeypatch.setattr(Sampler, "sample", fail_for_one)
+
+    async def one_of_two() -> None:
+        good = llm.add(PROMPTS[0], FEW)
+        bad = llm.add(PROMPTS[1], SamplingParams(seed=13))
+        with pytest.raises(NumericalError):
+            await bad.completions()
+        assert await good.completions() == [expected[0]]
+
+    run(one_of_two())
+    assert llm.is_healthy
+
+
+def test_a_fault_of_the_program_ends_its_requests_and_nothing_else(
+    llm: AsyncLLM, expected: list[Completion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Sampler, "sample", lambda *_: 1 // 0)
+            with pytest.raises(TSQPError, match="Unexpected ZeroDivisionError"):
+                await llm.add(PROMPTS[0], FEW).completions()
+        assert await llm.add(PROMPTS[0], FEW).completions() == [expected[0]]
+
+    run(fail())
+
+
+def test_a_full_queue_refuses_and_takes_again_when_there_is_room(llm: AsyncLLM) -> None:
+    async def fill() -> None:
+        streams = [llm.add(PROMPTS[0], ENDLESS) for _ in range(4 + 8)]
+        await asyncio.gather(*(stream.accepted() for stream in streams))
+        with pytest.raises(QueueFull, match="Too many requests"):
+            llm.add(PROMPTS[0], FEW)
+        for stream in streams:
+            await stream.aclose()
+        await settles(lambda: is_idle(llm))
+        assert await llm.add(PROMPTS[0], FEW).completions()
+
+    run(fill())
+
+
+def test_the_observer_is_told_of_every_token(llm: AsyncLLM, watcher: Watcher) -> None:
+    watcher.__init__()  # type: ignore[misc]
+    run(_complete(llm))
+    assert (watcher.first, watcher.next) == (1, FEW.max_tokens - 1)
+    [stats] = watcher.stats
+    assert stats.finish_reasons == ("length",)
+    assert (stats.prompt_tokens, stats.completion_tokens) == (3, FEW.max_tokens)
+    assert stats.queue_s is not None and stats.prefill_s is not None and stats.decode_s is not None
+    assert 0 <= stats.queue_s <= stats.queue_s + stats.prefill_s + stats.decode_s <= stats.e2e_s
+
+
+async def _complete(llm: AsyncLLM) -> tuple[int, ...]:
+    [completion] = await llm.add(PROMPTS[0], FEW).completions()
+    return completion.token_ids
+
+
+def test_an_event_loop_that_has_ended_leaves_nothing_running(llm: AsyncLLM) -> None:
+    kept: list[AnswerStream] = []
+
+    async def leave() -> None:
+        kept.append(llm.add(PROMPTS[0], ENDLESS))
+        await kept[0].__anext__()
+
+    run(leave())
+    assert eventually(lambda: is_idle(llm))
+    assert run(_complete(llm))
+
+
+def test_it_needs_an_event_loop(llm: AsyncLLM) -> None:
+    with pytest.raises(UsageError, match="running event loop"):
+        llm.add(PROMPTS[0], FEW)
+
+
+def test_close_fails_what_runs_and_ends_the_thread() -> None:
+    async def close() -> AsyncLLM:
+        async with AsyncLLM(MODEL, privacy="tee", threads=1, max_model_len=100) as llm:
+            with pytest.raises(PromptTooLong, match="maximum context length is 100"):
+                await llm.add([1] * 100, FEW).accepted()
+            stream = llm.add(PROMPTS[0], FEW)
+            running = llm.add(PROMPTS[1], SamplingParams(max_tokens=90, ignore_eos=True))
+            await running.accepted()
+            waiting = asyncio.create_task(llm.drain())
+            await asyncio.sleep(0)
+            assert llm.status in ("draining", "ready")
+            with pytest.raises(UsageError, match="about to end"):
+                llm.add(PROMPTS[0], FEW)
+            await stream.completions()
+            await running.aclose()
+            assert await waiting
+        assert llm.status == "closed"
+        with pytest.raises(UsageError, match="is closed"):
+            llm.add(PROMPTS[0], FEW)
+        return llm
+
+    llm = run(close())
+    llm.close()
+    assert llm._thread._thread is not None
+    assert not llm._thread._thread.is_alive()
+
+
+def test_what_nobody_holds_any_more_is_closed() -> None:
+    llm = AsyncLLM(MODEL, privacy="tee", threads=1)
+    thread = llm._thread._thread
+    assert thread is not None and thread.is_alive()
+    del llm
+    gc.collect()
+    assert eventually(lambda: not thread.is_alive())
+
+
+def test_a_lost_worker_is_started_again_under_running_requests(commands: Commands) -> None:
+    async def lose() -> None:
+        async with AsyncLLM(
+            MODEL, privacy="pad", worker="local", threads=1, pad_memory=2**20
+        ) as llm:
+            params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+            [quiet] = await llm.add(PROMPTS[0], params).completions()
+            stream = llm.add(PROMPTS[0], params)
+            await stream.__anext__()
+            local = llm._model.workers[0]._local
+            assert local is not None
+            local._process.kill()
+            [again] = await stream.completions()
+            assert again == quiet
+            assert (llm.status, llm.reconnects) == ("ready", 1)
+
+    run(lose())
+
+
+def test_a_worker_that_stays_away_is_an_error_in_bounded_time_and_is_found_when_it_is_back(
+    commands: Commands,
+) -> None:
+    worker = commands.worker(MODEL, commands.ipc())
+
+    async def lose() -> None:
+        async with AsyncLLM(
+            MODEL, privacy="pad", worker=commands.ipc(), threads=1, reconnect_s=0.5, pad_memory=0
+        ) as llm:
+            expected = await _complete(llm)
+            worker.send(9)  # type: ignore[arg-type]
+            await asyncio.to_thread(worker.ends)
+            with pytest.raises(WorkerLost):
+                await _complete(llm)
+            assert llm.status == "lost"
+            with pytest.raises(WorkerLost, match="try again later"):
+                llm.add(PROMPTS[0], FEW)
+            await asyncio.to_thread(commands.worker, MODEL, commands.ipc())
+            await settles(lambda: llm.is_healthy)
+            assert await _complete(llm) == expected
+
+    run(lose())
+
+
+def test_after_a_wrong_answer_nothing_is_ever_computed_again(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lie() -> None:
+        async with AsyncLLM(MODEL, privacy="pad", worker="inproc", threads=1, pad_memory=0) as llm:
+            assert await _complete(llm)
+            error = IntegrityError("the product is wrong")
+            with monkeypatch.context() as patch:
+
+                def raise_it(*_: object) -> None:
+                    raise error
+
+                patch.setattr(type(llm._model.engine), "_run", raise_it)
+                with pytest.raises(IntegrityError, match="the product is wrong"):
+                    await _complete(llm)
+            assert (llm.status, llm.is_healthy) == ("failed", False)
+            with pytest.raises(IntegrityError, match="the product is wrong"):
+                llm.add(PROMPTS[0], FEW)
+
+    run(lie())
