@@ -20,6 +20,14 @@ COMMANDS = {
         --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --system
         --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
+    "serve": """
+        --api-key --api-key-file --attention --debug --device --dtype --expect-model --field
+        --fixed-point --fuse --hints --host --insecure --insecure-same-host --max-model-len
+        --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
+        --prefill-chunk --privacy --quiet --root-path --rpc-log --served-model-name
+        --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout --uds --worker
+        --worker-key MODEL
+    """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions
         --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --no-shm --quiet --record

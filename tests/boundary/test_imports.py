@@ -23,8 +23,21 @@ def test_every_import_contract_is_kept() -> None:
     assert "3 kept, 0 broken" in result.stdout
 
 
-def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys, tsqp.cli; print(*sorted({'torch', 'transformers'} & set(sys.modules)))"
+def test_the_command_line_starts_without_torch_and_without_a_server() -> None:
+    heavy = {"torch", "transformers", "fastapi", "pydantic", "uvicorn", "prometheus_client"}
+    code = f"import sys, tsqp.cli; print(*sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "\n"
+
+
+def test_only_the_server_loads_what_a_server_needs() -> None:
+    heavy = {"fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client"}
+    code = (
+        "import sys, tsqp, tsqp.cli.open_llm, tsqp.cli.printing, tsqp.runtime.async_llm;"
+        f"print(*sorted({heavy} & set(sys.modules)))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )

@@ -281,6 +281,17 @@ class AsyncLLM:
         return self._thread.reconnects
 
     @property
+    def num_workers(self) -> int:
+        """Number of workers."""
+        return len(self._model.workers)
+
+    @property
+    def field(self) -> str | None:
+        """The field of the residues, see `Options`; None where nothing is masked."""
+        options = self._model.options
+        return options.field if options.masked else None
+
+    @property
     def model_digest(self) -> str:
         """See `LLM.model_digest`."""
         return self._model.model_digest

@@ -1,0 +1,111 @@
+"""`tsqp serve`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tsqp.cli.app import app
+from tsqp.cli.flags import Debug, Model, Quiet
+from tsqp.cli.with_options import with_options
+from tsqp.errors import UsageError
+from tsqp.runtime.options import Options
+
+
+@app.command()
+@with_options()
+def serve(
+    context: typer.Context,
+    model: Model,
+    options: Options,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on. 0 chooses a free one.")
+    ] = 8000,
+    uds: Annotated[
+        Path | None, typer.Option(help="Unix socket to listen on instead of a port.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="TSQP_API_KEY",
+            help="Key that clients must send. Other users of this machine can read it in the "
+            "process list, so the variable or --api-key-file is safer. May be repeated.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of keys that clients may send, one a line.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of the model in requests and answers. May be repeated; answers have the "
+            "first one. The default is MODEL as it was given."
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Maximum number of tokens of a prompt and its answer together. The default is "
+            "the model's own.",
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Maximum number of answers that are computed together.")
+    ] = 64,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="vLLM's name for --prefill-chunk.", show_default=False),
+    ] = None,
+    max_num_queued_reqs: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Maximum number of answers that wait. More are refused with status 503."
+        ),
+    ] = 256,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="Certificate for TLS, a PEM file.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="Private key for TLS, a PEM file.")
+    ] = None,
+    root_path: Annotated[
+        str, typer.Option(help="Path under which a reverse proxy shows the server.")
+    ] = "",
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds that running requests get after SIGTERM or Ctrl-C."),
+    ] = 30.0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's interface has it. Run it on the trusted machine."""
+    try:
+        from tsqp.serve.options import ServeOptions, read_api_keys
+        from tsqp.serve.run import run_server
+    except ModuleNotFoundError as exc:
+        raise UsageError(
+            f"The server needs the package {exc.name}: pip install 'tsqp[serve]'."
+        ) from None
+    from tsqp.cli.printing import loading_progress
+
+    served = ServeOptions(
+        host=host,
+        port=port,
+        uds=uds,
+        api_keys=read_api_keys(api_key or (), api_key_file),
+        served_model_names=tuple(served_model_name or ()),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_queued_reqs=max_num_queued_reqs,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        root_path=root_path,
+        shutdown_timeout=shutdown_timeout,
+    )
+    if max_num_batched_tokens is not None:
+        options = replace(options, prefill_chunk=max_num_batched_tokens)
+    with loading_progress() as loading:
+        run_server(model, options, served, on_load=loading)

@@ -1,0 +1,230 @@
+"""`/v1/completions`."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+
+from tsqp.api.completions import (
+    CompletionAnswer,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+from tsqp.errors import TSQPError
+from tsqp.runtime.answer_stream import AnswerStream, StreamOutput
+from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.serve.errors import as_api_error, bad_request
+from tsqp.serve.logprobs import completion_logprobs, name_of
+from tsqp.serve.params import check_number, check_stream_options, sampling_params, usage_of
+from tsqp.serve.responses import STREAM_OR_JSON
+from tsqp.serve.state import state_of
+from tsqp.serve.streaming import EventStream, merged, while_connected
+from tsqp.tee.sampling import Completion, SamplingParams
+
+router = APIRouter()
+
+PROMPT = "prompt"
+MAX_TOKENS = 16
+
+
+@router.post("/v1/completions", response_model=CompletionAnswer, responses=STREAM_OR_JSON)
+async def completions(body: CompletionRequest, request: Request) -> CompletionAnswer | EventStream:
+    """Complete one or several prompts."""
+    state = state_of(request)
+    llm, model = state.ready(), state.check_model(body.model)
+    _refuse(body)
+    check_stream_options(body)
+    count = len(body.prompt) if isinstance(body.prompt, list) and not _is_ids(body.prompt) else 1
+    check_number(count * (body.n or 1), state.options.most_answers)
+    try:
+        prompts = await _prompts(llm, body)
+        work = Completions(llm, body, model, prompts)
+        streams = work.start(request.state.request_id, request.state.tenant)
+        if body.stream:
+            for stream in streams:
+                await stream.accepted()
+            return EventStream(work.chunks(streams), streams, PROMPT)
+        return await while_connected(request, work.answer(streams))
+    except TSQPError as error:
+        raise as_api_error(error, PROMPT) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as token ids, and as text where it is echoed."""
+
+    token_ids: list[int]
+    text: str
+
+
+def _is_ids(prompt: Sequence[object]) -> bool:
+    return isinstance(prompt[0], int)
+
+
+async def _prompts(llm: AsyncLLM, body: CompletionRequest) -> list[Prompt]:
+    given = [body.prompt] if isinstance(body.prompt, str) or _is_ids(body.prompt) else body.prompt
+    prompts = []
+    for each in given:
+        if isinstance(each, str):
+            special = body.add_special_tokens is not False
+            prompts.append(Prompt(await llm.tokenize(each, add_special_tokens=special), each))
+        else:
+            assert isinstance(each, list)
+            ids = [token_id for token_id in each if isinstance(token_id, int)]
+            in_text = body.echo and llm.has_tokenizer and all(0 <= i < 2**32 for i in ids)
+            prompts.append(Prompt(ids, await llm.detokenize(ids) if in_text else ""))
+    return prompts
+
+
+def _refuse(body: CompletionRequest) -> None:
+    """Refuse what this server does not do.
+
+    Raises:
+        APIError: the request needs it.
+    """
+    if body.response_format is not None and body.response_format.type != "text":
+        raise bad_request(
+            "This server does not support a response_format other than text.", "response_format"
+        )
+    if body.best_of not in (None, body.n or 1):
+        raise bad_request("best_of must be equal to n; choose among the answers yourself.")
+    if body.max_tokens == 0 and not body.echo:
+        raise bad_request(
+            "max_tokens must be 1 or more, unless the prompt is echoed.", "max_tokens"
+        )
+    if body.stream and body.echo and body.logprobs is not None:
+        raise bad_request("The logprobs of an echoed prompt cannot be streamed.", "stream")
+
+
+class Completions:
+    """The prompts of one request, while they are being completed."""
+
+    def __init__(
+        self, llm: AsyncLLM, body: CompletionRequest, model: str, prompts: Sequence[Prompt]
+    ) -> None:
+        self._llm = llm
+        self._body = body
+        self._prompts = prompts
+        self._n = body.n or 1
+        self._model = model
+        self._id = f"cmpl-{secrets.token_hex(16)}"
+        self._created = int(time.time())
+
+    def start(self, request_id: str, tenant: str) -> list[AnswerStream]:
+        """Begin with all prompts.
+
+        Raises:
+            TSQPError: see `AsyncLLM.add`.
+        """
+        salt = self._body.cache_salt or ""
+        params = self._params()
+        return [
+            self._llm.add(
+                prompt.token_ids, params, request_id=request_id, tenant=tenant, cache_salt=salt
+            )
+            for prompt in self._prompts
+        ]
+
+    async def answer(self, streams: Sequence[AnswerStream]) -> CompletionAnswer:
+        """All answers, once they are complete."""
+        choices = []
+        for place, stream in enumerate(streams):
+            for completion in await stream.completions():
+                choices.append(self._choice(place, completion))
+        answer = self._event(choices)
+        answer.usage = usage_of(streams)
+        if self._is_prompt_only:
+            answer.usage.total_tokens -= answer.usage.completion_tokens
+            answer.usage.completion_tokens = 0
+        return answer
+
+    async def chunks(self, streams: Sequence[AnswerStream]) -> AsyncIterator[CompletionAnswer]:
+        """The events of a stream."""
+        options = self._body.stream_options
+        always = bool(options and options.continuous_usage_stats)
+        lengths = [0] * (len(streams) * self._n)  # characters so far
+        if self._body.echo:
+            for index in range(len(lengths)):
+                prompt = self._prompts[index // self._n]
+                yield self._event(
+                    [CompletionChoice(
+                        index=index, text=prompt.text, logprobs=None, finish_reason=None
+                    )]
+                )  # fmt: skip
+        async for place, output in merged(streams):
+            choice = self._piece(place, output, lengths)
+            if choice is not None:
+                event = self._event([choice])
+                if always:
+                    event.usage = usage_of(streams)
+                yield event
+        if options and options.include_usage:
+            last = self._event([])
+            last.usage = usage_of(streams)
+            yield last
+
+    @property
+    def _is_prompt_only(self) -> bool:
+        """Whether nothing is to be generated; one token is, and left out."""
+        return self._body.max_tokens == 0
+
+    def _params(self) -> SamplingParams:
+        body = self._body
+        return sampling_params(
+            body,
+            max_tokens=MAX_TOKENS if body.max_tokens is None else max(body.max_tokens, 1),
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+
+    def _choice(self, place: int, completion: Completion) -> CompletionChoice:
+        prompt, body = self._prompts[place], self._body
+        ids = [] if self._is_prompt_only else list(completion.token_ids)
+        text = "" if self._is_prompt_only else completion.text
+        logprobs = None
+        if body.logprobs is not None:
+            rated = list(completion.logprobs or ())[: len(ids)]
+            if body.echo:
+                known = completion.prompt_logprobs or ()
+                logprobs = completion_logprobs(
+                    self._llm, [*prompt.token_ids, *ids], [*known, *rated]
+                )
+            else:
+                logprobs = completion_logprobs(self._llm, ids, rated)
+        return CompletionChoice(
+            index=place * self._n + completion.index,
+            text=prompt.text + text if body.echo else text,
+            logprobs=logprobs,
+            finish_reason="length" if self._is_prompt_only else completion.finish_reason,
+            token_ids=ids if body.return_token_ids else None,
+        )
+
+    def _piece(
+        self, place: int, output: StreamOutput, lengths: list[int]
+    ) -> CompletionChoice | None:
+        """What a stream has more of; None if it is only a piece of a character."""
+        index = place * self._n + output.index
+        logprobs: CompletionLogprobs | None = None
+        if output.logprobs is not None:
+            logprobs = completion_logprobs(
+                self._llm, output.token_ids, output.logprobs, lengths[index]
+            )
+            lengths[index] += sum(len(name_of(self._llm, each)) for each in output.token_ids)
+        is_shown = output.text or logprobs or output.finish_reason or self._body.return_token_ids
+        if not is_shown or (self._is_prompt_only and not output.finish_reason):
+            return None
+        return CompletionChoice(
+            index=index,
+            text="" if self._is_prompt_only else output.text,
+            logprobs=logprobs,
+            finish_reason=output.finish_reason,
+            token_ids=list(output.token_ids) if self._body.return_token_ids else None,
+        )
+
+    def _event(self, choices: list[CompletionChoice]) -> CompletionAnswer:
+        return CompletionAnswer(
+            id=self._id, created=self._created, model=self._model, choices=choices
+        )

@@ -1,0 +1,135 @@
+"""The options of the HTTP server, checked once."""
+
+import hashlib
+import ipaddress
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tsqp.errors import UsageError, printable_path
+
+MAX_BODY = 4 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """How the server listens, and what it lets in.
+
+    Attributes:
+        host, port: where it listens.
+        uds: a Unix socket to listen on instead.
+        api_keys: what clients must send; without any, everybody is let in.
+        served_model_names: names of the model in requests and answers, the first in answers.
+        max_model_len: a lower maximum number of tokens of prompt and answer than the model's.
+        max_num_seqs: maximum number of answers that run at the same time.
+        max_num_queued_reqs: maximum number of answers that wait.
+        ssl_certfile, ssl_keyfile: PEM files for TLS.
+        root_path: the path under which a reverse proxy shows the server.
+        shutdown_timeout: seconds that running requests get after SIGTERM.
+        max_body_bytes: of one request.
+        body_timeout: seconds in which a request's body must arrive.
+
+    Raises:
+        UsageError: a value is out of range, or values contradict each other.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: Path | None = None
+    api_keys: Sequence[str] = ()
+    served_model_names: Sequence[str] = ()
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_queued_reqs: int = 256
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    root_path: str = ""
+    shutdown_timeout: float = 30.0
+    max_body_bytes: int = MAX_BODY
+    body_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise UsageError("TLS needs both --ssl-certfile and --ssl-keyfile.")
+        for name, path in (
+            ("--ssl-certfile", self.ssl_certfile),
+            ("--ssl-keyfile", self.ssl_keyfile),
+        ):
+            if path is not None and not os.access(path, os.R_OK):
+                raise UsageError(f"The file of {name} cannot be read.")
+        if not 0 <= self.port < 65536:
+            raise UsageError("--port must be from 0 to 65535; 0 chooses a free port.")
+        if self.max_num_seqs < 1 or self.max_num_queued_reqs < 0:
+            raise UsageError(
+                "--max-num-seqs must be 1 or more, and --max-num-queued-reqs 0 or more."
+            )
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise UsageError("--max-model-len must be 2 or more.")
+        if not 0 <= self.shutdown_timeout < 86400:
+            raise UsageError("--shutdown-timeout must be a number of seconds, at most a day.")
+        if not all(key.isascii() and key.isprintable() and key.strip() for key in self.api_keys):
+            raise UsageError(
+                "An API key must be printable ASCII characters; the key itself is not shown."
+            )
+        if self.root_path and not self.root_path.startswith("/"):
+            raise UsageError("--root-path must begin with a slash.")
+
+    @property
+    def most_answers(self) -> int:
+        """Maximum number of answers of one request."""
+        return self.max_num_seqs + self.max_num_queued_reqs
+
+    @property
+    def exposure(self) -> str:
+        """A sentence if other machines can reach the server and it is not protected; or empty."""
+        if self.uds is not None or _is_loopback(self.host):
+            return ""
+        missing = []
+        if self.ssl_certfile is None:
+            missing.append("without TLS, so prompts and answers travel in clear")
+        if not self.api_keys:
+            missing.append("without API keys, so everybody may use it")
+        if not missing:
+            return ""
+        return f"The server can be reached from other machines {', and '.join(missing)}."
+
+
+def read_api_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """All API keys, each once.
+
+    Args:
+        given: those of --api-key, which other users can see in the list of processes, or of
+            TSQP_API_KEY.
+        file: has one key a line.
+
+    Raises:
+        UsageError: the file cannot be read, holds no key, or may be read by everybody.
+    """
+    keys = list(given)
+    if file is not None:
+        name = printable_path(file, "the file of --api-key-file")
+        try:
+            mode = file.stat().st_mode
+            lines = file.read_text(encoding="utf-8").split()
+        except (OSError, ValueError):
+            raise UsageError(f"Cannot read API keys from {name}.") from None
+        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+            raise UsageError(f"Everybody may read the API keys in {name}: run chmod 600 on it.")
+        if not lines:
+            raise UsageError(f"There is no API key in {name}; write one a line.")
+        keys += lines
+    return tuple(dict.fromkeys(keys))
+
+
+def tenant_of(key: str) -> str:
+    """A name for the holder of a key, which does not tell the key."""
+    return hashlib.sha256(f"tsqp tenant {key}".encode()).hexdigest()[:32]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

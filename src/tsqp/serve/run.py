@@ -1,0 +1,228 @@
+"""Listens, loads, serves, and drains."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any
+
+import uvicorn
+
+from tsqp.errors import UsageError
+from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.runtime.options import Options
+from tsqp.serve.app import make_app
+from tsqp.serve.metrics import Metrics
+from tsqp.serve.options import ServeOptions
+from tsqp.serve.state import State
+
+log = logging.getLogger("tsqp")
+
+BACKLOG = 2048
+LOOK_S = 0.1
+LAST_S = 10  # for the last bytes of requests that were ended
+
+
+def run_server(
+    model: str,
+    options: Options,
+    served: ServeOptions,
+    on_load: Callable[[int, int], None] | None = None,
+) -> None:
+    """Serve a model until SIGINT or SIGTERM, then let the running requests end.
+
+    The server listens while the model is being loaded; `/health` is 503 then.
+
+    Args:
+        model: as for `LLM`.
+        on_load: called while weights are read, with the bytes read and their total.
+
+    Raises:
+        UsageError: the address cannot be used, or the certificate.
+        TSQPError: the model cannot be loaded, or there is no worker.
+    """
+    server = _Server(model, options, served, on_load)
+    if served.exposure:
+        log.warning("%s", served.exposure)
+    with _listening(served) as listener:
+        asyncio.run(server.run(listener))
+
+
+class _Stopped(Exception):
+    """Raised within loading, to end it after a signal."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """A server that leaves signals to us: uvicorn would raise them again at its end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    def __init__(
+        self,
+        model: str,
+        options: Options,
+        served: ServeOptions,
+        on_load: Callable[[int, int], None] | None,
+    ) -> None:
+        names = tuple(served.served_model_names) or (model,)
+        self._model = model
+        self._options = options
+        self._served = served
+        self._on_load = on_load
+        self._state = State(served, names, Metrics(names[0], self._get_llm))
+        self._signals = 0
+        _keep_quiet()
+        config = uvicorn.Config(
+            make_app(self._state),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            http="h11",
+            server_header=False,
+            proxy_headers=False,
+            root_path=served.root_path,
+            ssl_certfile=served.ssl_certfile,
+            ssl_keyfile=served.ssl_keyfile,
+            timeout_graceful_shutdown=int(served.shutdown_timeout) + LAST_S,
+        )
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(
+                f"The certificate cannot be used ({type(error).__name__}): check --ssl-certfile "
+                "and --ssl-keyfile."
+            ) from None
+        self._uvicorn = _Uvicorn(config)
+
+    def _get_llm(self) -> AsyncLLM | None:
+        return self._state.llm
+
+    async def run(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_log_type_only)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        try:
+            log.info("listening at %s; loading %s …", _address(self._served, listener), self._model)
+            await self._load()
+            if self._state.llm is not None:
+                self._say_ready(self._state.llm, _address(self._served, listener))
+                while not self._signals:
+                    await asyncio.sleep(LOOK_S)
+                await self._drain(self._state.llm)
+        finally:
+            self._uvicorn.should_exit = True
+            if self._state.llm is not None:
+                await asyncio.to_thread(self._state.llm.close)
+            await serving
+
+    async def _load(self) -> None:
+        with suppress(_Stopped):
+            self._state.llm = await asyncio.to_thread(
+                AsyncLLM,
+                self._model,
+                self._options,
+                on_load=self._heed,
+                max_model_len=self._served.max_model_len,
+                max_num_seqs=self._served.max_num_seqs,
+                max_num_queued_reqs=self._served.max_num_queued_reqs,
+                observer=self._state.metrics,
+            )
+
+    def _say_ready(self, llm: AsyncLLM, address: str) -> None:
+        log.info(
+            "serving %s at %s: privacy %s, transport %s, model %s",
+            self._state.names[0], address, llm.privacy, llm.transport, llm.model_digest,
+        )  # fmt: skip
+        if llm.pads is not None:
+            log.info("masks in stock: %d bytes; more are being made", llm.pads.stock_bytes)
+
+    async def _drain(self, llm: AsyncLLM) -> None:
+        log.info("ending: %d answers get up to %g seconds",
+                 llm.num_running + llm.num_waiting, self._served.shutdown_timeout)  # fmt: skip
+        draining = asyncio.create_task(llm.drain(self._served.shutdown_timeout))
+        while not draining.done() and self._signals < 2:
+            await asyncio.sleep(LOOK_S)
+        draining.cancel()
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+
+    def _heed(self, done: int, total: int) -> None:
+        if self._signals:
+            raise _Stopped
+        if self._on_load is not None:
+            self._on_load(done, total)
+
+
+@contextmanager
+def _listening(served: ServeOptions) -> Iterator[socket.socket]:
+    """The socket to listen on; a Unix socket is removed at the end, and only its owner may use it.
+
+    Raises:
+        UsageError: the address cannot be used.
+    """
+    if served.uds is None:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                served.host, served.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        except OSError as error:
+            raise UsageError(
+                f"Cannot listen on --host and --port {served.port}: {error.strerror}."
+            ) from None
+        with closing(listener):
+            yield listener
+        return
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(served.uds))
+    except OSError as error:
+        listener.close()
+        raise UsageError(f"Cannot listen on --uds: {error.strerror}.") from None
+    finally:
+        os.umask(mask)
+    try:
+        listener.listen(BACKLOG)
+        yield listener
+    finally:
+        listener.close()
+        served.uds.unlink(missing_ok=True)
+
+
+def _address(served: ServeOptions, listener: socket.socket) -> str:
+    if served.uds is not None:
+        return f"unix:{served.uds}"
+    scheme = "http" if served.ssl_certfile is None else "https"
+    host = f"[{served.host}]" if ":" in served.host else served.host
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+
+def _keep_quiet() -> None:
+    """Let other libraries log nothing that may have been sent."""
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.addFilter(_without_tracebacks)
+
+
+def _without_tracebacks(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
+
+
+def _log_type_only(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    log.error("an unexpected %s in the event loop", type(error).__name__)

@@ -1,0 +1,68 @@
+"""What all endpoints share."""
+
+import time
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.serve.errors import APIError, unavailable
+from tsqp.serve.metrics import Metrics
+from tsqp.serve.options import ServeOptions
+
+LOADING = "loading"
+
+
+@dataclass(slots=True)
+class State:
+    """The server, while it loads and after it.
+
+    Attributes:
+        names: under which it is served; answers have the first one.
+        llm: the model, once it is loaded.
+    """
+
+    options: ServeOptions
+    names: tuple[str, ...]
+    metrics: Metrics
+    llm: AsyncLLM | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def status(self) -> str:
+        """See `AsyncLLM.status`; "loading" before there is one."""
+        return LOADING if self.llm is None else self.llm.status
+
+    def ready(self) -> AsyncLLM:
+        """The model, once it is loaded.
+
+        Raises:
+            APIError: it is not.
+        """
+        if self.llm is None:
+            raise unavailable("The model is still being loaded.", "loading")
+        return self.llm
+
+    def check_model(self, name: str | None) -> str:
+        """The name of the model in the answer to a request that names this one, or none.
+
+        Raises:
+            APIError: another one is wanted.
+        """
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            raise APIError(
+                404,
+                f"This server serves no model of this name: use {self.names[0]}.",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+
+def state_of(request: Request) -> State:
+    """The state of the app that a request came to."""
+    state = request.app.state.tsqp
+    assert isinstance(state, State)
+    return state

@@ -1,0 +1,147 @@
+"""`/tokenize`, `/detokenize` and what tells of the server itself."""
+
+from dataclasses import asdict
+
+from fastapi import APIRouter, Request, Response
+
+import tsqp
+from tsqp.api.base import ModelCard, ModelList
+from tsqp.api.tokens import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    HealthAnswer,
+    StatusAnswer,
+    TokenizeAnswer,
+    TokenizeRequest,
+    VersionAnswer,
+)
+from tsqp.errors import TSQPError
+from tsqp.serve.errors import RETRY_S, as_api_error, bad_request
+from tsqp.serve.logprobs import name_of
+from tsqp.serve.metrics import CONTENT_TYPE
+from tsqp.serve.responses import ERRORS
+from tsqp.serve.state import state_of
+
+router = APIRouter()
+
+MAX_PATH_NAME = 64
+
+
+@router.get("/v1/models", response_model=ModelList, responses=ERRORS)
+async def models(request: Request) -> ModelList:
+    """The names of the model."""
+    state = state_of(request)
+    length = state.ready().config.max_positions
+    return ModelList(
+        data=[
+            ModelCard(id=name, created=state.created, root=state.names[0], max_model_len=length)
+            for name in state.names
+        ]
+    )
+
+
+@router.post("/tokenize", response_model=TokenizeAnswer, responses=ERRORS)
+async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
+    """The token ids of a text or a conversation."""
+    state = state_of(request)
+    llm = state.ready()
+    state.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("Give either a prompt or messages.")
+    try:
+        if body.messages is not None:
+            continues, begins = bool(body.continue_final_message), body.add_generation_prompt
+            ids = await llm.tokenize_chat(
+                body.messages,
+                tools=None if body.tools is None else [tool.model_dump() for tool in body.tools],
+                split_special=bool(body.split_special),
+                add_generation_prompt=not continues if begins is None else begins,
+                continue_final_message=continues,
+                template_kwargs=body.chat_template_kwargs,
+            )
+        else:
+            special = body.add_special_tokens is not False
+            ids = await llm.tokenize(body.prompt or "", add_special_tokens=special)
+    except TSQPError as error:
+        raise as_api_error(error, "prompt" if body.messages is None else "messages") from None
+    return TokenizeAnswer(
+        count=len(ids),
+        max_model_len=llm.config.max_positions,
+        tokens=ids,
+        token_strs=[name_of(llm, each) for each in ids] if body.return_token_strs else None,
+    )
+
+
+@router.post("/detokenize", response_model=DetokenizeAnswer, responses=ERRORS)
+async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAnswer:
+    """The text of token ids."""
+    state = state_of(request)
+    llm = state.ready()
+    state.check_model(body.model)
+    try:
+        return DetokenizeAnswer(prompt=await llm.detokenize(body.tokens))
+    except TSQPError as error:
+        raise as_api_error(error, "tokens") from None
+
+
+@router.get(
+    "/health",
+    response_model=HealthAnswer,
+    responses={503: {"model": HealthAnswer, "description": "It is not ready."}},
+)
+async def health(request: Request, response: Response) -> HealthAnswer:
+    """Whether new requests are answered now. Needs no key."""
+    status = state_of(request).status
+    if status != "ready":
+        response.status_code = 503
+        response.headers["Retry-After"] = RETRY_S
+    return HealthAnswer(status=status)
+
+
+@router.get("/version", response_model=VersionAnswer, responses=ERRORS)
+async def version() -> VersionAnswer:
+    """The version of TSQP."""
+    return VersionAnswer(version=tsqp.__version__)
+
+
+@router.get("/v1/tsqp/status", response_model=StatusAnswer, responses=ERRORS)
+async def status(request: Request) -> StatusAnswer:
+    """How this server computes."""
+    state = state_of(request)
+    llm = state.ready()
+    pads = llm.pads
+    return StatusAnswer.model_validate(
+        {
+            "status": llm.status,
+            "model": state.names[0],
+            "version": tsqp.__version__,
+            "privacy": llm.privacy,
+            "field": llm.field,
+            "model_digest": llm.model_digest,
+            "transport": llm.transport,
+            "transport_reason": llm.transport_reason,
+            "workers": llm.num_workers,
+            "reconnects": llm.reconnects,
+            "integrity_failed": llm.status == "failed",
+            "pads_bytes": None if pads is None else pads.stock_bytes,
+            "pads_ahead_rows": None if pads is None else pads.ahead_rows,
+            "pads_inline_rows": None if pads is None else pads.inline_rows,
+            "placement": asdict(llm.placement),
+            "max_model_len": llm.config.max_positions,
+            "running": llm.num_running,
+            "waiting": llm.num_waiting,
+        }
+    )
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={
+        **ERRORS,
+        200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    },
+)
+async def metrics(request: Request) -> Response:
+    """Metrics in the form of Prometheus."""
+    return Response(state_of(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
