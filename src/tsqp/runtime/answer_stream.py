@@ -165,7 +165,10 @@ class AnswerStream:
             raise StopAsyncIteration
         if isinstance(item, BaseException):
             self._closed = True
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # its traceback refers to this frame
         while pending and isinstance(more := pending[0], StreamOutput):
             if more.index != item.index:
                 break

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
@@ -39,17 +39,23 @@ async def completions(body: CompletionRequest, request: Request) -> CompletionAn
     check_stream_options(body)
     count = len(body.prompt) if isinstance(body.prompt, list) and not _is_ids(body.prompt) else 1
     check_number(count * (body.n or 1), state.options.most_answers)
+    streams: list[AnswerStream] = []
     try:
-        prompts = await _prompts(llm, body)
-        work = Completions(llm, body, model, prompts)
-        streams = work.start(request.state.request_id, request.state.tenant)
-        if body.stream:
-            for stream in streams:
-                await stream.accepted()
-            return EventStream(work.chunks(streams), streams, PROMPT)
-        return await while_connected(request, work.answer(streams))
+        work = Completions(llm, body, model, await _prompts(llm, body))
+        for stream in work.start(request.state.request_id, request.state.tenant):
+            streams.append(stream)
+        if not body.stream:
+            return await while_connected(request, work.answer(streams))
+        for stream in streams:
+            await stream.accepted()
+        response = EventStream(work.chunks(streams), streams, PROMPT)
+        streams = []  # which it closes now
+        return response
     except TSQPError as error:
         raise as_api_error(error, PROMPT) from None
+    finally:
+        for stream in streams:  # the other prompts, when one of them has failed
+            await stream.aclose()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +119,18 @@ class Completions:
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
 
-    def start(self, request_id: str, tenant: str) -> list[AnswerStream]:
-        """Begin with all prompts.
+    def start(self, request_id: str, tenant: str) -> Iterator[AnswerStream]:
+        """Begin with one prompt after the other.
 
         Raises:
             TSQPError: see `AsyncLLM.add`.
         """
         salt = self._body.cache_salt or ""
         params = self._params()
-        return [
-            self._llm.add(
+        for prompt in self._prompts:
+            yield self._llm.add(
                 prompt.token_ids, params, request_id=request_id, tenant=tenant, cache_salt=salt
             )
-            for prompt in self._prompts
-        ]
 
     async def answer(self, streams: Sequence[AnswerStream]) -> CompletionAnswer:
         """All answers, once they are complete."""

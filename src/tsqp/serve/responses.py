@@ -21,6 +21,6 @@ STREAM_OR_JSON: dict[int | str, dict[str, Any]] = {
     **ERRORS,
     200: {
         "description": "The answer, or with stream its pieces as server-sent events.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     },
 }
