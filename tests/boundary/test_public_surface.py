@@ -111,6 +111,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "field",
         "has_tokenizer",
         "is_healthy",
+        "kv_usage",
         "model_digest",
         "num_running",
         "num_waiting",

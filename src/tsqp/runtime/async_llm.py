@@ -276,6 +276,11 @@ class AsyncLLM:
         return self._thread.num_waiting
 
     @property
+    def kv_usage(self) -> float:
+        """The part of the memory for keys and values that is in use; 0 if it has no limit."""
+        return self._model.engine.kv_usage
+
+    @property
     def reconnects(self) -> int:
         """How often new sessions with the workers were begun after one was lost."""
         return self._thread.reconnects

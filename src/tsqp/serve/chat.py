@@ -19,10 +19,10 @@ from tsqp.api.chat import (
 from tsqp.errors import TSQPError
 from tsqp.runtime.answer_stream import AnswerStream
 from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.serve.documented import STREAM_OR_JSON
 from tsqp.serve.errors import as_api_error, bad_request
 from tsqp.serve.logprobs import chat_logprobs
 from tsqp.serve.params import check_number, check_stream_options, sampling_params, usage_of
-from tsqp.serve.responses import STREAM_OR_JSON
 from tsqp.serve.state import state_of
 from tsqp.serve.streaming import EventStream, while_connected
 from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs

@@ -16,10 +16,10 @@ from tsqp.api.completions import (
 from tsqp.errors import TSQPError
 from tsqp.runtime.answer_stream import AnswerStream, StreamOutput
 from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.serve.documented import STREAM_OR_JSON
 from tsqp.serve.errors import as_api_error, bad_request
 from tsqp.serve.logprobs import completion_logprobs, name_of
 from tsqp.serve.params import check_number, check_stream_options, sampling_params, usage_of
-from tsqp.serve.responses import STREAM_OR_JSON
 from tsqp.serve.state import state_of
 from tsqp.serve.streaming import EventStream, merged, while_connected
 from tsqp.tee.sampling import Completion, SamplingParams

@@ -1,6 +1,7 @@
 """Answers that end when the client hangs up, as one body or as server-sent events."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -25,17 +26,24 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events that end in [DONE].
+    """Server-sent events, which end in [DONE].
 
     Args:
         events: models to send. An error becomes the last event.
         streams: are given up when the client hangs up.
+        param: the field with the prompt.
+        named: events have their type as a name, and no [DONE] follows, as `/v1/responses` has it.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[BaseModel], streams: Sequence[AnswerStream], param: str
+        self,
+        events: AsyncIterator[BaseModel],
+        streams: Sequence[AnswerStream],
+        param: str,
+        *,
+        named: bool = False,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -43,6 +51,7 @@ class EventStream(Response):
         self._events = events
         self._streams = streams
         self._param = param
+        self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -56,12 +65,17 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                data = event.model_dump_json()
-                await _send_part(send, f"data: {data}\n\n".encode())
+                name = f"event: {getattr(event, 'type', '')}\n" if self._named else ""
+                await _send_part(send, f"{name}data: {event.model_dump_json()}\n\n".encode())
         except Exception as error:
             body = as_api_error(error, self._param).body
-            await _send_part(send, f"data: {body.model_dump_json()}\n\n".encode())
-        await _send_part(send, DONE)
+            if self._named:
+                details = {"type": "error", **body.error.model_dump(exclude={"type"})}
+                await _send_part(send, f"event: error\ndata: {json.dumps(details)}\n\n".encode())
+            else:
+                await _send_part(send, f"data: {body.model_dump_json()}\n\n".encode())
+        if not self._named:
+            await _send_part(send, DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

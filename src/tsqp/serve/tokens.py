@@ -16,10 +16,10 @@ from tsqp.api.tokens import (
     VersionAnswer,
 )
 from tsqp.errors import TSQPError
+from tsqp.serve.documented import ERRORS
 from tsqp.serve.errors import RETRY_S, as_api_error, bad_request
 from tsqp.serve.logprobs import name_of
 from tsqp.serve.metrics import CONTENT_TYPE
-from tsqp.serve.responses import ERRORS
 from tsqp.serve.state import state_of
 
 router = APIRouter()

