@@ -19,10 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if TYPE_CHECKING:
     from tsqp.runtime.answer_stream import AnswerStream, StreamOutput, Usage
     from tsqp.runtime.async_llm import AsyncLLM
-    from tsqp.runtime.engine_thread import RequestObserver, RequestStats
     from tsqp.runtime.hardening import harden_process
     from tsqp.runtime.llm import LLM
     from tsqp.runtime.options import Options
+    from tsqp.runtime.request_stats import RequestObserver, RequestStats
     from tsqp.tee.conversation import Conversation
     from tsqp.tee.crypto.pad_pool import PadStats
     from tsqp.tee.engine.scoring import Scores
@@ -66,8 +66,8 @@ _MODULES = {
     "Options": "tsqp.runtime.options",
     "PadStats": "tsqp.tee.crypto.pad_pool",
     "Placement": "tsqp.tee.placement",
-    "RequestObserver": "tsqp.runtime.engine_thread",
-    "RequestStats": "tsqp.runtime.engine_thread",
+    "RequestObserver": "tsqp.runtime.request_stats",
+    "RequestStats": "tsqp.runtime.request_stats",
     "SamplingParams": "tsqp.tee.sampling",
     "Scores": "tsqp.tee.engine.scoring",
     "Stats": "tsqp.tee.stats",

@@ -302,6 +302,22 @@ def test_close_fails_what_runs_and_ends_the_thread() -> None:
     assert not llm._thread._thread.is_alive()
 
 
+def test_a_request_that_comes_while_it_closes_is_refused_and_not_forgotten() -> None:
+    async def late() -> None:
+        llm = AsyncLLM(MODEL, privacy="tee", threads=1)
+        stream = llm.add(PROMPTS[0], FEW)
+        await stream.accepted()
+        llm._thread.close()  # and `llm` does not know it yet
+        llm._thread.status = "ready"
+        with pytest.raises(UsageError, match="was closed before"):
+            await llm.add(PROMPTS[0], FEW).completions()
+        with pytest.raises(UsageError, match="was closed before"):
+            await llm.add("a text", FEW).completions()
+        llm.close()
+
+    run(late())
+
+
 def test_what_nobody_holds_any_more_is_closed() -> None:
     llm = AsyncLLM(MODEL, privacy="tee", threads=1)
     thread = llm._thread._thread

@@ -5,13 +5,16 @@ import json
 import signal
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from protocol_helpers import Commands
 from serve_client import DEADLINE_S, KEY, OTHER_KEY, Server
 from serve_process import begin
@@ -26,6 +29,31 @@ def open_request(server: Server, stream: bool) -> http.client.HTTPConnection:
     headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", body, headers)
     return connection
+
+
+def write_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for localhost that signs itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    paths = folder / "cert.pem", folder / "key.pem"
+    paths[0].write_bytes(certificate.public_bytes(pem))
+    paths[1].write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return paths
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -147,13 +175,8 @@ def test_a_request_that_outlives_the_shutdown_ends_in_an_error(
 
 
 def test_tls_and_a_unix_socket(model: Path, commands: Commands, tmp_path: Path) -> None:
-    certificate, key, keys = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "keys"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-         "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True, timeout=DEADLINE_S,
-    )  # fmt: skip
+    certificate, key = write_certificate(tmp_path)
+    keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\n")
     keys.chmod(0o600)
     path = tmp_path / "server.sock"

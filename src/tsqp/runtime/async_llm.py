@@ -1,24 +1,22 @@
 """`AsyncLLM`: a model for programs with an event loop, such as a server."""
 
 import asyncio
-import atexit
-import inspect
 import os
 import secrets
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tsqp.errors import QueueFull, TSQPError, UsageError, WorkerLost
+from tsqp.errors import QueueFull, UsageError, WorkerLost
 from tsqp.runtime.answer_stream import AnswerStream, Request
-from tsqp.runtime.engine_thread import CLOSED, FAILED, LOST, READY, EngineThread, RequestObserver
+from tsqp.runtime.async_ends import Ends
+from tsqp.runtime.engine_thread import CLOSED, FAILED, LOST, READY, EngineThread
 from tsqp.runtime.loaded_model import LoadedModel
-from tsqp.runtime.options import Options, keywords
+from tsqp.runtime.options import Options, show_options
+from tsqp.runtime.request_stats import RequestObserver
 from tsqp.tee.crypto.pad_pool import PadStats
 from tsqp.tee.placement import Placement
 from tsqp.tee.request_checks import one_params, one_prompt
@@ -97,7 +95,7 @@ class AsyncLLM:
             observer=observer,
         )
         self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="tsqp-text")
-        self._ends = _Ends(self._thread, self._text)
+        self._ends = Ends(self._thread, self._text)
         # Nothing of the ends refers to this object, so that the last reference to it ends all.
         weakref.finalize(self, self._ends.close).atexit = False  # which `_close_all` does
         try:
@@ -111,6 +109,7 @@ class AsyncLLM:
                 max_num_seqs=max_num_seqs,
                 renew=self._thread.renew,
             )
+            self._model.tokenizer.preload()  # later it would block an event loop
             self._thread.start(self._model.engine)
         except BaseException:
             self.close()
@@ -165,7 +164,7 @@ class AsyncLLM:
             loop,
         )
         if isinstance(given, str):
-            self._text.submit(_tokenize, self._thread, self._model.tokenizer, request, given)
+            self._text.submit(self._thread.add_text, request, self._model.tokenizer, given)
         else:
             self._thread.add(request)
         return AnswerStream(request, self._thread.abort)
@@ -389,77 +388,9 @@ class AsyncLLM:
             raise WorkerLost("The worker is lost, and is being tried again; try again later.")
 
     async def _in_text_thread(self, work: Callable[[], T]) -> T:
-        self._check_open()
-        return await asyncio.get_running_loop().run_in_executor(self._text, work)
-
-    def _check_open(self) -> None:
         if self._ends.closed:
             raise UsageError("This AsyncLLM is closed; make a new one.")
+        return await asyncio.get_running_loop().run_in_executor(self._text, work)
 
 
-class _Ends:
-    """What has to be closed at the end, the last one first."""
-
-    def __init__(self, thread: EngineThread, text: ThreadPoolExecutor) -> None:
-        self._thread = thread
-        self._text = text
-        self._closers: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self.closed = False
-        _all.add(self)
-
-    def add(self, closer: Callable[[], None]) -> None:
-        self._closers.append(closer)
-
-    def close(self) -> None:
-        if self._pid != os.getpid():
-            return
-        self.closed = True
-        if self._thread.is_current:  # the last reference was dropped within a step
-            threading.Thread(target=self.close, name="tsqp-close").start()
-            return
-        with self._lock:
-            self._thread.close()
-            with ExitStack() as stack:
-                for closer in self._closers:
-                    stack.callback(closer)
-                self._text.shutdown(wait=True, cancel_futures=True)
-
-
-_all: weakref.WeakSet[_Ends] = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    """A thread that computes while Python ends would abort the process."""
-    with ExitStack() as stack:
-        for ends in list(_all):
-            stack.callback(ends.close)
-
-
-atexit.register(_close_all)
-
-
-def _tokenize(thread: EngineThread, tokenizer: Tokenizer, request: Request, text: str) -> None:
-    if request.has_ended:
-        thread.add(request)  # which only counts it
-        return
-    try:
-        request.prompt = tokenizer.encode(text)
-    except TSQPError as error:
-        thread.refuse(request, error)
-    except Exception as error:  # and no cause, which may quote the text
-        thread.refuse(request, TSQPError(f"Unexpected {type(error).__name__} in the tokenizer."))
-    else:
-        thread.add(request)
-
-
-def _show_options() -> None:
-    """Let `help(AsyncLLM)` and editors show the keywords that `Options` declares."""
-    own = inspect.signature(AsyncLLM.__init__)
-    named = [each for each in own.parameters.values() if each.kind != each.VAR_KEYWORD][1:]
-    shown = own.replace(parameters=[*named, *keywords()])
-    AsyncLLM.__signature__ = shown  # type: ignore[attr-defined]
-
-
-_show_options()
+show_options(AsyncLLM)

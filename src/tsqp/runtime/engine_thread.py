@@ -5,63 +5,28 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Protocol
 
 from tsqp.errors import TSQPError, UsageError, WorkerLost
 from tsqp.runtime.answer_stream import Request, StreamOutput
+from tsqp.runtime.request_stats import RequestObserver, RequestStats
 from tsqp.runtime.tracebacks import without_foreign_messages
 from tsqp.tee.engine.engine import SESSION_OVER, Engine
 from tsqp.tee.engine.sequence import Output
 from tsqp.tee.offload.offload import Offload
 from tsqp.tee.sampling import FinishReason
+from tsqp.tee.text.tokenizer import Tokenizer
 
 log = logging.getLogger("tsqp")
 
 FIRST_PAUSE_S = 0.1  # between two attempts to reach a lost worker; doubled each time
 LONGEST_PAUSE_S = 5.0
 JOIN_S = 60.0
+CLOSED_EARLY = "The AsyncLLM was closed before the answer was complete."
 
 READY, RECONNECTING, LOST, FAILED, CLOSED = "ready", "reconnecting", "lost", "failed", "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class RequestStats:
-    """How one request went; nothing in it is content.
-
-    Attributes:
-        finish_reasons: of each of its answers; "abort" for those that the caller gave up, "error"
-            for those that failed.
-        prompt_tokens, completion_tokens, cached_tokens: see `Usage`.
-        queue_s: seconds from its arrival until it ran; None if it never did.
-        prefill_s: from then to its first token; None without a token.
-        decode_s: from the first to the last token of all its answers.
-        e2e_s: from its arrival to its end.
-    """
-
-    finish_reasons: tuple[FinishReason, ...]
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    queue_s: float | None
-    prefill_s: float | None
-    decode_s: float | None
-    e2e_s: float
-
-
-class RequestObserver(Protocol):
-    """Is told of the progress of requests, by the thread that computes."""
-
-    def first_token(self, seconds: float) -> None:
-        """A request has its first token, so long after its arrival."""
-
-    def next_token(self, seconds: float) -> None:
-        """An answer has a further token, so long after the last one."""
-
-    def ended(self, stats: RequestStats) -> None:
-        """A request that the engine took has ended, in whatever way."""
 
 
 class EngineThread:
@@ -89,6 +54,8 @@ class EngineThread:
         self._observer = observer
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closing = threading.Event()
+        self._is_over = False
+        self._at_end = threading.RLock()  # a stream may be dropped, and aborted, at any time
         self._lock = threading.Lock()
         self._arriving = 0  # sequences that were let in, and that the engine does not have yet
         self._engine: Engine | None = None
@@ -134,15 +101,23 @@ class EngineThread:
 
     def add(self, request: Request) -> None:
         """Queue a request that was let in."""
-        self._inbox.put(lambda: self._add(request))
+        self._order(lambda: self._add(request))
 
-    def refuse(self, request: Request, error: TSQPError) -> None:
-        """End a request that was let in, because its prompt cannot be used."""
-        self._inbox.put(lambda: self._refuse(request, error))
+    def add_text(self, request: Request, tokenizer: Tokenizer, text: str) -> None:
+        """Tokenize the prompt of a request that was let in, and queue it. This takes a while."""
+        error: TSQPError | None = None
+        if not request.has_ended and not self._closing.is_set():  # else `_add` only counts it
+            try:
+                request.prompt = tokenizer.encode(text)
+            except TSQPError as exc:
+                error = exc
+            except Exception as exc:  # and no cause, which may quote the text
+                error = TSQPError(f"Unexpected {type(exc).__name__} in the tokenizer.")
+        self._order(lambda: self._add(request) if error is None else self._refuse(request, error))
 
     def abort(self, request: Request) -> None:
         """Give a request up; does nothing if it has ended."""
-        self._inbox.put(lambda: self._abort(request))
+        self._order(lambda: self._abort(request))
 
     def close(self) -> None:
         """End all requests, and the thread; safe to call twice.
@@ -167,11 +142,22 @@ class EngineThread:
                 self._turn(self._engine)
             except Exception as error:  # a fault of this file: nobody may wait for ever
                 self._fail_all(_unexpected(error))
-        with suppress(Empty):
-            while True:
-                self._inbox.get_nowait()()
-        self._fail_all(UsageError("The AsyncLLM was closed before the answer was complete."))
-        self._deliver()
+        self._is_over = True  # from now on `_order` does what this thread did
+        self._finish_orders()
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._inbox.put(order)
+        if self._is_over:
+            self._finish_orders()
+
+    def _finish_orders(self) -> None:
+        """Refuse what has come since the end."""
+        with self._at_end:
+            with suppress(Empty):
+                while True:
+                    self._inbox.get_nowait()()
+            self._fail_all(UsageError(CLOSED_EARLY))
+            self._deliver()
 
     def _turn(self, engine: Engine) -> None:
         self._take_orders(engine)
@@ -221,6 +207,9 @@ class EngineThread:
         assert self._engine is not None
         self._arrived(request)
         if request.has_ended:  # given up meanwhile
+            return
+        if self._closing.is_set():
+            self._end(request, UsageError(CLOSED_EARLY))
             return
         request.has_begun = True
         request.prompt_tokens = len(request.prompt)

@@ -1,6 +1,5 @@
 """`LLM`: joins model, offload and engine into something that answers."""
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Self
 from tsqp.errors import PromptError, UsageError
 from tsqp.runtime.generate import generate
 from tsqp.runtime.loaded_model import LoadedModel
-from tsqp.runtime.options import Options, keywords
+from tsqp.runtime.options import Options, show_options
 from tsqp.runtime.turns import Turns
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.crypto.pad_pool import PadPool, PadStats
@@ -314,11 +313,4 @@ class LLM:
         return self._model.channels
 
 
-def _show_options() -> None:
-    """Let `help(LLM)` and editors show the keywords that `Options` declares."""
-    own = inspect.signature(LLM.__init__)
-    named = [each for each in own.parameters.values() if each.kind != each.VAR_KEYWORD][1:]
-    LLM.__signature__ = own.replace(parameters=[*named, *keywords()])  # type: ignore[attr-defined]
-
-
-_show_options()
+show_options(LLM)

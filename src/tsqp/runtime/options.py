@@ -324,10 +324,13 @@ def command_options() -> dict[str, tuple[Option, Any]]:
     return found
 
 
-def keywords() -> list[inspect.Parameter]:
-    """The fields as keyword parameters, for a signature that shows them."""
+def show_options(kind: type) -> None:
+    """Let `help` and editors show the fields as keywords of a class that takes them."""
     parameters = inspect.signature(Options).parameters.values()
-    return [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    fields = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    own = inspect.signature(kind.__init__)  # type: ignore[misc]  # of a class, not an instance
+    named = [each for each in own.parameters.values() if each.kind != each.VAR_KEYWORD][1:]
+    kind.__signature__ = own.replace(parameters=[*named, *fields])  # type: ignore[attr-defined]
 
 
 def _check_split(privacy: str, attention: str | None, fuse: str) -> None:

@@ -1,5 +1,6 @@
 """`/v1/completions`."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -137,7 +138,8 @@ class Completions:
         choices = []
         for place, stream in enumerate(streams):
             for completion in await stream.completions():
-                choices.append(self._choice(place, completion))
+                # An echo has up to 20 names for each token of the prompt: not in the event loop.
+                choices.append(await asyncio.to_thread(self._choice, place, completion))
         answer = self._event(choices)
         answer.usage = usage_of(streams)
         if self._is_prompt_only:

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tsqp.runtime.async_llm import AsyncLLM
-from tsqp.runtime.engine_thread import RequestStats
+from tsqp.runtime.request_stats import RequestStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds: of the first token, between two tokens, and of whole stages.

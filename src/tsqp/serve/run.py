@@ -117,7 +117,7 @@ class _Server:
             await self._load()
             if self._state.llm is not None:
                 self._say_ready(self._state.llm, _address(self._served, listener))
-                while not self._signals:
+                while not self._signals and not serving.done():
                     await asyncio.sleep(LOOK_S)
                 await self._drain(self._state.llm)
         finally:
