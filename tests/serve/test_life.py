@@ -159,19 +159,36 @@ def test_a_server_says_503_until_it_is_ready_and_drains_at_sigterm(
 
 
 def test_a_request_that_outlives_the_shutdown_ends_in_an_error(
-    model: Path, commands: Commands, tmp_path: Path
+    model: Path, commands: Commands
 ) -> None:
-    running, server = begin(commands, model, "--privacy", "tee", "--shutdown-timeout", 0.1)
-    connection = open_request(server, True)
-    response = connection.getresponse()
-    assert response.read(10)
+    running, server = begin(
+        commands, model, "--privacy", "tee", "--shutdown-timeout", 0.1, "--max-num-seqs", 1
+    )
+    connections = [open_request(server, True) for _ in range(8)]  # one after the other: a minute
+    server.settles(lambda: server.running() == 8)
+    last = connections[-1].getresponse()
     running.send(signal.SIGTERM)
-    events = response.read().decode().split("\n\n")
-    connection.close()
+    events = last.read().decode().split("\n\n")
+    for connection in connections:
+        connection.close()
     assert events[-2:] == ["data: [DONE]", ""]
     error = json.loads(events[-3].removeprefix("data: "))["error"]
     assert error["code"] == "shutting_down"
     assert running.ends().status == 0
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids_only(commands: Commands) -> None:
+    _, server = begin(commands, "random:tiny", "--privacy", "tee")
+    assert server.complete([1, 2, 3], echo=True, logprobs=1).status == 200
+    for reply in (
+        server.chat(),
+        server.complete("a text"),
+        server.ask("/tokenize", {"prompt": "a text"}),
+        server.ask("/detokenize", {"tokens": [1]}),
+        server.ask("/v1/responses", {"input": "a text"}),
+    ):
+        assert reply.status == 400
+        assert "has no tokenizer" in reply.error["message"]
 
 
 def test_tls_and_a_unix_socket(model: Path, commands: Commands, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ PROMPT = "messages"
 async def chat_completions(body: ChatRequest, request: Request) -> ChatAnswer | EventStream:
     """Answer a conversation."""
     state = state_of(request)
-    llm, model = state.ready(), state.check_model(body.model)
+    llm, model = state.ready_for_text(), state.check_model(body.model)
     refuse_what_is_missing(body)
     check_stream_options(body)
     check_number(body.n or 1, state.options.most_answers)

@@ -38,6 +38,8 @@ async def completions(body: CompletionRequest, request: Request) -> CompletionAn
     llm, model = state.ready(), state.check_model(body.model)
     _refuse(body)
     check_stream_options(body)
+    if not _has_only_ids(body.prompt):
+        state.ready_for_text()
     count = len(body.prompt) if isinstance(body.prompt, list) and not _is_ids(body.prompt) else 1
     check_number(count * (body.n or 1), state.options.most_answers)
     streams: list[AnswerStream] = []
@@ -69,6 +71,10 @@ class Prompt:
 
 def _is_ids(prompt: Sequence[object]) -> bool:
     return isinstance(prompt[0], int)
+
+
+def _has_only_ids(prompt: str | Sequence[object]) -> bool:
+    return not isinstance(prompt, str) and not isinstance(prompt[0], str)
 
 
 async def _prompts(llm: AsyncLLM, body: CompletionRequest) -> list[Prompt]:

@@ -37,7 +37,7 @@ ROLES = {"developer": "system"}  # templates know the older name
 async def responses(body: ResponsesRequest, request: Request) -> Response | EventStream:
     """Answer a conversation."""
     state = state_of(request)
-    llm, model = state.ready(), state.check_model(body.model)
+    llm, model = state.ready_for_text(), state.check_model(body.model)
     _refuse(body)
     messages = _messages(body)
     try:

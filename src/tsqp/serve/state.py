@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from tsqp.runtime.async_llm import AsyncLLM
-from tsqp.serve.errors import APIError, unavailable
+from tsqp.serve.errors import APIError, bad_request, unavailable
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
 
@@ -42,6 +42,17 @@ class State:
         if self.llm is None:
             raise unavailable("The model is still being loaded.", "loading")
         return self.llm
+
+    def ready_for_text(self) -> AsyncLLM:
+        """The same, if it has a tokenizer.
+
+        Raises:
+            APIError: it is not loaded, or has none.
+        """
+        llm = self.ready()
+        if not llm.has_tokenizer:
+            raise bad_request("This model has no tokenizer: send token ids to /v1/completions.")
+        return llm
 
     def check_model(self, name: str | None) -> str:
         """The name of the model in the answer to a request that names this one, or none.

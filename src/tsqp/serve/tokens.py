@@ -44,7 +44,7 @@ async def models(request: Request) -> ModelList:
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
     """The token ids of a text or a conversation."""
     state = state_of(request)
-    llm = state.ready()
+    llm = state.ready_for_text()
     state.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("Give either a prompt or messages.")
@@ -76,7 +76,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAnswer:
     """The text of token ids."""
     state = state_of(request)
-    llm = state.ready()
+    llm = state.ready_for_text()
     state.check_model(body.model)
     try:
         return DetokenizeAnswer(prompt=await llm.detokenize(body.tokens))
