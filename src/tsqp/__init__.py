@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tsqp.tee.placement import Placement
     from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs
     from tsqp.tee.stats import Stats
+    from tsqp.tee.structured_outputs import StructuredOutputsParams
     from tsqp.wire.channel import Counters
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "Scores",
     "Stats",
     "StreamOutput",
+    "StructuredOutputsParams",
     "TSQPError",
     "TokenLogprobs",
     "Usage",
@@ -72,6 +74,7 @@ _MODULES = {
     "Scores": "tsqp.tee.engine.scoring",
     "Stats": "tsqp.tee.stats",
     "StreamOutput": "tsqp.runtime.answer_stream",
+    "StructuredOutputsParams": "tsqp.tee.structured_outputs",
     "TokenLogprobs": "tsqp.tee.sampling",
     "Usage": "tsqp.runtime.answer_stream",
     "harden_process": "tsqp.runtime.hardening",

@@ -25,6 +25,7 @@ def test_the_public_names_are_frozen() -> None:
         "Scores",
         "Stats",
         "StreamOutput",
+        "StructuredOutputsParams",
         "TSQPError",
         "TokenLogprobs",
         "Usage",
@@ -157,6 +158,14 @@ def test_the_fields_of_parameters_and_completions_are_frozen() -> None:
         "prompt_logprobs",
         "stop_token_ids",
         "min_tokens",
+        "structured_outputs",
+    ]
+    assert list(inspect.signature(tsqp.StructuredOutputsParams).parameters) == [
+        "json",
+        "regex",
+        "choice",
+        "grammar",
+        "json_object",
     ]
     assert list(inspect.signature(tsqp.Completion).parameters) == [
         "text",

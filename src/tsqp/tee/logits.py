@@ -3,6 +3,7 @@
 Shape suffixes: V vocabulary; N token ids, repeated or not; C candidates.
 """
 
+import math
 from collections.abc import Collection, Mapping
 
 import torch
@@ -44,6 +45,15 @@ def forbid(logits_V: Tensor, token_ids: Collection[int]) -> Tensor:
     forbidden_V = logits_V.clone()
     forbidden_V[list(token_ids)] = _LEAST
     return forbidden_V
+
+
+def allow_only(logits_V: Tensor, allowed_V: Tensor) -> Tensor:
+    """Set the probability of all tokens to zero except those of `allowed_V`, a bool for each.
+
+    Their logits become minus infinity, which is less than those of `forbid`. So a token that is
+    forbidden is still chosen if no other token is allowed.
+    """
+    return logits_V.masked_fill(~allowed_V, -math.inf)
 
 
 def candidates(

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
 from tsqp.tee import logits
+from tsqp.tee.guided.guide import Guide
 from tsqp.tee.sampling import SamplingParams
 
 _KEY_DOMAIN = b"tsqp sampler v1\0"
@@ -29,29 +30,43 @@ class Sampler:
         params: SamplingParams,
         prompt_ids: Sequence[int] = (),
         ending_ids: Collection[int] = (),
+        guide: Guide | None = None,
     ) -> None:
         """Start an answer.
 
         Args:
             prompt_ids: the prompt's tokens, which `repetition_penalty` applies to as well.
             ending_ids: tokens that end the answer. They are not drawn before `min_tokens`.
+            guide: which tokens the grammar of the answer allows. A token that ends the answer is
+                also allowed where the grammar may end.
         """
         self._params = params
         counted = () if params.repetition_penalty == 1 else set(prompt_ids)
         self._prompt_N = torch.tensor(sorted(counted), dtype=torch.int64)
         self._ending_ids = ending_ids
+        self._guide = guide
         self._answer_ids: list[int] = []
         seed = os.urandom(32) if params.seed is None else str(params.seed).encode()
         key = hashlib.sha256(_KEY_DOMAIN + seed).digest()
         self._keystream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer follows a grammar that allows no token after it."""
+        return self._guide is not None and self._guide.mask_V is None
+
     def sample(self, logits_V: Tensor) -> int:
         """Choose one token and add it to the answer; returns its id.
 
         `logits_V` must be finite; equal logits go to the lowest id.
+
+        Raises:
+            PromptError: the grammar of the answer cannot be followed after this token.
         """
         token_id = self._draw(self._adjust(logits_V))
         self._answer_ids.append(token_id)
+        if self._guide is not None and token_id not in self._ending_ids:
+            self._guide.advance(token_id)
         return token_id
 
     def _adjust(self, logits_V: Tensor) -> Tensor:
@@ -67,7 +82,18 @@ class Sampler:
             )
         if len(self._answer_ids) < params.min_tokens:
             logits_V = logits.forbid(logits_V, self._ending_ids)
+        if self._guide is not None:
+            logits_V = logits.allow_only(logits_V, self._allowed(self._guide))
         return logits_V
+
+    def _allowed(self, guide: Guide) -> Tensor:
+        """Which tokens the grammar and the end of the answer allow, a bool for each."""
+        assert guide.mask_V is not None
+        if not (guide.may_end and self._ending_ids):
+            return guide.mask_V
+        allowed_V = guide.mask_V.clone()
+        allowed_V[list(self._ending_ids)] = True
+        return allowed_V
 
     def _draw(self, logits_V: Tensor) -> int:
         params = self._params

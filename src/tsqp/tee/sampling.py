@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, Self, TypeVar
 
 from tsqp.errors import PromptError
+from tsqp.tee.structured_outputs import StructuredOutputsParams
 from tsqp.tee.values import as_bool, as_integer, as_key, as_list, as_number, type_of
 
 T = TypeVar("T")
@@ -25,7 +26,8 @@ class SamplingParams:
     Python types: an integer, a float, a tuple, a dict. A bool or 16.0 is not an integer here.
 
     The logits of a token go through `logit_bias`, `repetition_penalty`, `frequency_penalty` and
-    `presence_penalty`, then `temperature`, then `top_k`, `top_p` and `min_p`, as in transformers.
+    `presence_penalty`, then `structured_outputs`, then `temperature`, then `top_k`, `top_p` and
+    `min_p`, as in transformers.
 
     Attributes:
         temperature: randomness of sampling. 0 picks the likeliest token; otherwise probabilities
@@ -54,7 +56,10 @@ class SamplingParams:
         stop_token_ids: tokens that end the answer, besides the model's end-of-sequence token. Like
             that token, they appear in `token_ids` and not in `text`.
         min_tokens: minimum number of tokens before a stop token, the end-of-sequence token or a
-            stop string may end the answer.
+            stop string may end the answer. An answer that no token may follow, because of
+            `structured_outputs`, ends before.
+        structured_outputs: the form that the answer must have. Tokens that do not fit it are never
+            chosen, and the answer ends when it is complete.
 
     Raises:
         PromptError: a value is out of range or has the wrong type; the message does not show it.
@@ -77,6 +82,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     stop_token_ids: Sequence[int] | None = None
     min_tokens: int = 0
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -245,6 +251,11 @@ def _own(own: T | None, name: str, wanted: str, value: object) -> T:
     return own
 
 
+def _structured_outputs(name: str, value: object) -> StructuredOutputsParams:
+    own = value if isinstance(value, StructuredOutputsParams) else None
+    return _own(own, name, "StructuredOutputsParams", value)
+
+
 _OWN: dict[str, Callable[[str, object], object]] = {
     "temperature": _number,
     "top_p": _number,
@@ -263,4 +274,5 @@ _OWN: dict[str, Callable[[str, object], object]] = {
     "prompt_logprobs": _integer,
     "stop_token_ids": _integers,
     "min_tokens": _integer,
+    "structured_outputs": _structured_outputs,
 }

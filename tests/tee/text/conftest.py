@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from text_helpers import byte_level, sentencepiece_like, unigram
 from tokenizers import Tokenizer as Backend
 
+from text_helpers import byte_level, sentencepiece_like, unigram
 from tsqp.checkpoint import demo_model
 from tsqp.errors import CheckpointError
 from tsqp.tee.text.tokenizer import Tokenizer

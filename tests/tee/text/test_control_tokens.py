@@ -8,9 +8,9 @@ import tokenizers
 from chat_styles import STYLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import byte_level
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
+from text_helpers import byte_level
 from tsqp.errors import PromptError, TokenizerError
 from tsqp.tee.text.chat_messages import check_messages
 from tsqp.tee.text.chat_template import ChatTemplate

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import BYTES, TEXTS, write_folder
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
+from text_helpers import BYTES, TEXTS, write_folder
 from tsqp.errors import TokenizerError
 from tsqp.tee.text.decoding import Decoding
 from tsqp.tee.text.detokenizer import Detokenizer, decode

@@ -9,11 +9,11 @@ import pytest
 from gguf import TokenType
 from hypothesis import given
 from hypothesis import strategies as st
-from text_helpers import BYTES, TEXTS, kinds_of, split, write_gguf
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from text_helpers import BYTES, TEXTS, kinds_of, split, write_gguf
 from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.gguf_reader import read_header
 from tsqp.errors import CheckpointError, TokenizerError

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import TEXTS, Json, split, write_folder
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from text_helpers import TEXTS, Json, split, write_folder
 from tsqp.checkpoint.model_files import ModelFiles, read_tokenizer_files
 from tsqp.errors import TokenizerError
 from tsqp.tee.text.tokenizer import Tokenizer

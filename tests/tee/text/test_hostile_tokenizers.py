@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import Json, write_folder
 from tokenizers import Tokenizer as Backend
 
+from text_helpers import Json, write_folder
 from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import PromptError, TokenizerError
 from tsqp.tee.text import hf_folder

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_helpers import BYTES
 
+from text_helpers import BYTES
 from tsqp.errors import TokenizerError
 from tsqp.tee.text.protobuf import fields
 from tsqp.tee.text.tokenizer import Tokenizer

@@ -28,6 +28,7 @@ from tsqp.tee.engine.observer import Observer
 from tsqp.tee.engine.scheduler import Scheduler
 from tsqp.tee.engine.scoring import Scores, score
 from tsqp.tee.engine.sequence import Chunk, Output, Sequence
+from tsqp.tee.guided.guide import Guide, Guides
 from tsqp.tee.offload.offload import Offload
 from tsqp.tee.request_checks import check_params, check_prompt
 from tsqp.tee.sampler import Sampler
@@ -47,7 +48,7 @@ class Engine:
     """Runs requests together: a step computes the next token, or piece of the prompt, of each.
 
     An error of one request becomes the output of that request, and the others continue. Not
-    thread-safe: one thread calls all methods.
+    thread-safe: one thread calls all methods but `compile`.
 
     Args:
         tokenizer: without one, prompts and answers are token ids only.
@@ -84,6 +85,7 @@ class Engine:
         self._rebuild = rebuild
         self._scheduler = Scheduler(max_num_seqs=max_num_seqs, prefill_chunk=prefill_chunk)
         self._kept = ConversationKv(offload, config)
+        self._guides = Guides(tokenizer, config)
         self._ids = count()
 
     @property
@@ -128,7 +130,9 @@ class Engine:
 
         Raises:
             PromptError: the prompt is empty, leaves no room for an answer, or it or `params` hold
-                an id that the model does not have; or there are stop strings and no tokenizer.
+                an id that the model does not have; or there are stop strings and no tokenizer; or
+                the structured outputs cannot be followed.
+            UsageError: structured outputs need a package that is not installed.
         """
         check_prompt(prompt_ids, self._config)
         check_params(params, self._config)
@@ -144,7 +148,7 @@ class Engine:
             prompt_tokens=prompt_tokens,
             capacity=min(prompt_tokens + params.max_tokens, self._config.max_positions),
             ending_ids=ending_ids,
-            sampler=Sampler(params, prompt_ids, ending_ids),
+            sampler=Sampler(params, prompt_ids, ending_ids, self._guide(params)),
             stream=self._stream(params, prompt_ids),
             kv_id=number,
             conversation=conversation,
@@ -153,6 +157,17 @@ class Engine:
             self._drop_kept()
         self._scheduler.add(sequence)
         return number
+
+    def compile(self, params: SamplingParams) -> None:
+        """Compile the grammar of structured outputs, which may take a second or two, for `add`.
+
+        `add` does it itself if need be. This method may be called from any thread, and saves the
+        thread of the engine the time if `add` gets the same `structured_outputs` object.
+
+        Raises:
+            PromptError, UsageError: see `add`.
+        """
+        self._guide(params)
 
     def step(self) -> list[Output]:
         """Compute one batch, and return an output for each sequence that got a token or an error.
@@ -236,10 +251,16 @@ class Engine:
 
     def _stream(self, params: SamplingParams, prompt_ids: abc.Sequence[int]) -> TextStream | None:
         if self._tokenizer is not None and self._tokenizer.exists:
-            return TextStream(self._tokenizer, params.stop_strings, prompt_ids)
+            # A grammar is about the answer's own bytes.
+            before = prompt_ids if params.structured_outputs is None else None
+            return TextStream(self._tokenizer, params.stop_strings, before)
         if params.stop_strings:
             raise PromptError("Stop strings need a tokenizer, and this model has none.")
         return None
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        wanted = params.structured_outputs
+        return None if wanted is None else self._guides.guide(wanted)
 
     def _score(self, prompt_ids: abc.Sequence[int]) -> Scores:
         sequence = next(self._ids)

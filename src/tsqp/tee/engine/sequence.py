@@ -89,6 +89,8 @@ class Sequence:
             text = stream.push(token_id, may_stop=generated > self.params.min_tokens)
             if stream.stopped:
                 return text, "stop"
+        if self.sampler.is_complete:
+            return text, "stop"
         return text, "length" if len(self.token_ids) >= self.capacity else None
 
     def output(self, text: str, completion: Completion | None = None) -> "Output":

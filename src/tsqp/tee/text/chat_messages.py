@@ -42,7 +42,7 @@ def check_tools(tools: object) -> list[dict[str, Any]] | None:
     """
     if tools is None:
         return None
-    found = _copy(tools, "The list of tools", MAX_DEPTH)
+    found = check_json(tools, "The list of tools", MAX_DEPTH)
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise PromptError("Tools are a list of JSON schemas, one object for each tool.")
     return found
@@ -72,7 +72,7 @@ def check_template_kwargs(values: Mapping[str, Any] | None) -> dict[str, Any]:
 def _checked(message: object, name: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise PromptError(f"{FORM}; {name.lower()} is not an object.")
-    found: dict[str, Any] = _copy(message, name, MAX_DEPTH)
+    found: dict[str, Any] = check_json(message, name, MAX_DEPTH)
     if not isinstance(found.get("role"), str):
         raise PromptError(f"{name} of the conversation has no role, which must be a text.")
     content = found.get("content")
@@ -92,8 +92,16 @@ def _check_part(part: object, name: str) -> None:
         raise PromptError(f'{name} has a part that is not {{"type": "text", "text": "..."}}.')
 
 
-def _copy(value: Any, name: str, depth: int) -> Any:
-    """A copy of plain JSON values."""
+def check_json(value: Any, name: str, most: int, depth: int = 0) -> Any:
+    """A copy of plain JSON values.
+
+    Args:
+        name: what a message calls them.
+        most: how many levels of lists and objects there may be.
+
+    Raises:
+        PromptError: there is a value that JSON does not have, or too many levels.
+    """
     if isinstance(value, str):
         return check_unicode(value)
     if value is None or isinstance(value, bool | float):
@@ -102,16 +110,18 @@ def _copy(value: Any, name: str, depth: int) -> Any:
         if value.bit_length() > MAX_BITS:
             raise PromptError(f"{name} holds a number that is too large.")
         return value
-    if depth == 0:
-        raise PromptError(f"{name} is nested more than {MAX_DEPTH} levels deep.")
+    if depth == most:
+        raise PromptError(f"{name} is nested more than {most} levels deep.")
     if isinstance(value, list | tuple):
-        return [_copy(item, name, depth - 1) for item in value]
+        return [check_json(item, name, most, depth + 1) for item in value]
     if not isinstance(value, Mapping):
         kind = type(value).__name__
         raise PromptError(f"{name} holds a value of type {kind}; it may hold JSON values only.")
     if not all(isinstance(key, str) for key in value):
         raise PromptError(f"{name} has a key that is not a text.")
-    return {check_unicode(key): _copy(item, name, depth - 1) for key, item in value.items()}
+    return {
+        check_unicode(key): check_json(item, name, most, depth + 1) for key, item in value.items()
+    }
 
 
 def check_unicode(text: str) -> str:

@@ -22,14 +22,21 @@ _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that belong to no character, o
 class Detokenizer:
     """Turns an answer's tokens into text."""
 
-    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int] = ()) -> None:
-        """Begin after a prompt, whose own text is not returned."""
+    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int] | None = ()) -> None:
+        """Begin after a prompt, whose own text is not returned.
+
+        Args:
+            prompt_ids: with None, the text is exactly that of the answer's own bytes. It completes
+                no character of the prompt, and does not lose a space as the beginning of a text.
+        """
         self._decoding = decoding
-        self._first = True
+        self._first = prompt_ids is not None
         self._strip, self._strips = decoding.stripped
+        if prompt_ids is None:
+            self._strips = 0
         errors = "surrogateescape" if decoding.byte_by_byte else "replace"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
-        for token_id in self._end(prompt_ids):
+        for token_id in self._end(prompt_ids or ()):
             self.push(token_id)
 
     def push(self, token_id: int) -> str:

@@ -16,7 +16,10 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop_strings: Sequence[str], prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str],
+        prompt_ids: Sequence[int] | None = (),
     ) -> None:
         self._detokenizer = tokenizer.detokenizer(prompt_ids)
         self._stop_strings = stop_strings

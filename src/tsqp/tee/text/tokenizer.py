@@ -150,6 +150,14 @@ class Tokenizer:
         """
         return decode(self._decoding, token_ids)
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes that a token adds to a text that has begun; None for special and unused ids.
+
+        Raises:
+            TokenizerError: the id is below zero, or has more than 32 bits.
+        """
+        return self._decoding.bytes_of(token_id, first=False)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; for a special token, its name.
 
@@ -158,13 +166,19 @@ class Tokenizer:
         Raises:
             TokenizerError: the id is below zero, or has more than 32 bits.
         """
-        found = self._decoding.bytes_of(token_id, first=False)
+        found = self.bytes_of(token_id)
         if found is not None:
             return found
         return (self._vocabulary.backend.id_to_token(token_id) or "").encode()
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """A detokenizer for the tokens after a prompt."""
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The id of each special token, by its text. These tokens have no bytes in a text."""
+        added = self._vocabulary.backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def detokenizer(self, prompt_ids: Sequence[int] | None = ()) -> Detokenizer:
+        """A detokenizer for the tokens after a prompt; None: see `Detokenizer`."""
         return Detokenizer(self._decoding, prompt_ids)
 
     def check_chat(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import tokenizers
 from tokenizers import processors
 
-from tsqp.errors import ModelError, TokenizerError
+from tsqp.errors import TokenizerError, TSQPError
 
 MAX_TOKENS = 2**22  # more than ten times the largest vocabulary
 
@@ -41,22 +41,22 @@ class Vocabulary:
 
 
 @contextmanager
-def rust_errors(message: str) -> Iterator[None]:
-    """Turn everything that the `tokenizers` library raises into a TokenizerError.
+def rust_errors(message: str, kind: type[TSQPError] = TokenizerError) -> Iterator[None]:
+    """Turn everything that a library in Rust raises, such as `tokenizers`, into one error.
 
     A Rust panic arrives as an exception that is not an `Exception`. The cause is not kept: it may
     quote the text that was being encoded.
     """
     try:
         yield
-    except ModelError:
+    except TSQPError:
         raise
     except Exception:
-        raise TokenizerError(message) from None
+        raise kind(message) from None
     except BaseException as exc:
         if type(exc).__name__ != "PanicException":
             raise  # an interrupt
-        raise TokenizerError(message) from None
+        raise kind(message) from None
 
 
 def add_ends(backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:

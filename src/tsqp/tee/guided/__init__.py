@@ -1,0 +1,1 @@
+"""Answers that follow a schema or a grammar: which tokens may come next, through llguidance."""
