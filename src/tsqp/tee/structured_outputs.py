@@ -10,6 +10,8 @@ from tsqp.tee.text.chat_messages import check_json, check_unicode
 from tsqp.tee.values import as_bool, as_list, type_of
 
 MAX_CHARACTERS = 2**17  # of a schema, an expression, a grammar, or all choices together
+# Small models would fill an answer with whitespace wherever they may.
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 MAX_DEPTH = 64  # of a JSON schema: one level of an object takes two
 
 
@@ -84,6 +86,21 @@ def schema_text(schema: object, name: str) -> str:
         return json.dumps(own, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise PromptError(f"{name} holds a number that is not finite.") from None
+
+
+def inline_schema(schema: object, name: str, *, lenient: bool) -> str:
+    """A JSON schema as a part of a grammar in Lark's syntax.
+
+    Args:
+        name: what a message calls it.
+        lenient: ignore keywords that cannot be enforced, and take `oneOf` for `anyOf`.
+
+    Raises:
+        PromptError: see `schema_text`.
+    """
+    own = json.loads(schema_text(schema, name))
+    own["x-guidance"] = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+    return f"%json {json.dumps(own, ensure_ascii=False)}"
 
 
 def _text(value: object, name: str) -> str:

@@ -255,7 +255,7 @@ INVALID = [
         },
         "too complex",
     ),
-    ({"regex": f"({SECRET}"}, "expression in structured_outputs.regex is not valid"),
+    ({"regex": f"({SECRET}"}, "expression of structured outputs is not valid"),
     ({"regex": f"(?={SECRET})a"}, "not valid"),
     ({"regex": r"(a)\1"}, "not valid"),
     ({"grammar": f"start: {SECRET}"}, "not valid"),

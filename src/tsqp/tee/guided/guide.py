@@ -16,15 +16,12 @@ from torch import Tensor
 from tsqp.errors import PromptError, UsageError
 from tsqp.model.config import ModelConfig
 from tsqp.tee.guided.token_table import TokenTable
-from tsqp.tee.structured_outputs import StructuredOutputsParams
+from tsqp.tee.structured_outputs import WHITESPACE, StructuredOutputsParams
 from tsqp.tee.text.tokenizer import Tokenizer
 from tsqp.tee.text.vocabulary import rust_errors
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-
-# Small models would fill an answer with whitespace wherever they may.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
 # Native code cannot be interrupted, so its work is limited: about two seconds to compile, and a few
 # hundredths of a second for each token. The library's own limits allow ten times as much, and its
@@ -176,7 +173,7 @@ def _grammar(llguidance: Any, params: StructuredOutputsParams) -> str:
     if params.json is not None or params.json_object:
         schema = params.json or '{"type": "object"}'
         made = llguidance.LLMatcher.grammar_from_json_schema(
-            schema, overrides={"whitespace_pattern": _WHITESPACE}
+            schema, overrides={"whitespace_pattern": WHITESPACE}
         )
     elif params.regex is not None:
         made = llguidance.LLMatcher.grammar_from_regex(params.regex)
@@ -196,20 +193,19 @@ _LOST = (
 
 def _refusal(params: StructuredOutputsParams, message: str) -> str:
     """Why a grammar is refused, without quoting it or the library's message."""
-    if params.json is not None:
-        name, thing = "json", "schema"
+    if params.json is not None or params.json_object:
+        start = "The JSON schema"
     elif params.regex is not None:
-        name, thing = "regex", "regular expression"
+        start = "The regular expression"
     else:
-        name, thing = ("choice", "list") if params.choice is not None else ("grammar", "grammar")
-    start = f"The {thing} in structured_outputs.{name}"
+        start = "The list of choices" if params.choice is not None else "The grammar"
+    start += " of structured outputs"
     if "nsatisfiable" in message:
         return f"{start} cannot be satisfied by any answer."
-    if name == "json":
-        found = [each for each in _KEYWORDS if f'"{each}"' in message.partition("keys:")[2]]
-        found += ["oneOf"] if message.startswith("oneOf") else []
-        if found:
-            return f"{start} has keywords that are not supported: {', '.join(found)}."
+    found = [each for each in _KEYWORDS if f'"{each}"' in message.partition("keys:")[2]]
+    found += ["oneOf"] if "oneOf constraints" in message else []
+    if found:
+        return f"{start} has keywords that are not supported: {', '.join(found)}."
     if any(word in message for word in ("too big", "too large", "fuel", "max is", "limit")):
         return f"{start} is too complex: make it smaller."
     return f"{start} is not valid, or uses something that is not supported."
