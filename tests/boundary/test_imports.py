@@ -44,6 +44,18 @@ def test_only_the_server_loads_what_a_server_needs() -> None:
     assert result.stdout == "\n"
 
 
+def test_answers_without_a_form_need_no_package_of_the_server() -> None:
+    packages = {"llguidance", "fastapi", "uvicorn", "prometheus_client"}
+    code = (
+        "import sys, tsqp.runtime.llm, tsqp.tee.guided.guide;"
+        f"tsqp.StructuredOutputsParams(regex='a'); print({packages} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "set()\n"
+
+
 def test_a_worker_loads_nothing_of_the_trusted_side() -> None:
     code = "import sys, tsqp.gpu.serve; print([m for m in sys.modules if 'tsqp.tee' in m])"
     result = subprocess.run(

@@ -159,6 +159,7 @@ def test_the_fields_of_parameters_and_completions_are_frozen() -> None:
         "stop_token_ids",
         "min_tokens",
         "structured_outputs",
+        "skip_special_tokens",
     ]
     assert list(inspect.signature(tsqp.StructuredOutputsParams).parameters) == [
         "json",

@@ -53,7 +53,7 @@ def allow_only(logits_V: Tensor, allowed_V: Tensor) -> Tensor:
     Their logits become minus infinity, which is less than those of `forbid`. So a token that is
     forbidden is still chosen if no other token is allowed.
     """
-    return logits_V.masked_fill(~allowed_V, -math.inf)
+    return torch.where(allowed_V, logits_V, -math.inf)
 
 
 def candidates(

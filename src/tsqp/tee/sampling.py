@@ -60,6 +60,8 @@ class SamplingParams:
             `structured_outputs`, ends before.
         structured_outputs: the form that the answer must have. Tokens that do not fit it are never
             chosen, and the answer ends when it is complete.
+        skip_special_tokens: leave special tokens out of the text. The token that ends the answer is
+            never in the text.
 
     Raises:
         PromptError: a value is out of range or has the wrong type; the message does not show it.
@@ -83,6 +85,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     min_tokens: int = 0
     structured_outputs: StructuredOutputsParams | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -179,7 +182,8 @@ class Completion:
     """One complete answer.
 
     Attributes:
-        text: the answer without special tokens and the stop string; empty without a tokenizer.
+        text: the answer without the stop string, and without special tokens unless requested; empty
+            without a tokenizer.
         token_ids: every generated token, including the end-of-sequence token.
         prompt_tokens: number of tokens in the prompt.
         finish_reason: "stop" (end of sequence, a stop token, or a stop string), "length", "abort"
@@ -275,4 +279,5 @@ _OWN: dict[str, Callable[[str, object], object]] = {
     "stop_token_ids": _integers,
     "min_tokens": _integer,
     "structured_outputs": _structured_outputs,
+    "skip_special_tokens": _bool,
 }

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -151,6 +152,27 @@ def test_the_text_is_that_of_the_answers_own_bytes(prompt: list[int], guided: En
         form = StructuredOutputsParams(choice=[text])
         params = SamplingParams(max_tokens=9, structured_outputs=form)
         assert generate(guided, [prompt], params)[0].text == text
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_special_tokens_that_a_grammar_names_are_in_the_text_if_requested(
+    skip: bool, guided: Engine
+) -> None:
+    form = StructuredOutputsParams(grammar='start: "a" <|start|> "b" <[1]> "c"')
+    [answer] = ask(guided, form, count=1, skip_special_tokens=skip)
+    names = guided._tokenizer.special_ids  # type: ignore[union-attr]
+    second = next(text for text, token_id in names.items() if token_id == 1)
+    assert answer.text == ("abc" if skip else f"a<|start|>b{second}c")
+    free = SamplingParams(max_tokens=1, logit_bias={0: 100.0}, temperature=0, stop_token_ids=[3])
+    [answer] = generate(guided, [PROMPT], free)
+    assert answer.text == ""
+
+
+def test_the_token_that_ends_an_answer_is_not_in_its_text(guided: Engine) -> None:
+    form = StructuredOutputsParams(regex="a{3,20}")
+    [answer] = ask(guided, form, count=1, logit_bias={2: 60}, skip_special_tokens=False)
+    assert answer.text == "aaa"
+    assert answer.token_ids[-1] == 2
 
 
 def test_stop_strings_end_an_answer_early(guided: Engine) -> None:
@@ -355,6 +377,20 @@ def test_a_grammar_is_compiled_once_for_each_request(
     assert len(texts) > 1
     ask(guided, StructuredOutputsParams(regex="[a-z]{5}"), count=1)
     assert len(compiled) == 2
+
+
+def test_grammars_are_compiled_in_several_threads_at_once(guided: Engine) -> None:
+    forms = [StructuredOutputsParams(regex=f"[a-z]{{{n % 4 + 2}}}") for n in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        jobs = [
+            threads.submit(guided.compile, SamplingParams(structured_outputs=form))
+            for form in forms * 5
+        ]
+        for job in jobs:
+            job.result(timeout=60)
+    for number, form in enumerate(forms):
+        [answer] = ask(guided, form, count=1)
+        assert len(answer.text) == number % 4 + 2
 
 
 class FakeGuide(Guide):

@@ -19,7 +19,7 @@ class Pieces(Tokenizer):
     def __init__(self) -> None:
         super().__init__("random:pieces")
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+    def detokenizer(self, prompt_ids: Sequence[int] | None = (), **_: object) -> Detokenizer:
         return Detokenizer(PieceDecoding())
 
 

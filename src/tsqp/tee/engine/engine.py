@@ -253,7 +253,9 @@ class Engine:
         if self._tokenizer is not None and self._tokenizer.exists:
             # A grammar is about the answer's own bytes.
             before = prompt_ids if params.structured_outputs is None else None
-            return TextStream(self._tokenizer, params.stop_strings, before)
+            skip = params.skip_special_tokens
+            stops = params.stop_strings
+            return TextStream(self._tokenizer, stops, before, skip_special_tokens=skip)
         if params.stop_strings:
             raise PromptError("Stop strings need a tokenizer, and this model has none.")
         return None

@@ -5,6 +5,7 @@ need no grammar.
 """
 
 import json
+from copy import copy
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -89,7 +90,7 @@ class Guide:
             raise PromptError(_LOST)
         allowed_V = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
         if allowed_V.any():
-            self.mask_V = torch.from_numpy(allowed_V).bool()
+            self.mask_V = torch.from_numpy(allowed_V.view(np.bool_))
         elif self.may_end:
             self.mask_V = None
         else:
@@ -97,7 +98,9 @@ class Guide:
 
     def copy(self) -> "Guide":
         """Another one at the same place."""
-        return Guide(self._matcher.deep_copy(), self._vocab_size)
+        other = copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
 
 
 class Guides:
@@ -125,14 +128,17 @@ class Guides:
             UsageError: llguidance is not installed.
         """
         with self._lock:
-            if params not in self._compiled:
-                self._compiled[params] = self._compile(params)
-            return self._compiled[params].copy()
+            found = self._compiled.get(params)
+        if found is None:
+            found = self._compile(params)  # without the lock: others need not wait for it
+        with self._lock:
+            return self._compiled.setdefault(params, found).copy()
 
     def _compile(self, params: StructuredOutputsParams) -> Guide:
         llguidance = _import_llguidance()
-        if self._ll_tokenizer is None:
-            self._ll_tokenizer = self._build(llguidance)
+        with self._lock:
+            if self._ll_tokenizer is None:
+                self._ll_tokenizer = self._build(llguidance)
         with rust_errors(_refusal(params, ""), PromptError):
             matcher = llguidance.LLMatcher(
                 self._ll_tokenizer,

@@ -11,7 +11,7 @@ is invalid. This module, like SentencePiece, keeps the complete characters.
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tsqp.tee.text.decoding import Decoding
 
@@ -22,10 +22,16 @@ _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that belong to no character, o
 class Detokenizer:
     """Turns an answer's tokens into text."""
 
-    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int] | None = ()) -> None:
+    def __init__(
+        self,
+        decoding: Decoding,
+        prompt_ids: Sequence[int] | None = (),
+        names: Mapping[int, str] | None = None,
+    ) -> None:
         """Begin after a prompt, whose own text is not returned.
 
         Args:
+            names: texts for special tokens, by their id. Others give no text.
             prompt_ids: with None, the text is exactly that of the answer's own bytes. It completes
                 no character of the prompt, and does not lose a space as the beginning of a text.
         """
@@ -36,8 +42,10 @@ class Detokenizer:
             self._strips = 0
         errors = "surrogateescape" if decoding.byte_by_byte else "replace"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
+        self._names: Mapping[int, str] = {}
         for token_id in self._end(prompt_ids or ()):
             self.push(token_id)
+        self._names = names or {}
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; often empty.
@@ -46,6 +54,8 @@ class Detokenizer:
             TokenizerError: the id is below zero, or has more than 32 bits.
         """
         found = self._decoding.bytes_of(token_id, first=self._first)
+        if found is None and token_id in self._names:
+            found = self._names[token_id].encode()
         if found is None:
             return ""
         self._first = False

@@ -20,8 +20,12 @@ class TextStream:
         tokenizer: Tokenizer,
         stop_strings: Sequence[str],
         prompt_ids: Sequence[int] | None = (),
+        *,
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._detokenizer = tokenizer.detokenizer(prompt_ids)
+        self._detokenizer = tokenizer.detokenizer(
+            prompt_ids, skip_special_tokens=skip_special_tokens
+        )
         self._stop_strings = stop_strings
         self._held = ""
         self.text = ""

@@ -177,9 +177,14 @@ class Tokenizer:
         added = self._vocabulary.backend.get_added_tokens_decoder()
         return {token.content: token_id for token_id, token in added.items() if token.special}
 
-    def detokenizer(self, prompt_ids: Sequence[int] | None = ()) -> Detokenizer:
+    def detokenizer(
+        self, prompt_ids: Sequence[int] | None = (), *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
         """A detokenizer for the tokens after a prompt; None: see `Detokenizer`."""
-        return Detokenizer(self._decoding, prompt_ids)
+        names = None
+        if not skip_special_tokens:
+            names = {token_id: text for text, token_id in self.special_ids.items()}
+        return Detokenizer(self._decoding, prompt_ids, names)
 
     def check_chat(self) -> None:
         """Read the tokenizer now, and check that it has a chat template.
