@@ -112,8 +112,8 @@ def test_none_allows_no_call(name: str, model: Model) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_several_calls_need_parallel(name: str, model: Model) -> None:
     style = STYLES[name]
-    for choice in ("auto", "required", NAMED):
-        grammar = style.grammar(TOOLS, choice, parallel=False, special=model.special())
+    for choice, parallel in (("auto", False), ("required", False), (NAMED, True)):
+        grammar = style.grammar(TOOLS, choice, parallel=parallel, special=model.special())
         assert model.accepts(grammar, written(name, ONE))
         if style.may_call_several:
             assert not model.accepts(grammar, written(name, ONE * 2)), choice
