@@ -15,7 +15,7 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 MAX_DEPTH = 64  # of a JSON schema: one level of an object takes two
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False, weakref_slot=True)
 class StructuredOutputsParams:
     """The form that an answer must have, with vLLM's names. Exactly one field is given.
 

@@ -55,8 +55,8 @@ class ToolStyle:
         Args:
             tools: in OpenAI's form, `{"type": "function", "function": {"name", "parameters"}}`.
             choice: OpenAI's `tool_choice`. With "auto", any text may stand before the first call,
-                or instead of calls. With "required", the answer is calls only; with one tool, it is one
-                call of this tool. With "none", it has no call.
+                or instead of calls. With "required", the answer is calls only. With one tool, it is
+                one call of this tool. With "none", it has no call.
             parallel: whether there may be several calls. Some styles never have several.
             special: the id of each special token (`Tokenizer.special_ids`): an opening that is such
                 a token is matched as one. The text of the answer must then have the special tokens.

@@ -150,9 +150,12 @@ class Guides:
         if message:
             raise PromptError(_refusal(params, message))
         try:
-            return Guide(matcher, self._config.vocab_size)
+            guide = Guide(matcher, self._config.vocab_size)
         except PromptError:
             raise PromptError(_refusal(params, matcher.get_error())) from None
+        if guide.mask_V is None:
+            raise PromptError(f"{_name(params)} allows only an empty answer.")
+        return guide
 
     def _build(self, llguidance: Any) -> "LLTokenizer":
         if self._tokenizer is None or not self._tokenizer.exists:
@@ -197,15 +200,20 @@ _LOST = (
 )
 
 
+def _name(params: StructuredOutputsParams) -> str:
+    """What a message calls the form."""
+    if params.json is not None or params.json_object:
+        thing = "JSON schema"
+    elif params.regex is not None:
+        thing = "regular expression"
+    else:
+        thing = "grammar" if params.choice is None else "list of choices"
+    return f"The {thing} of structured outputs"
+
+
 def _refusal(params: StructuredOutputsParams, message: str) -> str:
     """Why a grammar is refused, without quoting it or the library's message."""
-    if params.json is not None or params.json_object:
-        start = "The JSON schema"
-    elif params.regex is not None:
-        start = "The regular expression"
-    else:
-        start = "The list of choices" if params.choice is not None else "The grammar"
-    start += " of structured outputs"
+    start = _name(params)
     if "nsatisfiable" in message:
         return f"{start} cannot be satisfied by any answer."
     found = [each for each in _KEYWORDS if f'"{each}"' in message.partition("keys:")[2]]
