@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from chat_styles import STYLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
+from chat_styles import STYLES
 from text_helpers import byte_level
 from tsqp.errors import PromptError, TokenizerError
 from tsqp.tee.text.chat_messages import check_messages
