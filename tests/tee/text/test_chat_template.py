@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_styles import STYLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from chat_styles import STYLES
 from tsqp.errors import PromptError, TokenizerError, TSQPError
 from tsqp.tee.text.chat_messages import check_messages
 from tsqp.tee.text.chat_template import ChatTemplate

@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from chat_styles import STYLES
 
+from chat_styles import STYLES
 from tsqp.errors import PromptError, TokenizerError, TSQPError
 from tsqp.tee.text import template_values
 from tsqp.tee.text.chat_messages import check_messages

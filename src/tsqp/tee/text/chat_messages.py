@@ -57,7 +57,7 @@ def check_template_kwargs(values: Mapping[str, Any] | None) -> dict[str, Any]:
     """
     if values is None:
         return {}
-    found = _copy(values, "The object of values for the chat template", MAX_DEPTH)
+    found = check_json(values, "The object of values for the chat template", MAX_DEPTH)
     if not isinstance(found, dict):
         raise PromptError("The values for the chat template are an object, with their names.")
     own = found.keys() & OWN_VALUES
