@@ -181,3 +181,11 @@ def test_metrics_have_the_names_of_vllm(server: Server) -> None:
         assert after[name] - before[name] == more, name
     assert after["tsqp_num_requests_running"] == after["tsqp_num_requests_waiting"] == 0
     assert after["tsqp_integrity_failed"] == 0
+
+
+def test_tokens_that_are_parts_of_a_character_are_named_by_their_bytes(server: Server) -> None:
+    fields = {"echo": True, "logprobs": 5, "max_tokens": 1}
+    [choice] = server.complete("€", **fields).json["choices"]
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"][:3] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
+    assert [len(best) for best in logprobs["top_logprobs"][1:]] == [5, 5, 5]

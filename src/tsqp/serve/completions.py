@@ -19,7 +19,7 @@ from tsqp.runtime.answer_stream import AnswerStream, StreamOutput
 from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.serve.documented import STREAM_OR_JSON
 from tsqp.serve.errors import as_api_error, bad_request
-from tsqp.serve.logprobs import completion_logprobs, name_of
+from tsqp.serve.logprobs import characters_of, completion_logprobs
 from tsqp.serve.params import check_number, check_stream_options, sampling_params, usage_of
 from tsqp.serve.state import state_of
 from tsqp.serve.streaming import EventStream, merged, while_connected
@@ -224,7 +224,7 @@ class Completions:
             logprobs = completion_logprobs(
                 self._llm, output.token_ids, output.logprobs, lengths[index]
             )
-            lengths[index] += sum(len(name_of(self._llm, each)) for each in output.token_ids)
+            lengths[index] += sum(characters_of(self._llm, each) for each in output.token_ids)
         is_shown = output.text or logprobs or output.finish_reason or self._body.return_token_ids
         if not is_shown or (self._is_prompt_only and not output.finish_reason):
             return None

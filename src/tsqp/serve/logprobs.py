@@ -46,9 +46,9 @@ def completion_logprobs(
     """
     names = [name_of(llm, token_id) for token_id in token_ids]
     offsets = []
-    for name in names:
+    for token_id in token_ids:
         offsets.append(offset)
-        offset += len(name)
+        offset += characters_of(llm, token_id)
     return CompletionLogprobs(
         tokens=names,
         token_logprobs=[None if each is None else max(each.logprob, LEAST) for each in tokens],
@@ -63,8 +63,17 @@ def completion_logprobs(
 
 
 def name_of(llm: AsyncLLM, token_id: int) -> str:
-    """A token as text."""
-    return _bytes(llm, token_id).decode("utf-8", "replace")
+    """A token as text; as in OpenAI's API, `bytes:\\xe2\\x82` if it is a part of a character."""
+    found = _bytes(llm, token_id)
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+
+def characters_of(llm: AsyncLLM, token_id: int) -> int:
+    """How many characters a token has in `text_offset`; one for a part of a character."""
+    return len(_bytes(llm, token_id).decode("utf-8", "replace"))
 
 
 def _bytes(llm: AsyncLLM, token_id: int) -> bytes:
