@@ -46,6 +46,10 @@ COMMANDS = {
     "bench-kernels": "--debug --out --quiet",
     "bench-transport": "--calls --debug --out --quiet",
     "bench-scaling": "--debug --out --plot --prompt-tokens --quiet --rounds --threads --widths",
+    "bench-serve": """
+        --api-key-file --debug --long-tokens --new-tokens --out --prompt-tokens --quiet --rounds
+        --streams --url
+    """,
     "bench-accuracy": "--chunk --debug --max-tokens --out --quiet --text --threads MODEL",
     "report": "--against --debug --html --json --trace FILES",
 }

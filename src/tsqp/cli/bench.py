@@ -48,7 +48,7 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure and compare the modes. See also bench kernels, accuracy, transport and scaling."""
+    """Measure and compare the modes. Also: bench serve, kernels, accuracy, transport, scaling."""
     from tsqp.bench import output
 
     output.check_out(out)
@@ -160,4 +160,54 @@ def bench_accuracy(
 
     threads = threads or os.cpu_count() or 1
     result = measure_accuracy(model, text, max_tokens=max_tokens, chunk=chunk, threads=threads)
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-serve")
+def bench_serve(
+    url: Annotated[str, typer.Option(help="Address of a running server.")] = (
+        "http://127.0.0.1:8000"
+    ),
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the API key to use, if the server has any.")
+    ] = None,
+    streams: Annotated[
+        str, typer.Option(help="Numbers of answers at the same time, separated by commas.")
+    ] = "1,16",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt, in tokens.")] = (
+        64
+    ),
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Number of tokens to generate for each prompt.")
+    ] = 64,
+    long_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Also measure a short prompt beside a prompt of this many tokens. 0 skips this.",
+        ),
+    ] = 1000,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of measured rounds, after a warm-up.")
+    ] = 3,
+    out: Out = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a running `tsqp serve`: throughput, latency, and what HTTP costs."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.server_load import Target, measure_server, notes, parse_streams, tables
+    from tsqp.serve.options import read_api_keys
+
+    keys = read_api_keys((), api_key_file)
+    result = measure_server(
+        Target(url, keys[0] if keys else None),
+        parse_streams(streams),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        long_tokens=long_tokens,
+        rounds=rounds,
+    )
     output.print_result(result.as_json(), tables(result), notes(result), out)

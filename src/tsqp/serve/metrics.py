@@ -1,5 +1,6 @@
 """Prometheus metrics, with vLLM's names under `tsqp_`. None of them has content in it."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -127,6 +128,9 @@ class _Present(Collector):
             "integrity_failed",
             "1 after a wrong answer of a worker: nothing is offloaded any more.",
             float(llm.status == "failed"),
+        )
+        yield self._counter(  # the event loop calls this
+            "http_cpu_seconds", "Processor time of the event loop.", time.thread_time()
         )
         yield self._counter("worker_reconnects", "New sessions after a loss.", llm.reconnects)
         pads = llm.pads
