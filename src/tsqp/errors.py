@@ -97,10 +97,12 @@ class PromptTooLong(PromptError):
         limit: maximum number of tokens in prompt and answer together.
     """
 
-    def __init__(self, tokens: int, limit: int) -> None:
+    def __init__(
+        self, tokens: int, limit: int, what: str = "this model's maximum context length is"
+    ) -> None:
         super().__init__(
-            f"The prompt has {tokens} tokens, but this model's maximum context length is {limit} "
-            "tokens, including the answer: shorten the prompt."
+            f"The prompt has {tokens} tokens, but {what} {limit} tokens, including the answer: "
+            "shorten the prompt."
         )
         self.tokens = tokens
         self.limit = limit

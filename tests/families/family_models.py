@@ -126,7 +126,7 @@ def logits_in_chunks(
 ) -> Tensor:
     """Logits of every position, [T, V], in passes of so many tokens through the KV cache."""
     assert sum(chunks) == len(token_ids)
-    offload.alloc(0, len(token_ids))
+    offload.kv.alloc(0, len(token_ids))
     pieces = []
     start = 0
     for length in chunks:
@@ -138,5 +138,5 @@ def logits_in_chunks(
         with torch.inference_mode():
             pieces += run_interleaved(offload, [decoder.forward(batch, stats)], stats)
         start += length
-    offload.free(0)
+    offload.kv.free(0)
     return torch.cat(pieces)

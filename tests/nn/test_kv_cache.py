@@ -78,3 +78,55 @@ def test_a_gap_between_tokens_is_our_own_mistake(cache: KvCache) -> None:
     cache.alloc(1, 4)
     with pytest.raises(AssertionError):
         cache.append(1, 0, 1, *kv(1, 1))
+
+
+def test_a_longer_sequence_keeps_what_it_holds(cache: KvCache) -> None:
+    k_TJK, v_TJK = kv(3, 1)
+    cache.alloc(1, 3)
+    for layer in range(LAYERS):
+        cache.append(1, layer, 0, k_TJK, v_TJK)
+    cache.extend(1, 5)
+    cache.extend(1, 2)  # never shorter
+    assert cache.capacity(1) == 5
+    assert cache.reserved_bytes == cache.bytes_for(5)
+    new_k_TJK, new_v_TJK = kv(2, 2)
+    for layer in range(LAYERS):
+        k_JSK, v_JSK = cache.append(1, layer, 3, new_k_TJK, new_v_TJK)
+        assert torch.equal(k_JSK.transpose(0, 1), torch.cat((k_TJK, new_k_TJK)))
+        assert torch.equal(v_JSK.transpose(0, 1), torch.cat((v_TJK, new_v_TJK)))
+
+
+def test_a_copy_goes_its_own_way(cache: KvCache) -> None:
+    k_TJK, v_TJK = kv(4, 1)
+    cache.alloc(1, 4)
+    cache.alloc(2, 6)
+    for layer in range(LAYERS):
+        cache.append(1, layer, 0, k_TJK, v_TJK)
+    cache.copy(1, 2, 3)
+    assert cache.length(2, 0) == 3
+    new_k_TJK, new_v_TJK = kv(1, 2)
+    k_JSK, v_JSK = cache.append(2, 1, 3, new_k_TJK, new_v_TJK)
+    assert torch.equal(k_JSK.transpose(0, 1), torch.cat((k_TJK[:3], new_k_TJK)))
+    assert torch.equal(v_JSK.transpose(0, 1), torch.cat((v_TJK[:3], new_v_TJK)))
+    assert torch.equal(cache.values(1, 1, 4).transpose(0, 1), v_TJK)
+
+
+def test_memory_is_taken_in_blocks_up_to_the_limit() -> None:
+    one_token = LAYERS * 2 * KV_HEADS * FEATURES * 4
+    limited = KvCache(
+        LAYERS, KV_HEADS, FEATURES, torch.float32, block=4, limit_bytes=15 * one_token
+    )
+    assert limited.most_tokens == 12
+    limited.alloc(1, 5)
+    assert limited.reserved_bytes == 8 * one_token
+    with pytest.raises(OutOfMemory, match="--kv-memory"):
+        limited.alloc(2, 5)
+    with pytest.raises(OutOfMemory, match="--kv-memory"):
+        limited.alloc(2, 4, spare=4)
+    limited.alloc(2, 4)
+    with pytest.raises(OutOfMemory, match="--kv-memory"):
+        limited.extend(1, 9)
+    assert limited.capacity(1) == 8
+    limited.free(2)
+    limited.extend(1, 9)
+    assert limited.reserved_bytes == 12 * one_token

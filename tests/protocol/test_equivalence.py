@@ -272,12 +272,12 @@ def logits(llm: LLM, ids: list[int]) -> Tensor:
     rows = torch.arange(length)
     batch = Batch(torch.tensor(ids), rows, [Segment(0, 0, length)], rows)
     stats = Stats()
-    engine._offload.alloc(0, length)
+    engine._session.offload.kv.alloc(0, length)
     with torch.inference_mode():
         [logits_TV] = run_interleaved(
-            engine._offload, [engine._decoder.forward(batch, stats)], stats
+            engine._session.offload, [engine._decoder.forward(batch, stats)], stats
         )
-    engine._offload.free(0)
+    engine._session.offload.kv.free(0)
     return logits_TV.float()
 
 

@@ -46,7 +46,7 @@ def write_llama(folder: Path, **changes: object) -> LlamaForCausalLM:
 
 def all_logits(decoder: Decoder, offload: Offload, token_ids: Sequence[int], chunk: int) -> Tensor:
     """Logits of every position, [T, V], computed `chunk` tokens at a time as sequence 0."""
-    offload.alloc(0, len(token_ids))
+    offload.kv.alloc(0, len(token_ids))
     pieces = []
     for start in range(0, len(token_ids), chunk):
         ids = list(token_ids[start : start + chunk])
@@ -55,7 +55,7 @@ def all_logits(decoder: Decoder, offload: Offload, token_ids: Sequence[int], chu
         batch = Batch(torch.tensor(ids), positions, [Segment(0, start, len(ids))], rows)
         stats = Stats()
         pieces += run_interleaved(offload, [decoder.forward(batch, stats)], stats)
-    offload.free(0)
+    offload.kv.free(0)
     return torch.cat(pieces)
 
 

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import OutOfMemory, WorkerLost
+from tsqp.nn.kv_cache import KV_BLOCK, KvCache
 from tsqp.runtime.generate import generate
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
@@ -80,8 +81,8 @@ def test_nothing_in_common_begins_anew(tiny: Tiny, reused: Reused) -> None:
     engine, offload = make_engine(tiny[0])
     ask(engine, FIRST)
     assert reused(engine, [50, 51, 52]) == 0
-    reserved = offload.attention.reserved_bytes
-    assert reserved == 3 * 2 * 2 * 8 * (2 * 9) * 4  # layers, k and v, heads, features, tokens
+    reserved = offload.kv.reserved_bytes
+    assert reserved == 3 * 2 * 2 * 8 * KV_BLOCK * 4  # layers, k and v, heads, features, tokens
 
 
 def test_another_conversation_begins_anew_whatever_its_text(tiny: Tiny, reused: Reused) -> None:
@@ -98,19 +99,20 @@ def test_a_conversation_that_is_closed_keeps_nothing(tiny: Tiny) -> None:
     first, second = Conversation(engine.forget), Conversation(engine.forget)
     ask(engine, FIRST, conversation=first)
     second.close()
-    assert offload.attention.reserved_bytes > 0
+    assert offload.kv.reserved_bytes > 0
     with first:
         pass
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
     first.close()
 
 
-def test_a_conversation_that_outgrows_its_room_begins_anew(tiny: Tiny, reused: Reused) -> None:
-    engine, _ = make_engine(tiny[0])
-    ask(engine, FIRST)  # with room for 2 * 46
-    assert reused(engine, [*FIRST, *range(46)]) == 40
-    assert reused(engine, [*FIRST, *range(60)]) == 0
-    assert reused(engine, [*FIRST, *range(80)]) == 100
+def test_a_conversation_takes_blocks_as_it_grows(tiny: Tiny, reused: Reused) -> None:
+    engine, offload = make_engine(tiny[0])
+    ask(engine, FIRST)
+    longer = [*FIRST, *range(100)]
+    assert reused(engine, longer) == 40
+    assert reused(engine, [*longer, *range(100), *range(100)]) == 140
+    assert offload.kv.reserved_bytes == offload.kv.bytes_for(3 * KV_BLOCK)
 
 
 def test_a_rated_prompt_is_computed_as_a_whole(tiny: Tiny, reused: Reused) -> None:
@@ -134,30 +136,44 @@ def test_anything_else_frees_it(tiny: Tiny, reused: Reused) -> None:
     engine, offload = make_engine(tiny[0])
     for use in (lambda: generate(engine, [[1]], GREEDY), lambda: engine.score([1, 2])):
         ask(engine, FIRST)
-        assert offload.attention.reserved_bytes > 0
+        assert offload.kv.reserved_bytes > 0
         use()
-        assert offload.attention.reserved_bytes == 0
+        assert offload.kv.reserved_bytes == 0
     assert reused(engine, FIRST) == 0
 
 
-class Small(LocalOffload):
-    """Has room for 60 tokens a sequence."""
+class Fixed:
+    """Room that a sequence gets at once, as on a worker; at most 60 tokens."""
+
+    def __init__(self) -> None:
+        self._cache = KvCache(3, 2, 8, torch.float32)
+        self.capacity, self.truncate = self._cache.capacity, self._cache.truncate
+        self.free = self._cache.free
 
     def alloc(self, sequence: int, capacity: int) -> None:
         if capacity > 60:
             raise OutOfMemory("The KV cache would not fit.")
-        super().alloc(sequence, capacity)
+        self._cache.alloc(sequence, capacity)
 
 
-def test_room_for_later_turns_is_no_condition(tiny: Tiny, reused: Reused) -> None:
+class FixedOffload(LocalOffload):
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        kv = Fixed()
+        super().__init__(checkpoint, torch.float32, kv=kv._cache)
+        self.kv = kv  # type: ignore[assignment]
+
+
+def test_a_conversation_that_outgrows_a_fixed_room_begins_anew(tiny: Tiny, reused: Reused) -> None:
     checkpoint = tiny[0]
-    offload = Small(checkpoint, torch.float32)
+    offload = FixedOffload(checkpoint)
     engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config)
-    assert reused(engine, FIRST) == 0
+    assert reused(engine, FIRST[:20]) == 0  # with room for 2 * 26
+    assert reused(engine, FIRST) == 20
+    assert reused(engine, [*FIRST, *range(8)]) == 0  # it got no more than it needs
     assert reused(engine, FIRST) == 39
     with pytest.raises(OutOfMemory):
         ask(engine, [*FIRST, *FIRST])
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv._cache.reserved_bytes == 0
 
 
 class Failing(LocalOffload):
@@ -181,6 +197,6 @@ def test_a_failure_keeps_nothing(calls: int, tiny: Tiny, reused: Reused) -> None
     offload.calls_left = calls
     with pytest.raises(WorkerLost):
         ask(engine, [*FIRST, 1, 2])
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
     offload.calls_left = 10_000
     assert reused(engine, FIRST) == 0

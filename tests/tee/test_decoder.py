@@ -78,7 +78,7 @@ def test_only_the_wanted_rows_are_returned(
     checkpoint, model = tiny
     ids = random_ids(20, 101)
     offload = LocalOffload(checkpoint, torch.float32)
-    offload.alloc(3, 20)
+    offload.kv.alloc(3, 20)
     rows = torch.tensor([4, 19])
     batch = Batch(torch.tensor(ids), torch.arange(20), [Segment(3, 0, 20)], rows)
     stats = Stats()
@@ -92,7 +92,7 @@ def test_a_batch_without_wanted_rows_asks_for_no_lm_head(
 ) -> None:
     checkpoint, _ = tiny
     offload = Recording(checkpoint)
-    offload.alloc(0, 4)
+    offload.kv.alloc(0, 4)
     nothing = torch.empty(0, dtype=torch.int64)
     batch = Batch(torch.tensor([1, 2, 3]), torch.arange(3), [Segment(0, 0, 3)], nothing)
     stats = Stats()

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from references import greedy_tokens, reference_model
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tsqp.errors import OutOfMemory, PromptError, WorkerLost
+from tsqp.errors import PromptError, WorkerLost
+from tsqp.nn.kv_cache import KV_BLOCK
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
@@ -60,7 +61,7 @@ def test_a_batch_answers_as_one_by_one(
 ) -> None:
     engine, offload = make_engine(tiny[0], **options)
     assert tokens(generate(engine, PROMPTS, GREEDY)) == one_by_one
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 def test_prompts_are_cut_alike_in_any_company(tiny: Tiny) -> None:
@@ -121,7 +122,7 @@ def test_the_answer_ends_with_the_eos_token(tmp_path: Path) -> None:
     assert answer.token_ids[-1] == eos
     assert answer.token_ids == full.token_ids[: len(answer.token_ids)]
     assert (full.finish_reason, len(full.token_ids)) == ("length", 12)
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 def test_an_answer_ends_at_the_context_limit(tiny: Tiny) -> None:
@@ -164,7 +165,7 @@ def test_one_bad_prompt_leaves_nothing_queued(tiny: Tiny) -> None:
     with pytest.raises(PromptError):
         generate(engine, [[1], []], GREEDY)
     assert not engine.has_unfinished
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(tiny: Tiny) -> None:
@@ -177,13 +178,13 @@ def test_memory_is_freed_as_soon_as_an_answer_ends(tiny: Tiny) -> None:
     engine, offload = make_engine(tiny[0])
     engine.add([1, 2], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
     engine.add([1, 2], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
     engine.step()
-    one = offload.attention.reserved_bytes
-    assert one == 3 * 2 * 2 * 8 * 6 * 4  # layers, k and v, heads, features, tokens, bytes
+    one = offload.kv.reserved_bytes
+    assert one == 3 * 2 * 2 * 8 * KV_BLOCK * 4  # layers, k and v, heads, features, tokens, bytes
     while engine.has_unfinished:
         engine.step()
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 def test_an_aborted_sequence_is_freed_and_the_others_go_on(
@@ -199,7 +200,7 @@ def test_an_aborted_sequence_is_freed_and_the_others_go_on(
         done |= {o.sequence: o.completion.token_ids for o in engine.step() if o.completion}
     engine.abort(ids[1])
     assert done == {ids[1]: one_by_one[1], ids[2]: one_by_one[2]}
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 class Failing(LocalOffload):
@@ -228,7 +229,7 @@ def test_a_lost_worker_frees_everything_and_the_engine_can_go_on(
     with pytest.raises(WorkerLost):
         generate(engine, PROMPTS, GREEDY)
     assert not engine.has_unfinished
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
     offload.calls_left = 10_000
     assert tokens(generate(engine, PROMPTS, GREEDY)) == one_by_one
 
@@ -292,33 +293,6 @@ def test_lanes_are_closed_when_one_of_them_fails(tiny: Tiny) -> None:
     with pytest.raises(WorkerLost):
         generate(engine, PROMPTS[:2], GREEDY)
     assert closed == [1, 1]
-
-
-class Small(LocalOffload):
-    """Has room for one sequence at a time."""
-
-    def alloc(self, sequence: int, capacity: int) -> None:
-        if self.attention.reserved_bytes or capacity > 300:
-            raise OutOfMemory("The KV cache would not fit.")
-        super().alloc(sequence, capacity)
-
-
-def test_a_sequence_waits_until_there_is_memory(
-    tiny: Tiny, one_by_one: list[tuple[int, ...]]
-) -> None:
-    checkpoint = tiny[0]
-    offload = Small(checkpoint, torch.float32)
-    engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config)
-    assert tokens(generate(engine, PROMPTS, GREEDY)) == one_by_one
-
-
-def test_a_sequence_that_never_fits_is_an_error(tiny: Tiny) -> None:
-    checkpoint = tiny[0]
-    offload = Small(checkpoint, torch.float32)
-    engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config)
-    with pytest.raises(OutOfMemory):
-        generate(engine, [[1] * 299], GREEDY)
-    assert not engine.has_unfinished
 
 
 def test_the_times_of_an_answer_add_up(tiny: Tiny) -> None:

@@ -11,13 +11,13 @@ from tsqp.errors import (
     IntegrityError,
     LatticeError,
     NumericalError,
-    OutOfMemory,
     ProtocolError,
     RemoteError,
     TSQPError,
     WorkerLost,
     WorkerUnavailable,
 )
+from tsqp.nn.kv_cache import KvCache
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
@@ -95,48 +95,35 @@ def test_an_error_of_one_request_leaves_the_others_running(
     results = run(engine)
     assert results.pop(bad) is error
     assert results == dict(zip(ids, expected, strict=True))
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
-def test_a_request_that_never_fits_is_refused_and_the_others_go_on(
-    checkpoint: Checkpoint, expected: list[tuple[int, ...]]
-) -> None:
-    class Small(LocalOffload):
-        """Has no room for long sequences."""
+class FragileKv(KvCache):
+    """Cannot free anything once the worker is gone, as on a worker that holds the KV."""
 
-        def alloc(self, sequence: int, capacity: int) -> None:
-            if capacity > 300:
-                raise OutOfMemory("The KV cache would not fit.")
-            super().alloc(sequence, capacity)
+    gone = False
 
-    offload = Small(checkpoint, torch.float32)
-    engine = Engine(Decoder(checkpoint, torch.float32), offload, checkpoint.config)
-    too_long = engine.add([1] * 299, GREEDY)
-    good = engine.add(PROMPTS[2], GREEDY)
-    results = run(engine)
-    assert isinstance(results.pop(too_long), OutOfMemory)
-    assert results == {good: expected[2]}
-    assert offload.attention.reserved_bytes == 0
+    def free(self, sequence: int) -> None:
+        super().free(sequence)
+        if self.gone:
+            raise WorkerLost("The worker is gone.")
 
 
 class Fragile(LocalOffload):
     """Ends its session at the n-th linear request, and answers nothing from then on."""
 
     def __init__(self, checkpoint: Checkpoint, calls: int, error: TSQPError) -> None:
-        super().__init__(checkpoint, torch.float32)
+        self._fragile_kv = FragileKv(3, 2, 8, torch.float32)
+        super().__init__(checkpoint, torch.float32, kv=self._fragile_kv)
         self._calls_left, self._error = calls, error
 
     def start(self, request: Request) -> Ready:
         if isinstance(request, Linear):
             self._calls_left -= 1
             if self._calls_left < 0:
+                self._fragile_kv.gone = True
                 raise self._error
         return super().start(request)
-
-    def free(self, sequence: int) -> None:
-        super().free(sequence)
-        if self._calls_left < 0:
-            raise WorkerLost("The worker is gone.")  # as a worker that held the KV would
 
 
 def fragile_engine(
@@ -169,7 +156,7 @@ def test_requests_go_on_after_a_lost_worker_has_come_back(
     )
     ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
     assert run(engine) == dict(zip(ids, expected, strict=True))
-    assert [offload.attention.reserved_bytes for offload in offloads] == [0, 0]
+    assert [offload.kv.reserved_bytes for offload in offloads] == [0, 0]
 
 
 def test_what_was_rated_before_is_not_rated_twice(checkpoint: Checkpoint) -> None:
@@ -221,14 +208,14 @@ def test_scoring_goes_on_after_a_lost_worker_has_come_back(checkpoint: Checkpoin
     engine, offloads = fragile_engine(checkpoint, [5, NEVER], error)
     wanted = whole.score(PROMPTS[2]).logprobs_T
     assert torch.equal(engine.score(PROMPTS[2]).logprobs_T, wanted)
-    assert [offload.attention.reserved_bytes for offload in offloads] == [0, 0]
+    assert [offload.kv.reserved_bytes for offload in offloads] == [0, 0]
 
 
 def test_a_worker_that_is_lost_and_then_lies_is_not_asked_a_third_time(
     checkpoint: Checkpoint,
 ) -> None:
     engine, offloads = fragile_engine(checkpoint, [5, 5, NEVER], WorkerLost("The worker is gone."))
-    rebuild = engine._rebuild
+    rebuild = engine._session._rebuild
     assert rebuild is not None
 
     def rebuild_as_liar() -> Fragile:
@@ -237,7 +224,7 @@ def test_a_worker_that_is_lost_and_then_lies_is_not_asked_a_third_time(
         offload._error = IntegrityError("A product.")
         return offload
 
-    engine._rebuild = rebuild_as_liar
+    engine._session._rebuild = rebuild_as_liar
     with pytest.raises(IntegrityError):
         engine.score(PROMPTS[2])
     offloads[-1]._error = WorkerLost("The session has ended.")
@@ -263,20 +250,20 @@ def test_all_requests_end_with_the_error_where_there_is_no_worker_any_more(
     engine, offloads = fragile_engine(checkpoint, [20], error, max_num_seqs=2)
     ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
     assert run(engine) == dict.fromkeys(ids, error)
-    assert offloads[0].attention.reserved_bytes == 0
+    assert offloads[0].kv.reserved_bytes == 0
 
 
 def test_a_session_that_ends_when_room_is_asked_for_does_not_go_on_for_ever(
     checkpoint: Checkpoint,
 ) -> None:
-    class NoRoom(LocalOffload):
-        def alloc(self, sequence: int, capacity: int) -> None:
+    class NoRoom(KvCache):
+        def alloc(self, sequence: int, capacity: int, spare: int = 0) -> None:
             raise WorkerLost("The worker is gone.")
 
-    made: list[NoRoom] = []
+    made: list[LocalOffload] = []
 
-    def rebuild() -> NoRoom:
-        made.append(NoRoom(checkpoint, torch.float32))
+    def rebuild() -> LocalOffload:
+        made.append(LocalOffload(checkpoint, torch.float32, kv=NoRoom(3, 2, 8, torch.float32)))
         return made[-1]
 
     decoder = Decoder(checkpoint, torch.float32)
@@ -305,4 +292,4 @@ def test_an_interrupt_or_a_fault_of_the_program_ends_all(
     with pytest.raises(fault):
         engine.step()
     assert not engine.has_unfinished
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0

@@ -33,7 +33,7 @@ def test_each_of_n_answers_is_that_of_the_next_seed(options: dict[str, int], tin
     ]
     assert [answer.token_ids for answer in answers] == alone
     assert len(set(alone)) == 9
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 def test_unseeded_answers_to_one_prompt_differ(tiny: Tiny) -> None:
@@ -64,7 +64,7 @@ def test_a_stop_token_ends_the_answer_and_is_its_last_token(tiny: Tiny) -> None:
     [answer] = generate(engine, [PROMPTS[2]], params)
     assert answer.token_ids == whole.token_ids[: first + 1]
     assert answer.finish_reason == "stop"
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 def test_a_stop_token_gives_no_text(real: Engine, tokenizer: Tokenizer) -> None:
@@ -131,7 +131,7 @@ def test_a_stopped_answer_keeps_what_it_has(tiny: Tiny) -> None:
     assert [len(answer.token_ids) for answer in answers] == [4, 4, 0]
     for answer, complete in zip(answers, whole, strict=True):
         assert answer.token_ids == complete.token_ids[: len(answer.token_ids)]
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
     assert generate(engine, PROMPTS, sampled(1)) == whole
 
 

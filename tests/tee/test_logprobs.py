@@ -66,7 +66,7 @@ def test_they_are_those_of_the_raw_distribution(options: dict[str, int], tiny: T
     for position, rated in enumerate(answer.prompt_logprobs[1:], 1):
         assert rated is not None
         check(rated, logprobs_TV[position - 1], PROMPT[position], 3)
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 def test_asking_for_them_changes_no_token(tiny: Tiny) -> None:

@@ -91,7 +91,7 @@ def test_sequences_of_different_lengths_share_a_batch(
     side = Side(worker, checkpoint, split, most_bytes)
     texts = {7: some_ids(90, 2), 3: some_ids(5, 3), 9: some_ids(33, 4)}
     for sequence, ids in texts.items():
-        side.offload.alloc(sequence, len(ids) + 2)
+        side.offload.kv.alloc(sequence, len(ids) + 2)
     first = side.logits([(sequence, 0, ids[:-2]) for sequence, ids in texts.items()])
     close(first, torch.cat([logits_of(reference, ids)[:-2] for ids in texts.values()]))
     for back in (-2, -1):
@@ -112,8 +112,8 @@ def test_only_the_wanted_rows_are_returned(
 ) -> None:
     side = Side(worker, checkpoint, split)
     one, other = some_ids(20), some_ids(20, 2)
-    side.offload.alloc(0, 21)
-    side.offload.alloc(1, 20)
+    side.offload.kv.alloc(0, 21)
+    side.offload.kv.alloc(1, 20)
     both = torch.cat([logits_of(reference, one), logits_of(reference, other)])
     close(side.logits([(0, 0, one), (1, 0, other)], wanted), both[wanted])
     # Keys and values are kept of all rows.
@@ -126,12 +126,12 @@ def test_a_cut_sequence_goes_on_from_where_it_was_cut(
 ) -> None:
     side = Side(worker, checkpoint, split)
     ids, others = some_ids(50), some_ids(20, 2)
-    side.offload.alloc(0, 50)
+    side.offload.kv.alloc(0, 50)
     side.logits([(0, 0, ids)])
-    side.offload.truncate(0, 30)
+    side.offload.kv.truncate(0, 30)
     close(side.logits([(0, 30, others)]), logits_of(reference, ids[:30] + others)[30:])
-    side.offload.free(0)
-    side.offload.alloc(0, 20)
+    side.offload.kv.free(0)
+    side.offload.kv.alloc(0, 20)
     close(side.logits([(0, 0, others)]), logits_of(reference, others))
 
 
@@ -142,7 +142,7 @@ def test_two_lanes_compute_what_each_does_alone(
     side = Side(worker, checkpoint, split, TINY_CALL)
     texts = [some_ids(70, 2), some_ids(41, 3)]
     for sequence, ids in enumerate(texts):
-        side.offload.alloc(sequence, len(ids))
+        side.offload.kv.alloc(sequence, len(ids))
     found = side.lanes([[(sequence, 0, ids)] for sequence, ids in enumerate(texts)])
     for logits_TV, ids in zip(found, texts, strict=True):
         close(logits_TV, logits_of(reference, ids))
@@ -216,7 +216,7 @@ def test_only_the_keys_and_values_of_new_tokens_cross(
     held: int, worker: Worker, checkpoint: Checkpoint
 ) -> None:
     side = Side(worker, checkpoint, "attention")
-    side.offload.alloc(0, held + 10)
+    side.offload.kv.alloc(0, held + 10)
     if held:
         side.logits([(0, 0, some_ids(held))], [])
     before = side.channel.counters.sent_bytes, side.channel.counters.received_bytes
@@ -246,7 +246,7 @@ def test_only_the_keys_and_values_of_new_tokens_cross(
 
 def test_a_fused_layer_is_one_call_of_a_row_a_token(worker: Worker, checkpoint: Checkpoint) -> None:
     side = Side(worker, checkpoint, "layer")
-    side.offload.alloc(0, 60)
+    side.offload.kv.alloc(0, 60)
     side.logits([(0, 0, some_ids(50))], [])
     counters = side.channel.counters
     before = counters.sent_bytes, counters.received_bytes
@@ -273,7 +273,7 @@ def test_a_layer_that_is_cut_rotates_as_a_whole_one_does(
 
     monkeypatch.setattr(side.channel, "reserve", reserve)
     for number in (0, 1):
-        side.offload.alloc(number, 40)
+        side.offload.kv.alloc(number, 40)
     side.logits([(0, 0, some_ids(20)), (1, 0, some_ids(1))])
     first, last = spans[:-1], spans[-1]
     assert len(first) > 1
@@ -291,11 +291,11 @@ def test_two_sides_of_one_worker_use_the_same_numbers_for_their_own_sequences(
     one, other = (Side(worker, checkpoint, "attention") for _ in range(2))
     texts = some_ids(30), some_ids(25, 2)
     for side, ids in zip((one, other), texts, strict=True):
-        side.offload.alloc(0, 31)
+        side.offload.kv.alloc(0, 31)
         side.logits([(0, 0, ids)], [])
     for side, ids in zip((one, other), texts, strict=True):
         close(side.logits([(0, len(ids), [9])]), logits_of(reference, [*ids, 9])[-1:])
-    one.offload.free(0)
+    one.offload.kv.free(0)
     close(other.logits([(0, 26, [8])]), logits_of(reference, [*texts[1], 9, 8])[-1:])
     with pytest.raises(ProtocolError, match="has not allocated"):
         one.logits([(0, 31, [8])])
@@ -303,10 +303,10 @@ def test_two_sides_of_one_worker_use_the_same_numbers_for_their_own_sequences(
 
 def test_a_session_that_ends_frees_what_it_kept(worker: Worker, checkpoint: Checkpoint) -> None:
     one, other = (Side(worker, checkpoint, "attention") for _ in range(2))
-    one.offload.alloc(0, 30)
-    one.offload.alloc(1, 30)
+    one.offload.kv.alloc(0, 30)
+    one.offload.kv.alloc(1, 30)
     whole = kept_bytes(worker)
-    other.offload.alloc(0, 30)
+    other.offload.kv.alloc(0, 30)
     one.channel.close()
     one.channel.close()
     assert kept_bytes(worker) == whole // 2
@@ -360,7 +360,7 @@ def test_answers_that_are_not_finite_end_in_an_error_and_in_no_token(
 ) -> None:
     side = Side(worker, checkpoint, split)
     side.channel._session = Spoiled(side, kind, value)  # type: ignore[assignment]
-    side.offload.alloc(0, 9)
+    side.offload.kv.alloc(0, 9)
     with pytest.raises(WorkerError, match="lm_head output of this step is not finite"):
         side.logits([(0, 0, some_ids(9))], [8])
 
@@ -371,11 +371,11 @@ def test_kept_keys_and_values_count_against_free_memory(
     side = Side(worker, checkpoint, "attention")
     tokens = 3 * 2 * 2 * 8 * 4  # bytes: layers, k and v, heads, features, float32
     monkeypatch.setattr("tsqp.checkpoint.weights.available_bytes", lambda: 150 * tokens)
-    side.offload.alloc(0, 100)
+    side.offload.kv.alloc(0, 100)
     with pytest.raises(OutOfMemory, match=f"would take {200 * tokens} bytes"):
-        side.offload.alloc(1, 100)
-    side.offload.free(0)
-    side.offload.alloc(1, 100)
+        side.offload.kv.alloc(1, 100)
+    side.offload.kv.free(0)
+    side.offload.kv.alloc(1, 100)
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,8 @@ def a_sequence(number: int, prompt_tokens: int, max_tokens: int = 4) -> Sequence
 
 
 def admit_all(scheduler: Scheduler) -> None:
-    while scheduler.next_to_admit() is not None:
-        scheduler.admit()
+    while (sequence := scheduler.next_to_admit()) is not None:
+        scheduler.admit(sequence)
 
 
 def step(scheduler: Scheduler) -> list[tuple[int, int, int]]:
@@ -163,5 +163,8 @@ def test_sequences_that_begin_again_share_the_budget_too() -> None:
         sequence.token_ids += [7] * 20
         sequence.computed = 4
         scheduler.add(sequence)
-    assert step(scheduler) == [(0, 4, 16)]
-    assert step(scheduler) == [(0, 20, 4)]
+    # They are cut at multiples of the chunk, wherever they begin.
+    assert step(scheduler) == [(0, 4, 12)]
+    assert step(scheduler) == [(1, 4, 12)]
+    assert step(scheduler) == [(2, 4, 12)]
+    assert step(scheduler) == [(0, 16, 8), (1, 16, 8)]

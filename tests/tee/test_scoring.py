@@ -26,7 +26,7 @@ def test_scores_are_those_of_transformers_whatever_the_chunk(tiny: Tiny, chunk: 
     scores = engine.score(TEXT)
     torch.testing.assert_close(scores.logprobs_T, logprobs_T, rtol=0, atol=1e-4)
     assert scores.best_T.tolist() == best_T.tolist()
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0
 
 
 def test_a_text_may_fill_the_whole_context(tiny: Tiny) -> None:
@@ -42,4 +42,4 @@ def test_less_than_two_tokens_are_nothing_to_score(tiny: Tiny, text: list[int]) 
     engine, offload = make_engine(tiny[0])
     with pytest.raises(PromptError, match="at least two tokens"):
         engine.score(text)
-    assert offload.attention.reserved_bytes == 0
+    assert offload.kv.reserved_bytes == 0

@@ -69,7 +69,7 @@ def test_a_step_of_many_sequences_is_as_many_calls_as_one(
 ) -> None:
     side = Side(make_worker(tiny[0]), tiny[0], "attention")
     for sequence in range(20):
-        side.offload.alloc(sequence, 9)
+        side.offload.kv.alloc(sequence, 9)
     side.logits([(sequence, 0, [sequence + 1, 5]) for sequence in range(20)])
     counts = dict(side.channel.counters.calls)
     side.logits([(sequence, 2, [7]) for sequence in range(20)])

@@ -213,11 +213,11 @@ class _Mode:
         k_TJK, v_TJK = self._waves(2, rows, c.num_kv_heads, c.head_dim).cos()
         p_HTS = self._waves(c.num_heads, rows, rows)
 
-        offload.alloc(0, rows)
+        offload.kv.alloc(0, rows)
         request = AttentionScores(0, q_THK, k_TJK, v_TJK, [Segment(0, 0, rows)])
         scores_HTS = self._ask(request, offload).view(c.num_heads, rows, rows)
         o_TD = self._ask(WeightedValues(0, [(0, p_HTS)]), offload)
-        offload.free(0)
+        offload.kv.free(0)
 
         # Each key/value head serves the same number of consecutive query heads.
         k_SHK, v_SHK = (

@@ -24,7 +24,7 @@ class FusedLayers:
         self._weights = weights
         layers = range(weights.config.num_layers)
         self._groups = [layer_groups(weights.config, layer) for layer in layers]
-        self._attention = CachedAttention(weights.config, weights.dtype, cache)
+        self._attention = CachedAttention(weights.config, cache)
 
     def tables(self, segments: Sequence[Segment]) -> Tables:
         """The rotation of these tokens, which is the same for all layers."""

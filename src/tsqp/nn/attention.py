@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tsqp.model.config import ModelConfig
 from tsqp.nn import ops
-from tsqp.nn.kv_cache import KvCache
+from tsqp.nn.kv_cache import KV_BLOCK, KvCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,12 @@ class CachedAttention:
     """Appends keys and values to the cache of their sequences, and attends causally.
 
     Args:
-        cache: an existing cache; without it, a new one is made.
+        cache: where keys and values are kept.
     """
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, cache: KvCache | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, cache: KvCache) -> None:
         self._config = config
-        shape = config.num_layers, config.num_kv_heads, config.head_dim
-        self._cache = KvCache(*shape, dtype) if cache is None else cache
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes of KV reserved for all sequences."""
-        return self._cache.reserved_bytes
+        self._cache = cache
 
     def attend(
         self,
@@ -84,11 +76,10 @@ class CachedAttention:
             )
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
-    def alloc(self, sequence: int, capacity: int) -> None:
-        self._cache.alloc(sequence, capacity)
 
-    def truncate(self, sequence: int, length: int) -> None:
-        self._cache.truncate(sequence, length)
-
-    def free(self, sequence: int) -> None:
-        self._cache.free(sequence)
+def kv_in_blocks(
+    config: ModelConfig, dtype: torch.dtype, limit_bytes: int | None = None
+) -> KvCache:
+    """The KV cache of a model in this process, which sequences take in blocks."""
+    shape = config.num_layers, config.num_kv_heads, config.head_dim
+    return KvCache(*shape, dtype, block=KV_BLOCK, limit_bytes=limit_bytes)

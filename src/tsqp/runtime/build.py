@@ -26,6 +26,8 @@ from tsqp.errors import HintsError, IntegrityError
 from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
 from tsqp.model.config import linear_groups, output_projection, trusted_shapes
 from tsqp.model.linear_group import LinearGroup
+from tsqp.nn.kv_cache import KvCache
+from tsqp.runtime.kv_memory import check_kv_memory, kv_cache
 from tsqp.runtime.options import WORKER_HINTS, Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
@@ -118,13 +120,16 @@ class Builder:
         if options.lattice:
             what = f"The hints of {self._checkpoint.name}, which --field wide does without,"
         check_memory(kept, what)
+        if options.kv_memory is not None:
+            check_kv_memory(self._config, self._dtype, options.kv_memory)
         if options.lattice:
             return self._lattice(workers[0])
         if options.masked:
             return self._masked(workers)
         if options.privacy == "open":
             return self._open(workers[0])
-        offload = LocalOffload(self._checkpoint, self._dtype, self._progress, self._read)
+        kv = self._kv_cache(to_read=kept)
+        offload = LocalOffload(self._checkpoint, self._dtype, self._progress, self._read, kv)
         self._identify(weights_digest(self._checkpoint, self._dtype, digest=self._read))
         return lambda: (offload, None)
 
@@ -135,12 +140,18 @@ class Builder:
         )
         self._identify(digest)
         options, config, dtype = self.options, self._config, self._dtype
-        kind: type[OpenOffload | OpenAttentionOffload | OpenLayersOffload] = OpenOffload
-        abilities = []
+        if not (options.fuse_layers or options.gpu_attention):
+            kv = self._kv_cache()
+
+            def begin_here() -> tuple[Offload, None]:
+                channel = self._connect(worker, digest, dtype.itemsize)
+                return OpenOffload(channel, config, dtype, biases_F, options.timeout, kv), None
+
+            return begin_here
+        kind: type[OpenAttentionOffload | OpenLayersOffload] = OpenAttentionOffload
+        abilities = [ATTENTION_ABILITY]
         if options.fuse_layers:
             kind, abilities = OpenLayersOffload, [LAYER_ABILITY]
-        elif options.gpu_attention:
-            kind, abilities = OpenAttentionOffload, [ATTENTION_ABILITY]
 
         def begin() -> tuple[Offload, None]:
             channel = self._connect(worker, digest, dtype.itemsize, abilities)
@@ -153,6 +164,7 @@ class Builder:
         integers: dict[LinearGroup, IntegerWeights] = {}
         biases_F = self._biases_F()
         digest, embedding_VD = self._load(integers.__setitem__)
+        private = self._private(embedding_VD)
         weights_FD = {group: weights.weight_FD for group, weights in integers.items()}
         if options.fixed_point and field is LATTICE:
             lattice_kernels.compile_loops()
@@ -162,7 +174,7 @@ class Builder:
                 for group, weights in integers.items()
             }
             exact = FixedPointLinear(lattice_groups, weights_FD, self._dtype, self._row_pool())
-            offload = self._private(embedding_VD, exact)
+            offload = private(exact)
             return lambda: (offload, None)
         groups = {
             group: MaskedGroup(group, weights, biases_F.get(group), field)
@@ -171,7 +183,7 @@ class Builder:
         compile_loops(field, shares=options.privacy == "shares")
         if options.privacy == "tee":
             fixed_point = FixedPointLinear(groups, weights_FD, self._dtype, self._row_pool())
-            offload = self._private(embedding_VD, fixed_point)
+            offload = private(fixed_point)
             return lambda: (offload, None)
 
         trust = Trust(process_limit)
@@ -181,7 +193,7 @@ class Builder:
             channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
             row_pool, timeout = self._row_pool(), options.timeout
             shares = SharesLinear(channels, groups, self._dtype, timeout, row_pool, trust)
-            return self._private(embedding_VD, shares), None
+            return private(shares), None
 
         if options.privacy == "shares":
             return begin_shares
@@ -211,6 +223,7 @@ class Builder:
             provider: makes the provider of pads for a stock of this many bytes.
         """
         memory, lattice = self._pad_memory(), self.options.lattice
+        private = self._private(embedding_VD)
         trust = Trust(process_limit)
 
         def begin() -> tuple[Offload, PadPool]:
@@ -220,12 +233,14 @@ class Builder:
             pool = PadPool(provider(memory), self._shapes(), memory)
             row_pool, timeout = self._row_pool(), self.options.timeout
             pad = PadLinear(channel, groups, pool, self._dtype, timeout, row_pool, trust)
-            return self._private(embedding_VD, pad), pool
+            return private(pad), pool
 
         return begin
 
-    def _private(self, embedding_VD: torch.Tensor, linear: LinearPart) -> PrivateOffload:
-        return PrivateOffload(self._config, self._dtype, embedding_VD, linear)
+    def _private(self, embedding_VD: torch.Tensor) -> Callable[[LinearPart], PrivateOffload]:
+        """Makes the offload of each session; all of them use the same KV cache."""
+        kv = self._kv_cache()
+        return lambda linear: PrivateOffload(self._config, kv, embedding_VD, linear)
 
     def _load_with_hints(self) -> tuple[LatticeLoad, str, torch.Tensor]:
         """Load for lattice masks, with hints from a file or made here. See also `_load`.
@@ -347,6 +362,9 @@ class Builder:
             for group in linear_groups(self._config)
         }
         return {group: bias_F for group, bias_F in found.items() if bias_F is not None}
+
+    def _kv_cache(self, to_read: int = 0) -> KvCache:
+        return kv_cache(self._config, self._dtype, self.options.kv_memory, to_read)
 
     def _pad_memory(self) -> int:
         wanted = self.options.pad_memory

@@ -13,8 +13,9 @@ from tsqp.errors import TSQPError, UsageError, WorkerLost
 from tsqp.runtime.answer_stream import Request, StreamOutput
 from tsqp.runtime.request_stats import RequestObserver, RequestStats
 from tsqp.runtime.tracebacks import without_foreign_messages
-from tsqp.tee.engine.engine import SESSION_OVER, Engine
+from tsqp.tee.engine.engine import Engine
 from tsqp.tee.engine.sequence import Output
+from tsqp.tee.engine.session import SESSION_OVER
 from tsqp.tee.offload.offload import Offload
 from tsqp.tee.sampling import FinishReason
 from tsqp.tee.text.tokenizer import Tokenizer
@@ -214,6 +215,7 @@ class EngineThread:
         request.has_begun = True
         request.prompt_tokens = len(request.prompt)
         self._reasons[request] = []
+        first: int | None = None
         try:
             for index in range(request.params.n):
                 number = self._engine.add(
@@ -221,7 +223,9 @@ class EngineThread:
                     request.params.of_answer(index),
                     tenant=request.tenant,
                     cache_salt=request.cache_salt,
+                    sibling=first,
                 )
+                first = number if first is None else first
                 request.sequences[number] = index
                 self._requests[number] = request
         except TSQPError as error:

@@ -42,9 +42,12 @@ def generate(
     done = 0
     try:
         for prompt in prompts:
+            first: int | None = None
             for index in range(params.n):
-                number = engine.add(prompt, params.of_answer(index), conversation=conversation)
+                answer = params.of_answer(index)
+                number = engine.add(prompt, answer, conversation=conversation, sibling=first)
                 places[number] = len(places)
+                first = number if first is None else first
         while engine.has_unfinished:
             is_over = should_stop is not None and should_stop()
             outputs = engine.stop() if is_over else engine.step()

@@ -133,6 +133,17 @@ class Options:
             least=0,
         ),
     ] = None
+    kv_memory: Annotated[
+        int | None,
+        Option(
+            "Maximum memory for keys and values on the trusted side, in GiB (in Python, in bytes). "
+            "The default is half of the memory that is free after the weights are loaded.",
+            float | None,
+            env=("TSQP_KV_MEMORY",),
+            unit=("GiB", 2**30),
+            least=0,
+        ),
+    ] = None
     dtype: Annotated[
         str,
         Option(
@@ -247,9 +258,9 @@ class Options:
         )
         if self.threads is not None:
             self._set(threads=_integer("threads", self.threads, least=1))
-        if self.pad_memory is not None:
-            size = _integer("pad_memory", self.pad_memory, least=0, what="a number of bytes")
-            self._set(pad_memory=size)
+        for name, memory in (("pad_memory", self.pad_memory), ("kv_memory", self.kv_memory)):
+            if memory is not None:
+                self._set(**{name: _integer(name, memory, least=0, what="a number of bytes")})
         seconds = as_number(self.timeout)
         if seconds is None or not 0 < seconds < math.inf:
             raise UsageError(
@@ -264,6 +275,11 @@ class Options:
             insecure_same_host=self.insecure_same_host,
         )
         self._set(links=links)
+        if self.kv_memory is not None and (self.gpu_attention or self.fuse_layers):
+            raise UsageError(
+                "--kv-memory is for keys and values on the trusted side, but with --attention gpu "
+                "and --fuse layer the worker keeps them; leave it out."
+            )
         if self.device != "auto" and not any(link.endpoint.scheme == "local" for link in links):
             raise UsageError(
                 "--device is for a worker that --worker local starts; give it to `tsqp worker` "

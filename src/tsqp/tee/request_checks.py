@@ -84,20 +84,28 @@ def one_params(params: object) -> SamplingParams:
     return params
 
 
-def check_prompt(prompt_ids: Sequence[int], config: ModelConfig, answer: int = 1) -> None:
+def check_prompt(
+    prompt_ids: Sequence[int],
+    config: ModelConfig,
+    answer: int = 1,
+    kv_tokens: int | None = None,
+) -> None:
     """Refuse a prompt that the model cannot continue.
 
     Args:
         answer: number of tokens that must fit into the context after the prompt.
+        kv_tokens: number of tokens whose keys and values fit into memory; None for no limit.
 
     Raises:
         PromptError: the prompt is empty, or holds an id that the model does not have.
-        PromptTooLong: the prompt and the answer do not fit into the context.
+        PromptTooLong: the prompt and the answer do not fit into the context, or into memory.
     """
     if not prompt_ids:
         raise PromptError("The prompt is empty: give at least one token.")
     if len(prompt_ids) + answer > config.max_positions:
         raise PromptTooLong(len(prompt_ids), config.max_positions)
+    if kv_tokens is not None and len(prompt_ids) + answer > kv_tokens:
+        raise PromptTooLong(len(prompt_ids), kv_tokens, "the memory for keys and values holds")
     if any(type(token_id) is not int for token_id in prompt_ids):
         raise PromptError("A prompt of token ids may hold only integers.")
     if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:

@@ -57,6 +57,7 @@ class Stats:
         reused_tokens: number of prompt tokens whose keys and values were reused from an earlier
             answer.
         decode_tokens: number of generated tokens computed in the steps of `decode_s`.
+        preemptions: how often a sequence made way for another one because memory was short.
     """
 
     def __init__(self) -> None:
@@ -72,6 +73,7 @@ class Stats:
         self.prefill_tokens = 0
         self.reused_tokens = 0
         self.decode_tokens = 0
+        self.preemptions = 0
 
     def time(self, kind: str) -> Timer:
         """A timer for one of KINDS: `with stats.time("norm"): ...`."""

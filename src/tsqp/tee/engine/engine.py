@@ -1,47 +1,30 @@
 """Requests that run together: add, step, abort."""
 
-import logging
 from collections import abc
-from contextlib import suppress
 from itertools import count
-from time import monotonic
 
 import torch
 from torch import Tensor
 
-from tsqp.errors import (
-    IntegrityError,
-    LatticeError,
-    OutOfMemory,
-    PromptError,
-    ProtocolError,
-    TSQPError,
-    WorkerLost,
-)
+from tsqp.errors import OutOfMemory, PromptError, TSQPError, WorkerLost
 from tsqp.model.config import ModelConfig
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
-from tsqp.tee.engine.batch import flat_batch, split_into_microbatches
-from tsqp.tee.engine.conversation_kv import ConversationKv
-from tsqp.tee.engine.interleave import run_interleaved
+from tsqp.tee.engine.new_sequence import new_sequence
 from tsqp.tee.engine.observer import Observer
+from tsqp.tee.engine.runner import Runner
 from tsqp.tee.engine.scheduler import Scheduler
-from tsqp.tee.engine.scoring import Scores, score
+from tsqp.tee.engine.scoring import Scores
 from tsqp.tee.engine.sequence import Chunk, Output, Sequence
+from tsqp.tee.engine.sequence_kv import SequenceKv
+from tsqp.tee.engine.session import SESSION_OVER, Session
+from tsqp.tee.engine.shared_prompt import SharedPrompt
 from tsqp.tee.guided.guide import Guide, Guides
 from tsqp.tee.offload.offload import Offload
 from tsqp.tee.request_checks import check_params, check_prompt
-from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import SamplingParams
 from tsqp.tee.stats import Stats
-from tsqp.tee.text.text_stream import TextStream
 from tsqp.tee.text.tokenizer import Tokenizer
-
-log = logging.getLogger("tsqp")
-
-# After these errors the session with a worker is over, and its offload cannot be used any more.
-SESSION_OVER = (WorkerLost, ProtocolError, IntegrityError, LatticeError)
-MAX_RESTARTS = 1  # of one sequence, because its prompt may be what ends the sessions
 
 
 class Engine:
@@ -57,8 +40,9 @@ class Engine:
         microbatches: number of parts into which the tokens of a step are divided, so that the TEE
             works on one part while the worker works on another.
         rebuild: makes a new offload after the worker was lost, or raises TSQPError. The requests
-            then begin again, each of them once. It is not called after another error of a session,
-            because the worker, or a lattice mask, is then not to be trusted.
+            then continue. It is not called after another error of a session, because the worker, or
+            a lattice mask, is then not to be trusted.
+        max_restarts: how often one request continues after its worker was lost.
     """
 
     def __init__(
@@ -73,20 +57,20 @@ class Engine:
         max_num_seqs: int = 64,
         microbatches: int = 1,
         rebuild: abc.Callable[[], Offload] | None = None,
+        max_restarts: int = 1,
     ) -> None:
-        assert microbatches >= 1
         self._decoder = decoder
-        self._offload = offload
+        self._session = Session(offload, rebuild)
         self._config = config
         self._tokenizer = tokenizer
         self._observer = Observer() if observer is None else observer
-        self._prefill_chunk = prefill_chunk
-        self._microbatches = microbatches
-        self._rebuild = rebuild
+        self._runner = Runner(decoder, self._observer.stats, microbatches, prefill_chunk)
+        self._max_restarts = max_restarts  # the prompt may be what ends the sessions
         self._scheduler = Scheduler(max_num_seqs=max_num_seqs, prefill_chunk=prefill_chunk)
-        self._kept = ConversationKv(offload, config)
+        self._kv = SequenceKv(offload.kv, config)
         self._guides = Guides(tokenizer, config)
         self._ids = count()
+        self._kv_usage = 0.0
 
     @property
     def stats(self) -> Stats:
@@ -97,19 +81,27 @@ class Engine:
         return self._scheduler.has_unfinished
 
     @property
-    def kv_usage(self) -> float:
-        """The part of the memory for keys and values that is in use; 0 if it has no limit."""
-        return 0.0
-
-    @property
     def num_running(self) -> int:
         """Number of running sequences; any thread may ask."""
         return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
-        """Number of waiting sequences; any thread may ask."""
+        """Number of waiting sequences, preempted ones included; any thread may ask."""
         return self._scheduler.num_waiting
+
+    @property
+    def kv_usage(self) -> float:
+        """The part of the memory for keys and values that running sequences use; 0 if it has no
+        limit. Any thread may ask.
+        """
+        return self._kv_usage
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum number of tokens of a prompt and its answer together."""
+        context, most = self._config.max_positions, self._kv.most_tokens
+        return context if most is None else min(context, most)
 
     def add(
         self,
@@ -119,14 +111,21 @@ class Engine:
         conversation: Conversation | None = None,
         tenant: str = "",
         cache_salt: str = "",
+        sibling: int | None = None,
     ) -> int:
         """Queue a prompt and return the id of its sequence.
 
         Args:
             params: the parameters of one answer; `tsqp.runtime.generate` handles `n`.
             conversation: reuse the KV of the last sequence of this conversation as far as the
-                prompts begin alike, and keep the KV for its next sequence. None frees kept KV.
-            tenant, cache_salt: whose prompt it is. Nothing is shared between sequences yet.
+                prompts begin alike, and keep the KV for its next sequence. None frees kept KV of a
+                conversation.
+            tenant: on whose account it runs. Tenants get the same share of the machine. Prompts of
+                one tenant with the same `cache_salt` reuse each other's KV as far as they begin
+                alike; without a tenant, nothing is reused.
+            cache_salt: divides the prompts of a tenant into groups that share nothing.
+            sibling: id of an earlier sequence with the same prompt, tenant and salt, of which this
+                is another answer. The prompt is then computed once. Ignored if that one has ended.
 
         Raises:
             PromptError: the prompt is empty, leaves no room for an answer, or it or `params` hold
@@ -134,29 +133,25 @@ class Engine:
                 the structured outputs cannot be followed.
             UsageError: structured outputs need a package that is not installed.
         """
-        check_prompt(prompt_ids, self._config)
+        check_prompt(prompt_ids, self._config, kv_tokens=self._kv.most_tokens)
         check_params(params, self._config)
-        ending_ids = {
-            *(params.stop_token_ids or ()),
-            *(() if params.ignore_eos else self._config.eos_token_ids),
-        }
-        prompt_tokens, number = len(prompt_ids), next(self._ids)
-        sequence = Sequence(
-            id=number,
-            params=params,
-            token_ids=list(prompt_ids),
-            prompt_tokens=prompt_tokens,
-            capacity=min(prompt_tokens + params.max_tokens, self._config.max_positions),
-            ending_ids=ending_ids,
-            sampler=Sampler(params, prompt_ids, ending_ids, self._guide(params)),
-            stream=self._stream(params, prompt_ids),
-            kv_id=number,
-            conversation=conversation,
+        sequence = new_sequence(
+            next(self._ids),
+            prompt_ids,
+            params,
+            self._config,
+            self._tokenizer,
+            self._guide(params),
+            self.max_model_len,
         )
+        sequence.tenant = tenant
+        sequence.scope = conversation or ((tenant, cache_salt) if tenant else None)
         if conversation is None:
-            self._drop_kept()
+            self._kv.drop_conversation()
+        if sibling is not None:
+            self._join(sequence, sibling)
         self._scheduler.add(sequence)
-        return number
+        return sequence.id
 
     def compile(self, params: SamplingParams) -> None:
         """Compile the grammar of structured outputs, which may take a second or two, for `add`.
@@ -176,7 +171,7 @@ class Engine:
         """
         try:
             with self._observer.step() as step, torch.inference_mode():
-                outputs = self._admit()
+                outputs = self._grow() + self._admit()
                 chunks = self._scheduler.schedule()
                 step.begin(chunks)
                 try:
@@ -187,18 +182,20 @@ class Engine:
         except BaseException:
             self.abort_all()
             raise
+        finally:
+            self._kv_usage = self._kv.usage(self._scheduler.running)
 
     def abort(self, number: int) -> None:
         """Give up a sequence. Does nothing if it has ended already."""
         sequence = self._scheduler.find(number)
         if sequence is not None:
-            sequence.conversation = None
-            self._release(sequence)
+            self._release(sequence, keep=False)
+        self._kv_usage = self._kv.usage(self._scheduler.running)
 
     def abort_all(self) -> None:
         """Give up all sequences."""
         for sequence in self._scheduler.unfinished:
-            self.abort(sequence.id)
+            self._release(sequence, keep=False)
 
     def stop(self) -> list[Output]:
         """End every sequence with the answer so far."""
@@ -219,21 +216,25 @@ class Engine:
         if len(prompt_ids) < 2:
             raise PromptError("There is nothing to score: give at least two tokens.")
         check_prompt(prompt_ids, self._config, answer=0)
-        self._drop_kept()
+        self._kv.drop()
         try:
-            return self._score(prompt_ids)
+            return self._runner.score(self._session.offload, next(self._ids), prompt_ids)
         except SESSION_OVER as error:
             if not self._replace_offload(error):
                 raise
         try:
-            return self._score(prompt_ids)
+            return self._runner.score(self._session.offload, next(self._ids), prompt_ids)
         except SESSION_OVER as error:
             self._replace_offload(error)  # for the next request, if there may be another one
             raise
 
     def forget(self, conversation: Conversation) -> None:
         """Free the kept KV of a conversation."""
-        self._drop_kept(conversation)
+        self._kv.drop(conversation)
+
+    def reset_prefix_cache(self) -> None:
+        """Free all KV that is kept for reuse."""
+        self._kv.drop()
 
     def reconnect(self) -> bool:
         """Begin a new session with a worker that is lost, while no request is queued.
@@ -246,83 +247,116 @@ class Engine:
 
     def close(self) -> None:
         """Close the offload, and make no other; safe to call twice."""
-        self._rebuild = None
-        self._offload.close()
-
-    def _stream(self, params: SamplingParams, prompt_ids: abc.Sequence[int]) -> TextStream | None:
-        if self._tokenizer is not None and self._tokenizer.exists:
-            # A grammar is about the answer's own bytes.
-            before = prompt_ids if params.structured_outputs is None else None
-            skip = params.skip_special_tokens
-            stops = params.stop_strings
-            return TextStream(self._tokenizer, stops, before, skip_special_tokens=skip)
-        if params.stop_strings:
-            raise PromptError("Stop strings need a tokenizer, and this model has none.")
-        return None
+        self._session.close()
 
     def _guide(self, params: SamplingParams) -> Guide | None:
         wanted = params.structured_outputs
         return None if wanted is None else self._guides.guide(wanted)
 
-    def _score(self, prompt_ids: abc.Sequence[int]) -> Scores:
-        sequence = next(self._ids)
-        self._offload.alloc(sequence, len(prompt_ids))
-        try:
-            chunk, stats = self._prefill_chunk, self.stats
-            return score(self._decoder, self._offload, sequence, prompt_ids, chunk, stats)
-        finally:
-            with suppress(TSQPError):  # a worker that is gone cannot free anything
-                self._offload.free(sequence)
+    def _join(self, sequence: Sequence, sibling: int) -> None:
+        """Let a sequence share the prompt of an earlier one."""
+        other = self._scheduler.find(sibling)
+        if other is None or not self._kv.can_copy:
+            return
+        prompt = other.token_ids[: other.prompt_tokens]
+        assert (sequence.tenant, sequence.token_ids) == (other.tenant, prompt), "not a sibling"
+        if other.shared is None:
+            other.shared = SharedPrompt(other)
+            other.scope = other.shared if other.scope is None else other.scope
+        sequence.shared, sequence.scope = other.shared, other.scope
+        other.shared.waiting.add(sequence.id)
+
+    def _grow(self) -> list[Output]:
+        """Make room for the next tokens; preempt sequences if there is none for all."""
+        outputs: list[Output] = []
+        for sequence in self._scheduler.running:
+            while sequence.decodes and self._scheduler.is_running(sequence):
+                try:
+                    self._kv.extend(sequence)
+                    break
+                except OutOfMemory as error:
+                    if self._scheduler.num_running == 1:
+                        outputs.append(self._fail(sequence, error))
+                    else:
+                        self._preempt(self._scheduler.next_to_preempt())
+        return outputs
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Let a running sequence wait. It will compute its KV again, and keeps its tokens."""
+        self._kv.free(sequence)
+        self._scheduler.preempt(sequence)
+        sequence.restart()
+        self.stats.preemptions += 1
 
     def _admit(self) -> list[Output]:
-        """Start sequences as far as there is memory; returns errors of those that cannot run."""
+        """Start sequences as far as there is memory; returns errors, and tokens of siblings."""
         outputs: list[Output] = []
         while (sequence := self._scheduler.next_to_admit()) is not None:
             try:
-                if sequence.conversation is not None:
-                    self._kept.admit(sequence)
-                else:
-                    self._offload.alloc(sequence.kv_id, sequence.capacity)
+                self._kv.admit(sequence, self._scheduler.num_running)
             except TSQPError as error:
                 if isinstance(error, SESSION_OVER):
                     return outputs + self._begin_again([sequence], error)
-                if isinstance(error, OutOfMemory) and self._scheduler.running:
+                if isinstance(error, OutOfMemory) and self._scheduler.num_running:
                     break  # it gets its turn when another ends
                 outputs.append(self._fail(sequence, error))
                 continue
-            self.stats.reused_tokens += sequence.computed
-            self._scheduler.admit()
-            if sequence.admitted_at is None:
-                sequence.admitted_at = monotonic()
+            self._scheduler.admit(sequence)
+            outputs += self._begin(sequence)
         return outputs
+
+    def _begin(self, sequence: Sequence) -> list[Output]:
+        """Begin to run a sequence; returns its first token if a sibling computed the prompt."""
+        if sequence.admitted_at is None:
+            sequence.admitted_at = self._observer.now()
+            sequence.cached_tokens = sequence.computed
+            self.stats.reused_tokens += sequence.computed
+        shared = sequence.shared
+        if shared is None:
+            return []
+        logits_V, prompt_logprobs = shared.logits_V, shared.prompt_logprobs
+        if logits_V is not None:
+            sequence.cached_tokens = shared.cached_tokens
+        shared.begin(sequence)
+        self._drop_shared(sequence)
+        if sequence.remaining:
+            return []
+        assert logits_V is not None, "only siblings have nothing to compute"
+        sequence.prompt_logprobs = list(prompt_logprobs)
+        return [self._choose(sequence, logits_V)]
 
     def _run(self, chunks: abc.Sequence[Chunk]) -> list[Output]:
         """Compute some chunks; raises TSQPError before any of them has a new token."""
-        # A worker that keeps the KV must get a prompt in order, which two passes do not promise.
-        may_cut = self._offload.placement.kv_in_tee
-        parts = split_into_microbatches(chunks, self._microbatches, may_cut=may_cut)
-        passes = [self._decoder.forward(flat_batch(part), self.stats) for part in parts]
         outputs = []
-        logits = run_interleaved(self._offload, passes, self.stats)
-        for part, logits_RV in zip(parts, logits, strict=True):
-            rows = logits_RV.split_with_sizes([len(chunk.wanted) for chunk in part])
-            for chunk, chunk_RV in zip(part, rows, strict=True):
-                output = self._advance(chunk, chunk_RV)
-                if output is not None:
-                    outputs.append(output)
+        for chunk, logits_RV in self._runner.run(self._session.offload, chunks):
+            output = self._advance(chunk, logits_RV)
+            if output is not None:
+                outputs.append(output)
         return outputs
 
     def _advance(self, chunk: Chunk, logits_RV: Tensor) -> Output | None:
         """Take the result of a chunk: rate the prompt, choose the next token, end the sequence."""
-        sequence, ended = chunk.sequence, chunk.ends_known_tokens
+        sequence, ended, was_prompt = chunk.sequence, chunk.ends_known_tokens, not chunk.decodes
+        try:
+            if sequence.rates_prompt:
+                with self.stats.time("sampling"):
+                    sequence.rate_prompt(logits_RV)
+        except TSQPError as error:
+            return self._fail(sequence, error)
+        sequence.computed += chunk.length
+        if not ended:
+            return None
+        if was_prompt:
+            if sequence.shared is not None and not sequence.generated:
+                sequence.shared.finish(sequence, logits_RV[-1])
+            self._kv.share(sequence)
+        return self._choose(sequence, logits_RV[-1])
+
+    def _choose(self, sequence: Sequence, logits_V: Tensor) -> Output:
+        """Choose the next token of a sequence, and end it if that was the last one."""
         try:
             with self.stats.time("sampling"):
-                if sequence.rates_prompt:
-                    sequence.rate_prompt(logits_RV)
-                sequence.computed += chunk.length
-                if not ended:
-                    return None
-                sequence.choose(logits_RV[-1])
+                sequence.choose(logits_V)
             text, reason = sequence.read()
             if reason is None:
                 return sequence.output(text)
@@ -342,8 +376,7 @@ class Engine:
         # Perhaps only one sequence is at fault, so each chunk is computed separately.
         outputs: list[Output] = []
         try:
-            for sequence in sequences:
-                self._offload.truncate(sequence.kv_id, sequence.computed)
+            self._truncate(sequences)
         except TSQPError as over:
             return self._begin_again(sequences, over)
         for place, chunk in enumerate(chunks):
@@ -356,65 +389,60 @@ class Engine:
         return outputs
 
     def _begin_again(self, affected: abc.Sequence[Sequence], error: TSQPError) -> list[Output]:
-        """Replace the offload after the end of its session, and restart the sequences.
+        """Replace the offload after the end of its session, and let the sequences continue.
 
-        The affected ones end with the error if they have been restarted before. If there is no new
-        offload, all of them do.
+        They compute everything again, unless their KV is on this side. The affected ones end with
+        the error if they have continued often enough. If there is no new offload, all of them do.
         """
-        self._drop_kept()
-        failed = [each for each in affected if each.restarts >= MAX_RESTARTS]
+        failed = [each for each in affected if each.restarts >= self._max_restarts]
         outputs = [self._fail(sequence, error) for sequence in failed]
         for sequence in affected:
             sequence.restarts += 1
-        for sequence in self._scheduler.running:
-            with suppress(TSQPError):  # a worker that is gone cannot free anything
-                self._offload.free(sequence.kv_id)
+        before = self._kv
+        if not self._replace_offload(error):
+            return outputs + [self._fail(each, error) for each in self._scheduler.unfinished]
+        running = self._scheduler.running
+        if self._kv is before:
+            self._truncate(running)
+            return outputs
+        for sequence in running:
+            before.free(sequence)
             sequence.restart()
         self._scheduler.requeue()
-        if not self._replace_offload(error):
-            outputs += [self._fail(each, error) for each in self._scheduler.unfinished]
         return outputs
 
     def _replace_offload(self, error: TSQPError) -> bool:
-        """Rebuild the offload after the end of its session; False if there is no new one.
-
-        Only a lost worker is tried again, and not one that broke the protocol or sent a wrong
-        product. A wrong lattice mask is not tried again either.
-        """
-        if not isinstance(error, WorkerLost):
-            self._rebuild = None  # and with it the check vectors that it may hold
-        if self._rebuild is None:
+        """Replace the offload after the end of its session; False if there is no new one."""
+        if not self._session.replace(error):
+            self._kv.drop()
             return False
-        with suppress(TSQPError):  # with its masks, before there are more
-            self._offload.close()
-        try:
-            self._offload = self._rebuild()
-        except TSQPError as cause:
-            if isinstance(cause, SESSION_OVER) and not isinstance(cause, WorkerLost):
-                self._rebuild = None
-            log.warning("no new session with the worker: %s", cause)
-            return False
-        self._kept = ConversationKv(self._offload, self._config)
-        self._decoder.most_scores = self._offload.most_scores
-        log.warning("a new session with the worker has begun, because the last one was lost")
+        offload = self._session.offload
+        if offload.kv is not self._kv.kv:
+            self._kv.drop()
+            self._kv = SequenceKv(offload.kv, self._config)
+        self._decoder.most_scores = offload.most_scores
         return True
+
+    def _truncate(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Forget the KV of a step that failed."""
+        for sequence in sequences:
+            self._session.offload.kv.truncate(sequence.kv_id, sequence.computed)
 
     def _fail(self, sequence: Sequence, error: TSQPError) -> Output:
         """End a sequence with an error."""
-        sequence.conversation = None
-        self._release(sequence)
+        self._release(sequence, keep=False)
         return Output(sequence.id, error=error)
 
-    def _release(self, sequence: Sequence) -> None:
-        """Remove a sequence, and free its KV or keep it for the conversation."""
-        if not self._scheduler.remove(sequence):
-            return
-        with suppress(TSQPError):  # a worker that is gone cannot free anything
-            if sequence.conversation is not None:
-                self._kept.hold(sequence)
-            else:
-                self._offload.free(sequence.kv_id)
+    def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Remove a sequence, and free its KV or keep it for reuse."""
+        if sequence.shared is not None:
+            sequence.shared.leave(sequence)
+        if self._scheduler.remove(sequence):
+            self._kv.release(sequence, keep=keep)
+        self._drop_shared(sequence)
 
-    def _drop_kept(self, conversation: Conversation | None = None) -> None:
-        with suppress(TSQPError):  # a worker that is gone cannot free anything
-            self._kept.drop(conversation)
+    def _drop_shared(self, sequence: Sequence) -> None:
+        """Free the KV of a shared prompt when no sibling waits for it any more."""
+        shared = sequence.shared
+        if shared is not None and shared is sequence.scope and not shared.waiting:
+            self._kv.drop(shared)

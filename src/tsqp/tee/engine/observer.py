@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter, process_time
+from time import monotonic, perf_counter, process_time
 
 from tsqp.tee.call_log import CallLog
 from tsqp.tee.engine.sequence import Chunk
@@ -34,6 +34,7 @@ class Observer:
         stats: receives the times and numbers of tokens.
         cpu_clock: returns the seconds of processor time that count as work of the steps.
         call_log: notified of each step.
+        clock: seconds, for the times of requests.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Observer:
         stats: Stats | None = None,
         cpu_clock: Callable[[], float] = process_time,
         call_log: CallLog | None = None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
+        self.now = clock
         self.stats = Stats() if stats is None else stats
         self._cpu_clock = cpu_clock
         self._call_log = call_log

@@ -3,13 +3,23 @@
 This module does not depend on a model, a worker or a clock.
 """
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
+from itertools import zip_longest
 
 from tsqp.tee.engine.sequence import Chunk, Sequence
 
 
 class Scheduler:
-    """First come, first served: a waiting sequence never overtakes an earlier one.
+    """Decodes first, and divides what is left of a step among the prompts of all tenants.
+
+    Each step computes the next token of every decoding sequence, and at most `prefill_chunk` tokens
+    of prompts, so that a long prompt never stops the others.
+
+    Fairness: the tenant with the fewest running sequences is next to run another one, and tenants
+    take turns with their prompts. The sequences of a tenant begin to run in the order of arrival.
+    While one of its prompts takes several steps, other prompts of the same tenant take turns with
+    it.
 
     Args:
         max_num_seqs: maximum number of sequences that run at the same time; the others wait.
@@ -21,12 +31,19 @@ class Scheduler:
         assert min(max_num_seqs, prefill_chunk) >= 1
         self._max_num_seqs = max_num_seqs
         self._prefill_chunk = prefill_chunk
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: dict[str, deque[Sequence]] = {}  # by tenant, in the order of their turns
         self._running: list[Sequence] = []
+        self._step = 0
+        self._served: dict[str, int] = {}  # the last step that computed a prompt of each tenant
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """A copy of the list of running sequences, in the order in which they began to run."""
+        return list(self._running)
 
     @property
     def num_running(self) -> int:
@@ -34,65 +51,113 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, list(self._waiting.values())))  # other threads ask, too
 
-    @property
-    def running(self) -> list[Sequence]:
-        """A copy of the list of running sequences, in order of arrival."""
-        return list(self._running)
+    def is_running(self, sequence: Sequence) -> bool:
+        """Whether a sequence runs."""
+        return sequence in self._running
 
     @property
     def unfinished(self) -> list[Sequence]:
         """All unfinished sequences; the running ones come first."""
-        return [*self._running, *self._waiting]
+        return [*self._running, *(each for queue in self._waiting.values() for each in queue)]
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence to the waiting ones."""
-        self._waiting.append(sequence)
+        self._waiting.setdefault(sequence.tenant, deque()).append(sequence)
 
     def next_to_admit(self) -> Sequence | None:
-        """The next waiting sequence, if another one may run."""
-        if not self._waiting or len(self._running) >= self._max_num_seqs:
-            return None
-        return self._waiting[0]
+        """The next waiting sequence, if another one may run.
 
-    def admit(self) -> None:
+        A sequence that waits for the prompt of its sibling holds back its tenant only.
+        """
+        if len(self._running) >= self._max_num_seqs:
+            return None
+        ready = [tenant for tenant, queue in self._waiting.items() if not queue[0].must_wait]
+        if not ready:
+            return None
+        running = Counter(each.tenant for each in self._running)
+        return self._waiting[min(ready, key=running.__getitem__)][0]
+
+    def admit(self, sequence: Sequence) -> None:
         """Let the sequence of `next_to_admit` run."""
-        self._running.append(self._waiting.popleft())
+        queue = self._waiting.pop(sequence.tenant)
+        assert queue.popleft() is sequence
+        if queue:
+            self._waiting[sequence.tenant] = queue  # at the end: the others have their turn
+        sequence.served = self._step
+        self._running.append(sequence)
 
     def schedule(self) -> list[Chunk]:
         """The tokens of the next step: one for each decoding sequence, and chunks of prompts.
 
         Chunks of prompts and of restarted sequences together have at most `prefill_chunk` tokens.
         """
-        chunks = []
+        self._step += 1
+        chunks = [Chunk(each, each.computed, 1) for each in self._running if each.decodes]
         budget = self._prefill_chunk
-        for sequence in self._running:
-            length = min(sequence.remaining, self._prefill_chunk)
-            chunk = Chunk(sequence, sequence.computed, length)
-            if length == 1 and not sequence.in_prompt:
-                chunks.append(chunk)
-            elif length <= budget:
-                budget -= length
-                chunks.append(chunk)
-            else:
-                budget = 0  # later sequences must not overtake
+        for sequence in self._prompts_in_turn():
+            to_cut = self._prefill_chunk - sequence.computed % self._prefill_chunk
+            length = min(sequence.remaining, to_cut)
+            if length > budget:
+                break  # later sequences must not overtake
+            budget -= length
+            chunks.append(Chunk(sequence, sequence.computed, length))
+            sequence.served = self._served[sequence.tenant] = self._step
         return chunks
+
+    def next_to_preempt(self) -> Sequence:
+        """The running sequence that makes way when memory is short.
+
+        It is the youngest one of the tenant that has the most tokens in memory.
+        """
+        sizes: Counter[str] = Counter()
+        for each in self._running:
+            sizes[each.tenant] += each.computed
+        [(tenant, _)] = sizes.most_common(1)
+        return max((s for s in self._running if s.tenant == tenant), key=lambda s: s.id)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Let a running sequence wait again, in front of the others of its tenant."""
+        self._running.remove(sequence)
+        self._waiting.setdefault(sequence.tenant, deque()).appendleft(sequence)
+
+    def requeue(self) -> None:
+        """Let all running sequences wait again, in front and in the same order."""
+        for sequence in reversed(self.running):
+            self.preempt(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
         """Remove a sequence; returns whether it was running. Does nothing if it is unknown."""
         if sequence in self._running:
             self._running.remove(sequence)
             return True
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
+        queue = self._waiting.get(sequence.tenant, deque())
+        if sequence in queue:
+            queue.remove(sequence)
+            if not queue:
+                del self._waiting[sequence.tenant]
         return False
 
     def find(self, number: int) -> Sequence | None:
         """The unfinished sequence with this id, if there is one."""
         return next((each for each in self.unfinished if each.id == number), None)
 
-    def requeue(self) -> None:
-        """Move all running sequences back to the front of the waiting ones, in the same order."""
-        self._waiting.extendleft(reversed(self._running))
-        self._running.clear()
+    def _prompts_in_turn(self) -> Iterator[Sequence]:
+        """The running sequences with more than one token to compute; tenants take turns.
+
+        Those that were served least recently come first. Of two that were served in the same step,
+        the one that began later does: a new prompt does not wait for all of a long one.
+        """
+        lines: dict[str, list[Sequence]] = {}
+        for sequence in self._running:
+            if not sequence.decodes:
+                lines.setdefault(sequence.tenant, []).append(sequence)
+        for line in lines.values():
+            line.sort(key=lambda s: (s.served, s.computed, s.id))
+        self._served = {tenant: self._served.get(tenant, self._step - 1) for tenant in lines}
+        tenants = sorted(
+            lines, key=lambda t: (self._served[t], lines[t][0].computed, lines[t][0].id)
+        )
+        for turn in zip_longest(*(lines[tenant] for tenant in tenants)):
+            yield from (sequence for sequence in turn if sequence is not None)

@@ -4,7 +4,7 @@ Shape suffixes: R rows of logits; V vocabulary.
 """
 
 import math
-from collections.abc import Set
+from collections.abc import Hashable, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tsqp.errors import TSQPError
 from tsqp.nn.ops import ATTENTION_BLOCK
-from tsqp.tee.conversation import Conversation
+from tsqp.tee.engine.shared_prompt import SharedPrompt
 from tsqp.tee.logprobs import rate
 from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import Completion, FinishReason, SamplingParams, TokenLogprobs
@@ -32,13 +32,21 @@ class Sequence:
     sampler: Sampler
     stream: TextStream | None
     kv_id: int  # under which the offload has its KV
-    conversation: Conversation | None = None  # whose next sequence gets this one's KV
-    reserved: int = 0  # tokens for which there is room in the cache
+    tenant: str = ""
+    scope: Hashable = None  # whose sequences may reuse its KV; None if none may
+    shared: SharedPrompt | None = None
     computed: int = 0  # tokens whose KV is in the cache
+    cached_tokens: int = 0  # of the prompt, those whose KV was reused
+    served: int = 0  # the last step that computed a part of its prompt, see `Scheduler`
     restarts: int = 0  # how often its worker was lost
     admitted_at: float | None = None  # when it first began to run, by time.monotonic
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+
+    @property
+    def generated(self) -> int:
+        """Number of tokens of the answer so far."""
+        return len(self.token_ids) - self.prompt_tokens
 
     @property
     def remaining(self) -> int:
@@ -49,6 +57,16 @@ class Sequence:
     def in_prompt(self) -> bool:
         """Whether the next token to be computed is one of the prompt's."""
         return self.computed < self.prompt_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Whether all that it computes next is the last token that was chosen."""
+        return self.remaining == 1 and not self.in_prompt
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether another sequence is computing its prompt."""
+        return self.shared is not None and self.shared.is_computed_by_another(self)
 
     @property
     def rates_prompt(self) -> bool:
@@ -66,9 +84,10 @@ class Sequence:
 
     def restart(self) -> None:
         """Compute everything again with new KV. The tokens chosen so far are kept."""
-        self.kv_id, self.conversation, self.reserved = self.id, None, 0
-        self.computed = 0
+        self.kv_id, self.computed = self.id, 0
         self.prompt_logprobs = [None]
+        if self.shared is not None:
+            self.shared.leave(self)
 
     def choose(self, logits_V: Tensor) -> int:
         """Choose the next token."""
@@ -85,8 +104,7 @@ class Sequence:
             return "", "stop"
         text = ""
         if stream:
-            generated = len(self.token_ids) - self.prompt_tokens
-            text = stream.push(token_id, may_stop=generated > self.params.min_tokens)
+            text = stream.push(token_id, may_stop=self.generated > self.params.min_tokens)
             if stream.stopped:
                 return text, "stop"
         if self.sampler.is_complete:
@@ -102,6 +120,7 @@ class Sequence:
             completion,
             logprobs=self.logprobs[-1] if self.logprobs else None,
             admitted_at=self.admitted_at,
+            cached_tokens=self.cached_tokens,
         )
 
     def complete(self, reason: FinishReason) -> tuple[str, Completion]:
@@ -130,7 +149,8 @@ class Output:
         error: why there will be no answer. The sequence has ended, and the other fields are empty.
         logprobs: of the token; None unless requested.
         admitted_at: when the sequence first began to run, by time.monotonic.
-        cached_tokens: tokens of the prompt whose keys and values were reused.
+        cached_tokens: number of prompt tokens whose keys and values were reused. What an answer
+            shares with others of the same request does not count.
     """
 
     sequence: int
@@ -156,6 +176,11 @@ class Chunk:
         """Whether the token after this chunk is the next to be chosen."""
         return self.start + self.length == len(self.sequence.token_ids)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is the one token that was chosen last."""
+        return self.length == 1 and self.start >= self.sequence.prompt_tokens
+
     def split(self, parts: int) -> list["Chunk"]:
         """Divide it into at most this many chunks; attention is computed in the same blocks."""
         step = ATTENTION_BLOCK * math.ceil(self.length / parts / ATTENTION_BLOCK)
@@ -167,6 +192,7 @@ class Chunk:
     @property
     def wanted(self) -> range:
         """Which of its tokens need logits: all, the last one, or none."""
-        if self.sequence.rates_prompt:
+        sequence = self.sequence
+        if sequence.params.prompt_logprobs is not None and self.start < sequence.prompt_tokens:
             return range(self.length)
         return range(self.length - self.ends_known_tokens, self.length)

@@ -10,7 +10,8 @@ from tsqp.checkpoint.weights import LinearWeights, read_embedding, read_linear
 from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.model.config import linear_groups, output_projection
 from tsqp.model.linear_group import LinearGroup
-from tsqp.nn.attention import CachedAttention
+from tsqp.nn.attention import CachedAttention, kv_in_blocks
+from tsqp.nn.kv_cache import KvCache
 from tsqp.tee.offload.offload import Attention, Embedding, Linear, Ready, Request, attend_here
 from tsqp.tee.placement import IN_TEE
 
@@ -27,15 +28,18 @@ class LocalOffload:
         dtype: torch.dtype,
         progress: Progress = silent,
         digest: WeightsDigest | None = None,
+        kv: KvCache | None = None,
     ) -> None:
         """Read all weights.
 
         Args:
+            kv: where keys and values are kept; without one, in a new cache without a limit.
             digest: receives every tensor that is read.
             progress: called with the bytes done and their total.
         """
         config = checkpoint.config
-        self.attention = CachedAttention(config, dtype)
+        self.kv = kv_in_blocks(config, dtype) if kv is None else kv
+        self._attention = CachedAttention(config, self.kv)
         tied = config.tie_word_embeddings
         done = Counter(float_bytes(config, dtype), progress)
         self._embedding_VD = read_embedding(checkpoint, dtype, digest, multiplies=tied)
@@ -53,18 +57,9 @@ class LocalOffload:
             weights = self._linear[request.group]
             return Ready(F.linear(request.x_TD, weights.weight_FD, weights.bias_F))
         if isinstance(request, Attention):
-            return attend_here(self.attention, request)
+            return attend_here(self._attention, request)
         assert isinstance(request, Embedding)
         return Ready(F.embedding(request.token_ids_T, self._embedding_VD))
-
-    def alloc(self, sequence: int, capacity: int) -> None:
-        self.attention.alloc(sequence, capacity)
-
-    def truncate(self, sequence: int, length: int) -> None:
-        self.attention.truncate(sequence, length)
-
-    def free(self, sequence: int) -> None:
-        self.attention.free(sequence)
 
     def close(self) -> None:
         self._linear.clear()

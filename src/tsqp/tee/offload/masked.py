@@ -25,6 +25,7 @@ from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel, Worker
 from tsqp.model.config import ModelConfig
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention
+from tsqp.nn.kv_cache import KvCache
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.row_pool import RowPool
@@ -251,9 +252,10 @@ class PrivateOffload:
     most_scores = 0
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, embedding_VD: Tensor, linear: LinearPart
+        self, config: ModelConfig, kv: KvCache, embedding_VD: Tensor, linear: LinearPart
     ) -> None:
-        self._attention = CachedAttention(config, dtype)
+        self.kv = kv
+        self._attention = CachedAttention(config, kv)
         self._embedding_VD = embedding_VD
         self._linear = linear
         self.placement = linear.placement
@@ -265,15 +267,6 @@ class PrivateOffload:
             return attend_here(self._attention, request)
         assert isinstance(request, Embedding)
         return Ready(F.embedding(request.token_ids_T, self._embedding_VD))
-
-    def alloc(self, sequence: int, capacity: int) -> None:
-        self._attention.alloc(sequence, capacity)
-
-    def truncate(self, sequence: int, length: int) -> None:
-        self._attention.truncate(sequence, length)
-
-    def free(self, sequence: int) -> None:
-        self._attention.free(sequence)
 
     def close(self) -> None:
         self._linear.close()

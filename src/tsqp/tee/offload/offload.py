@@ -141,27 +141,23 @@ def attend_here(attention: CachedAttention, request: Attention) -> Ready:
     return Ready(attention.attend(r.layer, r.q_THK, r.k_TJK, r.v_TJK, r.segments))
 
 
-class Offload(Protocol):
-    """Answers the decoder's requests, and owns the KV cache of its sequences.
+class Kv(Protocol):
+    """Keys and values of sequences, by their ids, on the side that computes attention.
 
-    Attributes:
-        placement: which side runs which operation. It decides which requests the decoder makes.
-        most_scores: maximum number of attention scores in one answer, if `placement` splits
-            attention.
+    On the trusted side this is a `KvCache`, which can also extend and copy sequences. On a worker
+    it is a `RemoteKv`, where a sequence gets all its room at once.
     """
 
-    @property
-    def placement(self) -> Placement: ...
+    def alloc(self, sequence: int, capacity: int) -> None:
+        """Make room for `capacity` tokens under a new id.
 
-    @property
-    def most_scores(self) -> int: ...
-
-    def start(self, request: Request) -> Pending:
-        """Begin `request`. Its tensors must not change until it is answered."""
+        Raises:
+            OutOfMemory: there is no room.
+        """
         ...
 
-    def alloc(self, sequence: int, capacity: int) -> None:
-        """Make room for `capacity` tokens of KV under a new id."""
+    def capacity(self, sequence: int) -> int:
+        """The number of tokens for which a sequence has room."""
         ...
 
     def truncate(self, sequence: int, length: int) -> None:
@@ -170,6 +166,30 @@ class Offload(Protocol):
 
     def free(self, sequence: int) -> None:
         """Forget a sequence."""
+        ...
+
+
+class Offload(Protocol):
+    """Answers the decoder's requests, and owns the KV cache of its sequences.
+
+    Attributes:
+        placement: which side runs which operation. It decides which requests the decoder makes.
+        most_scores: maximum number of attention scores in one answer, if `placement` splits
+            attention.
+        kv: the keys and values of its sequences.
+    """
+
+    @property
+    def placement(self) -> Placement: ...
+
+    @property
+    def kv(self) -> Kv: ...
+
+    @property
+    def most_scores(self) -> int: ...
+
+    def start(self, request: Request) -> Pending:
+        """Begin `request`. Its tensors must not change until it is answered."""
         ...
 
     def close(self) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from torch import Tensor
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention
-from tsqp.tee.offload.offload import Attention, Embedding, Linear, Pending, Request, attend_here
+from tsqp.nn.kv_cache import KvCache
+from tsqp.tee.offload.offload import Attention, Embedding, Kv, Linear, Pending, Request, attend_here
 from tsqp.tee.placement import OPEN
 from tsqp.wire import messages
 from tsqp.wire.call_limit import rows_within
@@ -37,16 +37,6 @@ class Shard:
     channel: Channel
     start: int
     stop: int
-
-
-class Kv(Protocol):
-    """Keys and values of sequences, on whichever side; see `Offload`."""
-
-    def alloc(self, sequence: int, capacity: int) -> None: ...
-
-    def truncate(self, sequence: int, length: int) -> None: ...
-
-    def free(self, sequence: int) -> None: ...
 
 
 class OpenLinear:
@@ -67,7 +57,7 @@ class OpenLinear:
         timeout: float,
         kv: Kv,
     ) -> None:
-        self._kv = kv
+        self.kv = kv
         self._channel = channel
         self._dtype = dtype
         # Which worker computes which features of a group: as yet, one computes all.
@@ -85,15 +75,6 @@ class OpenLinear:
         assert isinstance(request, Linear)
         group, operation = request.group, messages.Linear(*messages.place_of(request.group))
         return self._call(operation, request.x_TD, self._groups[group], self._biases_F.get(group))
-
-    def alloc(self, sequence: int, capacity: int) -> None:
-        self._kv.alloc(sequence, capacity)
-
-    def truncate(self, sequence: int, length: int) -> None:
-        self._kv.truncate(sequence, length)
-
-    def free(self, sequence: int) -> None:
-        self._kv.free(sequence)
 
     def close(self) -> None:
         self._channel.close()
@@ -148,9 +129,10 @@ class OpenOffload(OpenLinear):
         dtype: torch.dtype,
         biases_F: Mapping[LinearGroup, Tensor],
         timeout: float,
+        kv: KvCache,
     ) -> None:
-        self._attention = CachedAttention(config, dtype)
-        super().__init__(channel, config, dtype, biases_F, timeout, self._attention)
+        self._attention = CachedAttention(config, kv)
+        super().__init__(channel, config, dtype, biases_F, timeout, kv)
 
     def start(self, request: Request) -> Pending:
         if isinstance(request, Attention):

@@ -17,6 +17,11 @@ class RemoteKv:
     def __init__(self, channel: Channel, timeout: float) -> None:
         self._channel = channel
         self._timeout = timeout
+        self._rooms: dict[int, int] = {}
+
+    def capacity(self, sequence: int) -> int:
+        """The number of tokens for which a sequence has room."""
+        return self._rooms[sequence]
 
     def alloc(self, sequence: int, capacity: int) -> None:
         """Make room for `capacity` tokens under a new id.
@@ -30,6 +35,7 @@ class RemoteKv:
             if exc.out_of_memory:
                 raise OutOfMemory(str(exc)) from exc
             raise
+        self._rooms[sequence] = capacity
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -37,6 +43,7 @@ class RemoteKv:
 
     def free(self, sequence: int) -> None:
         """Give back a sequence's memory, without waiting for the worker."""
+        self._rooms.pop(sequence, None)
         self._channel.cancel(self._submit(Free(sequence)))
 
     def _submit(self, operation: Operation) -> int:
