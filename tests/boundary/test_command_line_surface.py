@@ -7,7 +7,8 @@ COMMANDS = {
     "generate": """
         --attention --chat --debug --device --dtype --expect-model --field --fixed-point
         --frequency-penalty --fuse --hints --ignore-eos --insecure --insecure-same-host --json
-        --logit-bias --logprobs --max-tokens --min-p --min-tokens --n --no-shm --pad-memory
+        --kv-memory --logit-bias --logprobs --max-tokens --min-p --min-tokens --n --no-shm
+        --pad-memory
         --prefill-chunk --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs
         --prompts --quiet --repetition-penalty --rpc-log --seed --split-special --stop
         --stop-token-id --temperature --threads --timeout --top-k --top-p --worker --worker-key
@@ -15,14 +16,16 @@ COMMANDS = {
     """,
     "chat": """
         --attention --debug --device --dtype --expect-model --field --fixed-point
-        --frequency-penalty --fuse --hints --insecure --insecure-same-host --logit-bias --max-tokens
-        --min-p --no-shm --pad-memory --prefill-chunk --presence-penalty --privacy --quiet
+        --frequency-penalty --fuse --hints --insecure --insecure-same-host --kv-memory
+        --logit-bias --max-tokens --min-p --no-shm --pad-memory --prefill-chunk
+        --presence-penalty --privacy --quiet
         --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --system
         --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "serve": """
         --api-key --api-key-file --attention --debug --device --dtype --expect-model --field
-        --fixed-point --fuse --hints --host --insecure --insecure-same-host --max-model-len
+        --fixed-point --fuse --hints --host --insecure --insecure-same-host --kv-memory
+        --max-model-len
         --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
         --prefill-chunk --privacy --quiet --root-path --rpc-log --served-model-name
         --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout --uds --worker

@@ -55,6 +55,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "field",
         "fixed_point",
         "pad_memory",
+        "kv_memory",
         "dtype",
         "threads",
         "device",

@@ -10,7 +10,7 @@ from tsqp.tee.sampler import Sampler
 from tsqp.tee.sampling import SamplingParams
 
 
-def a_sequence(number: int, prompt_tokens: int, max_tokens: int = 4) -> Sequence:
+def a_sequence(number: int, prompt_tokens: int, max_tokens: int = 4, tenant: str = "") -> Sequence:
     params, prompt = SamplingParams(max_tokens=max_tokens), [1] * prompt_tokens
     return Sequence(
         id=number,
@@ -22,6 +22,7 @@ def a_sequence(number: int, prompt_tokens: int, max_tokens: int = 4) -> Sequence
         sampler=Sampler(params, prompt, frozenset()),
         stream=None,
         kv_id=number,
+        tenant=tenant,
     )
 
 
@@ -168,3 +169,90 @@ def test_sequences_that_begin_again_share_the_budget_too() -> None:
     assert step(scheduler) == [(1, 4, 12)]
     assert step(scheduler) == [(2, 4, 12)]
     assert step(scheduler) == [(0, 16, 8), (1, 16, 8)]
+
+
+def test_a_long_prompt_neither_stops_answers_nor_holds_back_a_short_one() -> None:
+    scheduler = Scheduler(max_num_seqs=4, prefill_chunk=16)
+    scheduler.add(a_sequence(0, 3, max_tokens=9))
+    step(scheduler)
+    scheduler.add(a_sequence(1, 64))
+    assert step(scheduler) == [(0, 3, 1), (1, 0, 16)]
+    scheduler.add(a_sequence(2, 5))
+    assert step(scheduler) == [(0, 4, 1), (2, 0, 5)]  # the rest of the long one needs a whole chunk
+    assert step(scheduler) == [(0, 5, 1), (2, 5, 1), (1, 16, 16)]
+
+
+def test_a_long_prompt_is_not_held_back_for_ever_by_short_ones() -> None:
+    scheduler = Scheduler(max_num_seqs=9, prefill_chunk=16)
+    scheduler.add(a_sequence(0, 64))
+    step(scheduler)
+    for number in range(1, 10):
+        scheduler.add(a_sequence(number, 5, max_tokens=1))
+        step(scheduler)
+    sequence = scheduler.find(0)
+    assert sequence is None or not sequence.in_prompt
+
+
+def test_the_tenant_that_runs_least_is_next() -> None:
+    scheduler = Scheduler(max_num_seqs=4, prefill_chunk=16)
+    for number in range(6):
+        scheduler.add(a_sequence(number, 3, tenant="many"))
+    scheduler.add(a_sequence(6, 3, tenant="few"))
+    scheduler.add(a_sequence(7, 3, tenant="few"))
+    admit_all(scheduler)
+    assert [each.id for each in scheduler.running] == [0, 6, 1, 7]
+    assert (scheduler.num_running, scheduler.num_waiting) == (4, 4)
+
+
+def test_tenants_take_turns_with_their_prompts() -> None:
+    scheduler = Scheduler(max_num_seqs=9, prefill_chunk=16)
+    for number in range(4):
+        scheduler.add(a_sequence(number, 16, max_tokens=1, tenant="many"))
+    scheduler.add(a_sequence(4, 32, max_tokens=1, tenant="few"))
+    assert [step(scheduler)[0][0] for _ in range(6)] == [0, 4, 1, 4, 2, 3]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 50), st.sampled_from("abc")), min_size=1, max_size=9),
+    chunk=st.integers(1, 20),
+    places=st.integers(1, 4),
+)
+def test_every_tenant_comes_to_its_end_and_its_sequences_begin_in_order(
+    lengths: list[tuple[int, str]], chunk: int, places: int
+) -> None:
+    scheduler = Scheduler(max_num_seqs=places, prefill_chunk=chunk)
+    for number, (length, tenant) in enumerate(lengths):
+        scheduler.add(a_sequence(number, length, tenant=tenant))
+    begun: dict[str, list[int]] = {}
+    while scheduler.has_unfinished:
+        before = {each.id for each in scheduler.running}
+        admit_all(scheduler)
+        for each in scheduler.running:
+            if each.id not in before:
+                begun.setdefault(each.tenant, []).append(each.id)
+        assert step(scheduler), "a step without work would go on for ever"
+    assert begun == {
+        tenant: [n for n, (_, whose) in enumerate(lengths) if whose == tenant]
+        for tenant in {tenant for _, tenant in lengths}
+    }
+
+
+def test_the_youngest_of_the_largest_tenant_makes_way_and_comes_back_first() -> None:
+    scheduler = Scheduler(max_num_seqs=9, prefill_chunk=100)
+    for number, (length, tenant) in enumerate([(20, "a"), (25, "b"), (15, "a"), (5, "a")]):
+        scheduler.add(a_sequence(number, length, tenant=tenant))
+    step(scheduler)
+    chosen = scheduler.next_to_preempt()
+    assert chosen.id == 3
+    scheduler.add(a_sequence(9, 5, tenant="a"))
+    scheduler.preempt(chosen)
+    assert not scheduler.is_running(chosen)
+    assert scheduler.next_to_preempt().id == 2
+    assert scheduler.num_waiting == 2
+    scheduler.add(a_sequence(10, 5, tenant="b"))
+    first = scheduler.next_to_admit()
+    assert first is not None
+    assert first.id == 10  # the other tenant runs fewer
+    scheduler.admit(first)
+    assert scheduler.next_to_admit() is chosen
