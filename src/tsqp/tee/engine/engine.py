@@ -6,22 +6,19 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from tsqp.errors import OutOfMemory, PromptError, TSQPError, WorkerLost
+from tsqp.errors import OutOfMemory, TSQPError, WorkerLost
 from tsqp.model.config import ModelConfig
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
-from tsqp.tee.engine.new_sequence import new_sequence
+from tsqp.tee.engine.intake import Intake
 from tsqp.tee.engine.observer import Observer
 from tsqp.tee.engine.runner import Runner
 from tsqp.tee.engine.scheduler import Scheduler
 from tsqp.tee.engine.scoring import Scores
 from tsqp.tee.engine.sequence import Chunk, Output, Sequence
-from tsqp.tee.engine.sequence_kv import SequenceKv
 from tsqp.tee.engine.session import SESSION_OVER, Session
-from tsqp.tee.engine.shared_prompt import SharedPrompt
-from tsqp.tee.guided.guide import Guide, Guides
+from tsqp.tee.engine.shared_prompt import share_prompt
 from tsqp.tee.offload.offload import Offload
-from tsqp.tee.request_checks import check_params, check_prompt
 from tsqp.tee.sampling import SamplingParams
 from tsqp.tee.stats import Stats
 from tsqp.tee.text.tokenizer import Tokenizer
@@ -59,18 +56,15 @@ class Engine:
         rebuild: abc.Callable[[], Offload] | None = None,
         max_restarts: int = 1,
     ) -> None:
-        self._decoder = decoder
-        self._session = Session(offload, rebuild)
+        self._session = Session(offload, config, decoder, rebuild)
         self._config = config
-        self._tokenizer = tokenizer
+        self._intake = Intake(config, tokenizer)
         self._observer = Observer() if observer is None else observer
         self._runner = Runner(decoder, self._observer.stats, microbatches, prefill_chunk)
         self._max_restarts = max_restarts  # the prompt may be what ends the sessions
         self._scheduler = Scheduler(max_num_seqs=max_num_seqs, prefill_chunk=prefill_chunk)
-        self._kv = SequenceKv(offload.kv, config)
-        self._guides = Guides(tokenizer, config)
         self._ids = count()
-        self._kv_usage = 0.0
+        self._usage = 0.0
 
     @property
     def stats(self) -> Stats:
@@ -95,12 +89,12 @@ class Engine:
         """The part of the memory for keys and values that running sequences use; 0 if it has no
         limit. Any thread may ask.
         """
-        return self._kv_usage
+        return self._usage
 
     @property
     def max_model_len(self) -> int:
         """Maximum number of tokens of a prompt and its answer together."""
-        context, most = self._config.max_positions, self._kv.most_tokens
+        context, most = self._config.max_positions, self._session.kv.most_tokens
         return context if most is None else min(context, most)
 
     def add(
@@ -133,23 +127,15 @@ class Engine:
                 the structured outputs cannot be followed.
             UsageError: structured outputs need a package that is not installed.
         """
-        check_prompt(prompt_ids, self._config, kv_tokens=self._kv.most_tokens)
-        check_params(params, self._config)
-        sequence = new_sequence(
-            next(self._ids),
-            prompt_ids,
-            params,
-            self._config,
-            self._tokenizer,
-            self._guide(params),
-            self.max_model_len,
-        )
+        kv = self._session.kv
+        sequence = self._intake.take(next(self._ids), prompt_ids, params, kv.most_tokens)
         sequence.tenant = tenant
         sequence.scope = conversation or ((tenant, cache_salt) if tenant else None)
         if conversation is None:
-            self._kv.drop_conversation()
-        if sibling is not None:
-            self._join(sequence, sibling)
+            kv.drop_conversation()
+        other = None if sibling is None else self._scheduler.find(sibling)
+        if other is not None and kv.can_copy:
+            share_prompt(other, sequence)
         self._scheduler.add(sequence)
         return sequence.id
 
@@ -162,7 +148,7 @@ class Engine:
         Raises:
             PromptError, UsageError: see `add`.
         """
-        self._guide(params)
+        self._intake.compile(params)
 
     def step(self) -> list[Output]:
         """Compute one batch, and return an output for each sequence that got a token or an error.
@@ -183,14 +169,14 @@ class Engine:
             self.abort_all()
             raise
         finally:
-            self._kv_usage = self._kv.usage(self._scheduler.running)
+            self._usage = self._session.kv.usage(self._scheduler.running)
 
     def abort(self, number: int) -> None:
         """Give up a sequence. Does nothing if it has ended already."""
         sequence = self._scheduler.find(number)
         if sequence is not None:
             self._release(sequence, keep=False)
-        self._kv_usage = self._kv.usage(self._scheduler.running)
+        self._usage = self._session.kv.usage(self._scheduler.running)
 
     def abort_all(self) -> None:
         """Give up all sequences."""
@@ -213,28 +199,26 @@ class Engine:
             WorkerError: the worker failed.
         """
         self.abort_all()  # an interrupt may have left sequences
-        if len(prompt_ids) < 2:
-            raise PromptError("There is nothing to score: give at least two tokens.")
-        check_prompt(prompt_ids, self._config, answer=0)
-        self._kv.drop()
+        self._intake.check_text(prompt_ids)
+        self._session.kv.drop()
         try:
             return self._runner.score(self._session.offload, next(self._ids), prompt_ids)
         except SESSION_OVER as error:
-            if not self._replace_offload(error):
+            if not self._session.replace(error):
                 raise
         try:
             return self._runner.score(self._session.offload, next(self._ids), prompt_ids)
         except SESSION_OVER as error:
-            self._replace_offload(error)  # for the next request, if there may be another one
+            self._session.replace(error)  # for the next request, if there may be another one
             raise
 
     def forget(self, conversation: Conversation) -> None:
         """Free the kept KV of a conversation."""
-        self._kv.drop(conversation)
+        self._session.kv.drop(conversation)
 
     def reset_prefix_cache(self) -> None:
         """Free all KV that is kept for reuse."""
-        self._kv.drop()
+        self._session.kv.drop()
 
     def reconnect(self) -> bool:
         """Begin a new session with a worker that is lost, while no request is queued.
@@ -243,28 +227,11 @@ class Engine:
             whether there is one.
         """
         assert not self.has_unfinished
-        return self._replace_offload(WorkerLost("The worker is lost."))
+        return self._session.replace(WorkerLost("The worker is lost."))
 
     def close(self) -> None:
         """Close the offload, and make no other; safe to call twice."""
         self._session.close()
-
-    def _guide(self, params: SamplingParams) -> Guide | None:
-        wanted = params.structured_outputs
-        return None if wanted is None else self._guides.guide(wanted)
-
-    def _join(self, sequence: Sequence, sibling: int) -> None:
-        """Let a sequence share the prompt of an earlier one."""
-        other = self._scheduler.find(sibling)
-        if other is None or not self._kv.can_copy:
-            return
-        prompt = other.token_ids[: other.prompt_tokens]
-        assert (sequence.tenant, sequence.token_ids) == (other.tenant, prompt), "not a sibling"
-        if other.shared is None:
-            other.shared = SharedPrompt(other)
-            other.scope = other.shared if other.scope is None else other.scope
-        sequence.shared, sequence.scope = other.shared, other.scope
-        other.shared.waiting.add(sequence.id)
 
     def _grow(self) -> list[Output]:
         """Make room for the next tokens; preempt sequences if there is none for all."""
@@ -272,7 +239,7 @@ class Engine:
         for sequence in self._scheduler.running:
             while sequence.decodes and self._scheduler.is_running(sequence):
                 try:
-                    self._kv.extend(sequence)
+                    self._session.kv.extend(sequence)
                     break
                 except OutOfMemory as error:
                     if self._scheduler.num_running == 1:
@@ -283,7 +250,7 @@ class Engine:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Let a running sequence wait. It will compute its KV again, and keeps its tokens."""
-        self._kv.free(sequence)
+        self._session.kv.free(sequence)
         self._scheduler.preempt(sequence)
         sequence.restart()
         self.stats.preemptions += 1
@@ -293,7 +260,7 @@ class Engine:
         outputs: list[Output] = []
         while (sequence := self._scheduler.next_to_admit()) is not None:
             try:
-                self._kv.admit(sequence, self._scheduler.num_running)
+                self._session.kv.admit(sequence, self._scheduler.num_running)
             except TSQPError as error:
                 if isinstance(error, SESSION_OVER):
                     return outputs + self._begin_again([sequence], error)
@@ -318,7 +285,7 @@ class Engine:
         if logits_V is not None:
             sequence.cached_tokens = shared.cached_tokens
         shared.begin(sequence)
-        self._drop_shared(sequence)
+        self._session.kv.drop_shared(sequence)
         if sequence.remaining:
             return []
         assert logits_V is not None, "only siblings have nothing to compute"
@@ -349,7 +316,7 @@ class Engine:
         if was_prompt:
             if sequence.shared is not None and not sequence.generated:
                 sequence.shared.finish(sequence, logits_RV[-1])
-            self._kv.share(sequence)
+            self._session.kv.share(sequence)
         return self._choose(sequence, logits_RV[-1])
 
     def _choose(self, sequence: Sequence, logits_V: Tensor) -> Output:
@@ -376,7 +343,7 @@ class Engine:
         # Perhaps only one sequence is at fault, so each chunk is computed separately.
         outputs: list[Output] = []
         try:
-            self._truncate(sequences)
+            self._session.kv.truncate(sequences)
         except TSQPError as over:
             return self._begin_again(sequences, over)
         for place, chunk in enumerate(chunks):
@@ -398,35 +365,18 @@ class Engine:
         outputs = [self._fail(sequence, error) for sequence in failed]
         for sequence in affected:
             sequence.restarts += 1
-        before = self._kv
-        if not self._replace_offload(error):
+        before = self._session.kv
+        if not self._session.replace(error):
             return outputs + [self._fail(each, error) for each in self._scheduler.unfinished]
         running = self._scheduler.running
-        if self._kv is before:
-            self._truncate(running)
+        if self._session.kv is before:
+            self._session.kv.truncate(running)
             return outputs
         for sequence in running:
             before.free(sequence)
             sequence.restart()
         self._scheduler.requeue()
         return outputs
-
-    def _replace_offload(self, error: TSQPError) -> bool:
-        """Replace the offload after the end of its session; False if there is no new one."""
-        if not self._session.replace(error):
-            self._kv.drop()
-            return False
-        offload = self._session.offload
-        if offload.kv is not self._kv.kv:
-            self._kv.drop()
-            self._kv = SequenceKv(offload.kv, self._config)
-        self._decoder.most_scores = offload.most_scores
-        return True
-
-    def _truncate(self, sequences: abc.Sequence[Sequence]) -> None:
-        """Forget the KV of a step that failed."""
-        for sequence in sequences:
-            self._session.offload.kv.truncate(sequence.kv_id, sequence.computed)
 
     def _fail(self, sequence: Sequence, error: TSQPError) -> Output:
         """End a sequence with an error."""
@@ -438,11 +388,5 @@ class Engine:
         if sequence.shared is not None:
             sequence.shared.leave(sequence)
         if self._scheduler.remove(sequence):
-            self._kv.release(sequence, keep=keep)
-        self._drop_shared(sequence)
-
-    def _drop_shared(self, sequence: Sequence) -> None:
-        """Free the KV of a shared prompt when no sibling waits for it any more."""
-        shared = sequence.shared
-        if shared is not None and shared is sequence.scope and not shared.waiting:
-            self._kv.drop(shared)
+            self._session.kv.release(sequence, keep=keep)
+        self._session.kv.drop_shared(sequence)

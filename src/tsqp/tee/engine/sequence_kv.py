@@ -108,6 +108,21 @@ class SequenceKv:
         for holder in self._index.idle(scope):
             self._free(holder)
 
+    def drop_shared(self, sequence: Sequence) -> None:
+        """Free a prompt that was kept for the other answers to it, if none of them waits for it."""
+        shared = sequence.shared
+        if shared is not None and shared is sequence.scope and not shared.waiting:
+            self.drop(shared)
+
+    def truncate(self, sequences: Iterable[Sequence]) -> None:
+        """Forget what a step that failed has added to the KV of these sequences.
+
+        Raises:
+            TSQPError: the worker that keeps it does not answer.
+        """
+        for sequence in sequences:
+            self.kv.truncate(sequence.kv_id, sequence.computed)
+
     def drop_conversation(self) -> None:
         """Free what is kept of a conversation."""
         if self._conversation is not None:

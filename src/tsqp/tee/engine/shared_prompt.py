@@ -62,3 +62,14 @@ class SharedPrompt:
         if not self.waiting:
             self.logits_V = None
             self.prompt_logprobs = []
+
+
+def share_prompt(first: "Sequence", other: "Sequence") -> None:
+    """Let a new sequence share the prompt of one that is not finished."""
+    prompt = first.token_ids[: first.prompt_tokens]
+    assert (first.tenant, prompt) == (other.tenant, other.token_ids), "not the same prompt"
+    if first.shared is None:
+        first.shared = SharedPrompt(first)
+        first.scope = first.shared if first.scope is None else first.scope
+    other.shared, other.scope = first.shared, first.scope
+    other.shared.waiting.add(other.id)
