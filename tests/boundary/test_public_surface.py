@@ -114,6 +114,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "has_tokenizer",
         "is_healthy",
         "kv_usage",
+        "max_model_len",
         "model_digest",
         "num_running",
         "num_waiting",

@@ -275,6 +275,11 @@ class AsyncLLM:
         return self._thread.num_waiting
 
     @property
+    def max_model_len(self) -> int:
+        """Maximum number of tokens of a prompt and its answer, in the context and in memory."""
+        return self._model.engine.max_model_len
+
+    @property
     def kv_usage(self) -> float:
         """The part of the memory for keys and values that is in use; 0 if it has no limit."""
         return self._model.engine.kv_usage
@@ -292,8 +297,7 @@ class AsyncLLM:
     @property
     def field(self) -> str | None:
         """The field of the residues, see `Options`; None where nothing is masked."""
-        options = self._model.options
-        return options.field if options.masked else None
+        return self._model.options.field if self._model.options.masked else None
 
     @property
     def model_digest(self) -> str:

@@ -169,7 +169,7 @@ class Chat:
             body,
             max_tokens=next(
                 (each for each in (wanted, body.max_tokens) if each is not None),
-                self._llm.config.max_positions,
+                self._llm.max_model_len,
             ),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )

@@ -122,6 +122,9 @@ class _Present(Collector):
         yield self._gauge("num_requests_running", "Answers that run.", llm.num_running)
         yield self._gauge("num_requests_waiting", "Answers that wait.", llm.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "1 is all memory for KV.", llm.kv_usage)
+        yield self._counter(
+            "num_preemptions", "Times that an answer made way for another.", llm.stats.preemptions
+        )
         yield self._gauge("healthy", "1 if the status is ready.", float(llm.is_healthy))
         yield from self._rpc(llm)
         yield self._gauge(

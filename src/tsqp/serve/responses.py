@@ -42,7 +42,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response | Even
     messages = _messages(body)
     try:
         ids = await llm.tokenize_chat(messages)
-        answer = _Response(body, model, llm.config.max_positions)
+        answer = _Response(body, model, llm.max_model_len)
         stream = llm.add(
             ids, answer.params, request_id=request.state.request_id, tenant=request.state.tenant
         )

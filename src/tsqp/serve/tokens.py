@@ -31,7 +31,7 @@ MAX_PATH_NAME = 64
 async def models(request: Request) -> ModelList:
     """The names of the model."""
     state = state_of(request)
-    length = state.ready().config.max_positions
+    length = state.ready().max_model_len
     return ModelList(
         data=[
             ModelCard(id=name, created=state.created, root=state.names[0], max_model_len=length)
@@ -66,7 +66,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
         raise as_api_error(error, "prompt" if body.messages is None else "messages") from None
     return TokenizeAnswer(
         count=len(ids),
-        max_model_len=llm.config.max_positions,
+        max_model_len=llm.max_model_len,
         tokens=ids,
         token_strs=[name_of(llm, each) for each in ids] if body.return_token_strs else None,
     )
@@ -127,7 +127,7 @@ async def status(request: Request) -> StatusAnswer:
             "pads_ahead_rows": None if pads is None else pads.ahead_rows,
             "pads_inline_rows": None if pads is None else pads.inline_rows,
             "placement": asdict(llm.placement),
-            "max_model_len": llm.config.max_positions,
+            "max_model_len": llm.max_model_len,
             "running": llm.num_running,
             "waiting": llm.num_waiting,
         }

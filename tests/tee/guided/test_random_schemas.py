@@ -20,7 +20,7 @@ MOST = 1500  # tokens
 
 def params_of(seed: int, engine: Engine) -> SamplingParams:
     """Half of the answers are greedy, which random weights make strange."""
-    tokenizer = engine._tokenizer
+    tokenizer = engine._intake._tokenizer
     assert tokenizer is not None
     texts = [tokenizer.bytes_of(token_id) or b"x" for token_id in range(engine._config.vocab_size)]
     spaces = [token_id for token_id, text in enumerate(texts) if text.isspace()]

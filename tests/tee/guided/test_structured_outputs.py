@@ -160,7 +160,7 @@ def test_special_tokens_that_a_grammar_names_are_in_the_text_if_requested(
 ) -> None:
     form = StructuredOutputsParams(grammar='start: "a" <|start|> "b" <[1]> "c"')
     [answer] = ask(guided, form, count=1, skip_special_tokens=skip)
-    names = guided._tokenizer.special_ids  # type: ignore[union-attr]
+    names = guided._intake._tokenizer.special_ids  # type: ignore[union-attr]
     second = next(text for text, token_id in names.items() if token_id == 1)
     assert answer.text == ("abc" if skip else f"a<|start|>b{second}c")
     free = SamplingParams(max_tokens=1, logit_bias={0: 100.0}, temperature=0, stop_token_ids=[3])
@@ -195,7 +195,7 @@ def test_a_sequence_that_begins_again_goes_on_in_the_same_place(guided: Engine) 
         if step % 7 == 3:  # what the loss of a worker does
             sequence = guided._scheduler.find(number)
             assert sequence is not None
-            guided._offload.free(sequence.kv_id)
+            guided._session.kv.free(sequence)
             sequence.restart()
             guided._scheduler.requeue()
     assert done == wanted
