@@ -82,7 +82,9 @@ def test_open_gives_the_logits_of_transformers(
     with LLM(str(folder), **options) as llm:
         assert llm._offload is not None
         for chunks in CHUNKS.values():
-            close(logits_in_chunks(llm._engine._decoder, llm._offload, ids, chunks), expected)
+            close(
+                logits_in_chunks(llm._engine._runner._decoder, llm._offload, ids, chunks), expected
+            )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,7 +107,7 @@ def test_pad_gives_the_answers_and_the_logits_of_fixed_point(
             ids = [*prompts[0], *answers[0]]
             chunks = [32, 8, *[1] * len(answers[0])]
             found.append(
-                (answers, logits_in_chunks(llm._engine._decoder, llm._offload, ids, chunks))
+                (answers, logits_in_chunks(llm._engine._runner._decoder, llm._offload, ids, chunks))
             )
     (expected, expected_logits), (padded, padded_logits) = found
     assert padded == expected
@@ -122,7 +124,7 @@ def test_fixed_point_gives_the_logits_of_transformers_with_rounded_weights(
     with LLM(str(folder), privacy="tee", fixed_point=True, dtype="float32") as llm:
         assert llm._offload is not None
         for chunks in CHUNKS.values():
-            found = logits_in_chunks(llm._engine._decoder, llm._offload, ids, chunks)
+            found = logits_in_chunks(llm._engine._runner._decoder, llm._offload, ids, chunks)
             # Activations are rounded too.
             torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 

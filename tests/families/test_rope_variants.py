@@ -123,7 +123,7 @@ def test_each_variant_is_the_same_in_every_mode(variant: str, tmp_path: Path) ->
 def logits_of_llm(folder: Path, ids: list[int], **options: Any) -> torch.Tensor:
     with LLM(str(folder), dtype="float32", **options) as llm:
         assert llm._offload is not None
-        return logits_in_chunks(llm._engine._decoder, llm._offload, ids, [90, *[1] * 10])
+        return logits_in_chunks(llm._engine._runner._decoder, llm._offload, ids, [90, *[1] * 10])
 
 
 @pytest.mark.parametrize("chunks", [[100], [40, 40, 20], [30, *[1] * 70]])

@@ -275,7 +275,7 @@ def logits(llm: LLM, ids: list[int]) -> Tensor:
     engine._session.offload.kv.alloc(0, length)
     with torch.inference_mode():
         [logits_TV] = run_interleaved(
-            engine._session.offload, [engine._decoder.forward(batch, stats)], stats
+            engine._session.offload, [engine._runner._decoder.forward(batch, stats)], stats
         )
     engine._session.offload.kv.free(0)
     return logits_TV.float()

@@ -31,7 +31,7 @@ def test_tokens_and_texts_go_there_and_back(server: Server) -> None:
 
 def test_a_chat_is_the_completion_of_its_template(server: Server) -> None:
     text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    chat = server.chat(**GREEDY).json
+    chat = server.chat(**GREEDY, cache_salt="of this test").json
     assert chat["object"] == "chat.completion"
     assert chat["model"] == "tiny"
     [choice] = chat["choices"]

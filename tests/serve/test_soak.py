@@ -142,6 +142,7 @@ def test_a_crowd_gets_the_answers_of_a_quiet_server_while_clients_and_the_worker
     running, server = begin(
         commands, model, "--worker", commands.ipc(), "--max-num-seqs", CLIENTS,
         "--max-num-queued-reqs", 2 * CLIENTS, "--pad-memory", 0.05,
+        "--kv-memory", 0.05,
     )  # fmt: skip
     quiet = [ask(server, prompt, MOST_TOKENS) for prompt in range(len(PROMPTS))]
     crowd(server, 5)

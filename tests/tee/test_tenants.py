@@ -74,6 +74,19 @@ def test_a_tenant_computes_only_what_is_new(tiny: Tiny) -> None:
     assert ask(engine, longer, "a") == 45  # an answer is reused, too
 
 
+def test_what_another_answer_has_too_is_kept_once(tiny: Tiny) -> None:
+    engine, offload = make_engine(tiny[0])
+    ask(engine, FIRST, "a")
+    once = offload.kv.reserved_bytes
+    ask(engine, FIRST, "a")
+    ask(engine, FIRST[:30], "a")  # its answer differs, so it stays
+    ask(engine, FIRST[:30], "a")
+    assert offload.kv.reserved_bytes == 2 * once
+    engine.add(FIRST, replace(GREEDY, max_tokens=2), tenant="a")
+    finish(engine)
+    assert offload.kv.reserved_bytes == 2 * once
+
+
 def test_nothing_is_reused_between_tenants_and_salts(tiny: Tiny) -> None:
     engine, offload = make_engine(tiny[0])
     assert ask(engine, FIRST, "") == 0

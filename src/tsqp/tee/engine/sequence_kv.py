@@ -93,9 +93,14 @@ class SequenceKv:
             self.drop_conversation()
             self._conversation = sequence.scope
         earlier, same = self._index.find(ended.scope, ended.token_ids)
+        if earlier is not None and earlier.idle:
+            if same == len(ended.token_ids):
+                self._index.use(earlier)
+                self.free(sequence)  # another one has all of it
+                return
+            if same == len(earlier.token_ids):
+                self._free(earlier)
         self._index.keep(ended)
-        if earlier is not None and earlier.idle and same == len(earlier.token_ids):
-            self._free(earlier)  # all that it has is kept twice now
 
     def free(self, sequence: Sequence) -> None:
         """Free the KV of a sequence."""
