@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import OutOfMemory
+from tsqp.nn import ops
 from tsqp.nn.kv_cache import KvCache
 
 LAYERS, KV_HEADS, FEATURES = 2, 3, 4
@@ -130,3 +131,19 @@ def test_memory_is_taken_in_blocks_up_to_the_limit() -> None:
     limited.free(2)
     limited.extend(1, 9)
     assert limited.reserved_bytes == 12 * one_token
+
+
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_attention_gives_the_same_bits_whatever_the_block(block: int, rows: int) -> None:
+    k_TJK, v_TJK = kv(200, 1)
+    q_THK = torch.randn(rows, 2 * KV_HEADS, FEATURES, generator=torch.Generator().manual_seed(2))
+    found = []
+    for each in (KvCache(1, KV_HEADS, FEATURES, torch.float32, block=b) for b in (1, block)):
+        each.alloc(0, 10)
+        for first in range(0, 200, 10):
+            each.extend(0, first + 10)
+            last = slice(first, first + 10)
+            k_JSK, v_JSK = each.append(0, 0, first, k_TJK[last], v_TJK[last])
+        found.append(torch.cat(ops.attention(q_THK, k_JSK, v_JSK)))
+    assert torch.equal(*found)
