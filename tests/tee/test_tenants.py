@@ -164,8 +164,10 @@ def test_answers_of_one_prompt_share_its_computation(
 
 def test_answers_of_one_generate_share_the_prompt(tiny: Tiny) -> None:
     engine, offload = make_engine(tiny[0])
-    generate(engine, [FIRST, [5] * 20], SAMPLED)
+    steps: list[int] = []
+    generate(engine, [FIRST, [5] * 20], SAMPLED, on_progress=lambda done, _: steps.append(done))
     assert engine.stats.prefill_tokens == len(FIRST) + 20
+    assert steps[0] == len(FIRST) + 20  # one prompt does not wait for all answers to another
     assert offload.kv.reserved_bytes == 0
 
 

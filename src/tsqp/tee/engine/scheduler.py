@@ -69,20 +69,21 @@ class Scheduler:
     def next_to_admit(self) -> Sequence | None:
         """The next waiting sequence, if another one may run.
 
-        A sequence that waits for the prompt of its sibling holds back its tenant only.
+        A sequence that waits for another one to compute its prompt lets those behind it pass.
         """
         if len(self._running) >= self._max_num_seqs:
             return None
-        ready = [tenant for tenant, queue in self._waiting.items() if not queue[0].must_wait]
-        if not ready:
-            return None
         running = Counter(each.tenant for each in self._running)
-        return self._waiting[min(ready, key=running.__getitem__)][0]
+        for tenant in sorted(self._waiting, key=running.__getitem__):
+            for sequence in self._waiting[tenant]:
+                if not sequence.must_wait:
+                    return sequence
+        return None
 
     def admit(self, sequence: Sequence) -> None:
         """Let the sequence of `next_to_admit` run."""
         queue = self._waiting.pop(sequence.tenant)
-        assert queue.popleft() is sequence
+        queue.remove(sequence)
         if queue:
             self._waiting[sequence.tenant] = queue  # at the end: the others have their turn
         sequence.served = self._step
