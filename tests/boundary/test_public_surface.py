@@ -125,6 +125,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "rpc",
         "stats",
         "status",
+        "text_bytes",
         "token_bytes",
         "tokenize",
         "tokenize_chat",

@@ -200,7 +200,7 @@ def test_no_mode_at_all_is_refused(main: Main) -> None:
 
 
 def test_an_unknown_field_is_refused(main: Main) -> None:
-    refused(main("bench", "random:tiny", "--field", "vast"), "no such field", 2)
+    refused(main("bench", "random:tiny", "--field", "vast"), "choose wide, compact or lattice", 2)
 
 
 def test_more_tokens_than_the_context_are_refused(main: Main) -> None:

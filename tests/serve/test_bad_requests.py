@@ -12,6 +12,7 @@ from tsqp.serve.middleware import Gate
 from tsqp.serve.options import ServeOptions
 
 CANARY = "CANARYtulip7391"
+HTTP_CPU = "tsqp_http_cpu_seconds_total"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -66,6 +67,9 @@ WRONG: dict[str, tuple[str, object, str | None]] = {
     "tool_choice and no tools": (*chat(tool_choice="required"), "tool_choice"),
     "tools of a wrong form": (*chat(tools=[{"type": CANARY}]), "tools[0].type"),
     "values for the template": (*chat(chat_template_kwargs={"messages": CANARY}), None),
+    "a value that is Python's": (*chat(chat_template_kwargs={"self": CANARY}), None),
+    "a long stop string": (*chat(stop=1025 * "a"), "stop"),
+    "too many biases": (*chat(logit_bias={str(n): CANARY for n in range(1025)}), "logit_bias"),
     "no prompt": (COMPLETIONS, {}, "prompt"),
     "an empty prompt": (COMPLETIONS, {"prompt": ""}, "prompt"),
     "no prompts": (COMPLETIONS, {"prompt": []}, "prompt"),
@@ -105,6 +109,19 @@ def test_a_wrong_request_is_one_clear_error_that_quotes_nothing(server: Server, 
         assert error["param"] == param, error
     if isinstance(body, dict) and path == CHAT:
         assert server.ask(path, body | {"stream": True}).status == 400 or "stream" in name
+
+
+def test_many_wrong_items_are_one_error_and_take_no_longer(server: Server) -> None:
+    """One error for each would keep everybody waiting for seconds."""
+    for path, fields in (
+        ("/v1/completions", {"prompt": [{}] * 300_000}),
+        ("/v1/completions", {"prompt": [[{}] * 300_000]}),
+        ("/detokenize", {"tokens": [{}] * 300_000}),
+        ("/v1/chat/completions", {"messages": [1] * 300_000}),
+    ):
+        before = server.metrics()[HTTP_CPU]
+        assert server.ask(path, fields).status == 400
+        assert server.metrics()[HTTP_CPU] - before < 2
 
 
 def test_what_is_not_there_yet_is_refused_and_not_left_out(server: Server) -> None:

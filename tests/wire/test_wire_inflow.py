@@ -113,6 +113,17 @@ def test_heartbeats_of_an_idle_connection_are_no_endless_message(
     assert inflow.excess(2**40) > 0
 
 
+def test_an_idle_connection_saves_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.undo()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    inflow = Inflow(SLACK)
+    for second in range(0, 30 * 24 * 3600, 3600):
+        now = 1000.0 + second
+        assert inflow.excess(16 * second) < 0
+    assert inflow.excess(16 * second + SLACK + 1) > 0
+
+
 def test_a_connection_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_descriptor_left(descriptor: int) -> socket.socket:
         raise OSError(errno.EMFILE, "Too many open files")

@@ -54,14 +54,14 @@ def test_a_key_that_is_there_is_neither_replaced_nor_given_a_partner(
     name: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text("precious")
-    assert f"{tmp_path / name} exists" in refusal(write_key_pair, tmp_path)
+    assert f"{tmp_path / name} already exists" in refusal(write_key_pair, tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / name]
     assert (tmp_path / name).read_text() == "precious"
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "worker.key").symlink_to(tmp_path / "elsewhere")
-    assert "worker.key exists" in refusal(write_key_pair, tmp_path)
+    assert "worker.key already exists" in refusal(write_key_pair, tmp_path)
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -81,18 +81,18 @@ def test_a_live_worker_is_not_replaced(tmp_path: Path) -> None:
 def test_a_file_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "notes"
     path.write_text("keep me")
-    assert "no socket" in refusal(parse_endpoint(f"ipc://{path}"))
+    assert "not a socket" in refusal(parse_endpoint(f"ipc://{path}"))
     assert path.read_text() == "keep me"
 
 
 def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
-    assert "no socket" in refusal(parse_endpoint(f"ipc://{tmp_path}"))
+    assert "not a socket" in refusal(parse_endpoint(f"ipc://{tmp_path}"))
     assert tmp_path.is_dir()
 
 
 def test_a_link_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    assert "no socket" in refusal(parse_endpoint(f"ipc://{tmp_path}/link"))
+    assert "not a socket" in refusal(parse_endpoint(f"ipc://{tmp_path}/link"))
     assert (tmp_path / "link").is_symlink()
 
 

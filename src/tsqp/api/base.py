@@ -2,15 +2,28 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 # JSON has numbers, and "1" and true are none of them.
 Integer = Annotated[int, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Boolean = Annotated[bool, Strict()]
-TokenIds = list[Integer]
+# Lists of clients end at the first wrong item: an error for each would block the event loop.
+MAX_IDS = 2**20
+TokenIds = Annotated[list[Integer], Field(fail_fast=True, max_length=MAX_IDS)]
 
 MAX_INTEGER = 2**63
+MAX_BIASES = 1024
+MAX_STOP_CHARACTERS = 1024
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=16)]
+
+
+def _bounded(biases: object) -> object:
+    """Refuse too many entries before each is checked."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"there are more than {MAX_BIASES} entries")
+    return biases
 
 
 def absent_if_none() -> Any:
@@ -86,14 +99,16 @@ class SamplingFields(RequestBody):
     n: Annotated[Integer, Field(ge=1, le=128)] | None = None
     max_tokens: Annotated[Integer, Field(ge=0, le=MAX_INTEGER)] | None = None
     min_tokens: Annotated[Integer, Field(ge=0, le=MAX_INTEGER)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=16)] | None = (
+        None
+    )
     stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = None
     seed: Integer | None = None
     ignore_eos: Boolean | None = None
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: Annotated[dict[str, Number], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(_bounded)] | None = None
     stream: Boolean | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None

@@ -18,9 +18,9 @@ from tsqp.api.tools import ResponseFormat
 Ids = Annotated[TokenIds, Field(min_length=1)]
 Prompts = (
     str
-    | Annotated[list[str], Field(min_length=1, max_length=1024)]
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1024)]
     | Ids
-    | Annotated[list[Ids], Field(min_length=1, max_length=1024)]
+    | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=1024)]
 )
 
 

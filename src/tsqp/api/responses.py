@@ -14,6 +14,8 @@ from tsqp.api.base import (
     absent_if_none,
 )
 
+Items = Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=4096)]
+
 
 class ResponseText(RequestBody):
     """The form of the answer."""
@@ -30,7 +32,9 @@ class ResponsesRequest(RequestBody):
     """
 
     model: str | None = None
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+    input: (
+        str | Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=4096)]
+    )
     instructions: str | None = None
     max_output_tokens: Annotated[Integer, Field(ge=1, le=MAX_INTEGER)] | None = None
     temperature: Number | None = None
@@ -41,7 +45,7 @@ class ResponsesRequest(RequestBody):
     background: Boolean | None = None
     store: Any = None
     text: ResponseText | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=128)] | None = None
     tool_choice: Any = None
     metadata: Any = None
     user: Any = None

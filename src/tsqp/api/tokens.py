@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tsqp.api.base import Answer, Boolean, Integer, RequestBody, absent_if_none
+from tsqp.api.base import MAX_IDS, Answer, Boolean, Integer, RequestBody, absent_if_none
 from tsqp.api.chat import Messages
 from tsqp.api.tools import Tool
 
@@ -19,7 +19,7 @@ class TokenizeRequest(RequestBody):
     add_generation_prompt: Boolean | None = None
     continue_final_message: Boolean | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
     split_special: Boolean | None = None
     return_token_strs: Boolean | None = None
 
@@ -37,7 +37,9 @@ class DetokenizeRequest(RequestBody):
     """Token ids to turn into text."""
 
     model: str | None = None
-    tokens: list[Annotated[Integer, Field(ge=0, lt=2**32)]]
+    tokens: Annotated[
+        list[Annotated[Integer, Field(ge=0, lt=2**32)]], Field(fail_fast=True, max_length=MAX_IDS)
+    ]
 
 
 class DetokenizeAnswer(Answer):

@@ -222,9 +222,11 @@ def _use_up_masks(target: Target, streams: int, shape: tuple[int, int]) -> None:
     """Warm up, and ask until as many masks were used as lay in stock before the first request."""
     before = target.metrics()
     last = before.get(MADE, 0.0) - before.get(INLINE, 0.0)
-    while True:
+    used = -1.0
+    while used < last:
         _measure_load(target, streams, shape)
-        if target.metrics().get(AHEAD, 0.0) >= last:
+        earlier, used = used, target.metrics().get(AHEAD, 0.0)
+        if used <= earlier:  # the server has begun a new session
             return
 
 
@@ -237,6 +239,8 @@ def _measure_load(target: Target, streams: int, shape: tuple[int, int]) -> Load:
             answers.append(_stream(target, *shape))
         except TSQPError as error:
             errors.append(error)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            errors.append(TSQPError(f"An answer of the server broke off ({type(error).__name__})."))
 
     threads = [threading.Thread(target=ask) for _ in range(streams)]
     before = target.metrics()

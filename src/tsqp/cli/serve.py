@@ -1,5 +1,6 @@
 """`tsqp serve`."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +92,8 @@ def serve(
         ) from None
     from tsqp.cli.printing import loading_progress
 
+    if not os.environ.get("TSQP_API_KEY", "a key").strip():
+        raise UsageError("TSQP_API_KEY is empty: set it to a key, or unset it to need none.")
     served = ServeOptions(
         host=host,
         port=port,

@@ -230,6 +230,11 @@ class AsyncLLM:
         """
         return await self._in_text_thread(partial(self._model.tokenizer.decode, token_ids))
 
+    def text_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text; none for a special or unknown token."""
+        tokenizer = self._model.tokenizer
+        return (tokenizer.bytes_of(token_id) or b"") if tokenizer.exists else b""
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; for a special token, its name.
 

@@ -191,6 +191,9 @@ class EngineThread:
                 if monotonic() + pause > deadline or self._closing.wait(pause):
                     raise
                 self.status = RECONNECTING
+            except BaseException:
+                self.status = LOST  # it is tried again while nothing is asked
+                raise
             else:
                 self.status = READY
                 self.reconnects += 1
@@ -228,8 +231,8 @@ class EngineThread:
                 first = number if first is None else first
                 request.sequences[number] = index
                 self._requests[number] = request
-        except TSQPError as error:
-            self._end(request, error)
+        except Exception as error:
+            self._end(request, error if isinstance(error, TSQPError) else _unexpected(error))
             return
         request.prompt = ()
         self._deliveries.setdefault(request, [])

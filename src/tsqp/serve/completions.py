@@ -19,11 +19,11 @@ from tsqp.runtime.answer_stream import AnswerStream, StreamOutput
 from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.serve.documented import STREAM_OR_JSON
 from tsqp.serve.errors import as_api_error, bad_request
-from tsqp.serve.logprobs import characters_of, completion_logprobs
+from tsqp.serve.logprobs import TextOffsets, completion_logprobs
 from tsqp.serve.params import check_number, check_stream_options, sampling_params, usage_of
 from tsqp.serve.state import state_of
 from tsqp.serve.streaming import EventStream, merged, while_connected
-from tsqp.tee.sampling import Completion, SamplingParams
+from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs
 
 router = APIRouter()
 
@@ -157,9 +157,9 @@ class Completions:
         """The events of a stream."""
         options = self._body.stream_options
         always = bool(options and options.continuous_usage_stats)
-        lengths = [0] * (len(streams) * self._n)  # characters so far
+        offsets = [TextOffsets(self._llm) for _ in range(len(streams) * self._n)]
         if self._body.echo:
-            for index in range(len(lengths)):
+            for index in range(len(offsets)):
                 prompt = self._prompts[index // self._n]
                 yield self._event(
                     [CompletionChoice(
@@ -167,7 +167,7 @@ class Completions:
                     )]
                 )  # fmt: skip
         async for place, output in merged(streams):
-            choice = self._piece(place, output, lengths)
+            choice = self._piece(place, output, offsets)
             if choice is not None:
                 event = self._event([choice])
                 if always:
@@ -198,14 +198,12 @@ class Completions:
         text = "" if self._is_prompt_only else completion.text
         logprobs = None
         if body.logprobs is not None:
-            rated = list(completion.logprobs or ())[: len(ids)]
+            shown = list(ids)
+            rated: list[TokenLogprobs | None] = []
+            rated += (completion.logprobs or ())[: len(ids)]
             if body.echo:
-                known = completion.prompt_logprobs or ()
-                logprobs = completion_logprobs(
-                    self._llm, [*prompt.token_ids, *ids], [*known, *rated]
-                )
-            else:
-                logprobs = completion_logprobs(self._llm, ids, rated)
+                shown[:0], rated[:0] = prompt.token_ids, completion.prompt_logprobs or ()
+            logprobs = completion_logprobs(self._llm, shown, rated, TextOffsets(self._llm))
         return CompletionChoice(
             index=place * self._n + completion.index,
             text=prompt.text + text if body.echo else text,
@@ -215,16 +213,15 @@ class Completions:
         )
 
     def _piece(
-        self, place: int, output: StreamOutput, lengths: list[int]
+        self, place: int, output: StreamOutput, offsets: list[TextOffsets]
     ) -> CompletionChoice | None:
         """What a stream has more of; None if it is only a piece of a character."""
         index = place * self._n + output.index
         logprobs: CompletionLogprobs | None = None
         if output.logprobs is not None:
             logprobs = completion_logprobs(
-                self._llm, output.token_ids, output.logprobs, lengths[index]
+                self._llm, output.token_ids, output.logprobs, offsets[index]
             )
-            lengths[index] += sum(characters_of(self._llm, each) for each in output.token_ids)
         is_shown = output.text or logprobs or output.finish_reason or self._body.return_token_ids
         if not is_shown or (self._is_prompt_only and not output.finish_reason):
             return None

@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 
 from tsqp.api.base import ErrorAnswer, ErrorDetails
 from tsqp.errors import (
+    IntegrityError,
+    LatticeError,
     OutOfMemory,
     PromptError,
     PromptTooLong,
@@ -95,6 +97,14 @@ def as_api_error(error: Exception, param: str | None = None) -> APIError:
             return bad_request(str(error), param)
         case QueueFull():
             return unavailable(str(error), "queue_full")
+        case IntegrityError() | LatticeError():  # for good, so no client should try again
+            log.error("request failed: %s", error)
+            return APIError(
+                503,
+                "Nothing is computed any more after a wrong result; restart the server.",
+                kind=SERVER,
+                code="failed",
+            )
         case WorkerError():  # whose messages name endpoints
             log.error("request failed: %s", error)
             return unavailable("The worker failed, so there is no answer.", "worker_error")

@@ -1,5 +1,6 @@
 """Probabilities of tokens, in the two forms that OpenAI has for them."""
 
+import codecs
 from collections.abc import Iterable, Sequence
 
 from tsqp.api.chat import ChatLogprobs, TokenLogprob, TopLogprob
@@ -36,29 +37,19 @@ def completion_logprobs(
     llm: AsyncLLM,
     token_ids: Sequence[int],
     tokens: Sequence[TokenLogprobs | None],
-    offset: int = 0,
+    offsets: "TextOffsets",
 ) -> CompletionLogprobs:
     """The form of completions.
 
     Args:
         token_ids, tokens: of the text; None for a token without a probability.
-        offset: characters before the text.
+        offsets: of the answer to which the tokens belong.
     """
-    names = [name_of(llm, token_id) for token_id in token_ids]
-    offsets = []
-    for token_id in token_ids:
-        offsets.append(offset)
-        offset += characters_of(llm, token_id)
     return CompletionLogprobs(
-        tokens=names,
+        tokens=[name_of(llm, token_id) for token_id in token_ids],
         token_logprobs=[None if each is None else max(each.logprob, LEAST) for each in tokens],
-        top_logprobs=[
-            None
-            if each is None
-            else {name_of(llm, top.token_id): max(top.logprob, LEAST) for top in each.top}
-            for each in tokens
-        ],
-        text_offset=offsets,
+        top_logprobs=[None if each is None else _best(llm, each) for each in tokens],
+        text_offset=[offsets.add(token_id) for token_id in token_ids],
     )
 
 
@@ -71,9 +62,30 @@ def name_of(llm: AsyncLLM, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
 
-def characters_of(llm: AsyncLLM, token_id: int) -> int:
-    """How many characters a token has in `text_offset`; one for a part of a character."""
-    return len(_bytes(llm, token_id).decode("utf-8", "replace"))
+class TextOffsets:
+    """Where the tokens of one text begin in it, in characters."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+
+    def add(self, token_id: int) -> int:
+        """The place of the next token."""
+        at = self._length
+        self._length += len(self._characters.decode(self._llm.text_bytes(token_id)))
+        return at
+
+
+def _best(llm: AsyncLLM, token: TokenLogprobs) -> dict[str, float]:
+    """The likeliest tokens and the chosen one; of two with one name, the likelier."""
+    found: dict[str, float] = {}
+    for token_id, logprob in [
+        *((top.token_id, top.logprob) for top in token.top),
+        (token.token_id, token.logprob),
+    ]:
+        found.setdefault(name_of(llm, token_id), max(logprob, LEAST))
+    return found
 
 
 def _bytes(llm: AsyncLLM, token_id: int) -> bytes:

@@ -22,6 +22,7 @@ OPEN_PATHS = ("/health",)  # for load balancers, which have no key
 # Times the limit of a body: a client that is still sending would not see why it was refused.
 READ_ANYWAY = 8
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PLAIN_ID = re.compile(r"(?:[a-z]{1,16}-)?[0-9a-fA-F-]{1,64}")
 
 
 class Keys:
@@ -88,7 +89,8 @@ class Gate:
             route = getattr(scope.get("route"), "path", "-")  # never what the client wrote
             log.info(
                 "request id=%s method=%s path=%s status=%s ms=%.0f",
-                request_id, _method(scope), route, status or "gone", 1e3 * (perf_counter() - began),
+                _for_log(request_id), _method(scope), route, status or "gone",
+                1e3 * (perf_counter() - began),
             )  # fmt: skip
 
     def _admit(self, scope: Scope, headers: Headers) -> str:
@@ -159,3 +161,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 def _method(scope: Scope) -> str:
     method = scope["method"]
     return method if method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE") else "-"
+
+
+def _for_log(request_id: str) -> str:
+    """The id if it is hexadecimal, as a UUID is. Others may be any text: a digest is logged."""
+    if _PLAIN_ID.fullmatch(request_id):
+        return request_id
+    return "sha256-" + hashlib.sha256(request_id.encode()).hexdigest()[:32]

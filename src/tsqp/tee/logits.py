@@ -92,6 +92,6 @@ def _likeliest(
     if top_p < 1:
         total_C = weight_C.cumsum(0)
         mass = top_p * (total_C[-1] if keep < vocabulary else 1.0)
-        count = int((total_C - weight_C < mass).sum())
+        count = max(1, int((total_C - weight_C < mass).sum()))  # `mass` may be rounded to 0
         ids_C, weight_C = ids_C[:count], weight_C[:count]
     return ids_C, weight_C

@@ -24,7 +24,7 @@ LOOK_MS = 50  # how often connections are looked at
 END_S = 10.0  # for a thread to end after its connection; it takes longer only if something is wrong
 SLACK = 2**22  # allowed bytes of messages that were not asked for: failures and probes
 CURVE_BYTES = 33  # added to each encrypted frame: name, nonce, authenticator, flags (RFC 26)
-IDLE_BYTES_S = 1024  # allowed for heartbeats; they take about 80 with CURVE, 16 without
+IDLE_BYTES_S = 256  # allowed for heartbeats; they take about 80 with CURVE, 16 without
 _INFO_BYTES = 136  # bytes of struct tcp_info, up to the end of tcpi_bytes_received
 _RECEIVED = struct.Struct("=Q")
 _UNREAD = struct.Struct("=i")
@@ -47,6 +47,7 @@ class Inflow:
         self._limit = limit
         self._frame_bytes = CURVE_BYTES if encrypted else 0
         self._received = 0
+        self._heartbeats = 0.0  # bytes taken for these: no more than came, so none are saved up
         self._since = time.monotonic()
 
     def expect(self, count: int) -> None:
@@ -71,8 +72,11 @@ class Inflow:
         # In this order: a limit is lowered only after the frames for which it was raised were
         # counted, and all of these came before.
         limit = self._limit
-        heartbeats = int(IDLE_BYTES_S * (time.monotonic() - self._since))
-        return count - limit - self._received - heartbeats
+        unread = count - self._received
+        now = time.monotonic()
+        most, self._since = self._heartbeats + IDLE_BYTES_S * (now - self._since), now
+        self._heartbeats = max(self._heartbeats, min(most, unread))
+        return unread - limit - int(self._heartbeats)
 
 
 class Guard:

@@ -12,7 +12,7 @@ OTHER_PARTS = (
     "video_url",
 )  # fmt: skip
 OWN_VALUES = {
-    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self",
 }  # fmt: skip
 FORM = 'A conversation is a list of {"role": "...", "content": "..."}'
 

@@ -69,9 +69,12 @@ class Decoding:
         """
         if first and (self._steps.dropped_from_first or self._steps.joined_by):
             return self._find(token_id, first=True)
-        if token_id not in self._known:
-            self._known[token_id] = self._find(token_id, first=False)
-        return self._known[token_id]
+        known = self._known.get(token_id)
+        if known is None:
+            known = self._find(token_id, first=False)
+            if known is not None:  # ids that the vocabulary does not have would fill the memory
+                self._known[token_id] = known
+        return known
 
     def _find(self, token_id: int, *, first: bool) -> bytes | None:
         if not 0 <= token_id <= MAX_ID:

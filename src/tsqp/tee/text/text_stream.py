@@ -69,7 +69,7 @@ class TextStream:
             (
                 length
                 for stop in self._stop_strings
-                for length in range(1, len(stop))
+                for length in range(1, min(len(stop), len(self._held) + 1))
                 if self._held.endswith(stop[:length])
             ),
             default=0,
