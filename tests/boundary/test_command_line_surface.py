@@ -28,8 +28,8 @@ COMMANDS = {
         --max-model-len
         --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
         --prefill-chunk --privacy --quiet --root-path --rpc-log --served-model-name
-        --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout --uds --worker
-        --worker-key MODEL
+        --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout --uds
+        --worker --worker-key MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions

@@ -99,6 +99,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "max_num_queued_reqs",
         "reconnect_s",
         "observer",
+        "worker_view",
     ]
     of_llm = list(inspect.signature(tsqp.LLM).parameters)
     assert list(inspect.signature(tsqp.AsyncLLM).parameters) == own + of_llm[4:]

@@ -53,3 +53,14 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
         commands.finish()
     finally:
         commands.close()
+
+
+@pytest.fixture(scope="session")
+def watched_server(serve_commands: Commands, model: Path) -> Server:
+    """A server in mode pad, which shows what its worker receives, and logs all it can."""
+    calls = serve_commands.folder / "calls.jsonl"
+    _, server = begin(
+        serve_commands, model, "--privacy", "pad", "--worker", "local", "--pad-memory", 0.01,
+        "--served-model-name", NAME, "--show-worker-view", "--debug", "--rpc-log", calls,
+    )  # fmt: skip
+    return server

@@ -1,4 +1,4 @@
-"""`/tokenize`, `/detokenize`, `/version`, `/health` and `/v1/tsqp/status`."""
+"""`/tokenize`, `/detokenize`, `/version`, `/health`, `/v1/tsqp/status` and `/v1/tsqp/view`."""
 
 from typing import Annotated, Any, Literal
 
@@ -66,6 +66,7 @@ class StatusAnswer(Answer):
     Attributes:
         workers: how many there are, without their addresses.
         pads_bytes: size of the masks in stock; null where there are none.
+        worker_view: whether `/v1/tsqp/view/{request_id}` shows what workers received.
     """
 
     status: str
@@ -84,5 +85,25 @@ class StatusAnswer(Answer):
     pads_inline_rows: int | None
     placement: dict[str, str]
     max_model_len: int
+    worker_view: bool
     running: int
     waiting: int
+
+
+class ViewAnswer(Answer):
+    """A sample of what a worker received for a request, and of the values that it stands for.
+
+    Attributes:
+        layer, group: the linear layer whose input it is.
+        rows: one for each of the last tokens.
+        columns: how many values of each row there are.
+        masked: what left the trusted side, scaled to bytes; rows * columns of them, in base64.
+        plain: what would have left in mode `open`; the same form, and 128 is zero.
+    """
+
+    layer: int
+    group: str
+    rows: int
+    columns: int
+    masked: str
+    plain: str

@@ -79,6 +79,13 @@ def serve(
         float,
         typer.Option(min=0, help="Seconds that running requests get after SIGTERM or Ctrl-C."),
     ] = 30.0,
+    show_worker_view: Annotated[
+        bool,
+        typer.Option(
+            help="Show clients a sample of what the workers received for their requests, next to "
+            "the values that it hides. Meant for demonstrations."
+        ),
+    ] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -107,6 +114,7 @@ def serve(
         ssl_keyfile=ssl_keyfile,
         root_path=root_path,
         shutdown_timeout=shutdown_timeout,
+        show_worker_view=show_worker_view,
     )
     if max_num_batched_tokens is not None:
         options = replace(options, prefill_chunk=max_num_batched_tokens)

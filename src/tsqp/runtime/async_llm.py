@@ -23,6 +23,7 @@ from tsqp.tee.request_checks import one_params, one_prompt
 from tsqp.tee.sampling import SamplingParams
 from tsqp.tee.stats import Stats
 from tsqp.tee.text.tokenizer import Tokenizer
+from tsqp.tee.worker_view import WorkerView
 from tsqp.wire.channel import Counters
 
 T = TypeVar("T")
@@ -57,12 +58,12 @@ class AsyncLLM:
         max_num_queued_reqs: int | None = None,
         reconnect_s: float = 60.0,
         observer: RequestObserver | None = None,
+        worker_view: WorkerView | None = None,
         **given: Any,
     ) -> None:
         """Load what this side needs and open a session with each worker.
 
-        This takes as long as loading takes, so a program whose event loop runs already should call
-        it with `asyncio.to_thread`.
+        Loading takes a while: in a running event loop, call it with `asyncio.to_thread`.
 
         Args:
             model, options, tokenizer, on_load: see `LLM`.
@@ -73,6 +74,7 @@ class AsyncLLM:
                 need it fail. It is tried again after that too, and new requests are refused
                 meanwhile.
             observer: told of the progress of requests, by the thread that computes.
+            worker_view: samples what the workers receive of each request, to be looked at.
 
         Raises:
             UsageError, ModelError, WorkerError: see `LLM`.
@@ -93,6 +95,7 @@ class AsyncLLM:
             max_queued=max_num_queued_reqs,
             reconnect_s=reconnect_s,
             observer=observer,
+            worker_view=worker_view,
         )
         self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="tsqp-text")
         self._ends = Ends(self._thread, self._text)
@@ -108,6 +111,7 @@ class AsyncLLM:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 renew=self._thread.renew,
+                worker_view=worker_view,
             )
             self._model.tokenizer.preload()  # later it would block an event loop
             self._thread.start(self._model.engine)

@@ -49,6 +49,7 @@ from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.tee.offload.worker_hints import ask_for_hints
+from tsqp.tee.worker_view import WatchedOffload, WorkerView
 from tsqp.wire.channel import Channel
 
 log = logging.getLogger("tsqp")
@@ -70,6 +71,7 @@ class Builder:
     Args:
         norms: the model's norms, if they were read already.
         progress: called while weights are read, with the bytes done and their total.
+        view: samples what workers receive.
 
     Attributes:
         options: as given; `build` replaces a field that is to be measured.
@@ -83,6 +85,7 @@ class Builder:
         dtype: torch.dtype,
         norms: WeightsDigest | None = None,
         progress: Progress = silent,
+        view: WorkerView | None = None,
     ) -> None:
         self.options = options
         self._checkpoint = checkpoint
@@ -91,6 +94,7 @@ class Builder:
         # Each tensor is read once, so that the tensor that is hashed is the one that is used.
         self._read = WeightsDigest() if norms is None else norms
         self._progress = progress
+        self._view = view
         self.model_digest = ""
 
     def build(self, workers: Sequence[WorkerProcess]) -> Begin:
@@ -186,13 +190,13 @@ class Builder:
             offload = private(fixed_point)
             return lambda: (offload, None)
 
-        trust = Trust(process_limit)
+        trust, watched = Trust(process_limit), self._watched(groups)
 
         def begin_shares() -> tuple[Offload, None]:
             trust.check()
             channels = [self._connect(worker, digest, field.residue_bytes) for worker in workers]
             row_pool, timeout = self._row_pool(), options.timeout
-            shares = SharesLinear(channels, groups, self._dtype, timeout, row_pool, trust)
+            shares = SharesLinear(channels, watched, self._dtype, timeout, row_pool, trust)
             return private(shares), None
 
         if options.privacy == "shares":
@@ -224,7 +228,7 @@ class Builder:
         """
         memory, lattice = self._pad_memory(), self.options.lattice
         private = self._private(embedding_VD)
-        trust = Trust(process_limit)
+        trust, watched = Trust(process_limit), self._watched(groups)
 
         def begin() -> tuple[Offload, PadPool]:
             trust.check()
@@ -232,15 +236,26 @@ class Builder:
             channel = self._connect(worker, digest, itemsize, [LATTICE_ABILITY] if lattice else [])
             pool = PadPool(provider(memory), self._shapes(), memory)
             row_pool, timeout = self._row_pool(), self.options.timeout
-            pad = PadLinear(channel, groups, pool, self._dtype, timeout, row_pool, trust)
+            pad = PadLinear(channel, watched, pool, self._dtype, timeout, row_pool, trust)
             return private(pad), pool
 
         return begin
 
     def _private(self, embedding_VD: torch.Tensor) -> Callable[[LinearPart], PrivateOffload]:
         """Makes the offload of each session; all of them use the same KV cache."""
-        kv = self._kv_cache()
-        return lambda linear: PrivateOffload(self._config, kv, embedding_VD, linear)
+        kv, view = self._kv_cache(), self._view
+
+        def private(linear: LinearPart) -> PrivateOffload:
+            given = self._config, kv, embedding_VD, linear
+            return PrivateOffload(*given) if view is None else WatchedOffload(view, *given)
+
+        return private
+
+    def _watched(
+        self, groups: Mapping[LinearGroup, Group[Kept]]
+    ) -> Mapping[LinearGroup, Group[Kept]]:
+        """The groups, of which the view samples one."""
+        return groups if self._view is None else self._view.watch(groups, self._config.num_layers)
 
     def _load_with_hints(self) -> tuple[LatticeLoad, str, torch.Tensor]:
         """Load for lattice masks, with hints from a file or made here. See also `_load`.

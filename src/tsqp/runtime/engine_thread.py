@@ -19,6 +19,7 @@ from tsqp.tee.engine.session import SESSION_OVER
 from tsqp.tee.offload.offload import Offload
 from tsqp.tee.sampling import FinishReason
 from tsqp.tee.text.tokenizer import Tokenizer
+from tsqp.tee.worker_view import WorkerView
 
 log = logging.getLogger("tsqp")
 
@@ -48,11 +49,13 @@ class EngineThread:
         max_queued: int | None,
         reconnect_s: float,
         observer: RequestObserver | None,
+        worker_view: WorkerView | None = None,
     ) -> None:
         self._max_num_seqs = max_num_seqs
         self._max_queued = max_queued
         self._reconnect_s = reconnect_s
         self._observer = observer
+        self._worker_view = worker_view
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closing = threading.Event()
         self._is_over = False
@@ -231,6 +234,8 @@ class EngineThread:
                 first = number if first is None else first
                 request.sequences[number] = index
                 self._requests[number] = request
+                if self._worker_view is not None and index == 0:
+                    self._worker_view.began(number, request.tenant, request.id)
         except Exception as error:
             self._end(request, error if isinstance(error, TSQPError) else _unexpected(error))
             return

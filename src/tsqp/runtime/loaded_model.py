@@ -27,6 +27,7 @@ from tsqp.tee.engine.engine import Engine
 from tsqp.tee.engine.observer import Observer
 from tsqp.tee.offload.offload import Offload
 from tsqp.tee.text.tokenizer import Tokenizer
+from tsqp.tee.worker_view import WorkerView
 from tsqp.wire.channel import Channel, Counters
 
 log = logging.getLogger("tsqp")
@@ -59,6 +60,7 @@ class LoadedModel:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         renew: Callable[[Renew], Offload] | None = None,
+        worker_view: WorkerView | None = None,
     ) -> None:
         """Load what this side needs, and open a session with each worker.
 
@@ -70,6 +72,7 @@ class LoadedModel:
             max_num_seqs: see `Scheduler`.
             renew: called instead of beginning new sessions after a worker was lost, with the
                 function that begins them.
+            worker_view: samples what workers receive.
 
         Raises:
             UsageError: the call log exists.
@@ -85,7 +88,7 @@ class LoadedModel:
         self._call_log = None if options.rpc_log is None else CallLog(Path(options.rpc_log))
         if self._call_log is not None:
             at_end(self._call_log.close)
-        self._load(model, on_load or silent, max_model_len, max_num_seqs, renew)
+        self._load(model, on_load or silent, max_model_len, max_num_seqs, renew, worker_view)
         if self._call_log is not None:
             self._begin_log(self._call_log, model)
 
@@ -113,6 +116,7 @@ class LoadedModel:
         max_model_len: int | None,
         max_num_seqs: int,
         renew: Callable[[Renew], Offload] | None,
+        worker_view: WorkerView | None,
     ) -> None:
         options = self.options
         if options.privacy == "open":
@@ -136,7 +140,7 @@ class LoadedModel:
                 self.tokenizer.preload()  # while the workers load, and before the digest is taken
             norms = WeightsDigest()  # read once: what is used is what is hashed
             layers = Layers(checkpoint, self.dtype, norms)
-            builder = Builder(options, checkpoint, self.dtype, norms, progress)
+            builder = Builder(options, checkpoint, self.dtype, norms, progress, worker_view)
             begin = builder.build(self.workers)
             self.sessions = WorkerSessions(self.workers, begin)
             self._at_end(self.offload.close)
@@ -159,7 +163,11 @@ class LoadedModel:
             self.offload,
             self.config,
             self.tokenizer,
-            Observer(cpu_clock=self.sessions.cpu_s, call_log=self._call_log),
+            Observer(
+                cpu_clock=self.sessions.cpu_s,
+                call_log=self._call_log,
+                on_chunks=None if worker_view is None else worker_view.begin_step,
+            ),
             prefill_chunk=options.prefill_chunk,
             max_num_seqs=max_num_seqs,
             microbatches=options.microbatches,

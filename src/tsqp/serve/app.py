@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tsqp import __version__
 from tsqp.api.base import RequestBody
-from tsqp.serve import chat, completions, errors, responses, tokens
+from tsqp.serve import chat, completions, errors, page_files, responses, tokens, view
 from tsqp.serve.middleware import Gate
 from tsqp.serve.state import State
 
@@ -27,7 +27,7 @@ def make_app(state: State) -> FastAPI:
     app.state.tsqp = state
     errors.install(app)
     errors.show_fields(_names(RequestBody))
-    for module in (chat, completions, responses, tokens):
+    for module in (chat, completions, responses, tokens, view, page_files):
         app.include_router(module.router)
     app.add_middleware(Gate, options=state.options)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -15,10 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tsqp.serve.errors import APIError, as_api_error
 from tsqp.serve.options import ServeOptions, tenant_of
+from tsqp.serve.page_files import PAGE_FILES
 
 log = logging.getLogger("tsqp")
 
-OPEN_PATHS = ("/health",)  # for load balancers, which have no key
+# For load balancers, which have no key, and for browsers, which get the page before the key.
+OPEN_PATHS = ("/health", *PAGE_FILES)
 # Times the limit of a body: a client that is still sending would not see why it was refused.
 READ_ANYWAY = 8
 _ID = re.compile(r"[\x21-\x7e]{1,128}")

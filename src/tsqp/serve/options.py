@@ -28,6 +28,7 @@ class ServeOptions:
         ssl_certfile, ssl_keyfile: PEM files for TLS.
         root_path: the path under which a reverse proxy shows the server.
         shutdown_timeout: seconds that running requests get after SIGTERM.
+        show_worker_view: whether clients may see a sample of what workers received for them.
         max_body_bytes: of one request.
         body_timeout: seconds in which a request's body must arrive.
 
@@ -47,6 +48,7 @@ class ServeOptions:
     ssl_keyfile: Path | None = None
     root_path: str = ""
     shutdown_timeout: float = 30.0
+    show_worker_view: bool = False
     max_body_bytes: int = MAX_BODY
     body_timeout: float = 30.0
 

@@ -19,6 +19,7 @@ from tsqp.serve.app import make_app
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
 from tsqp.serve.state import State
+from tsqp.tee.worker_view import WorkerView
 
 log = logging.getLogger("tsqp")
 
@@ -48,6 +49,12 @@ def run_server(
     server = _Server(model, options, served, on_load)
     if served.exposure:
         log.warning("%s", served.exposure)
+    if served.show_worker_view:
+        log.warning(
+            "--show-worker-view keeps a sample of the activations of recent requests, and shows "
+            "it to whoever %s.",
+            "holds the API key of the request" if served.api_keys else "knows the request's id",
+        )
     with _listening(served) as listener:
         asyncio.run(server.run(listener))
 
@@ -77,7 +84,8 @@ class _Server:
         self._options = options
         self._served = served
         self._on_load = on_load
-        self._state = State(served, names, Metrics(names[0], self._get_llm))
+        view = WorkerView() if served.show_worker_view else None
+        self._state = State(served, names, Metrics(names[0], self._get_llm), view)
         self._signals = 0
         _keep_quiet()
         config = uvicorn.Config(
@@ -137,6 +145,7 @@ class _Server:
                 max_num_seqs=self._served.max_num_seqs,
                 max_num_queued_reqs=self._served.max_num_queued_reqs,
                 observer=self._state.metrics,
+                worker_view=self._state.worker_view,
             )
 
     def _say_ready(self, llm: AsyncLLM, address: str) -> None:

@@ -9,6 +9,7 @@ from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.serve.errors import APIError, bad_request, unavailable
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
+from tsqp.tee.worker_view import WorkerView
 
 LOADING = "loading"
 
@@ -19,12 +20,14 @@ class State:
 
     Attributes:
         names: under which it is served; answers have the first one.
+        worker_view: samples what workers receive; None unless the options ask for it.
         llm: the model, once it is loaded.
     """
 
     options: ServeOptions
     names: tuple[str, ...]
     metrics: Metrics
+    worker_view: WorkerView | None = None
     llm: AsyncLLM | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -109,7 +109,7 @@ async def status(request: Request) -> StatusAnswer:
     """How this server computes."""
     state = state_of(request)
     llm = state.ready()
-    pads = llm.pads
+    pads, view = llm.pads, state.worker_view
     return StatusAnswer.model_validate(
         {
             "status": llm.status,
@@ -128,6 +128,7 @@ async def status(request: Request) -> StatusAnswer:
             "pads_inline_rows": None if pads is None else pads.inline_rows,
             "placement": asdict(llm.placement),
             "max_model_len": llm.max_model_len,
+            "worker_view": view is not None and view.group is not None,
             "running": llm.num_running,
             "waiting": llm.num_waiting,
         }

@@ -12,9 +12,15 @@ from tsqp.tee.stats import Stats
 class Step:
     """Counts what one step computes. A step that fails is not counted."""
 
-    def __init__(self, stats: Stats, call_log: CallLog | None) -> None:
+    def __init__(
+        self,
+        stats: Stats,
+        call_log: CallLog | None,
+        on_chunks: Callable[[Sequence[Chunk]], None] | None = None,
+    ) -> None:
         self._stats = stats
         self._call_log = call_log
+        self._on_chunks = on_chunks
         self.prompt_tokens = 0
         self.decode_tokens = 0
         self.failed = False
@@ -25,6 +31,8 @@ class Step:
         self.decode_tokens = 0 if self.prompt_tokens else len(chunks)
         if self._call_log is not None:
             self._call_log.begin_step("prefill" if self.prompt_tokens else "decode", self._stats)
+        if self._on_chunks is not None:
+            self._on_chunks(chunks)
 
 
 class Observer:
@@ -35,6 +43,7 @@ class Observer:
         cpu_clock: returns the seconds of processor time that count as work of the steps.
         call_log: notified of each step.
         clock: seconds, for the times of requests.
+        on_chunks: called with the chunks of each step.
     """
 
     def __init__(
@@ -43,11 +52,13 @@ class Observer:
         cpu_clock: Callable[[], float] = process_time,
         call_log: CallLog | None = None,
         clock: Callable[[], float] = monotonic,
+        on_chunks: Callable[[Sequence[Chunk]], None] | None = None,
     ) -> None:
         self.now = clock
         self.stats = Stats() if stats is None else stats
         self._cpu_clock = cpu_clock
         self._call_log = call_log
+        self._on_chunks = on_chunks
 
     @contextmanager
     def step(self) -> Iterator[Step]:
@@ -56,7 +67,7 @@ class Observer:
         if log is not None:
             log.flush()
         began, cpu_began = perf_counter(), self._cpu_clock()
-        step = Step(stats, log)
+        step = Step(stats, log, self._on_chunks)
         try:
             yield step
         except BaseException:
