@@ -87,6 +87,7 @@ def test_without_a_worker_the_page_says_so(chromium: Chromium, server: Server) -
     chromium.until("document.querySelector('.note.bad')?.textContent.includes('tokens')")
     assert chromium.run("document.getElementById('views').hidden") is True
     assert len(chromium.run("document.getElementById('text').value")) == 5000  # to be changed
+    assert chromium.run("document.documentElement.scrollHeight") == 800  # only the log scrolls
 
 
 def _pixels(canvas: str) -> str:

@@ -93,8 +93,19 @@ def test_rows_whose_owner_is_not_certain_are_left_out(
     watched.view.began(4, "a", "one")
     watched.step(kv_4=4)
     watched.call(segments, [1.0, 1.0], group)
-    watched.send(torch.ones(1, WIDTH))  # after an answer, when others may have come between
     assert watched.rows("a", "one") == []
+
+
+def test_rows_that_go_out_after_an_answer_are_left_out(watched: Watched) -> None:
+    """By then, rows of others may have gone out too."""
+    watched.view.began(4, "a", "one")
+    watched.step(kv_4=4)
+    watched.view.attended(LAYER, [Segment(4, 0, 2)])
+    x_TD = torch.ones(2, WIDTH)
+    with watched.view.sending(Linear(OUTPUT, x_TD)):
+        watched.send(x_TD[:1])
+    watched.send(x_TD[1:])
+    assert len(watched.rows("a", "one")) == 1
 
 
 def test_owners_count_for_one_call_only(watched: Watched) -> None:
