@@ -28,7 +28,8 @@ COMMANDS = {
         --max-model-len
         --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
         --prefill-chunk --privacy --quiet --root-path --rpc-log --served-model-name
-        --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout --uds
+        --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout
+        --tool-call-parser --uds
         --worker --worker-key MODEL
     """,
     "worker": """

@@ -124,6 +124,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "placement",
         "reconnects",
         "rpc",
+        "special_ids",
         "stats",
         "status",
         "text_bytes",

@@ -29,6 +29,31 @@ def deep(levels: int) -> bytes:
     return b'{"messages": ' + b"[" * levels + b"]" * levels + b"}"
 
 
+def function(parameters: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": "add", "parameters": parameters}}
+
+
+def called(function: object) -> list[dict[str, object]]:
+    return [{"role": "assistant", "tool_calls": [{"id": "a", "function": function}]}]
+
+
+def schema(given: object, **more: object) -> tuple[str, dict[str, object]]:
+    form = {"name": "a", "schema": given} | more
+    return CHAT, {
+        "messages": HELLO,
+        "response_format": {"type": "json_schema", "json_schema": form},
+    }
+
+
+def nested(levels: int) -> dict[str, object]:
+    found: dict[str, object] = {"type": "integer"}
+    for _ in range(levels):
+        found = {"type": "array", "items": found}
+    return found
+
+
+ADD = function({"type": "object", "properties": {"a": {"type": "integer"}}})
+
 WRONG: dict[str, tuple[str, object, str | None]] = {
     "no messages": (CHAT, {}, "messages"),
     "empty messages": (CHAT, {"messages": []}, "messages"),
@@ -66,6 +91,54 @@ WRONG: dict[str, tuple[str, object, str | None]] = {
     "an unknown format": (*chat(response_format={"type": CANARY}), "response_format"),
     "tool_choice and no tools": (*chat(tool_choice="required"), "tool_choice"),
     "tools of a wrong form": (*chat(tools=[{"type": CANARY}]), "tools[0].type"),
+    "tools of one name": (*chat(tools=[ADD, ADD]), "tools"),
+    "a tool_choice of no tool": (
+        *chat(tools=[ADD], tool_choice={"type": "function", "function": {"name": CANARY}}),
+        "tool_choice",
+    ),
+    "a tool of a schema that nothing satisfies": (
+        *chat(tools=[function({"type": "object", "properties": {CANARY: False},
+                               "required": [CANARY]})]),
+        "tools",
+    ),
+    "a tool of a schema of a wrong type": (*chat(tools=[function({"type": CANARY})]), "tools"),
+    "a call of no name": (CHAT, {"messages": called({"arguments": CANARY})}, "messages"),
+    "a call of arguments that are no JSON": (
+        CHAT, {"messages": called({"name": "add", "arguments": CANARY})}, "messages",
+    ),
+    "a call of deep arguments": (
+        CHAT, {"messages": called({"name": "add", "arguments": "[" * 10**5})}, "messages",
+    ),
+    "calls of a wrong type": (
+        CHAT, {"messages": [{"role": "assistant", "tool_calls": CANARY}]}, "messages",
+    ),
+    "a format of a wrong schema": (*schema(CANARY), "response_format.json_schema.schema"),
+    "a format of no schema": (
+        *chat(response_format={"type": "json_schema", "json_schema": {"name": "a"}}),
+        "response_format",
+    ),
+    "a schema that nothing satisfies": (
+        *schema({"type": "string", "minLength": 3, "maxLength": 2}), "response_format",
+    ),
+    "a schema of an unknown type": (*schema({"type": CANARY}), "response_format"),
+    "a schema of unknown keywords": (
+        *schema({"not": {"type": CANARY}}, strict=True), "response_format",
+    ),
+    "a schema that refers to nothing": (*schema({"$ref": f"#/{CANARY}"}), "response_format"),
+    "a schema of a wrong pattern": (
+        *schema({"type": "string", "pattern": f"({CANARY}"}), "response_format",
+    ),
+    "a schema that is too deep": (*schema(nested(70)), "response_format"),
+    "a schema that is too large": (*schema({"enum": [CANARY * 20_000]}), "response_format"),
+    "a schema that is too complex": (
+        *schema({"properties": {f"p{number}": {} for number in range(4500)}}),
+        "response_format",
+    ),
+    "a completion's schema that nothing satisfies": (
+        COMPLETIONS,
+        {"prompt": "a", "response_format": schema({"enum": []})[1]["response_format"]},
+        "response_format",
+    ),
     "values for the template": (*chat(chat_template_kwargs={"messages": CANARY}), None),
     "a value that is Python's": (*chat(chat_template_kwargs={"self": CANARY}), None),
     "a long stop string": (*chat(stop=1025 * "a"), "stop"),
@@ -122,16 +195,6 @@ def test_many_wrong_items_are_one_error_and_take_no_longer(server: Server) -> No
         before = server.metrics()[HTTP_CPU]
         assert server.ask(path, fields).status == 400
         assert server.metrics()[HTTP_CPU] - before < 2
-
-
-def test_what_is_not_there_yet_is_refused_and_not_left_out(server: Server) -> None:
-    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    for fields in ({"response_format": schema}, {"tools": [tool]}):
-        error = server.chat(**fields).error
-        assert error["param"] in fields
-        assert "does not support" in error["message"]
-    assert server.chat(tools=[tool], tool_choice="none").status == 200
 
 
 def test_a_prompt_that_is_too_long_says_what_fits(server: Server) -> None:

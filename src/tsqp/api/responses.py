@@ -46,7 +46,8 @@ class ResponsesRequest(RequestBody):
     store: Any = None
     text: ResponseText | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=128)] | None = None
-    tool_choice: Any = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: Boolean | None = None
     metadata: Any = None
     user: Any = None
 
@@ -68,6 +69,20 @@ class OutputMessage(Answer):
     role: Literal["assistant"] = "assistant"
     status: Literal["in_progress", "completed", "incomplete"]
     content: list[OutputText]
+
+
+class FunctionCall(Answer):
+    """A call of a function, with its arguments as JSON text."""
+
+    id: str
+    type: Literal["function_call"] = "function_call"
+    call_id: str
+    name: str
+    arguments: str = ""
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
+OutputItem = OutputMessage | FunctionCall
 
 
 class InputDetails(Answer):
@@ -110,14 +125,14 @@ class Response(Answer):
     instructions: str | None = None
     max_output_tokens: int | None = None
     model: str
-    output: list[OutputMessage]
-    parallel_tool_calls: bool = False
+    output: list[OutputItem]
+    parallel_tool_calls: bool
     previous_response_id: None = None
     store: bool = False
     temperature: float | None
-    text: dict[str, Any] = Field(default_factory=lambda: {"format": {"type": "text"}})
-    tool_choice: Literal["none"] = "none"
-    tools: list[str] = Field(default_factory=list)
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
     top_p: float | None
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
@@ -133,7 +148,9 @@ class ResponseEvent(Answer):
     output_index: Annotated[int | None, absent_if_none()] = None
     item_id: Annotated[str | None, absent_if_none()] = None
     content_index: Annotated[int | None, absent_if_none()] = None
-    item: Annotated[OutputMessage | None, absent_if_none()] = None
+    item: Annotated[OutputItem | None, absent_if_none()] = None
+    name: Annotated[str | None, absent_if_none()] = None
+    arguments: Annotated[str | None, absent_if_none()] = None
     part: Annotated[OutputText | None, absent_if_none()] = None
     delta: Annotated[str | None, absent_if_none()] = None
     text: Annotated[str | None, absent_if_none()] = None

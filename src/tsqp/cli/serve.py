@@ -66,6 +66,13 @@ def serve(
             min=0, help="Maximum number of answers that wait. More are refused with status 503."
         ),
     ] = 256,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model writes tool calls: granite, hermes, llama3_json, mistral or "
+            "phi4_mini_json. The default is what its chat template shows."
+        ),
+    ] = None,
     ssl_certfile: Annotated[
         Path | None, typer.Option(help="Certificate for TLS, a PEM file.")
     ] = None,
@@ -91,6 +98,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's interface has it. Run it on the trusted machine."""
     try:
+        import llguidance  # noqa: F401  for requests with tools or a response format
+
         from tsqp.serve.options import ServeOptions, read_api_keys
         from tsqp.serve.run import run_server
     except ModuleNotFoundError as exc:
@@ -110,6 +119,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_queued_reqs=max_num_queued_reqs,
+        tool_call_parser=tool_call_parser,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         root_path=root_path,

@@ -14,9 +14,9 @@ from tsqp.runtime.engine_thread import EngineThread
 class Ends:
     """What has to be closed at the end, the last one first."""
 
-    def __init__(self, thread: EngineThread, text: ThreadPoolExecutor) -> None:
+    def __init__(self, thread: EngineThread, *pools: ThreadPoolExecutor) -> None:
         self._thread = thread
-        self._text = text
+        self._pools = pools
         self._closers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -40,7 +40,8 @@ class Ends:
             with ExitStack() as stack:
                 for closer in self._closers:
                     stack.callback(closer)
-                self._text.shutdown()  # each waiting prompt is refused, and none is tokenized
+                for pool in self._pools:  # each waiting prompt is refused, and none is tokenized
+                    stack.callback(pool.shutdown)
 
 
 _all: weakref.WeakSet[Ends] = weakref.WeakSet()

@@ -29,6 +29,7 @@ from tsqp.wire.channel import Counters
 T = TypeVar("T")
 
 TEXT_THREADS = 2
+GRAMMAR_THREADS = 1  # a grammar takes up to two seconds, and must not hold up the tokenizing
 DRAINING = "draining"
 LOOK_S = 0.05  # how often `drain` looks whether all requests have ended
 
@@ -98,7 +99,8 @@ class AsyncLLM:
             worker_view=worker_view,
         )
         self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="tsqp-text")
-        self._ends = Ends(self._thread, self._text)
+        self._grammars = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="tsqp-grammar")
+        self._ends = Ends(self._thread, self._text, self._grammars)
         # Nothing of the ends refers to this object, so that the last reference to it ends all.
         weakref.finalize(self, self._ends.close).atexit = False  # which `_close_all` does
         try:
@@ -167,8 +169,10 @@ class AsyncLLM:
             cache_salt,
             loop,
         )
-        if isinstance(given, str):
-            self._text.submit(self._thread.add_text, request, self._model.tokenizer, given)
+        if params.structured_outputs is not None:
+            self._grammars.submit(self._thread.prepare, request, self._model.tokenizer, given)
+        elif isinstance(given, str):
+            self._text.submit(self._thread.prepare, request, self._model.tokenizer, given)
         else:
             self._thread.add(request)
         return AnswerStream(request, self._thread.abort)
@@ -251,6 +255,11 @@ class AsyncLLM:
     def has_tokenizer(self) -> bool:
         """Whether the model has a tokenizer that can be read."""
         return self._model.tokenizer.exists
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The id of each special token, by its text; empty if the model has no tokenizer."""
+        return self._model.tokenizer.special_ids if self.has_tokenizer else {}
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:

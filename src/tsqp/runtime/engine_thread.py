@@ -107,16 +107,23 @@ class EngineThread:
         """Queue a request that was let in."""
         self._order(lambda: self._add(request))
 
-    def add_text(self, request: Request, tokenizer: Tokenizer, text: str) -> None:
-        """Tokenize the prompt of a request that was let in, and queue it. This takes a while."""
+    def prepare(self, request: Request, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> None:
+        """Tokenize the prompt of a request that was let in, compile its grammar, and queue it.
+
+        This takes a while: up to two seconds for a grammar.
+        """
+        assert self._engine is not None
         error: TSQPError | None = None
         if not request.has_ended and not self._closing.is_set():  # else `_add` only counts it
             try:
-                request.prompt = tokenizer.encode(text)
+                if isinstance(prompt, str):
+                    request.prompt = tokenizer.encode(prompt)
+                if request.params.structured_outputs is not None:
+                    self._engine.compile(request.params)
             except TSQPError as exc:
                 error = exc
-            except Exception as exc:  # and no cause, which may quote the text
-                error = TSQPError(f"Unexpected {type(exc).__name__} in the tokenizer.")
+            except Exception as exc:  # and no cause, which may quote the prompt
+                error = TSQPError(f"Unexpected {type(exc).__name__} before the request was added.")
         self._order(lambda: self._add(request) if error is None else self._refuse(request, error))
 
     def abort(self, request: Request) -> None:

@@ -1,8 +1,10 @@
 """`/v1/chat/completions`."""
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import overload
 
 from fastapi import APIRouter, Request
 
@@ -15,16 +17,28 @@ from tsqp.api.chat import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    FinishReason,
 )
+from tsqp.api.tools import CalledFunction, NamedTool, ToolCall
 from tsqp.errors import TSQPError
-from tsqp.runtime.answer_stream import AnswerStream
+from tsqp.runtime.answer_stream import AnswerStream, StreamOutput
 from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.serve.answer_form import AnswerForm, answer_form
 from tsqp.serve.documented import STREAM_OR_JSON
 from tsqp.serve.errors import as_api_error, bad_request
 from tsqp.serve.logprobs import chat_logprobs
-from tsqp.serve.params import check_number, check_stream_options, sampling_params, usage_of
+from tsqp.serve.params import (
+    check_number,
+    check_stream_options,
+    given_format,
+    given_tools,
+    sampling_params,
+    usage_of,
+)
 from tsqp.serve.state import state_of
 from tsqp.serve.streaming import EventStream, while_connected
+from tsqp.serve.tool_calls import Call, collect, deltas, with_objects
+from tsqp.serve.tools import ToolParser
 from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs
 
 router = APIRouter()
@@ -37,10 +51,19 @@ async def chat_completions(body: ChatRequest, request: Request) -> ChatAnswer | 
     """Answer a conversation."""
     state = state_of(request)
     llm, model = state.ready_for_text(), state.check_model(body.model)
-    refuse_what_is_missing(body)
     check_stream_options(body)
     check_number(body.n or 1, state.options.most_answers)
-    chat = Chat(llm, body, model)
+    form = await asyncio.to_thread(
+        answer_form,
+        llm,
+        state.tool_style(),
+        given_format(body),
+        given_tools(body.tools),
+        body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool)
+        else body.tool_choice,
+        parallel=body.parallel_tool_calls,
+    )  # fmt: skip
+    chat = Chat(llm, body, model, form)
     try:
         stream = await chat.start(
             request.state.request_id, request.state.tenant, await chat.tokenize()
@@ -48,50 +71,33 @@ async def chat_completions(body: ChatRequest, request: Request) -> ChatAnswer | 
         if body.stream:
             await stream.accepted()
             return EventStream(chat.chunks(stream), [stream], PROMPT)
-        return chat.answer(await while_connected(request, stream.completions()), stream)
+        return await while_connected(request, chat.answer(stream))
     except TSQPError as error:
         raise as_api_error(error, PROMPT) from None
-
-
-def refuse_what_is_missing(body: ChatRequest) -> None:
-    """Refuse forms and tools, which nothing here can enforce yet.
-
-    Raises:
-        APIError: the request needs them.
-    """
-    if body.response_format is not None and body.response_format.type != "text":
-        raise bad_request(
-            "This server does not support a response_format other than text.", "response_format"
-        )
-    if body.tools and body.tool_choice != "none":
-        raise bad_request(
-            "This server does not support tools; leave them out, or set tool_choice to none.",
-            "tools",
-        )
-    if not body.tools and body.tool_choice not in (None, "none", "auto"):
-        raise bad_request("tool_choice is only allowed with tools.", "tool_choice")
 
 
 class Chat:
     """One conversation that is being answered."""
 
-    def __init__(self, llm: AsyncLLM, body: ChatRequest, model: str) -> None:
+    def __init__(self, llm: AsyncLLM, body: ChatRequest, model: str, form: AnswerForm) -> None:
         self._llm = llm
         self._body = body
         self._model = model
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
+        self._form = form
 
     async def tokenize(self) -> list[int]:
         """The token ids of the conversation.
 
         Raises:
-            PromptError, TokenizerError: see `AsyncLLM.tokenize_chat`.
+            PromptError, TokenizerError: see `AsyncLLM.tokenize_chat` and `with_objects`.
         """
         body, continues = self._body, bool(self._body.continue_final_message)
         begins = body.add_generation_prompt
         return await self._llm.tokenize_chat(
-            body.messages,
+            with_objects(body.messages),
+            tools=self._form.tools,
             split_special=bool(body.split_special),
             add_generation_prompt=not continues if begins is None else begins,
             continue_final_message=continues,
@@ -112,22 +118,31 @@ class Chat:
             cache_salt=self._body.cache_salt or "",
         )
 
-    def answer(self, completions: Sequence[Completion], stream: AnswerStream) -> ChatAnswer:
+    async def answer(self, stream: AnswerStream) -> ChatAnswer:
         """The answers, once they are complete."""
+        completions = await stream.completions()
+        # A long answer has many calls or probabilities to write: not in the event loop.
+        return await asyncio.to_thread(self._answer, completions, stream)
+
+    def _answer(self, completions: Sequence[Completion], stream: AnswerStream) -> ChatAnswer:
         return ChatAnswer(
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=[
-                ChatChoice(
-                    index=each.index,
-                    message=ChatMessage(content=each.text),
-                    logprobs=self._logprobs(each.logprobs),
-                    finish_reason=each.finish_reason,
-                )
-                for each in completions
-            ],
+            choices=[self._choice(each) for each in completions],
             usage=usage_of([stream]),
+        )
+
+    def _choice(self, completion: Completion) -> ChatChoice:
+        content, calls = collect(self._form.parser(), completion.text)
+        return ChatChoice(
+            index=completion.index,
+            message=ChatMessage(
+                content=None if calls and not content else content,
+                tool_calls=[_called(call) for call in calls] or None,
+            ),
+            logprobs=self._logprobs(completion.logprobs),
+            finish_reason=_reason(completion.finish_reason, bool(calls)),
         )
 
     async def chunks(self, stream: AnswerStream) -> AsyncIterator[ChatChunk]:
@@ -137,17 +152,22 @@ class Chat:
         for index in range(self._body.n or 1):
             first = ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
             yield self._chunk(first, stream if always else None)
+        pieces = [Pieces(self._form.parser()) for _ in range(self._body.n or 1)]
         async for output in stream:
             logprobs = self._logprobs(output.logprobs)
-            if not output.text and logprobs is None and output.finish_reason is None:
-                continue  # a piece of a character
-            piece = ChatChunkChoice(
-                index=output.index,
-                delta=ChatDelta(content=output.text),
-                logprobs=logprobs,
-                finish_reason=output.finish_reason,
-            )
-            yield self._chunk(piece, stream if always else None)
+            for delta in pieces[output.index].take(output):
+                piece = ChatChunkChoice(index=output.index, delta=delta, logprobs=logprobs)
+                yield self._chunk(piece, stream if always else None)
+                logprobs = None
+            if logprobs is not None or output.finish_reason is not None:
+                called = bool(pieces[output.index].calls)
+                piece = ChatChunkChoice(
+                    index=output.index,
+                    delta=ChatDelta(),
+                    logprobs=logprobs,
+                    finish_reason=_reason(output.finish_reason, called),
+                )
+                yield self._chunk(piece, stream if always else None)
         if options and options.include_usage:
             yield self._chunk(None, stream)
 
@@ -172,7 +192,46 @@ class Chat:
                 self._llm.max_model_len,
             ),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            form=self._form,
         )
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs] | None) -> ChatLogprobs | None:
         return None if tokens is None else chat_logprobs(self._llm, tokens)
+
+
+class Pieces:
+    """What the chunks of one answer add to it.
+
+    Attributes:
+        calls: number of calls so far.
+    """
+
+    def __init__(self, parser: ToolParser | None) -> None:
+        self._parser = parser
+        self.calls = 0
+
+    def take(self, output: StreamOutput) -> Iterator[ChatDelta]:
+        """What a piece of the answer adds."""
+        for delta in deltas(self._parser, output.text, output.finish_reason is not None):
+            if delta.name is not None:
+                self.calls += 1
+                yield ChatDelta(tool_calls=[_called(Call(delta.name), delta.call)])
+            elif delta.call is not None:
+                more = CalledFunction(arguments=delta.arguments)
+                yield ChatDelta(tool_calls=[ToolCall(index=delta.call, function=more)])
+            else:
+                yield ChatDelta(content=delta.content)
+
+
+def _called(call: Call, index: int | None = None) -> ToolCall:
+    function = CalledFunction(name=call.name, arguments=call.arguments)
+    return ToolCall(index=index, id=call.id, type="function", function=function)
+
+
+@overload
+def _reason(given: FinishReason, called: bool) -> FinishReason: ...
+@overload
+def _reason(given: FinishReason | None, called: bool) -> FinishReason | None: ...
+def _reason(given: FinishReason | None, called: bool) -> FinishReason | None:
+    """OpenAI has a reason of its own for an answer that ends with calls."""
+    return "tool_calls" if called and given == "stop" else given

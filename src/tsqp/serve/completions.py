@@ -17,10 +17,17 @@ from tsqp.api.completions import (
 from tsqp.errors import TSQPError
 from tsqp.runtime.answer_stream import AnswerStream, StreamOutput
 from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.serve.answer_form import AnswerForm, text_form
 from tsqp.serve.documented import STREAM_OR_JSON
 from tsqp.serve.errors import as_api_error, bad_request
 from tsqp.serve.logprobs import TextOffsets, completion_logprobs
-from tsqp.serve.params import check_number, check_stream_options, sampling_params, usage_of
+from tsqp.serve.params import (
+    check_number,
+    check_stream_options,
+    given_format,
+    sampling_params,
+    usage_of,
+)
 from tsqp.serve.state import state_of
 from tsqp.serve.streaming import EventStream, merged, while_connected
 from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs
@@ -44,7 +51,8 @@ async def completions(body: CompletionRequest, request: Request) -> CompletionAn
     check_number(count * (body.n or 1), state.options.most_answers)
     streams: list[AnswerStream] = []
     try:
-        work = Completions(llm, body, model, await _prompts(llm, body))
+        form = await asyncio.to_thread(text_form, given_format(body))
+        work = Completions(llm, body, model, await _prompts(llm, body), form)
         for stream in work.start(request.state.request_id, request.state.tenant):
             streams.append(stream)
         if not body.stream:
@@ -98,10 +106,6 @@ def _refuse(body: CompletionRequest) -> None:
     Raises:
         APIError: the request needs it.
     """
-    if body.response_format is not None and body.response_format.type != "text":
-        raise bad_request(
-            "This server does not support a response_format other than text.", "response_format"
-        )
     if body.best_of not in (None, body.n or 1):
         raise bad_request("best_of must be equal to n; choose among the answers yourself.")
     if body.max_tokens == 0 and not body.echo:
@@ -116,7 +120,12 @@ class Completions:
     """The prompts of one request, while they are being completed."""
 
     def __init__(
-        self, llm: AsyncLLM, body: CompletionRequest, model: str, prompts: Sequence[Prompt]
+        self,
+        llm: AsyncLLM,
+        body: CompletionRequest,
+        model: str,
+        prompts: Sequence[Prompt],
+        form: AnswerForm,
     ) -> None:
         self._llm = llm
         self._body = body
@@ -125,6 +134,7 @@ class Completions:
         self._model = model
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
+        self._form = form
 
     def start(self, request_id: str, tenant: str) -> Iterator[AnswerStream]:
         """Begin with one prompt after the other.
@@ -190,6 +200,7 @@ class Completions:
             max_tokens=MAX_TOKENS if body.max_tokens is None else max(body.max_tokens, 1),
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
+            form=self._form,
         )
 
     def _choice(self, place: int, completion: Completion) -> CompletionChoice:

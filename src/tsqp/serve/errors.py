@@ -92,7 +92,8 @@ def as_api_error(error: Exception, param: str | None = None) -> APIError:
             return bad_request(str(error), param, "context_length_exceeded")
         case PromptError():
             first = str(error).split(" ", 1)[0]
-            return bad_request(str(error), first if first in FIELDS else param, WRONG)
+            named = first if first.split(".")[0] in FIELDS else param
+            return bad_request(str(error), named, WRONG)
         case TokenizerError():
             return bad_request(str(error), param)
         case QueueFull():
@@ -158,6 +159,8 @@ def _invalid(errors: Iterable[Mapping[str, Any]]) -> APIError:
     for part in tuple(found.get("loc", ()))[1:]:
         if isinstance(part, int) and place:
             place.append(f"[{part}]")
+        elif place and place[-1] == f".{part}":
+            continue  # what a type is chosen by stands before its field of the same name
         elif part in FIELDS:
             place.append(f".{part}" if place else str(part))
         else:

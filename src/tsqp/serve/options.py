@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tsqp.errors import UsageError, printable_path
+from tsqp.serve.tools import tool_style
 
 MAX_BODY = 4 * 2**20
 
@@ -27,6 +28,7 @@ class ServeOptions:
         max_num_queued_reqs: maximum number of answers that wait.
         ssl_certfile, ssl_keyfile: PEM files for TLS.
         root_path: the path under which a reverse proxy shows the server.
+        tool_call_parser: how the model writes tool calls; None to see it in the chat template.
         shutdown_timeout: seconds that running requests get after SIGTERM.
         show_worker_view: whether clients may see a sample of what workers received for them.
         max_body_bytes: of one request.
@@ -47,6 +49,7 @@ class ServeOptions:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     root_path: str = ""
+    tool_call_parser: str | None = None
     shutdown_timeout: float = 30.0
     show_worker_view: bool = False
     max_body_bytes: int = MAX_BODY
@@ -75,6 +78,7 @@ class ServeOptions:
             raise UsageError(
                 "An API key must be printable ASCII characters; the key itself is not shown."
             )
+        tool_style(None, self.tool_call_parser)
         if self.root_path and not self.root_path.startswith("/"):
             raise UsageError("--root-path must begin with a slash.")
 

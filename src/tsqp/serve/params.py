@@ -1,9 +1,14 @@
 """Sampling parameters and usage, as the HTTP interface has them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tsqp.api.base import PromptDetails, SamplingFields, UsageInfo
+from tsqp.api.chat import ChatRequest
+from tsqp.api.completions import CompletionRequest
+from tsqp.api.tools import Tool
 from tsqp.runtime.answer_stream import AnswerStream
+from tsqp.serve.answer_form import ANY_TEXT, AnswerForm
 from tsqp.serve.errors import bad_request
 from tsqp.tee.sampling import SamplingParams
 
@@ -19,6 +24,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    form: AnswerForm = ANY_TEXT,
 ) -> SamplingParams:
     """The parameters of a request.
 
@@ -27,8 +33,23 @@ def sampling_params(
     """
     given = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     return SamplingParams(
-        **given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        **given,
+        **form.fields,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
+
+
+def given_format(body: ChatRequest | CompletionRequest) -> dict[str, Any] | None:
+    """The `response_format` of a request, as it was sent."""
+    given = body.response_format
+    return None if given is None else given.model_dump(by_alias=True, exclude_unset=True)
+
+
+def given_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
+    """The `tools` of a request, as they were sent; null where there are none."""
+    return [tool.model_dump(exclude_unset=True) for tool in tools] if tools else None
 
 
 def check_number(answers: int, most: int) -> None:

@@ -9,6 +9,7 @@ from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.serve.errors import APIError, bad_request, unavailable
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
+from tsqp.serve.tools import ToolStyle, tool_style
 from tsqp.tee.worker_view import WorkerView
 
 LOADING = "loading"
@@ -56,6 +57,10 @@ class State:
         if not llm.has_tokenizer:
             raise bad_request("This model has no tokenizer: send token ids to /v1/completions.")
         return llm
+
+    def tool_style(self) -> ToolStyle | None:
+        """How the model writes tool calls; None if that is not known."""
+        return tool_style(self.ready().chat_template, self.options.tool_call_parser)
 
     def check_model(self, name: str | None) -> str:
         """The name of the model in the answer to a request that names this one, or none.

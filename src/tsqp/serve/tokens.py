@@ -20,7 +20,9 @@ from tsqp.serve.documented import ERRORS
 from tsqp.serve.errors import RETRY_S, as_api_error, bad_request
 from tsqp.serve.logprobs import name_of
 from tsqp.serve.metrics import CONTENT_TYPE
+from tsqp.serve.params import given_tools
 from tsqp.serve.state import state_of
+from tsqp.serve.tool_calls import with_objects
 
 router = APIRouter()
 
@@ -52,8 +54,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
         if body.messages is not None:
             continues, begins = bool(body.continue_final_message), body.add_generation_prompt
             ids = await llm.tokenize_chat(
-                body.messages,
-                tools=None if body.tools is None else [tool.model_dump() for tool in body.tools],
+                with_objects(body.messages),
+                tools=given_tools(body.tools),
                 split_special=bool(body.split_special),
                 add_generation_prompt=not continues if begins is None else begins,
                 continue_final_message=continues,

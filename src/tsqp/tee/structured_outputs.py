@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from tsqp.errors import PromptError
 from tsqp.tee.text.chat_messages import check_json, check_unicode
@@ -20,6 +20,8 @@ class StructuredOutputsParams:
     """The form that an answer must have, with vLLM's names. Exactly one field is given.
 
     Attributes:
+        label: what messages call the form; empty for "The JSON schema of structured outputs" and
+            the like. Subclasses have another one.
         json: a JSON schema, as a dict or as a JSON text; kept as a text. Answers are JSON without
             whitespace around it, and with at most 20 characters of whitespace between two tokens.
         regex: a regular expression, which the whole answer matches. It has no look-around and no
@@ -35,6 +37,7 @@ class StructuredOutputsParams:
             `Engine.add`.
     """
 
+    label: ClassVar[str] = ""
     json: str | Mapping[str, Any] | None = None
     regex: str | None = None
     choice: list[str] | tuple[str, ...] | None = None

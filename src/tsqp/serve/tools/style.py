@@ -49,6 +49,7 @@ class ToolStyle:
         choice: str | Mapping[str, Any] = "auto",
         parallel: bool = True,
         special: Mapping[str, int] = _NO_SPECIAL,
+        form: str = "",
     ) -> str:
         """A grammar in Lark's syntax for an answer that may, must or must not call tools.
 
@@ -60,6 +61,8 @@ class ToolStyle:
             parallel: whether there may be several calls. Some styles never have several.
             special: the id of each special token (`Tokenizer.special_ids`): an opening that is such
                 a token is matched as one. The text of the answer must then have the special tokens.
+            form: a part of a grammar: what an answer of "auto" is that calls nothing, instead of
+                any text.
 
         Raises:
             PromptError: the tools, or the choice, are not valid.
@@ -81,6 +84,9 @@ class ToolStyle:
         first = f"[{begin}] body" if bare else f"{begin} body"
         if choice != "auto":
             start = first
+        elif form:
+            start = f"form | {first}"
+            rules = [f"form: {form}"]
         elif bare:
             start = f"text | {first}"
         elif token:

@@ -9,6 +9,7 @@ from tsqp.serve.tools.llama3 import LLAMA3
 from tsqp.serve.tools.mistral import MISTRAL
 from tsqp.serve.tools.phi4 import PHI4
 from tsqp.serve.tools.style import ToolStyle
+from tsqp.tee.text.chat_template import DEFAULT, WITH_TOOLS
 
 STYLES = {style.name: style for style in (MISTRAL, PHI4, GRANITE, HERMES, LLAMA3)}
 
@@ -19,7 +20,7 @@ def tool_style(
     """The style in which a chat template writes tool calls.
 
     Args:
-        chat_template_source: in Jinja; of several templates, "default" counts.
+        chat_template_source: in Jinja; of several templates, the one for tools counts.
         name: take the style of this name, whatever the template is.
 
     Returns:
@@ -34,5 +35,5 @@ def tool_style(
         return STYLES[name]
     source = chat_template_source
     if isinstance(source, Mapping):
-        source = source.get("default")
+        source = source.get(WITH_TOOLS, source.get(DEFAULT))
     return next((style for style in STYLES.values() if style.is_in(source or "")), None)

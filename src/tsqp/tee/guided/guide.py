@@ -202,6 +202,8 @@ _LOST = (
 
 def _name(params: StructuredOutputsParams) -> str:
     """What a message calls the form."""
+    if params.label:
+        return params.label
     if params.json is not None or params.json_object:
         thing = "JSON schema"
     elif params.regex is not None:
