@@ -7,8 +7,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from test_tool_parser import SETS, parse, rendered
 from tokenizers import AddedToken
+from tool_answers import SETS, parse, rendered
 from tool_templates import SPECIAL, TEMPLATES, TOOLS
 
 from text_helpers import byte_level

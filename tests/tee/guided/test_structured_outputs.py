@@ -32,7 +32,7 @@ PROMPT = [5, 40, 50]
 
 
 def ask(
-    engine: Engine, form: StructuredOutputsParams, *, count: int = 4, **others: Any
+    engine: Engine, form: StructuredOutputsParams, *, count: int = 3, **others: Any
 ) -> list[Completion]:
     settings = {"temperature": 1.5, "max_tokens": 600, "seed": 1, "n": count} | others
     return generate(engine, [PROMPT], SamplingParams(structured_outputs=form, **settings))
@@ -54,7 +54,7 @@ def test_a_json_schema_is_followed(guided: Engine) -> None:
 
 def test_any_json_object_is_an_object(guided: Engine) -> None:
     form = StructuredOutputsParams(json_object=True)
-    answers = ask(guided, form, count=3, max_tokens=250)
+    answers = ask(guided, form, count=3, max_tokens=120)
     done = [answer for answer in answers if answer.finish_reason == "stop"]
     assert done
     for answer in done:
