@@ -7,7 +7,10 @@ from chromium import Chromium, find_chromium
 from serve_client import KEY, Server
 
 PROGRAM = find_chromium()
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium on this machine")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium on this machine"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,8 @@ def test_a_stream_has_the_events_of_openai(client: OpenAI) -> None:
     assert kinds[-4:] == [*ends, f"response.{whole.status}"]
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert "".join(deltas) == final.output_text == whole.output_text
-    assert final.usage == whole.usage
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    assert final.usage.input_tokens == whole.usage.input_tokens  # some of them cached now
 
 
 def test_a_schema_holds_the_answer_and_is_given_back(client: OpenAI) -> None:
