@@ -11,11 +11,12 @@ import pytest
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.hints import Polynomials
+from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.hints_file import HintsFile, new_hints_file, write_hints
 from tsqp.checkpoint.prepared import PreparedFile, prepare
 from tsqp.errors import HintsError, UsageError
 from tsqp.model.linear_group import LinearGroup
-from tsqp.runtime import build
+from tsqp.runtime import hints_cache
 from tsqp.tee.offload import lattice_load
 from tsqp.tee.offload.lattice_load import LatticeLoad
 
@@ -153,8 +154,8 @@ def test_a_file_that_changes_after_the_check_changes_nothing(hints: Path, tmp_pa
 def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Where the hints of the model of a folder are kept."""
     path = tmp_path / "cache" / "kept.tsqp.hints"
-    monkeypatch.setattr(build, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(build, "cached_file", lambda *_: path)
+    monkeypatch.setattr(hints_cache, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(hints_cache, "cached_file", lambda *_: path)
     yield path
 
 
@@ -195,9 +196,8 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_warning(
 
 
 def test_small_models_keep_no_hints() -> None:
-    builder = object.__new__(build.Builder)
-    builder._shapes = lambda: {QKV: (64, 64)}  # type: ignore[method-assign]
-    assert builder._cached_hints() is None
+    with closing(open_checkpoint("random:tiny")) as checkpoint:
+        assert hints_cache.hints_path(checkpoint, {QKV: (64, 64)}) is None
 
 
 def test_a_writer_that_is_interrupted_leaves_no_file(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from tsqp.algebra import digits
 from tsqp.algebra.params import LATTICE, WIDE, Field
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.footprint import trusted_bytes
-from tsqp.checkpoint.hints_file import SUFFIX as HINTS_SUFFIX
-from tsqp.checkpoint.hints_file import HintsFile, new_hints_file
-from tsqp.checkpoint.integer_cache import cached_file, load_integers
+from tsqp.checkpoint.hints_file import HintsFile
+from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.model_digest import check_expected, model_digest
 from tsqp.checkpoint.progress import Progress, part_of, silent
@@ -27,6 +26,7 @@ from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
 from tsqp.model.config import linear_groups, output_projection, trusted_shapes
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.kv_cache import KvCache
+from tsqp.runtime.hints_cache import hints_path, keep_hints
 from tsqp.runtime.kv_memory import check_kv_memory, kv_cache
 from tsqp.runtime.options import WORKER_HINTS, Options
 from tsqp.runtime.worker_link import WorkerProcess
@@ -62,7 +62,6 @@ MIN_SHM = 2**20
 MAX_SHM = 2**30
 HEAD_ROWS = 8  # sequences whose logits travel in one call; more are split
 MAX_PAD_MEMORY = 2 * 2**30  # without --pad-memory
-MIN_WEIGHTS = 2**25  # smaller models keep no hints: making them takes a second or two
 
 
 class Builder:
@@ -264,7 +263,7 @@ class Builder:
             HintsError: the given file holds no hints of these weights.
         """
         given, shapes, biases_F = self.options.hints, self._shapes(), self._biases_F()
-        path = self._cached_hints() if given is None else Path(given)
+        path = hints_path(self._checkpoint, shapes) if given is None else Path(given)
         if given is not None or (path is not None and path.exists()):
             assert path is not None
             try:
@@ -279,7 +278,7 @@ class Builder:
         load = LatticeLoad(shapes, biases_F)
         digest, embedding_VD = self._load(load.add)
         if path is not None:
-            self._keep_hints(path, load, digest)
+            keep_hints(path, load, digest)
         return load, digest, embedding_VD
 
     def _load_with_hints_of(self, worker: WorkerProcess) -> tuple[LatticeLoad, str, torch.Tensor]:
@@ -325,21 +324,6 @@ class Builder:
             field.name, 1e3 * costs.lattice_s, 1e3 * costs.pads_s,
         )  # fmt: skip
         return field
-
-    def _cached_hints(self) -> Path | None:
-        """The file that keeps hints for the next start; None if making them takes little time."""
-        weights = sum(features * width for features, width in self._shapes().values())
-        return cached_file(self._checkpoint, HINTS_SUFFIX) if weights >= MIN_WEIGHTS else None
-
-    def _keep_hints(self, path: Path, load: LatticeLoad, digest: str) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with new_hints_file(path, load.seed, list(load.hints)) as writer:
-                for group, hints in load.hints.items():
-                    writer.add(group, hints)
-                writer.digest = digest
-        except (HintsError, OSError) as exc:
-            log.warning("cannot keep hints in the cache: %s", exc)
 
     def _load(
         self, place: Callable[[LinearGroup, IntegerWeights], None]
