@@ -11,6 +11,7 @@ from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.worker import Worker
 from tsqp.gpu.worker_weights import load_weights
+from tsqp.nn.attention import kv_in_blocks
 from tsqp.runtime.generate import generate
 from tsqp.tee.decoder import Decoder
 from tsqp.tee.engine.engine import Engine
@@ -74,7 +75,8 @@ def tokens(
     worker = Worker(load_weights(checkpoint, dtype, CpuBackend()))
     channel = kind(worker, Hello(bytes(32), digest, "float32", abilities, 0))
     channel.max_call_bytes = max_call_bytes
-    offload = split(channel, config, dtype, {}, 1.0)
+    kv = [kv_in_blocks(config, dtype)] if split is OpenOffload else []
+    offload = split(channel, config, dtype, {}, 1.0, *kv)
     decoder = Decoder(checkpoint, dtype, None, offload.placement, offload.most_scores)
     engine = Engine(decoder, offload, config, prefill_chunk=20, microbatches=lanes)
     return [completion.token_ids for completion in generate(engine, PROMPTS, GREEDY)]
