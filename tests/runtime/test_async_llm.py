@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
@@ -10,7 +11,15 @@ import pytest
 from protocol_helpers import Commands, eventually
 from torch import Tensor
 
-from tsqp import LLM, AnswerStream, AsyncLLM, Completion, RequestStats, SamplingParams
+from tsqp import (
+    LLM,
+    AnswerStream,
+    AsyncLLM,
+    Completion,
+    RequestStats,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from tsqp.errors import (
     IntegrityError,
     NumericalError,
@@ -101,6 +110,28 @@ def test_requests_at_once_get_the_answers_of_an_llm(
         return list(await asyncio.gather(*(stream.completions() for stream in streams)))
 
     assert [found for [found] in run(all_of_them())] == expected
+
+
+def test_a_grammar_is_compiled_neither_in_the_event_loop_nor_by_the_engine(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def compile(_: SamplingParams) -> None:
+        threads.append(threading.current_thread().name)
+        raise PromptError("no such grammar")
+
+    monkeypatch.setattr(llm._model.engine, "compile", compile)
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+
+    async def refused() -> None:
+        with pytest.raises(PromptError, match="no such grammar"):
+            await llm.add(PROMPTS[0], params).accepted()
+
+    run(refused())
+    [name] = threads
+    assert name.startswith("tsqp-grammar")
+    assert is_idle(llm)
 
 
 def test_the_pieces_of_a_stream_add_up_to_the_answer(llm: AsyncLLM) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from serve_client import KEY, Server
 
-PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
+PATHS = [
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize",
+]  # fmt: skip
 
 
 def run_cases(server: Server, cases: int) -> int:
