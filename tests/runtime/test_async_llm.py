@@ -196,7 +196,7 @@ def test_a_reader_that_stops_frees_its_sequence(
             )()
             stream = None
         gc.collect()
-        await settles(lambda: is_idle(llm))
+        await settles(lambda: is_idle(llm) and bool(watcher.stats))
 
     watcher.stats.clear()
     run(stop())
