@@ -197,6 +197,8 @@ def test_tls_and_a_unix_socket(model: Path, commands: Commands, tmp_path: Path) 
     keys.write_text(f"{KEY}\n")
     keys.chmod(0o600)
     path = tmp_path / "server.sock"
+    with socket.socket(socket.AF_UNIX) as killed:  # its file stays
+        killed.bind(str(path))
     running = commands.start(
         "serve", model, "--privacy", "tee", "--threads", 1, "--uds", path,
         "--ssl-certfile", certificate, "--ssl-keyfile", key, "--api-key-file", keys,

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from tsqp.errors import UsageError
+from tsqp.errors import UsageError, WorkerUnavailable
 from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.runtime.options import Options
 from tsqp.serve.app import make_app
@@ -20,6 +20,7 @@ from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
 from tsqp.serve.state import State
 from tsqp.tee.worker_view import WorkerView
+from tsqp.wire.socket_file import remove_stale
 
 log = logging.getLogger("tsqp")
 
@@ -194,6 +195,9 @@ def _listening(served: ServeOptions) -> Iterator[socket.socket]:
         with closing(listener):
             yield listener
         return
+    if served.uds.is_socket():  # perhaps of a server that was killed
+        with suppress(WorkerUnavailable):  # somebody listens there: `bind` says so
+            remove_stale(served.uds)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
