@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -164,12 +164,29 @@ class LoadResult:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "long_tokens": self.long_tokens,
-            "loads": {str(n): [asdict(load) for load in loads] for n, loads in self.loads.items()},
-            "short_alone_s": self.short_alone_s,
-            "short_beside_s": self.short_beside_s,
-            "long_s": self.long_s,
+            "rounds": len(self.short_alone_s),
+            "loads": [{"streams": n} | _figures(loads) for n, loads in self.loads.items()],
+            "first_token_s": {
+                name: asdict(Figure.of(seconds))
+                for name, seconds in (
+                    ("short_alone", self.short_alone_s),
+                    ("short_beside_long", self.short_beside_s),
+                    ("long", self.long_s),
+                )
+                if seconds
+            },
             "machine": self.machine,
         }
+
+
+def _figures(loads: Sequence[Load]) -> dict[str, object]:
+    """The figure of each quantity over the rounds; those that the server does not tell left out."""
+    found: dict[str, object] = {}
+    for each in fields(Load):
+        values = [getattr(load, each.name) for load in loads]
+        if None not in values:
+            found[each.name] = asdict(Figure.of(values))
+    return found
 
 
 def parse_streams(text: str) -> list[int]:
