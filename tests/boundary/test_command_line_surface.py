@@ -47,7 +47,10 @@ COMMANDS = {
         --batch --debug --device --dtype --field --modes --new-tokens --out --prompt-tokens
         --quiet --rounds --starts --sustained --threads MODEL
     """,
-    "bench-kernels": "--debug --out --quiet",
+    "bench-attention": """
+        --debug --dtype --out --quiet --sequences --threads --tokens MODEL
+    """,
+    "bench-kernels": "--debug --out --quiet --widths",
     "bench-transport": "--calls --debug --out --quiet",
     "bench-scaling": "--debug --out --plot --prompt-tokens --quiet --rounds --threads --widths",
     "bench-serve": """

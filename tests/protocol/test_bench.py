@@ -9,7 +9,7 @@ import torch
 from protocol_helpers import Main, Result
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tsqp.bench import compare, kernel_times
+from tsqp.bench import attention_times, compare, kernel_times
 from tsqp.bench.modes import Setting
 from tsqp.errors import UsageError
 from tsqp.gpu import backends
@@ -183,6 +183,47 @@ def test_kernels_are_timed_in_every_field(
         assert (each["pad_product_ps"] is None) is (each["field"] == "lattice")
     one, many = found[0]["pair_ns"], found[1]["pair_ns"]
     assert one["median"] > many["median"]  # a call costs something beside its elements
+
+
+def test_kernels_of_chosen_widths_stand_beside_the_plain_product(
+    main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernel_times, "ROUNDS", 1)
+    result = main("bench", "kernels", "--widths", "64,32", "--out", tmp_path / "kernels.json")
+    assert result.status == 0, result.stderr
+    found = result.json["kernels"]
+    assert [(each["width"], each["features"]) for each in found] == [
+        shape for shape in ((32, 32), (32, 128), (64, 64), (64, 256)) for _ in range(3)
+    ]
+    assert {each["tokens"] for each in found} == {64}
+    for each in found:
+        assert set(each["float32_us"]) == set(each["bfloat16_us"]) == FIGURE
+
+
+def test_attention_is_timed_for_each_number_of_sequences_and_length(
+    main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(attention_times, "LEAST_BYTES", 2**16)
+    monkeypatch.setattr(attention_times, "ROUNDS", 2)
+    given = ["random:tiny", "--sequences", "3,1", "--tokens", "5", "--dtype", "bfloat16"]
+    result = main("bench", "attention", *given, "--out", tmp_path / "attention.json")
+    assert result.status == 0, result.stderr
+    found = result.json["attention"]
+    assert [(each["sequences"], each["tokens"]) for each in found] == [(1, 5), (3, 5)]
+    for each in found:
+        assert set(each["layer_us"]) == set(each["over_contiguous"]) == FIGURE
+
+
+def test_attention_of_more_tokens_than_the_model_takes_is_refused(main: Main) -> None:
+    result = main("bench", "attention", "random:tiny", "--tokens", "100000")
+    refused(result, "--tokens: random:tiny takes at most", 2)
+
+
+@pytest.mark.parametrize("widths", ["", "0", "8193", "64,-1", "64.5", "²"])
+def test_kernel_widths_that_cannot_be_measured_are_refused(main: Main, widths: str) -> None:
+    refused(
+        main("bench", "kernels", "--widths", widths), "--widths takes numbers from 1 to 8192", 2
+    )
 
 
 def refused(result: Result, sentence: str, status: int = 1) -> None:

@@ -36,6 +36,8 @@ FAILING: dict[str, list[str]] = {
     "bench": ["random:tiny", "--modes", "nothing"],
     "bench-transport": ["--calls", "0"],
     "bench-scaling": ["--widths", "0"],
+    "bench-kernels": ["--widths", "0"],
+    "bench-attention": ["random:tiny", "--tokens", "0"],
     "bench-accuracy": ["random:tiny", "--text", "nowhere"],
     "report": ["nowhere"],
     "doctor": ["--threads", "0"],

@@ -7,7 +7,7 @@ from protocol_helpers import Commands
 from serve_client import KEY, Server
 from serve_process import begin
 
-from tsqp.bench.server_load import parse_streams
+from tsqp.bench.numbers import parse_numbers
 from tsqp.errors import UsageError
 
 
@@ -52,5 +52,5 @@ def test_without_a_server_and_with_a_wrong_key_it_is_one_sentence(
 @pytest.mark.parametrize("text", ["", "0", "1,a", "2000"])
 def test_numbers_of_streams_are_checked(text: str) -> None:
     with pytest.raises(UsageError, match="--streams"):
-        parse_streams(text)
-    assert parse_streams("16, 1,1") == [1, 16]
+        parse_numbers(text, "--streams", 1024)
+    assert parse_numbers("16, 1,1", "--streams", 1024) == [1, 16]

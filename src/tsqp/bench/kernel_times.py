@@ -4,7 +4,7 @@ Shape suffixes: T tokens; D input and F output features of a group; B bytes of a
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from tsqp.algebra.params import DEGREE, FIELDS, LATTICE, Field
 from tsqp.bench.figures import Figure
 from tsqp.bench.hardware_limits import copy_bytes_per_s, int8_ops
 from tsqp.bench.host import describe_machine
+from tsqp.bench.numbers import parse_numbers
 from tsqp.bench.output import new_table, show
 from tsqp.bench.timing import seconds
 from tsqp.checkpoint.quantize import IntegerWeights
@@ -39,6 +40,9 @@ SHAPES = {  # (F, D) of SmolLM2-135M
     "down": (576, 1536),
 }
 TOKENS = (1, 64, 512)
+WIDE_TOKENS = (64,)
+WIDEST = 8192
+PLAIN_DTYPES = (torch.float32, torch.bfloat16)
 ROUNDS = 5  # each measures every case once, so that other load affects all cases alike
 
 
@@ -55,6 +59,7 @@ class KernelFigures:
         pad_element_ns: pad_row_us divided by the number of input and output elements.
         pad_product_ps: making one pad, without its random residues, divided by the number of int8
             multiply-adds. None for lattice masks, which need no such products.
+        float32_us, bfloat16_us: the plain product of one token, as the TEE would compute it itself.
     """
 
     field: str
@@ -69,6 +74,8 @@ class KernelFigures:
     pad_row_us: Figure
     pad_element_ns: Figure
     pad_product_ps: Figure | None
+    float32_us: Figure
+    bfloat16_us: Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +93,42 @@ class KernelResult:
         return asdict(self)
 
 
-def measure_kernels() -> KernelResult:
-    """Measure all fields, groups and numbers of tokens, on one thread."""
+def parse_widths(text: str) -> dict[str, tuple[int, int]]:
+    """The shapes (F, D) of widths such as "576,2048": F = D and F = 4D for each.
+
+    Raises:
+        UsageError: a width is not from 1 to 8192.
+    """
+    widths = parse_numbers(text, "--widths", WIDEST)
+    return {f"{n}x{width}": (n * width, width) for width in widths for n in (1, 4)}
+
+
+def measure_kernels(
+    shapes: Mapping[str, tuple[int, int]] | None = None, tokens: Sequence[int] | None = None
+) -> KernelResult:
+    """Measure all fields, shapes and numbers of tokens, on one thread.
+
+    Args:
+        shapes: (F, D) by name; the default is those of SmolLM2-135M.
+        tokens: numbers of tokens; the default is TOKENS.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        cases = [
-            _Case(field, group, tokens)
-            for field in FIELDS.values()
-            for group in SHAPES
-            for tokens in TOKENS
-        ]
-        for _ in range(ROUNDS):
-            for case in cases:
-                case.measure()
+        kernels: list[KernelFigures] = []
+        for name, shape in (shapes or SHAPES).items():  # one at a time, to bound the memory
+            linear, weights = LinearGroup(0, name, *shape), _Weights(*shape)
+            cases = [
+                _Case(field, linear, weights, count)
+                for field in FIELDS.values()
+                for count in tokens or TOKENS
+            ]
+            for _ in range(ROUNDS):
+                for case in cases:
+                    case.measure()
+            kernels += [case.figures() for case in cases]
         return KernelResult(
-            kernels=[case.figures() for case in cases],
+            kernels=kernels,
             target_ns=TARGET_NS,
             copy_ns_per_residue=1e9 * 4 / copy_bytes_per_s(),
             int8_product_ps=1e12 * 2 / int8_ops(),
@@ -116,7 +143,7 @@ def tables(result: KernelResult) -> Iterator[Table]:
     table = new_table(
         "Trusted loops on one core",
         "field", "group", "D → F", "tokens", "mask, ns", "unmask, ns", "both, ns", "random, ns",
-        "a pad, µs", "an element, ns", "product, ps",
+        "a pad, µs", "an element, ns", "product, ps", "float32, µs", "bfloat16, µs",
     )  # fmt: skip
     for k in result.kernels:
         table.add_row(
@@ -125,6 +152,7 @@ def tables(result: KernelResult) -> Iterator[Table]:
             f"{k.random_ns.median:.2f}", f"{k.pad_row_us.median:.1f}",
             f"{k.pad_element_ns.median:.2f}",
             "" if k.pad_product_ps is None else f"{k.pad_product_ps.median:.2f}",
+            f"{k.float32_us.median:.1f}", f"{k.bfloat16_us.median:.1f}",
         )  # fmt: skip
     yield table
 
@@ -135,17 +163,27 @@ def notes(result: KernelResult) -> Iterator[str]:
         f"Both: one input and one output element, including checks; the target is at most "
         f"{result.target_ns} ns. One core copies a residue of 4 bytes in "
         f"{result.copy_ns_per_residue:.2f} ns and multiplies and adds two int8 in "
-        f"{result.int8_product_ps:.2f} ps at best."
+        f"{result.int8_product_ps:.2f} ps at best. float32, bfloat16: the product of the "
+        "layer for one token, without masks, as the TEE would compute it itself."
     )
+
+
+class _Weights:
+    """Random weights of one shape, for all fields."""
+
+    def __init__(self, features: int, width: int) -> None:
+        generator = torch.Generator().manual_seed(features * width)
+        shape = features, width
+        self.weight_FD = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        self.float_FD = {dtype: self.weight_FD.to(dtype) for dtype in PLAIN_DTYPES}
 
 
 class _Layer:
     """One group with random inputs and the right answer to them."""
 
-    def __init__(self, field: Field, linear: LinearGroup, tokens: int) -> None:
-        features, width = shape = linear.shape
-        generator = torch.Generator().manual_seed(features * width)
-        weight_FD = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    def __init__(self, field: Field, linear: LinearGroup, weight_FD: Tensor, x_TD: Tensor) -> None:
+        tokens, (features, width) = len(x_TD), linear.shape
+        shape = features, width
         integers = IntegerWeights(weight_FD, torch.ones(features))
         self.group: Group[Any]
         if field is LATTICE:
@@ -161,7 +199,7 @@ class _Layer:
         self.made = Pads.empty(self.pads_made, width, features, field)
         self.place = list(range(self.pads_made))
         self.provider.make(linear, self.made, self.place)
-        self._x_TD = torch.randn(tokens, width, generator=generator)
+        self._x_TD = x_TD
         self._c_TB = torch.empty(tokens, width * field.residue_bytes, dtype=torch.uint8)
         # As in a real call: blocks of rows, of which the last may be shorter.
         starts = range(0, tokens, BLOCK_ROWS)
@@ -200,10 +238,15 @@ def _answer(c_TB: Tensor, weight_FD: Tensor, field: Field) -> Tensor:
 class _Case:
     """One field, group and number of tokens, with the samples measured so far."""
 
-    def __init__(self, field: Field, group: str, tokens: int) -> None:
-        self._linear = LinearGroup(0, group, *SHAPES[group])
-        self._field, self._tokens = field, tokens
-        self._layer = _Layer(field, self._linear, tokens)
+    def __init__(self, field: Field, linear: LinearGroup, weights: _Weights, tokens: int) -> None:
+        generator = torch.Generator().manual_seed(tokens)
+        x_TD = torch.randn(tokens, linear.shape[1], generator=generator)
+        self._field, self._linear, self._tokens = field, linear, tokens
+        self._layer = _Layer(field, linear, weights.weight_FD, x_TD)
+        self._plain = {
+            dtype: partial(torch.nn.functional.linear, x_TD.to(dtype), float_FD)
+            for dtype, float_FD in weights.float_FD.items()
+        }
         self._measured: dict[str, list[float]] = defaultdict(list)
 
     def measure(self) -> None:
@@ -223,6 +266,8 @@ class _Case:
             "pad_row_us": 1e6 * pads_s / made,
             "pad_element_ns": 1e9 * pads_s / (made * (features + width)),
         }
+        for dtype, product in self._plain.items():
+            measured[f"{str(dtype).removeprefix('torch.')}_us"] = 1e6 * seconds(product) / tokens
         if self._field is not LATTICE:
             measured["pad_product_ps"] = 1e12 * (pads_s - random_s) / products
         for name, value in measured.items():

@@ -22,6 +22,7 @@ from tsqp.algebra.params import FieldName
 from tsqp.bench.figures import Figure
 from tsqp.bench.host import describe_machine
 from tsqp.bench.modes import MODES, Sample, Setting
+from tsqp.bench.numbers import parse_numbers
 from tsqp.bench.output import new_table
 from tsqp.errors import UsageError
 from tsqp.model.config import tensor_shapes
@@ -68,10 +69,7 @@ def parse_widths(text: str) -> list[int]:
     Raises:
         UsageError: there are fewer than two, or one is not a multiple of HEAD_DIM.
     """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 0 < int(part) <= 2**14 for part in parts):
-        raise UsageError(f"--widths takes sizes up to {2**14} with commas between; write 256,512.")
-    widths = sorted({int(part) for part in parts})
+    widths = parse_numbers(text, "--widths", 2**14)
     if len(widths) < 2 or any(width % HEAD_DIM for width in widths):
         raise UsageError(f"--widths takes two multiples of {HEAD_DIM} or more.")
     return widths

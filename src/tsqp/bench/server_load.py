@@ -26,6 +26,7 @@ from tsqp.errors import TSQPError, UsageError
 
 TIMEOUT_S = 600.0
 SETTLE_S = 1.0
+MOST_STREAMS = 1024
 HTTP_CPU = "tsqp_http_cpu_seconds_total"
 MADE = "tsqp_pads_made_rows_total"
 AHEAD, INLINE = "tsqp_pads_ahead_rows_total", "tsqp_pads_inline_rows_total"
@@ -187,18 +188,6 @@ def _figures(loads: Sequence[Load]) -> dict[str, object]:
         if None not in values:
             found[each.name] = asdict(Figure.of(values))
     return found
-
-
-def parse_streams(text: str) -> list[int]:
-    """Parse numbers of streams such as "1,16".
-
-    Raises:
-        UsageError: it is not a list of numbers from 1 to 1024.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 0 < int(part) <= 1024 for part in parts):
-        raise UsageError("--streams takes numbers up to 1024 with commas between; write 1,16.")
-    return sorted({int(part) for part in parts})
 
 
 def measure_server(

@@ -22,8 +22,8 @@ from tsqp.runtime.tracebacks import without_foreign_messages
 
 # These commands hold prompts, answers or pads. A worker holds nothing that needs this protection.
 TRUSTED = (
-    "audit", "bench", "bench-accuracy", "bench-kernels", "bench-scaling", "bench-serve",
-    "bench-transport", "chat", "demo", "doctor", "generate", "serve",
+    "audit", "bench", "bench-accuracy", "bench-attention", "bench-kernels", "bench-scaling",
+    "bench-serve", "bench-transport", "chat", "demo", "doctor", "generate", "serve",
 )  # fmt: skip
 
 # The order in --help, as a newcomer meets the commands. Commands that are not listed come last.

@@ -48,7 +48,7 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure and compare the modes. Also: bench serve, kernels, accuracy, transport, scaling."""
+    """Measure the modes. Also: bench accuracy, attention, kernels, scaling, serve, transport."""
     from tsqp.bench import output
 
     output.check_out(out)
@@ -73,14 +73,68 @@ def bench(
 
 
 @app.command("bench-kernels")
-def bench_kernels(out: Out = None, quiet: Quiet = False, debug: Debug = False) -> None:
+def bench_kernels(
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure layers of these widths, separated by commas, with as many outputs and "
+            "with four times as many, 64 tokens a call. The default is the layers of SmolLM2-135M."
+        ),
+    ] = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
     """Measure the TEE's masking and checking loops, on one core, per element."""
     from tsqp.bench import output
 
     output.check_out(out)
-    from tsqp.bench.kernel_times import measure_kernels, notes, tables
+    from tsqp.bench.kernel_times import WIDE_TOKENS, measure_kernels, notes, parse_widths, tables
 
-    result = measure_kernels()
+    if widths is None:
+        result = measure_kernels()
+    else:
+        result = measure_kernels(parse_widths(widths), WIDE_TOKENS)
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-attention")
+@with_options("dtype")
+def bench_attention(
+    *,
+    model: Model,
+    dtype: str,
+    sequences: Annotated[
+        str, typer.Option(help="Numbers of sequences, separated by commas.")
+    ] = "1,16,64",
+    tokens: Annotated[
+        str, typer.Option(help="Lengths of the sequences, in tokens, separated by commas.")
+    ] = "128,1024,4096",
+    threads: BenchThreads = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure attention of one token over its keys and values, against the memory rate."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.attention_times import (
+        MOST_SEQUENCES,
+        MOST_TOKENS,
+        measure_attention,
+        notes,
+        tables,
+    )
+    from tsqp.bench.numbers import parse_numbers
+
+    result = measure_attention(
+        model,
+        dtype,
+        parse_numbers(sequences, "--sequences", MOST_SEQUENCES),
+        parse_numbers(tokens, "--tokens", MOST_TOKENS),
+        threads=threads or os.cpu_count() or 1,
+    )
     output.print_result(result.as_json(), tables(result), notes(result), out)
 
 
@@ -198,13 +252,14 @@ def bench_serve(
     from tsqp.bench import output
 
     output.check_out(out)
-    from tsqp.bench.server_load import Target, measure_server, notes, parse_streams, tables
+    from tsqp.bench.numbers import parse_numbers
+    from tsqp.bench.server_load import MOST_STREAMS, Target, measure_server, notes, tables
     from tsqp.serve.options import read_api_keys
 
     keys = read_api_keys((), api_key_file)
     result = measure_server(
         Target(url, keys[0] if keys else None),
-        parse_streams(streams),
+        parse_numbers(streams, "--streams", MOST_STREAMS),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         long_tokens=long_tokens,

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import secrets
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any, Self, TypeVar
 from tsqp.errors import QueueFull, UsageError, WorkerLost
 from tsqp.runtime.answer_stream import AnswerStream, Request
 from tsqp.runtime.async_ends import Ends
+from tsqp.runtime.dropped import call_when_dropped
 from tsqp.runtime.engine_thread import CLOSED, FAILED, LOST, READY, EngineThread
 from tsqp.runtime.loaded_model import LoadedModel
 from tsqp.runtime.options import Options, show_options
@@ -102,7 +102,7 @@ class AsyncLLM:
         self._grammars = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="tsqp-grammar")
         self._ends = Ends(self._thread, self._text, self._grammars)
         # Nothing of the ends refers to this object, so that the last reference to it ends all.
-        weakref.finalize(self, self._ends.close).atexit = False  # which `_close_all` does
+        call_when_dropped(self, self._ends.close)
         try:
             self._model = LoadedModel(
                 model,

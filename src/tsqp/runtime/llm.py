@@ -1,13 +1,13 @@
 """`LLM`: joins model, offload and engine into something that answers."""
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from tsqp.errors import PromptError, UsageError
+from tsqp.runtime.dropped import call_when_dropped
 from tsqp.runtime.generate import generate
 from tsqp.runtime.loaded_model import LoadedModel
 from tsqp.runtime.options import Options, show_options
@@ -61,7 +61,7 @@ class LLM:
         if options is not None and given:
             raise UsageError("Give options as one object, or as keywords, but not both.")
         self._turns = Turns()
-        weakref.finalize(self, self._turns.end).atexit = False  # Turns end at exit themselves
+        call_when_dropped(self, self._turns.end)
         try:
             self._model = LoadedModel(
                 model,
