@@ -10,6 +10,7 @@ from tsqp.algebra.params import Field
 from tsqp.errors import OutOfMemory
 from tsqp.gpu.backends import cuda_product, residues
 from tsqp.gpu.backends.backend import group_queries, weigh_values
+from tsqp.gpu.backends.fast_product import ResidueProduct, fast_product
 
 
 class CudaBackend:
@@ -20,9 +21,11 @@ class CudaBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._fast_product: ResidueProduct | None = None  # before `prepare`
 
     def prepare(self) -> None:
         residues.compile_loops()
+        self._fast_product = fast_product(self.device)
 
     def free_bytes(self) -> int:
         available, _ = torch.cuda.mem_get_info(self.device)
@@ -63,12 +66,23 @@ class CudaBackend:
     def residue_product(
         self, c_TB: Tensor, weight_FD: Tensor, field: Field, out_TB: Tensor
     ) -> None:
-        self._multiply(residues.unpack(c_TB, field), weight_FD, field, out_TB)
+        if self._fast_product is None:
+            self._multiply(residues.unpack(c_TB, field), weight_FD, field, out_TB)
+            return
+        z_TB = torch.empty(out_TB.shape, dtype=torch.uint8, device=self.device)
+        self._fast_product(c_TB.to(self.device), weight_FD, field, z_TB)
+        out_TB.copy_(z_TB)
 
     def seed_product(self, seed: bytes, weight_FD: Tensor, field: Field, out_TB: Tensor) -> None:
         c_TD = residues.expand(seed, len(out_TB), weight_FD.shape[1], field)
-        self._multiply(c_TD, weight_FD, field, out_TB)
+        if self._fast_product is None:
+            self._multiply(c_TD, weight_FD, field, out_TB)
+            return
+        c_TB = torch.empty(len(c_TD), field.residue_bytes * c_TD.shape[1], dtype=torch.uint8)
+        residue_bytes.pack(c_TD.numpy(), field, c_TB.numpy())
+        self.residue_product(c_TB, weight_FD, field, out_TB)
 
     def _multiply(self, c_TD: Tensor, weight_FD: Tensor, field: Field, out_TB: Tensor) -> None:
+        """With library calls."""
         z_TF = cuda_product.residue_product(c_TD.to(self.device), weight_FD, field).cpu()
         residue_bytes.pack(z_TF.numpy(), field, out_TB.numpy())
