@@ -37,7 +37,7 @@ HEARTBEAT_MS = 1000
 SILENCE_MS = 4000  # a peer without heartbeats for this long counts as gone
 TICK_MS = 100  # how often a wait checks its deadline and the connection
 SEND_MS = 1000  # how long to wait for a peer that does not read
-SPIN_S = 0.001
+SPIN_S = 0.001  # how long a wait polls before it sleeps, if the last wait was shorter than that
 LOOKS = 8  # looks at the mailbox for each look at the socket
 MAX_UNREAD = 16  # maximum number of messages that a worker queues for a peer that does not read
 MAX_FRAME = 2**30
@@ -195,6 +195,7 @@ class ClientSocket(BaseSocket):
         """
         super().__init__(zmq.DEALER, endpoint)
         self._name = str(endpoint)
+        self._is_quick = True  # whether the last wait was short
         self.inflow = self._inflow = Inflow(SLACK, encrypted=worker_key is not None)
         self._guard: Guard | Relay | None = None
         deadline = time.monotonic() + timeout
@@ -271,8 +272,10 @@ class ClientSocket(BaseSocket):
         Raises:
             WorkerLost: the connection broke, or `deadline` (of time.monotonic) passed.
         """
+        began, spin = time.perf_counter(), self._is_quick
         try:
-            while not self._wait(wakeup, spin=True):
+            while not self._wait(wakeup, spin=spin):
+                spin = False
                 if wakeup.has_mail:
                     return None
                 self._check_connection()
@@ -284,6 +287,9 @@ class ClientSocket(BaseSocket):
             length = self.receive_into(self._message)
         except zmq.ZMQError as exc:
             raise WorkerLost(f"The link to {self._name} failed: {exc.strerror}.") from exc
+        finally:
+            # Polling for an answer that takes longer would only keep the core from others.
+            self._is_quick = time.perf_counter() - began < SPIN_S
         if length > len(self._message):
             self.drain()
             raise ProtocolError(
