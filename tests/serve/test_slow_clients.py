@@ -18,7 +18,7 @@ from tsqp.serve.options import ServeOptions
 from tsqp.tee.sampler import Sampler
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
-SOON = ServeOptions(header_timeout=0.2, send_timeout=1.0)
+SOON = ServeOptions(header_timeout=0.5, send_timeout=1.0)
 
 
 class Watcher:
