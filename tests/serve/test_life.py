@@ -33,7 +33,8 @@ def test_a_client_that_hangs_up_frees_its_sequence(server: Server, stream: bool)
     reason = 'tsqp_request_success_total{finished_reason="abort"}'
     before = server.metrics()
     connection = open_request(server, stream)
-    server.settles(lambda: server.running() == 1)
+    # Before it runs, it would end without being counted.
+    server.settles(lambda: server.metrics()["tsqp_num_requests_running"] == 1)
     if stream:
         assert connection.getresponse().read(20)
     assert connection.sock is not None or stream
