@@ -17,6 +17,7 @@ from tsqp.errors import TSQPError
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from tsqp.runtime.admission import Place
     from tsqp.runtime.answer_stream import AnswerStream, StreamOutput, Usage
     from tsqp.runtime.async_llm import AsyncLLM
     from tsqp.runtime.hardening import harden_process
@@ -43,6 +44,7 @@ __all__ = [
     "Counters",
     "Options",
     "PadStats",
+    "Place",
     "Placement",
     "RequestObserver",
     "RequestStats",
@@ -67,6 +69,7 @@ _MODULES = {
     "Counters": "tsqp.wire.channel",
     "Options": "tsqp.runtime.options",
     "PadStats": "tsqp.tee.crypto.pad_pool",
+    "Place": "tsqp.runtime.admission",
     "Placement": "tsqp.tee.placement",
     "RequestObserver": "tsqp.runtime.request_stats",
     "RequestStats": "tsqp.runtime.request_stats",

@@ -25,7 +25,7 @@ COMMANDS = {
     "serve": """
         --api-key --api-key-file --attention --debug --device --dtype --expect-model --field
         --fixed-point --fuse --hints --host --insecure --insecure-same-host --kv-memory
-        --max-model-len
+        --max-connections --max-model-len
         --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
         --prefill-chunk --privacy --quiet --root-path --rpc-log --served-model-name
         --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout

@@ -18,6 +18,7 @@ def test_the_public_names_are_frozen() -> None:
         "Counters",
         "Options",
         "PadStats",
+        "Place",
         "Placement",
         "RequestObserver",
         "RequestStats",
@@ -97,6 +98,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "max_model_len",
         "max_num_seqs",
         "max_num_queued_reqs",
+        "share_queue",
         "reconnect_s",
         "observer",
         "worker_view",
@@ -107,6 +109,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
     assert public == {
         "abort",
         "add",
+        "admit",
         "chat_template",
         "close",
         "detokenize",
@@ -141,6 +144,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "request_id",
         "tenant",
         "cache_salt",
+        "place",
     ]
 
 

@@ -30,6 +30,7 @@ from tsqp.errors import (
     UsageError,
     WorkerLost,
 )
+from tsqp.runtime import engine_thread
 from tsqp.tee.sampler import Sampler
 
 T = TypeVar("T")
@@ -273,6 +274,84 @@ def test_a_full_queue_refuses_and_takes_again_when_there_is_room(llm: AsyncLLM) 
     run(fill())
 
 
+def test_a_tenant_leaves_places_for_others_where_they_share_the_queue() -> None:
+    async def fill() -> None:
+        async with AsyncLLM(
+            MODEL, privacy="tee", threads=1, max_num_seqs=1, max_num_queued_reqs=4, share_queue=True
+        ) as llm:
+            streams = [llm.add(PROMPTS[0], ENDLESS, tenant="a") for _ in range(1 + 2)]
+            await asyncio.gather(*(stream.accepted() for stream in streams))
+            with pytest.raises(QueueFull, match="of your own"):
+                llm.add(PROMPTS[0], FEW, tenant="a")
+            with llm.admit(1, "b") as place:
+                other = llm.add(PROMPTS[0], FEW, tenant="b", place=place)
+            for stream in streams:
+                await stream.aclose()
+            assert len(await other.completions()) == 1
+
+    run(fill())
+
+
+def test_a_grammar_that_compiles_slowly_keeps_its_own_tenant_waiting_only(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of tenants are compiled in turn."""
+    begun, go_on, order = threading.Event(), threading.Event(), list[str]()
+
+    def compile(params: SamplingParams) -> None:
+        assert params.stop_token_ids is not None
+        order.append("ab"[params.stop_token_ids[0]])
+        begun.set()
+        assert go_on.wait(DEADLINE_S)
+        raise PromptError("no such grammar")
+
+    monkeypatch.setattr(llm._model.engine, "compile", compile)
+
+    def ask(tenant: str) -> AnswerStream:
+        form = StructuredOutputsParams(regex="a")
+        params = SamplingParams(structured_outputs=form, stop_token_ids=["ab".index(tenant)])
+        return llm.add(PROMPTS[0], params, tenant=tenant)
+
+    async def ask_all() -> None:
+        streams = [ask(tenant) for tenant in "aaab"]
+        await settles(begun.is_set)
+        go_on.set()
+        for stream in streams:
+            with pytest.raises(PromptError):
+                await stream.accepted()
+
+    run(ask_all())
+    assert order == ["a", "a", "b", "a"] or order == ["a", "b", "a", "a"]
+
+
+def test_a_request_that_is_given_up_before_it_is_tokenized_frees_its_place(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def encode(*_: object) -> None:
+        assert go_on.wait(DEADLINE_S)
+        raise PromptError("no text")
+
+    monkeypatch.setattr(llm._model.tokenizer, "encode", encode)
+
+    async def give_up() -> None:
+        busy = [llm.add("a text", FEW) for _ in range(2)]  # as many as there are threads
+        waiting = [llm.add("a text", FEW) for _ in range(10)]
+        with pytest.raises(QueueFull):
+            llm.add("a text", FEW)
+        for stream in waiting:
+            await stream.aclose()
+        await settles(lambda: llm.num_waiting == 2)
+        go_on.set()
+        for stream in busy:
+            with pytest.raises(PromptError, match="no text"):
+                await stream.accepted()
+
+    run(give_up())
+    assert is_idle(llm)
+
+
 def test_the_observer_is_told_of_every_token(llm: AsyncLLM, watcher: Watcher) -> None:
     watcher.__init__()  # type: ignore[misc]
     run(_complete(llm))
@@ -287,6 +366,24 @@ def test_the_observer_is_told_of_every_token(llm: AsyncLLM, watcher: Watcher) ->
 async def _complete(llm: AsyncLLM) -> tuple[int, ...]:
     [completion] = await llm.add(PROMPTS[0], FEW).completions()
     return completion.token_ids
+
+
+def test_the_probabilities_of_the_prompt_come_with_the_first_tokens_of_each_answer(
+    llm: AsyncLLM,
+) -> None:
+    params = SamplingParams(
+        seed=1, n=2, max_tokens=5, ignore_eos=True, logprobs=1, prompt_logprobs=1
+    )
+
+    async def pieces() -> list[Any]:
+        return [each async for each in llm.add(PROMPTS[0], params)]
+
+    found = run(pieces())
+    for index in range(2):
+        mine = [each for each in found if each.index == index]
+        assert mine[0].prompt_logprobs == mine[-1].completion.prompt_logprobs
+        assert len(mine[0].prompt_logprobs) == 3
+        assert all(each.prompt_logprobs is None for each in mine[1:])
 
 
 def test_an_event_loop_that_has_ended_leaves_nothing_running(llm: AsyncLLM) -> None:
@@ -331,6 +428,63 @@ def test_close_fails_what_runs_and_ends_the_thread() -> None:
     llm.close()
     assert llm._thread._thread is not None
     assert not llm._thread._thread.is_alive()
+
+
+def test_closing_does_not_wait_for_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends before its next operation, of which a step has dozens."""
+    started = 0
+
+    async def close() -> None:
+        llm = AsyncLLM(MODEL, privacy="tee", threads=1)
+        start = llm._model.offload.start
+
+        def slowly(request: Any) -> Any:
+            nonlocal started
+            started += 1
+            time.sleep(0.05)
+            return start(request)
+
+        monkeypatch.setattr(llm._model.offload, "start", slowly)
+        stream = llm.add(PROMPTS[0], ENDLESS)
+        await settles(lambda: started > 0)
+        before = started
+        await asyncio.to_thread(llm.close)
+        assert started <= before + 3
+        with pytest.raises(UsageError, match="was closed before"):
+            await stream.completions()
+
+    run(close())
+
+
+def test_an_operation_that_does_not_end_is_waited_for_once_and_all_is_closed_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_thread, "JOIN_S", 0.2)
+    begun, go_on, closed = threading.Event(), threading.Event(), list[str]()
+
+    def hang(_: object) -> None:
+        begun.set()
+        assert go_on.wait(DEADLINE_S)
+        raise WorkerLost("it is gone")
+
+    async def close() -> None:
+        llm = AsyncLLM(MODEL, privacy="tee", threads=1)
+        llm._ends.add(lambda: closed.append(threading.current_thread().name))
+        monkeypatch.setattr(llm._model.offload, "start", hang)
+        stream = llm.add(PROMPTS[0], FEW)
+        await settles(begun.is_set)
+        with pytest.raises(UsageError, match="still computing"):
+            await asyncio.to_thread(llm.close)
+        monkeypatch.setattr(engine_thread, "JOIN_S", DEADLINE_S)
+        await asyncio.to_thread(llm.close)  # at once
+        assert not closed
+        go_on.set()
+        with pytest.raises(TSQPError):
+            await stream.completions()
+        await settles(lambda: closed == ["tsqp-engine"])
+        assert llm.status == "closed"
+
+    run(close())
 
 
 def test_a_request_that_comes_while_it_closes_is_refused_and_not_forgotten() -> None:

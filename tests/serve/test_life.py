@@ -8,13 +8,10 @@ import ssl
 import threading
 import time
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificates import write_certificate
 from protocol_helpers import Commands
 from serve_client import DEADLINE_S, KEY, OTHER_KEY, Server
 from serve_process import begin
@@ -31,37 +28,13 @@ def open_request(server: Server, stream: bool) -> http.client.HTTPConnection:
     return connection
 
 
-def write_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for localhost that signs itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    paths = folder / "cert.pem", folder / "key.pem"
-    paths[0].write_bytes(certificate.public_bytes(pem))
-    paths[1].write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return paths
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_sequence(server: Server, stream: bool) -> None:
     reason = 'tsqp_request_success_total{finished_reason="abort"}'
     before = server.metrics()
     connection = open_request(server, stream)
-    server.settles(lambda: server.running() == 1)
+    # Before it runs, it would end without being counted.
+    server.settles(lambda: server.metrics()["tsqp_num_requests_running"] == 1)
     if stream:
         assert connection.getresponse().read(20)
     assert connection.sock is not None or stream
@@ -75,12 +48,17 @@ def test_a_client_that_hangs_up_frees_its_sequence(server: Server, stream: bool)
     assert after[made] - before[made] < 4000
 
 
-def test_a_full_queue_is_503_with_retry_after_and_has_room_again(server: Server) -> None:
-    connections = [open_request(server, True) for _ in range(32)]  # 8 run and 24 wait
-    server.settles(lambda: server.running() == 32)
+def test_one_key_cannot_fill_the_queue_and_has_room_again(server: Server) -> None:
+    """8 answers run and 24 may wait: one key may have half of what the others leave."""
+    other = Server(server.port, OTHER_KEY)
+    connections = [open_request(server, True) for _ in range(8 + 12)]
+    server.settles(lambda: server.running() == 20)
     reply = server.complete([1])
     assert (reply.status, reply.error["code"]) == (503, "queue_full")
     assert int(reply.headers["retry-after"]) >= 1
+    connections += [open_request(other, True) for _ in range(6)]
+    server.settles(lambda: server.running() == 26)
+    assert other.complete([1]).status == server.complete([1]).status == 503
     for connection in connections:
         connection.getresponse().close()
         connection.close()

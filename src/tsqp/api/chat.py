@@ -13,7 +13,7 @@ from tsqp.api.base import (
     UsageInfo,
     absent_if_none,
 )
-from tsqp.api.tools import ResponseFormat, Tool, ToolCall, ToolChoice
+from tsqp.api.tools import ResponseFormat, StructuredOutputs, Tool, ToolCall, ToolChoice
 
 # What is inside is checked by `tsqp.tee.text.chat_messages`, whose errors do not quote it.
 Messages = Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=4096)]
@@ -31,6 +31,7 @@ class ChatRequest(SamplingFields):
     logprobs: Boolean | None = None
     top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: Boolean | None = None

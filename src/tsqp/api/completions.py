@@ -13,7 +13,7 @@ from tsqp.api.base import (
     UsageInfo,
     absent_if_none,
 )
-from tsqp.api.tools import ResponseFormat
+from tsqp.api.tools import ResponseFormat, StructuredOutputs
 
 Ids = Annotated[TokenIds, Field(min_length=1)]
 Prompts = (
@@ -33,6 +33,7 @@ class CompletionRequest(SamplingFields):
     suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: Annotated[Integer, Field(ge=1, le=128)] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     add_special_tokens: Boolean | None = None
     return_token_ids: Boolean | None = None
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from tsqp.api.base import Answer, Boolean, RequestBody, absent_if_none
 
@@ -72,6 +72,18 @@ class JsonSchemaFormat(RequestBody):
 ResponseFormat = Annotated[
     TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
 ]
+
+
+class StructuredOutputs(RequestBody):
+    """vLLM's form of an answer; exactly one field is given. Others are an error, not ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: Annotated[str | dict[str, Any] | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True, max_length=4096)] | None = None
+    grammar: str | None = None
+    json_object: Boolean | None = None
 
 
 class CalledFunction(Answer):

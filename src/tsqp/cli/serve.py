@@ -66,6 +66,14 @@ def serve(
             min=0, help="Maximum number of answers that wait. More are refused with status 503."
         ),
     ] = 256,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of connections. More are closed. The default is 512, or more if "
+            "more answers may run and wait.",
+        ),
+    ] = None,
     tool_call_parser: Annotated[
         str | None,
         typer.Option(
@@ -119,6 +127,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_queued_reqs=max_num_queued_reqs,
+        max_connections=max_connections,
         tool_call_parser=tool_call_parser,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,

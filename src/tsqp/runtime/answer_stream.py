@@ -3,11 +3,13 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from types import TracebackType
 from typing import Self
 
+from tsqp.runtime.admission import Place
 from tsqp.tee.sampling import Completion, FinishReason, SamplingParams, TokenLogprobs
 
 
@@ -21,6 +23,8 @@ class StreamOutput:
         token_ids: the new tokens, including the end-of-sequence token.
         logprobs: one for each of the `token_ids`; None unless requested.
         completion: the whole answer, once it has ended.
+        prompt_logprobs: one for each token of the prompt, with the first tokens of each answer;
+            None unless requested.
     """
 
     index: int
@@ -28,6 +32,7 @@ class StreamOutput:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
     completion: Completion | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -42,6 +47,7 @@ class StreamOutput:
             text=self.text + other.text,
             token_ids=self.token_ids + other.token_ids,
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -88,6 +94,8 @@ class Request:
     tenant: str
     cache_salt: str
     loop: asyncio.AbstractEventLoop
+    place: Place  # until the engine has it
+    preparing: Future[None] | None = None  # its tokenizing, or the compilation of its grammar
     times: RequestTimes = field(default_factory=RequestTimes)
     sequences: dict[int, int] = field(default_factory=dict)  # unfinished ones, and their index
     prompt_tokens: int = 0

@@ -5,16 +5,16 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from tsqp.runtime.engine_thread import EngineThread
+from tsqp.runtime.fair_pool import FairPool
 
 
 class Ends:
     """What has to be closed at the end, the last one first."""
 
-    def __init__(self, thread: EngineThread, *pools: ThreadPoolExecutor) -> None:
+    def __init__(self, thread: EngineThread, *pools: FairPool) -> None:
         self._thread = thread
         self._pools = pools
         self._closers: list[Callable[[], None]] = []
@@ -36,12 +36,14 @@ class Ends:
             threading.Thread(target=self.close, name="tsqp-close").start()
             return
         with self._lock:
-            self._thread.close()
-            with ExitStack() as stack:
-                for closer in self._closers:
-                    stack.callback(closer)
-                for pool in self._pools:  # each waiting prompt is refused, and none is tokenized
-                    stack.callback(pool.shutdown)
+            self._thread.close(self._close_rest)
+
+    def _close_rest(self) -> None:
+        with ExitStack() as stack:
+            for closer in self._closers:
+                stack.callback(closer)
+            for pool in self._pools:  # each waiting prompt is refused, and none is tokenized
+                stack.callback(pool.shutdown)
 
 
 _all: weakref.WeakSet[Ends] = weakref.WeakSet()

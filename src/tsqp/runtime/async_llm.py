@@ -3,17 +3,19 @@
 import asyncio
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from tsqp.errors import QueueFull, UsageError, WorkerLost
+from tsqp.errors import UsageError, WorkerLost
+from tsqp.runtime.admission import Admission, Place
 from tsqp.runtime.answer_stream import AnswerStream, Request
 from tsqp.runtime.async_ends import Ends
+from tsqp.runtime.async_text import CLOSED_TEXT, AsyncText
 from tsqp.runtime.dropped import call_when_dropped
 from tsqp.runtime.engine_thread import CLOSED, FAILED, LOST, READY, EngineThread
+from tsqp.runtime.fair_pool import FairPool
 from tsqp.runtime.loaded_model import LoadedModel
 from tsqp.runtime.options import Options, show_options
 from tsqp.runtime.request_stats import RequestObserver
@@ -26,15 +28,13 @@ from tsqp.tee.text.tokenizer import Tokenizer
 from tsqp.tee.worker_view import WorkerView
 from tsqp.wire.channel import Counters
 
-T = TypeVar("T")
-
 TEXT_THREADS = 2
 GRAMMAR_THREADS = 1  # a grammar takes up to two seconds, and must not hold up the tokenizing
 DRAINING = "draining"
 LOOK_S = 0.05  # how often `drain` looks whether all requests have ended
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncText):
     """A model that answers many requests at once, without blocking the event loop.
 
     A thread of its own computes: each step is the next token, or a piece of the prompt, of every
@@ -57,6 +57,7 @@ class AsyncLLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_num_queued_reqs: int | None = None,
+        share_queue: bool = False,
         reconnect_s: float = 60.0,
         observer: RequestObserver | None = None,
         worker_view: WorkerView | None = None,
@@ -71,6 +72,8 @@ class AsyncLLM:
             max_model_len: a lower maximum number of tokens of prompt and answer than the model's.
             max_num_seqs: maximum number of answers that run at the same time; others wait.
             max_num_queued_reqs: maximum number of answers that wait; None for no limit.
+            share_queue: whether there are several tenants, of whom none may fill the queue: each
+                may have half of the places that the others leave.
             reconnect_s: for how many seconds a lost worker is tried again before the requests that
                 need it fail. It is tried again after that too, and new requests are refused
                 meanwhile.
@@ -91,15 +94,15 @@ class AsyncLLM:
                 raise UsageError(f"{name} is {value}; it must be {least} or more.")
         self._pid = os.getpid()
         self._draining = False
+        self._admission = Admission(max_num_seqs, max_num_queued_reqs, is_shared=share_queue)
         self._thread = EngineThread(
-            max_num_seqs=max_num_seqs,
-            max_queued=max_num_queued_reqs,
+            self._admission,
             reconnect_s=reconnect_s,
             observer=observer,
             worker_view=worker_view,
         )
-        self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="tsqp-text")
-        self._grammars = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="tsqp-grammar")
+        self._text = FairPool(TEXT_THREADS, "tsqp-text")
+        self._grammars = FairPool(GRAMMAR_THREADS, "tsqp-grammar")
         self._ends = Ends(self._thread, self._text, self._grammars)
         # Nothing of the ends refers to this object, so that the last reference to it ends all.
         call_when_dropped(self, self._ends.close)
@@ -123,6 +126,21 @@ class AsyncLLM:
         self.config, self.dtype = self._model.config, self._model.dtype
         self.privacy = self._model.options.privacy
 
+    def admit(self, count: int = 1, tenant: str = "") -> Place:
+        """Take places in the queue before there is a prompt, for `add`.
+
+        Use it as a context manager: places that `add` was not given are then free again.
+
+        Args:
+            count: number of answers.
+
+        Raises:
+            QueueFull: too many requests are waiting, of all tenants or of this one.
+            WorkerLost, TSQPError, UsageError: see `add`.
+        """
+        self._check()
+        return self._admission.let_in(count, tenant)
+
     def add(
         self,
         prompt: str | Iterable[int],
@@ -131,6 +149,7 @@ class AsyncLLM:
         request_id: str | None = None,
         tenant: str = "",
         cache_salt: str = "",
+        place: Place | None = None,
     ) -> AnswerStream:
         """Queue one prompt; returns its answers as they grow, and does not wait.
 
@@ -141,6 +160,8 @@ class AsyncLLM:
             tenant: whose request it is. Nothing that one tenant sent is reused for another one,
                 and nothing at all without a tenant.
             cache_salt: requests of one tenant with different salts reuse nothing of each other.
+            place: what `admit` returned for this tenant, with room for all answers; None takes it
+                now.
 
         Returns:
             a stream. An error of the prompt or the parameters, or of the computation, is raised by
@@ -159,8 +180,8 @@ class AsyncLLM:
             raise UsageError("Call AsyncLLM.add in a running event loop.") from None
         given, params = one_prompt(prompt), one_params(params)
         self._check()
-        if not self._thread.let_in(params.n):
-            raise QueueFull("Too many requests are waiting; try again later.")
+        if place is None:
+            place = self._admission.let_in(params.n, tenant)
         request = Request(
             request_id or secrets.token_hex(16),
             () if isinstance(given, str) else given,
@@ -168,11 +189,13 @@ class AsyncLLM:
             tenant,
             cache_salt,
             loop,
+            place.part(params.n),
         )
+        prepare = partial(self._thread.prepare, request, self._model.tokenizer, given)
         if params.structured_outputs is not None:
-            self._grammars.submit(self._thread.prepare, request, self._model.tokenizer, given)
+            request.preparing = self._grammars.submit(tenant, prepare)
         elif isinstance(given, str):
-            self._text.submit(self._thread.prepare, request, self._model.tokenizer, given)
+            request.preparing = self._text.submit(tenant, prepare)
         else:
             self._thread.add(request)
         return AnswerStream(request, self._thread.abort)
@@ -180,91 +203,6 @@ class AsyncLLM:
     async def abort(self, stream: AnswerStream) -> None:
         """Give up a request; its sequence is freed before the next step."""
         await stream.aclose()
-
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text.
-
-        Raises:
-            TokenizerError: the model has no tokenizer.
-            PromptError: the text is not valid Unicode.
-        """
-        tokenizer = self._model.tokenizer
-        return await self._in_text_thread(
-            partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        )
-
-    async def tokenize_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        split_special: bool = False,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The token ids of a conversation, put into the model's chat template.
-
-        Args:
-            messages: `[{"role": "user", "content": "..."}, ...]`, see `LLM.chat`.
-            tools: what the model may call, as JSON schemas.
-            split_special: treat control tokens in messages and tools as plain text.
-            add_generation_prompt: whether the text ends where an answer begins.
-            continue_final_message: let the model continue the last message; not with
-                `add_generation_prompt`.
-            template_kwargs: further values for the template, such as `enable_thinking`.
-
-        Raises:
-            TokenizerError: the model has no chat template, or the template fails.
-            PromptError: it is not a conversation, or the template refuses it.
-        """
-        return await self._in_text_thread(
-            partial(
-                self._model.tokenizer.encode_chat,
-                messages,
-                tools=tools,
-                split_special=split_special,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                template_kwargs=template_kwargs,
-            )
-        )
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of some token ids, special ones left out.
-
-        Raises:
-            TokenizerError: the model has no tokenizer, or an id has more than 32 bits.
-        """
-        return await self._in_text_thread(partial(self._model.tokenizer.decode, token_ids))
-
-    def text_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token adds to a text; none for a special or unknown token."""
-        tokenizer = self._model.tokenizer
-        return (tokenizer.bytes_of(token_id) or b"") if tokenizer.exists else b""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; for a special token, its name.
-
-        Empty if the vocabulary has no such token, or the model no tokenizer.
-        """
-        tokenizer = self._model.tokenizer
-        return tokenizer.token_bytes(token_id) if tokenizer.exists else b""
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the model has a tokenizer that can be read."""
-        return self._model.tokenizer.exists
-
-    @property
-    def special_ids(self) -> dict[str, int]:
-        """The id of each special token, by its text; empty if the model has no tokenizer."""
-        return self._model.tokenizer.special_ids if self.has_tokenizer else {}
-
-    @property
-    def chat_template(self) -> str | dict[str, str] | None:
-        """The model's chat template in Jinja, or several by name; None without one."""
-        return self._model.tokenizer.chat_template_source if self.has_tokenizer else None
 
     @property
     def status(self) -> str:
@@ -373,12 +311,13 @@ class AsyncLLM:
     def close(self) -> None:
         """End all requests and sessions, and stop local workers; safe to call twice.
 
-        Requests that are not complete fail with a UsageError. This waits for the current step, so
-        in an event loop use `async with`, or `asyncio.to_thread`. In a forked process it does
-        nothing, because everything belongs to the parent.
+        Requests that are not complete fail with a UsageError. This waits for the present operation
+        of the engine, so in an event loop use `async with`, or `asyncio.to_thread`. In a forked
+        process it does nothing, because everything belongs to the parent.
 
         Raises:
-            UsageError: the current step does not end within a minute.
+            UsageError: the operation does not end within half a minute. Sessions and local workers
+                are then closed when it does.
         """
         self._ends.close()
 
@@ -401,18 +340,13 @@ class AsyncLLM:
             )
         status, failure = self._thread.status, self._thread.failure
         if status == CLOSED or self._ends.closed:
-            raise UsageError("This AsyncLLM is closed; make a new one.")
+            raise UsageError(CLOSED_TEXT)
         if self._draining:
             raise UsageError("This AsyncLLM takes no new requests, because it is about to end.")
         if status == FAILED:
             raise type(failure)(*failure.args) if failure else UsageError("The engine has stopped.")
         if status == LOST:
             raise WorkerLost("The worker is lost, and is being tried again; try again later.")
-
-    async def _in_text_thread(self, work: Callable[[], T]) -> T:
-        if self._ends.closed:
-            raise UsageError("This AsyncLLM is closed; make a new one.")
-        return await asyncio.get_running_loop().run_in_executor(self._text, work)
 
 
 show_options(AsyncLLM)

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 
 from tsqp.errors import TSQPError, UsageError, WorkerLost
+from tsqp.runtime.admission import Admission
 from tsqp.runtime.answer_stream import Request, StreamOutput
 from tsqp.runtime.request_stats import RequestObserver, RequestStats
 from tsqp.runtime.tracebacks import without_foreign_messages
@@ -25,7 +26,7 @@ log = logging.getLogger("tsqp")
 
 FIRST_PAUSE_S = 0.1  # between two attempts to reach a lost worker; doubled each time
 LONGEST_PAUSE_S = 5.0
-JOIN_S = 60.0
+JOIN_S = 30.0
 CLOSED_EARLY = "The AsyncLLM was closed before the answer was complete."
 
 READY, RECONNECTING, LOST, FAILED, CLOSED = "ready", "reconnecting", "lost", "failed", "closed"
@@ -37,22 +38,19 @@ class EngineThread:
     Every method except `run` may be called by any thread, and none of them waits, except `close`.
 
     Args:
-        max_num_seqs: maximum number of sequences that run at the same time.
-        max_queued: maximum number of sequences that wait; None for no limit.
+        admission: lets in the sequences; it asks the engine how many there are.
         reconnect_s: for how long a lost worker is tried again before its requests fail.
     """
 
     def __init__(
         self,
+        admission: Admission,
         *,
-        max_num_seqs: int,
-        max_queued: int | None,
         reconnect_s: float,
         observer: RequestObserver | None,
         worker_view: WorkerView | None = None,
     ) -> None:
-        self._max_num_seqs = max_num_seqs
-        self._max_queued = max_queued
+        self._admission = admission
         self._reconnect_s = reconnect_s
         self._observer = observer
         self._worker_view = worker_view
@@ -60,8 +58,7 @@ class EngineThread:
         self._closing = threading.Event()
         self._is_over = False
         self._at_end = threading.RLock()  # a stream may be dropped, and aborted, at any time
-        self._lock = threading.Lock()
-        self._arriving = 0  # sequences that were let in, and that the engine does not have yet
+        self._last_act: Callable[[], None] | None = None  # of the thread, if `close` went before it
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._requests: dict[int, Request] = {}  # by sequence
@@ -74,7 +71,7 @@ class EngineThread:
 
     def start(self, engine: Engine) -> None:
         """Start the thread."""
-        self._engine = engine
+        self._engine = self._admission.queue = engine
         self._thread = threading.Thread(target=self.run, name="tsqp-engine", daemon=True)
         self._thread.start()
 
@@ -91,17 +88,7 @@ class EngineThread:
     @property
     def num_waiting(self) -> int:
         """Number of waiting sequences, with those that are still being tokenized."""
-        return self._arriving + (0 if self._engine is None else self._engine.num_waiting)
-
-    def let_in(self, count: int) -> bool:
-        """Count sequences that are about to arrive; false if there is no room for them."""
-        with self._lock:
-            free = max(0, self._max_num_seqs - self.num_running)
-            limit = self._max_queued
-            if limit is not None and self.num_waiting + count > limit + free:
-                return False
-            self._arriving += count
-            return True
+        return self._admission.num_waiting
 
     def add(self, request: Request) -> None:
         """Queue a request that was let in."""
@@ -130,20 +117,33 @@ class EngineThread:
         """Give a request up; does nothing if it has ended."""
         self._order(lambda: self._abort(request))
 
-    def close(self) -> None:
+    def close(self, after: Callable[[], None] = lambda: None) -> None:
         """End all requests, and the thread; safe to call twice.
 
+        The present step ends before its next operation. An operation that does not end in time is
+        not waited for a second time.
+
+        Args:
+            after: closes what the thread uses. The thread calls it itself if it ends too late.
+
         Raises:
-            UsageError: the current step does not end within a minute.
+            UsageError: the present operation does not end within JOIN_S seconds.
         """
         self._closing.set()
+        if self._engine is not None:
+            self._engine.cancel(UsageError(CLOSED_EARLY))
         self._inbox.put(lambda: None)
         assert not self.is_current
+        if self._last_act is not None:
+            return
         if self._thread is not None:
             self._thread.join(JOIN_S)
-            if self._thread.is_alive():
+        with self._at_end:
+            if self._thread is not None and not self._is_over:
+                self._last_act = after
                 raise UsageError(f"The engine was still computing after {JOIN_S:.0f} seconds.")
         self.status = CLOSED
+        after()
 
     def run(self) -> None:
         """Drive the engine until the end."""
@@ -153,8 +153,13 @@ class EngineThread:
                 self._turn(self._engine)
             except Exception as error:  # a fault of this file: nobody may wait for ever
                 self._fail_all(_unexpected(error))
-        self._is_over = True  # from now on `_order` does what this thread did
+        with self._at_end:
+            self._is_over = True  # from now on `_order` does what this thread did
+            last_act = self._last_act
         self._finish_orders()
+        if last_act is not None:
+            self.status = CLOSED
+            last_act()
 
     def _order(self, order: Callable[[], None]) -> None:
         self._inbox.put(order)
@@ -219,7 +224,7 @@ class EngineThread:
 
     def _add(self, request: Request) -> None:
         assert self._engine is not None
-        self._arrived(request)
+        request.place.give_back()
         if request.has_ended:  # given up meanwhile
             return
         if self._closing.is_set():
@@ -250,17 +255,16 @@ class EngineThread:
         self._deliveries.setdefault(request, [])
 
     def _refuse(self, request: Request, error: TSQPError) -> None:
-        self._arrived(request)
+        request.place.give_back()
         if not request.has_ended:
             self._end(request, error)
 
-    def _arrived(self, request: Request) -> None:
-        with self._lock:
-            self._arriving -= request.params.n
-
     def _abort(self, request: Request) -> None:
-        if not request.has_ended:
-            self._end(request, None)
+        if request.has_ended:
+            return
+        if request.preparing is not None and request.preparing.cancel():
+            request.place.give_back()
+        self._end(request, None)
 
     def _step(self, engine: Engine) -> None:
         try:
@@ -297,6 +301,7 @@ class EngineThread:
                 (output.token_id,),
                 None if output.logprobs is None else (output.logprobs,),
                 completion,
+                output.prompt_logprobs,
             )
         )
         if not request.sequences:

@@ -8,7 +8,11 @@ from tsqp.errors import PromptError
 from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.serve.errors import as_api_error, bad_request
 from tsqp.serve.tools import ToolParser, ToolStyle, structured_outputs_of
-from tsqp.serve.tools.response_format import ResponseFormat, inline_format
+from tsqp.serve.tools.response_format import (
+    ResponseFormat,
+    StructuredOutputsField,
+    inline_format,
+)
 from tsqp.tee.structured_outputs import StructuredOutputsParams
 
 Objects = Sequence[Mapping[str, Any]]
@@ -54,16 +58,26 @@ ANY_TEXT = AnswerForm()
 def text_form(
     response_format: Mapping[str, Any] | None,
     kind: type[StructuredOutputsParams] = ResponseFormat,
+    outputs: Mapping[str, Any] | None = None,
 ) -> AnswerForm:
     """The form of an answer without tools.
 
     Args:
         kind: has the name of the field, for messages.
+        outputs: vLLM's `structured_outputs`, instead of a format.
 
     Raises:
-        APIError: the format is wrong.
+        APIError: the format is wrong, or there are two.
     """
+    if outputs is not None:
+        if response_format is not None:
+            raise bad_request(
+                "Give either response_format or structured_outputs.", StructuredOutputsField.label
+            )
+        kind = StructuredOutputsField
     try:
+        if outputs is not None:
+            return AnswerForm(StructuredOutputsField(**outputs))
         return AnswerForm(structured_outputs_of(response_format, kind))
     except PromptError as error:
         raise as_api_error(error, kind.label) from None
@@ -78,6 +92,7 @@ def answer_form(
     *,
     parallel: bool | None,
     kind: type[StructuredOutputsParams] = ResponseFormat,
+    outputs: Mapping[str, Any] | None = None,
 ) -> AnswerForm:
     """The form of an answer that may call tools. This takes a while if there are many.
 
@@ -87,6 +102,7 @@ def answer_form(
     Args:
         style: how the model writes calls; None if that is not known.
         tools, choice, parallel: `tools`, `tool_choice` and `parallel_tool_calls` in OpenAI's form.
+        kind, outputs: see `text_form`.
 
     Raises:
         APIError: the format, the tools or the choice are wrong, or the model cannot call tools.
@@ -94,17 +110,23 @@ def answer_form(
     if not tools:
         if choice not in (None, "none", "auto"):
             raise bad_request("tool_choice is only allowed with tools.", "tool_choice")
-        return text_form(response_format, kind)
+        return text_form(response_format, kind, outputs)
+    if outputs is not None and choice != "none":
+        raise bad_request(
+            "structured_outputs and tools cannot be used together: leave one of them out, or set "
+            "tool_choice to none.",
+            StructuredOutputsField.label,
+        )
     if style is None:
         if choice == "none":
-            return text_form(response_format, kind)
+            return text_form(response_format, kind, outputs)
         raise bad_request(
             "The chat template of this model has no tool calls in a style that this server knows: "
             "leave tools out, set tool_choice to none, or start the server with "
             "--tool-call-parser.",
             "tools",
         )
-    if choice == "none" and (form := text_form(response_format, kind)).structured_outputs:
+    if choice == "none" and (form := text_form(response_format, kind, outputs)).structured_outputs:
         return AnswerForm(form.structured_outputs, tools)
     try:
         grammar = style.grammar(

@@ -4,9 +4,10 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import overload
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from tsqp.api.chat import (
     ChatAnswer,
@@ -21,9 +22,10 @@ from tsqp.api.chat import (
 )
 from tsqp.api.tools import CalledFunction, NamedTool, ToolCall
 from tsqp.errors import TSQPError
+from tsqp.runtime.admission import Place
 from tsqp.runtime.answer_stream import AnswerStream, StreamOutput
 from tsqp.runtime.async_llm import AsyncLLM
-from tsqp.serve.answer_form import AnswerForm, answer_form
+from tsqp.serve.answer_form import ANY_TEXT, answer_form
 from tsqp.serve.documented import STREAM_OR_JSON
 from tsqp.serve.errors import as_api_error, bad_request
 from tsqp.serve.logprobs import chat_logprobs
@@ -31,12 +33,14 @@ from tsqp.serve.params import (
     check_number,
     check_stream_options,
     given_format,
+    given_outputs,
     given_tools,
     sampling_params,
     usage_of,
 )
-from tsqp.serve.state import state_of
-from tsqp.serve.streaming import EventStream, while_connected
+from tsqp.serve.roles import with_known_roles
+from tsqp.serve.state import State, state_of
+from tsqp.serve.streaming import MANY, Event, EventStream, in_thread, while_connected
 from tsqp.serve.tool_calls import Call, collect, deltas, with_objects
 from tsqp.serve.tools import ToolParser
 from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs
@@ -47,29 +51,20 @@ PROMPT = "messages"
 
 
 @router.post("/v1/chat/completions", response_model=ChatAnswer, responses=STREAM_OR_JSON)
-async def chat_completions(body: ChatRequest, request: Request) -> ChatAnswer | EventStream:
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)
     llm, model = state.ready_for_text(), state.check_model(body.model)
     check_stream_options(body)
     check_number(body.n or 1, state.options.most_answers)
-    form = await asyncio.to_thread(
-        answer_form,
-        llm,
-        state.tool_style(),
-        given_format(body),
-        given_tools(body.tools),
-        body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool)
-        else body.tool_choice,
-        parallel=body.parallel_tool_calls,
-    )  # fmt: skip
-    chat = Chat(llm, body, model, form)
+    tenant = request.state.tenant
     try:
-        stream = await chat.start(
-            request.state.request_id, request.state.tenant, await chat.tokenize()
-        )
+        with llm.admit(body.n or 1, tenant) as place:
+            chat = Chat(llm, body, model, tenant)
+            await while_connected(request, chat.prepare(state))
+            stream = chat.start(request.state.request_id, place)
         if body.stream:
-            await stream.accepted()
+            await while_connected(request, stream.accepted())
             return EventStream(chat.chunks(stream), [stream], PROMPT)
         return await while_connected(request, chat.answer(stream))
     except TSQPError as error:
@@ -79,50 +74,65 @@ async def chat_completions(body: ChatRequest, request: Request) -> ChatAnswer | 
 class Chat:
     """One conversation that is being answered."""
 
-    def __init__(self, llm: AsyncLLM, body: ChatRequest, model: str, form: AnswerForm) -> None:
+    def __init__(self, llm: AsyncLLM, body: ChatRequest, model: str, tenant: str) -> None:
         self._llm = llm
         self._body = body
         self._model = model
+        self._tenant = tenant
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
-        self._form = form
+        self._form = ANY_TEXT
+        self._token_ids: list[int] = []
 
-    async def tokenize(self) -> list[int]:
-        """The token ids of the conversation.
+    async def prepare(self, state: State) -> None:
+        """Find out which form the answer has, and tokenize the conversation.
 
         Raises:
+            APIError: the format, the tools or the choice of one are wrong.
             PromptError, TokenizerError: see `AsyncLLM.tokenize_chat` and `with_objects`.
         """
         body, continues = self._body, bool(self._body.continue_final_message)
-        begins = body.add_generation_prompt
-        return await self._llm.tokenize_chat(
-            with_objects(body.messages),
+        choice, begins = body.tool_choice, body.add_generation_prompt
+        self._form = await asyncio.to_thread(
+            answer_form,
+            self._llm,
+            state.tool_style(),
+            given_format(body),
+            given_tools(body.tools),
+            choice.model_dump() if isinstance(choice, NamedTool) else choice,
+            parallel=body.parallel_tool_calls,
+            outputs=given_outputs(body),
+        )
+        messages = with_known_roles(body.messages, self._llm.chat_template)
+        self._token_ids = await self._llm.tokenize_chat(
+            with_objects(messages),
             tools=self._form.tools,
             split_special=bool(body.split_special),
             add_generation_prompt=not continues if begins is None else begins,
             continue_final_message=continues,
             template_kwargs=body.chat_template_kwargs,
+            tenant=self._tenant,
         )
 
-    async def start(self, request_id: str, tenant: str, token_ids: Sequence[int]) -> AnswerStream:
+    def start(self, request_id: str, place: Place) -> AnswerStream:
         """Begin to answer.
 
         Raises:
             TSQPError: see `AsyncLLM.add`.
         """
         return self._llm.add(
-            token_ids,
+            self._token_ids,
             self._params(),
             request_id=request_id,
-            tenant=tenant,
+            tenant=self._tenant,
             cache_salt=self._body.cache_salt or "",
+            place=place,
         )
 
-    async def answer(self, stream: AnswerStream) -> ChatAnswer:
+    async def answer(self, stream: AnswerStream) -> Response:
         """The answers, once they are complete."""
         completions = await stream.completions()
-        # A long answer has many calls or probabilities to write: not in the event loop.
-        return await asyncio.to_thread(self._answer, completions, stream)
+        return await in_thread(partial(self._answer, completions, stream))
 
     def _answer(self, completions: Sequence[Completion], stream: AnswerStream) -> ChatAnswer:
         return ChatAnswer(
@@ -145,7 +155,7 @@ class Chat:
             finish_reason=_reason(completion.finish_reason, bool(calls)),
         )
 
-    async def chunks(self, stream: AnswerStream) -> AsyncIterator[ChatChunk]:
+    async def chunks(self, stream: AnswerStream) -> AsyncIterator[Event]:
         """The events of a stream."""
         options = self._body.stream_options
         always = bool(options and options.continuous_usage_stats)
@@ -154,20 +164,23 @@ class Chat:
             yield self._chunk(first, stream if always else None)
         pieces = [Pieces(self._form.parser()) for _ in range(self._body.n or 1)]
         async for output in stream:
-            logprobs = self._logprobs(output.logprobs)
-            for delta in pieces[output.index].take(output):
-                piece = ChatChunkChoice(index=output.index, delta=delta, logprobs=logprobs)
-                yield self._chunk(piece, stream if always else None)
-                logprobs = None
-            if logprobs is not None or output.finish_reason is not None:
-                called = bool(pieces[output.index].calls)
-                piece = ChatChunkChoice(
-                    index=output.index,
-                    delta=ChatDelta(),
-                    logprobs=logprobs,
-                    finish_reason=_reason(output.finish_reason, called),
+            rated = output.logprobs
+            choices = [
+                ChatChunkChoice(index=output.index, delta=delta)
+                for delta in pieces[output.index].take(output)
+            ]
+            if output.finish_reason is not None or (rated is not None and not choices):
+                reason = _reason(output.finish_reason, bool(pieces[output.index].calls))
+                choices.append(
+                    ChatChunkChoice(index=output.index, delta=ChatDelta(), finish_reason=reason)
                 )
-                yield self._chunk(piece, stream if always else None)
+            for choice in choices:
+                chunk = self._chunk(choice, stream if always else None)
+                if rated is not None and len(rated) > MANY:
+                    yield partial(self._rated, chunk, rated)
+                else:
+                    yield self._rated(chunk, rated)
+                rated = None
         if options and options.include_usage:
             yield self._chunk(None, stream)
 
@@ -179,6 +192,12 @@ class Chat:
             choices=[] if choice is None else [choice],
             usage=None if stream is None else usage_of([stream]),
         )
+
+    def _rated(self, chunk: ChatChunk, tokens: Sequence[TokenLogprobs] | None) -> ChatChunk:
+        """The chunk, with the probabilities of its tokens."""
+        if tokens is not None:
+            chunk.choices[0].logprobs = self._logprobs(tokens)
+        return chunk
 
     def _params(self) -> SamplingParams:
         body = self._body

@@ -5,9 +5,11 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
+from tsqp.api.base import UsageInfo
 from tsqp.api.completions import (
     CompletionAnswer,
     CompletionChoice,
@@ -15,9 +17,10 @@ from tsqp.api.completions import (
     CompletionRequest,
 )
 from tsqp.errors import TSQPError
+from tsqp.runtime.admission import Place
 from tsqp.runtime.answer_stream import AnswerStream, StreamOutput
 from tsqp.runtime.async_llm import AsyncLLM
-from tsqp.serve.answer_form import AnswerForm, text_form
+from tsqp.serve.answer_form import ANY_TEXT, text_form
 from tsqp.serve.documented import STREAM_OR_JSON
 from tsqp.serve.errors import as_api_error, bad_request
 from tsqp.serve.logprobs import TextOffsets, completion_logprobs
@@ -25,11 +28,19 @@ from tsqp.serve.params import (
     check_number,
     check_stream_options,
     given_format,
+    given_outputs,
     sampling_params,
     usage_of,
 )
 from tsqp.serve.state import state_of
-from tsqp.serve.streaming import EventStream, merged, while_connected
+from tsqp.serve.streaming import (
+    MANY,
+    Event,
+    EventStream,
+    in_thread,
+    merged,
+    while_connected,
+)
 from tsqp.tee.sampling import Completion, SamplingParams, TokenLogprobs
 
 router = APIRouter()
@@ -39,7 +50,7 @@ MAX_TOKENS = 16
 
 
 @router.post("/v1/completions", response_model=CompletionAnswer, responses=STREAM_OR_JSON)
-async def completions(body: CompletionRequest, request: Request) -> CompletionAnswer | EventStream:
+async def completions(body: CompletionRequest, request: Request) -> Response:
     """Complete one or several prompts."""
     state = state_of(request)
     llm, model = state.ready(), state.check_model(body.model)
@@ -49,16 +60,18 @@ async def completions(body: CompletionRequest, request: Request) -> CompletionAn
         state.ready_for_text()
     count = len(body.prompt) if isinstance(body.prompt, list) and not _is_ids(body.prompt) else 1
     check_number(count * (body.n or 1), state.options.most_answers)
+    tenant = request.state.tenant
     streams: list[AnswerStream] = []
     try:
-        form = await asyncio.to_thread(text_form, given_format(body))
-        work = Completions(llm, body, model, await _prompts(llm, body), form)
-        for stream in work.start(request.state.request_id, request.state.tenant):
-            streams.append(stream)
+        with llm.admit(count * (body.n or 1), tenant) as place:
+            work = Completions(llm, body, model, tenant)
+            await while_connected(request, work.prepare())
+            for stream in work.start(request.state.request_id, place):
+                streams.append(stream)
         if not body.stream:
             return await while_connected(request, work.answer(streams))
         for stream in streams:
-            await stream.accepted()
+            await while_connected(request, stream.accepted())
         response = EventStream(work.chunks(streams), streams, PROMPT)
         streams = []  # which it closes now
         return response
@@ -85,18 +98,20 @@ def _has_only_ids(prompt: str | Sequence[object]) -> bool:
     return not isinstance(prompt, str) and not isinstance(prompt[0], str)
 
 
-async def _prompts(llm: AsyncLLM, body: CompletionRequest) -> list[Prompt]:
+async def _prompts(llm: AsyncLLM, body: CompletionRequest, tenant: str) -> list[Prompt]:
     given = [body.prompt] if isinstance(body.prompt, str) or _is_ids(body.prompt) else body.prompt
     prompts = []
     for each in given:
         if isinstance(each, str):
             special = body.add_special_tokens is not False
-            prompts.append(Prompt(await llm.tokenize(each, add_special_tokens=special), each))
+            ids = await llm.tokenize(each, add_special_tokens=special, tenant=tenant)
+            prompts.append(Prompt(ids, each))
         else:
             assert isinstance(each, list)
             ids = [token_id for token_id in each if isinstance(token_id, int)]
             in_text = body.echo and llm.has_tokenizer and all(0 <= i < 2**32 for i in ids)
-            prompts.append(Prompt(ids, await llm.detokenize(ids) if in_text else ""))
+            text = await llm.detokenize(ids, tenant=tenant) if in_text else ""
+            prompts.append(Prompt(ids, text))
     return prompts
 
 
@@ -112,81 +127,86 @@ def _refuse(body: CompletionRequest) -> None:
         raise bad_request(
             "max_tokens must be 1 or more, unless the prompt is echoed.", "max_tokens"
         )
-    if body.stream and body.echo and body.logprobs is not None:
-        raise bad_request("The logprobs of an echoed prompt cannot be streamed.", "stream")
 
 
 class Completions:
     """The prompts of one request, while they are being completed."""
 
-    def __init__(
-        self,
-        llm: AsyncLLM,
-        body: CompletionRequest,
-        model: str,
-        prompts: Sequence[Prompt],
-        form: AnswerForm,
-    ) -> None:
+    def __init__(self, llm: AsyncLLM, body: CompletionRequest, model: str, tenant: str) -> None:
         self._llm = llm
         self._body = body
-        self._prompts = prompts
+        self._prompts: list[Prompt] = []
         self._n = body.n or 1
         self._model = model
+        self._tenant = tenant
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
-        self._form = form
+        self._form = ANY_TEXT
 
-    def start(self, request_id: str, tenant: str) -> Iterator[AnswerStream]:
+    async def prepare(self) -> None:
+        """Find out which form the answers have, and tokenize the prompts.
+
+        Raises:
+            APIError: the format is wrong.
+            PromptError, TokenizerError: see `AsyncLLM.tokenize`.
+        """
+        body = self._body
+        self._form = await asyncio.to_thread(
+            text_form, given_format(body), outputs=given_outputs(body)
+        )
+        self._prompts = await _prompts(self._llm, body, self._tenant)
+
+    def start(self, request_id: str, place: Place) -> Iterator[AnswerStream]:
         """Begin with one prompt after the other.
 
         Raises:
             TSQPError: see `AsyncLLM.add`.
         """
-        salt = self._body.cache_salt or ""
         params = self._params()
         for prompt in self._prompts:
             yield self._llm.add(
-                prompt.token_ids, params, request_id=request_id, tenant=tenant, cache_salt=salt
+                prompt.token_ids,
+                params,
+                request_id=request_id,
+                tenant=self._tenant,
+                cache_salt=self._body.cache_salt or "",
+                place=place,
             )
 
-    async def answer(self, streams: Sequence[AnswerStream]) -> CompletionAnswer:
+    async def answer(self, streams: Sequence[AnswerStream]) -> Response:
         """All answers, once they are complete."""
-        choices = []
-        for place, stream in enumerate(streams):
-            for completion in await stream.completions():
-                # An echo has up to 20 names for each token of the prompt: not in the event loop.
-                choices.append(await asyncio.to_thread(self._choice, place, completion))
-        answer = self._event(choices)
-        answer.usage = usage_of(streams)
-        if self._is_prompt_only:
-            answer.usage.total_tokens -= answer.usage.completion_tokens
-            answer.usage.completion_tokens = 0
-        return answer
+        completions = [await stream.completions() for stream in streams]
+        return await in_thread(partial(self._answer, streams, completions))
 
-    async def chunks(self, streams: Sequence[AnswerStream]) -> AsyncIterator[CompletionAnswer]:
-        """The events of a stream."""
+    def _answer(
+        self, streams: Sequence[AnswerStream], completions: Sequence[Sequence[Completion]]
+    ) -> CompletionAnswer:
+        return self._event(
+            [
+                self._choice(place, each, TextOffsets(self._llm), is_first=True)
+                for place, answers in enumerate(completions)
+                for each in answers
+            ],
+            self._usage(streams),
+        )
+
+    async def chunks(self, streams: Sequence[AnswerStream]) -> AsyncIterator[Event]:
+        """The events of a stream. An echo comes with the first piece of an answer."""
         options = self._body.stream_options
         always = bool(options and options.continuous_usage_stats)
-        offsets = [TextOffsets(self._llm) for _ in range(len(streams) * self._n)]
-        if self._body.echo:
-            for index in range(len(offsets)):
-                prompt = self._prompts[index // self._n]
-                yield self._event(
-                    [CompletionChoice(
-                        index=index, text=prompt.text, logprobs=None, finish_reason=None
-                    )]
-                )  # fmt: skip
+        offsets: dict[int, TextOffsets] = {}
         async for place, output in merged(streams):
-            choice = self._piece(place, output, offsets)
-            if choice is not None:
-                event = self._event([choice])
-                if always:
-                    event.usage = usage_of(streams)
-                yield event
+            index = place * self._n + output.index
+            is_first = index not in offsets
+            of_text = offsets.setdefault(index, TextOffsets(self._llm))
+            if not self._is_shown(output, is_first):
+                continue
+            usage = self._usage(streams) if always else None
+            make = partial(self._piece, place, output, of_text, is_first, usage)
+            rated = len(output.logprobs or ()) + len(output.prompt_logprobs or ())
+            yield make if rated > MANY else make()
         if options and options.include_usage:
-            last = self._event([])
-            last.usage = usage_of(streams)
-            yield last
+            yield self._event([], self._usage(streams))
 
     @property
     def _is_prompt_only(self) -> bool:
@@ -203,48 +223,61 @@ class Completions:
             form=self._form,
         )
 
-    def _choice(self, place: int, completion: Completion) -> CompletionChoice:
-        prompt, body = self._prompts[place], self._body
-        ids = [] if self._is_prompt_only else list(completion.token_ids)
-        text = "" if self._is_prompt_only else completion.text
-        logprobs = None
-        if body.logprobs is not None:
-            shown = list(ids)
-            rated: list[TokenLogprobs | None] = []
-            rated += (completion.logprobs or ())[: len(ids)]
-            if body.echo:
-                shown[:0], rated[:0] = prompt.token_ids, completion.prompt_logprobs or ()
-            logprobs = completion_logprobs(self._llm, shown, rated, TextOffsets(self._llm))
-        return CompletionChoice(
-            index=place * self._n + completion.index,
-            text=prompt.text + text if body.echo else text,
-            logprobs=logprobs,
-            finish_reason="length" if self._is_prompt_only else completion.finish_reason,
-            token_ids=ids if body.return_token_ids else None,
+    def _is_shown(self, output: StreamOutput, is_first: bool) -> bool:
+        """Whether an output has something to send; it may be only a piece of a character."""
+        body = self._body
+        return bool(
+            (is_first and body.echo)
+            or output.text
+            or output.logprobs
+            or output.finish_reason
+            or body.return_token_ids
         )
 
     def _piece(
-        self, place: int, output: StreamOutput, offsets: list[TextOffsets]
-    ) -> CompletionChoice | None:
-        """What a stream has more of; None if it is only a piece of a character."""
-        index = place * self._n + output.index
+        self,
+        place: int,
+        output: StreamOutput,
+        offsets: TextOffsets,
+        is_first: bool,
+        usage: UsageInfo | None,
+    ) -> CompletionAnswer:
+        return self._event([self._choice(place, output, offsets, is_first=is_first)], usage)
+
+    def _choice(
+        self, place: int, part: Completion | StreamOutput, offsets: TextOffsets, *, is_first: bool
+    ) -> CompletionChoice:
+        """An answer, or a piece of one."""
+        prompt, body = self._prompts[place], self._body
+        ids, text, reason = list(part.token_ids), part.text, part.finish_reason
+        rated: list[TokenLogprobs | None] = list(part.logprobs or ())
+        if self._is_prompt_only:
+            ids, text, reason, rated = [], "", "length", []
+        shown = ids
+        if body.echo and is_first:
+            text, shown = prompt.text + text, prompt.token_ids + ids
+            rated = [*(part.prompt_logprobs or ()), *rated]
         logprobs: CompletionLogprobs | None = None
-        if output.logprobs is not None:
-            logprobs = completion_logprobs(
-                self._llm, output.token_ids, output.logprobs, offsets[index]
-            )
-        is_shown = output.text or logprobs or output.finish_reason or self._body.return_token_ids
-        if not is_shown or (self._is_prompt_only and not output.finish_reason):
-            return None
+        if body.logprobs is not None:
+            logprobs = completion_logprobs(self._llm, shown, rated, offsets)
         return CompletionChoice(
-            index=index,
-            text="" if self._is_prompt_only else output.text,
+            index=place * self._n + part.index,
+            text=text,
             logprobs=logprobs,
-            finish_reason=output.finish_reason,
-            token_ids=list(output.token_ids) if self._body.return_token_ids else None,
+            finish_reason=reason,
+            token_ids=ids if body.return_token_ids else None,
         )
 
-    def _event(self, choices: list[CompletionChoice]) -> CompletionAnswer:
+    def _usage(self, streams: Sequence[AnswerStream]) -> UsageInfo:
+        usage = usage_of(streams)
+        if self._is_prompt_only:
+            usage.total_tokens -= usage.completion_tokens
+            usage.completion_tokens = 0
+        return usage
+
+    def _event(
+        self, choices: list[CompletionChoice], usage: UsageInfo | None = None
+    ) -> CompletionAnswer:
         return CompletionAnswer(
-            id=self._id, created=self._created, model=self._model, choices=choices
+            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )

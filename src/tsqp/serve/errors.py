@@ -188,6 +188,7 @@ _LIMITS = {
 }
 _REASONS = {
     "missing": "is missing",
+    "extra_forbidden": "has a key that this server does not know",
     "int_type": "must be an integer",
     "float_type": "must be a number",
     "finite_number": "must be a finite number",

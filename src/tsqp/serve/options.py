@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tsqp.errors import UsageError, printable_path
+from tsqp.runtime.admission import share
 from tsqp.serve.tools import tool_style
 
 MAX_BODY = 4 * 2**20
+CONNECTIONS = 512
+SPARE_CONNECTIONS = 64  # for /health and the like, where all others wait for answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,10 @@ class ServeOptions:
         show_worker_view: whether clients may see a sample of what workers received for them.
         max_body_bytes: of one request.
         body_timeout: seconds in which a request's body must arrive.
+        max_connections: maximum number of connections; None for 512, or more if more answers may
+            run and wait.
+        header_timeout: seconds in which the header of a request must arrive, and a TLS handshake.
+        send_timeout: seconds in which a client must take more of what is sent to it.
 
     Raises:
         UsageError: a value is out of range, or values contradict each other.
@@ -54,6 +61,9 @@ class ServeOptions:
     show_worker_view: bool = False
     max_body_bytes: int = MAX_BODY
     body_timeout: float = 30.0
+    max_connections: int | None = None
+    header_timeout: float = 10.0
+    send_timeout: float = 30.0
 
     def __post_init__(self) -> None:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
@@ -70,6 +80,8 @@ class ServeOptions:
             raise UsageError(
                 "--max-num-seqs must be 1 or more, and --max-num-queued-reqs 0 or more."
             )
+        if self.max_connections is not None and self.max_connections < 1:
+            raise UsageError("--max-connections must be 1 or more.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise UsageError("--max-model-len must be 2 or more.")
         if not 0 <= self.shutdown_timeout < 86400:
@@ -85,7 +97,20 @@ class ServeOptions:
     @property
     def most_answers(self) -> int:
         """Maximum number of answers of one request."""
-        return self.max_num_seqs + self.max_num_queued_reqs
+        waiting = self.max_num_queued_reqs
+        return self.max_num_seqs + (share(waiting) if self.is_shared and waiting else waiting)
+
+    @property
+    def most_connections(self) -> int:
+        """Maximum number of connections."""
+        if self.max_connections is not None:
+            return self.max_connections
+        return max(CONNECTIONS, self.max_num_seqs + self.max_num_queued_reqs + SPARE_CONNECTIONS)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are several keys, whose holders share the queue."""
+        return len(self.api_keys) > 1
 
     @property
     def exposure(self) -> str:

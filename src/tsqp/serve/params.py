@@ -47,6 +47,12 @@ def given_format(body: ChatRequest | CompletionRequest) -> dict[str, Any] | None
     return None if given is None else given.model_dump(by_alias=True, exclude_unset=True)
 
 
+def given_outputs(body: ChatRequest | CompletionRequest) -> dict[str, Any] | None:
+    """The `structured_outputs` of a request, without nulls; None where there are none."""
+    given = body.structured_outputs
+    return None if given is None else given.model_dump(by_alias=True, exclude_none=True)
+
+
 def given_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     """The `tools` of a request, as they were sent; null where there are none."""
     return [tool.model_dump(exclude_unset=True) for tool in tools] if tools else None

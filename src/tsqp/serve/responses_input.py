@@ -8,7 +8,6 @@ from tsqp.serve.errors import bad_request
 
 PROMPT = "input"
 TEXT_PARTS = ("input_text", "output_text", "text")
-ROLES = {"developer": "system"}  # templates know the older name
 
 
 def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
@@ -32,8 +31,8 @@ def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
         elif kind == "function_call_output":
             messages.append(_output(item, number))
         elif kind == "message" and isinstance(item.get("role"), str):
-            role = ROLES.get(item["role"], item["role"])
-            messages.append({"role": role, "content": _content(item.get("content"), number)})
+            content = _content(item.get("content"), number)
+            messages.append({"role": item["role"], "content": content})
         else:
             raise bad_request(
                 f"Item {number} of the input is not a message with a role, a function_call or a "

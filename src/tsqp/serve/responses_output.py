@@ -1,10 +1,12 @@
 """The answer of `/v1/responses`, and the events of its stream."""
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any, Literal
+
+from fastapi import Response as Reply
 
 from tsqp.api.responses import (
     FunctionCall,
@@ -21,6 +23,7 @@ from tsqp.api.responses import (
 )
 from tsqp.runtime.answer_stream import AnswerStream
 from tsqp.serve.answer_form import AnswerForm
+from tsqp.serve.streaming import in_thread
 from tsqp.serve.tool_calls import Call, deltas
 from tsqp.serve.tools import Delta
 from tsqp.tee.sampling import SamplingParams
@@ -51,12 +54,11 @@ class ResponseInProgress:
             **form.fields,
         )
 
-    async def whole(self, stream: AnswerStream) -> Response:
+    async def whole(self, stream: AnswerStream) -> Reply:
         """The answer, once it is complete."""
         [completion] = await stream.completions()
-        return await asyncio.to_thread(
-            self._whole, stream, completion.text, completion.finish_reason == "length"
-        )
+        is_cut = completion.finish_reason == "length"
+        return await in_thread(partial(self._whole, stream, completion.text, is_cut))
 
     def _whole(self, stream: AnswerStream, text: str, is_cut: bool) -> Response:
         for delta in deltas(self._parser, text, True):

@@ -8,17 +8,21 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from tsqp.errors import UsageError, WorkerUnavailable
+from tsqp.runtime.admission import Admission
 from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.runtime.options import Options
 from tsqp.serve.app import make_app
+from tsqp.serve.connections import REFUSAL, Connection, Listener
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
-from tsqp.serve.state import State
+from tsqp.serve.state import MAX_TEXTS, State
 from tsqp.tee.worker_view import WorkerView
 from tsqp.wire.socket_file import remove_stale
 
@@ -65,11 +69,68 @@ class _Stopped(Exception):
 
 
 class _Uvicorn(uvicorn.Server):
-    """A server that leaves signals to us: uvicorn would raise them again at its end."""
+    """A server that leaves signals to us, and that ends the handshakes of slow clients."""
+
+    def __init__(self, config: uvicorn.Config, options: ServeOptions) -> None:
+        super().__init__(config)
+        self._options = options
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield
+        yield  # uvicorn would raise them again at its end
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        assert sockets is not None
+        make = partial(
+            Connection,
+            self._options,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        handshake = None if self.config.ssl is None else self._options.header_timeout
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                make,
+                sock=each,
+                ssl=self.config.ssl,
+                backlog=BACKLOG,
+                ssl_handshake_timeout=handshake,
+            )
+            for each in sockets
+        ]
+        self.started = True
+
+
+def http_server(app: FastAPI, served: ServeOptions) -> _Uvicorn:
+    """The server of an app; `serve` of it needs a `Listener`.
+
+    Raises:
+        UsageError: the certificate cannot be used.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        http="h11",
+        server_header=False,
+        proxy_headers=False,
+        root_path=served.root_path,
+        ssl_certfile=served.ssl_certfile,
+        ssl_keyfile=served.ssl_keyfile,
+        timeout_graceful_shutdown=LAST_S,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            f"The certificate cannot be used ({type(error).__name__}): check --ssl-certfile "
+            "and --ssl-keyfile."
+        ) from None
+    return _Uvicorn(config, served)
 
 
 class _Server:
@@ -86,31 +147,11 @@ class _Server:
         self._served = served
         self._on_load = on_load
         view = WorkerView() if served.show_worker_view else None
-        self._state = State(served, names, Metrics(names[0], self._get_llm), view)
+        texts = Admission(0, MAX_TEXTS, is_shared=served.is_shared)
+        self._state = State(served, names, Metrics(names[0], self._get_llm), texts, view)
         self._signals = 0
         _keep_quiet()
-        config = uvicorn.Config(
-            make_app(self._state),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            http="h11",
-            server_header=False,
-            proxy_headers=False,
-            root_path=served.root_path,
-            ssl_certfile=served.ssl_certfile,
-            ssl_keyfile=served.ssl_keyfile,
-            timeout_graceful_shutdown=int(served.shutdown_timeout) + LAST_S,
-        )
-        try:
-            config.load()
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(
-                f"The certificate cannot be used ({type(error).__name__}): check --ssl-certfile "
-                "and --ssl-keyfile."
-            ) from None
-        self._uvicorn = _Uvicorn(config)
+        self._uvicorn = http_server(make_app(self._state), served)
 
     def _get_llm(self) -> AsyncLLM | None:
         return self._state.llm
@@ -131,9 +172,11 @@ class _Server:
                 await self._drain(self._state.llm)
         finally:
             self._uvicorn.should_exit = True
-            if self._state.llm is not None:
-                await asyncio.to_thread(self._state.llm.close)
-            await serving
+            try:
+                if self._state.llm is not None:
+                    await asyncio.to_thread(self._state.llm.close)
+            finally:
+                await serving
 
     async def _load(self) -> None:
         with suppress(_Stopped):
@@ -145,6 +188,7 @@ class _Server:
                 max_model_len=self._served.max_model_len,
                 max_num_seqs=self._served.max_num_seqs,
                 max_num_queued_reqs=self._served.max_num_queued_reqs,
+                share_queue=self._served.is_shared,
                 observer=self._state.metrics,
                 worker_view=self._state.worker_view,
             )
@@ -192,8 +236,9 @@ def _listening(served: ServeOptions) -> Iterator[socket.socket]:
             raise UsageError(
                 f"Cannot listen on --host and --port {served.port}: {error.strerror}."
             ) from None
-        with closing(listener):
-            yield listener
+        refusal = REFUSAL if served.ssl_certfile is None else b""
+        with closing(Listener(listener, served.most_connections, refusal)) as listening:
+            yield listening
         return
     if served.uds.is_socket():  # perhaps of a server that was killed
         with suppress(WorkerUnavailable):  # somebody listens there: `bind` says so
@@ -209,7 +254,8 @@ def _listening(served: ServeOptions) -> Iterator[socket.socket]:
         os.umask(mask)
     try:
         listener.listen(BACKLOG)
-        yield listener
+        with closing(Listener(listener, served.most_connections)) as listening:
+            yield listening
     finally:
         listener.close()
         served.uds.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from tsqp.runtime.admission import Admission
 from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.serve.errors import APIError, bad_request, unavailable
 from tsqp.serve.metrics import Metrics
@@ -13,6 +14,7 @@ from tsqp.serve.tools import ToolStyle, tool_style
 from tsqp.tee.worker_view import WorkerView
 
 LOADING = "loading"
+MAX_TEXTS = 64  # requests that only tokenize or detokenize, at a time
 
 
 @dataclass(slots=True)
@@ -21,6 +23,7 @@ class State:
 
     Attributes:
         names: under which it is served; answers have the first one.
+        texts: lets in requests that only tokenize or detokenize.
         worker_view: samples what workers receive; None unless the options ask for it.
         llm: the model, once it is loaded.
     """
@@ -28,6 +31,7 @@ class State:
     options: ServeOptions
     names: tuple[str, ...]
     metrics: Metrics
+    texts: Admission
     worker_view: WorkerView | None = None
     llm: AsyncLLM | None = None
     created: int = field(default_factory=lambda: int(time.time()))

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 CLIENT_GONE = 499  # nobody sees it
+MANY = 32  # tokens whose probabilities take too long to write in the event loop
+
+Event = BaseModel | Callable[[], BaseModel]  # a function is called in a thread
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -25,11 +28,18 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     return await _race(request.receive, work)
 
 
+async def in_thread(make: Callable[[], BaseModel]) -> Response:
+    """An answer that is made, and written as JSON, in a thread: a long one takes a while."""
+    body = await asyncio.to_thread(lambda: make().model_dump_json().encode())
+    return Response(body, media_type="application/json")
+
+
 class EventStream(Response):
     """Server-sent events, which end in [DONE].
 
     Args:
-        events: models to send. An error becomes the last event.
+        events: models to send, or functions that make them and take a while. An error becomes the
+            last event.
         streams: are given up when the client hangs up.
         param: the field with the prompt.
         named: events have their type as a name, and no [DONE] follows, as `/v1/responses` has it.
@@ -39,7 +49,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[BaseModel],
+        events: AsyncIterator[Event],
         streams: Sequence[AnswerStream],
         param: str,
         *,
@@ -65,8 +75,11 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                name = f"event: {getattr(event, 'type', '')}\n" if self._named else ""
-                await _send_part(send, f"{name}data: {event.model_dump_json()}\n\n".encode())
+                if isinstance(event, BaseModel):
+                    part = self._part(event)
+                else:
+                    part = await asyncio.to_thread(self._made, event)
+                await _send_part(send, part)
         except Exception as error:
             body = as_api_error(error, self._param).body
             if self._named:
@@ -77,6 +90,13 @@ class EventStream(Response):
         if not self._named:
             await _send_part(send, DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _part(self, event: BaseModel) -> bytes:
+        name = f"event: {getattr(event, 'type', '')}\n" if self._named else ""
+        return f"{name}data: {event.model_dump_json()}\n\n".encode()
+
+    def _made(self, make: Callable[[], BaseModel]) -> bytes:
+        return self._part(make())
 
 
 async def _send_part(send: Send, body: bytes) -> None:

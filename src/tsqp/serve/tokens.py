@@ -1,6 +1,7 @@
 """`/tokenize`, `/detokenize` and what tells of the server itself."""
 
 from dataclasses import asdict
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
@@ -16,12 +17,15 @@ from tsqp.api.tokens import (
     VersionAnswer,
 )
 from tsqp.errors import TSQPError
+from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.serve.documented import ERRORS
 from tsqp.serve.errors import RETRY_S, as_api_error, bad_request
 from tsqp.serve.logprobs import name_of
 from tsqp.serve.metrics import CONTENT_TYPE
 from tsqp.serve.params import given_tools
+from tsqp.serve.roles import with_known_roles
 from tsqp.serve.state import state_of
+from tsqp.serve.streaming import in_thread, while_connected
 from tsqp.serve.tool_calls import with_objects
 
 router = APIRouter()
@@ -43,7 +47,7 @@ async def models(request: Request) -> ModelList:
 
 
 @router.post("/tokenize", response_model=TokenizeAnswer, responses=ERRORS)
-async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The token ids of a text or a conversation."""
     state = state_of(request)
     llm = state.ready_for_text()
@@ -51,21 +55,30 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("Give either a prompt or messages.")
     try:
-        if body.messages is not None:
-            continues, begins = bool(body.continue_final_message), body.add_generation_prompt
-            ids = await llm.tokenize_chat(
-                with_objects(body.messages),
-                tools=given_tools(body.tools),
-                split_special=bool(body.split_special),
-                add_generation_prompt=not continues if begins is None else begins,
-                continue_final_message=continues,
-                template_kwargs=body.chat_template_kwargs,
-            )
-        else:
-            special = body.add_special_tokens is not False
-            ids = await llm.tokenize(body.prompt or "", add_special_tokens=special)
+        with state.texts.let_in(1, request.state.tenant):
+            ids = await while_connected(request, _tokenized(llm, body, request.state.tenant))
+            return await in_thread(partial(_token_answer, llm, body, ids))
     except TSQPError as error:
         raise as_api_error(error, "prompt" if body.messages is None else "messages") from None
+
+
+async def _tokenized(llm: AsyncLLM, body: TokenizeRequest, tenant: str) -> list[int]:
+    if body.messages is None:
+        special = body.add_special_tokens is not False
+        return await llm.tokenize(body.prompt or "", add_special_tokens=special, tenant=tenant)
+    continues, begins = bool(body.continue_final_message), body.add_generation_prompt
+    return await llm.tokenize_chat(
+        with_objects(with_known_roles(body.messages, llm.chat_template)),
+        tools=given_tools(body.tools),
+        split_special=bool(body.split_special),
+        add_generation_prompt=not continues if begins is None else begins,
+        continue_final_message=continues,
+        template_kwargs=body.chat_template_kwargs,
+        tenant=tenant,
+    )
+
+
+def _token_answer(llm: AsyncLLM, body: TokenizeRequest, ids: list[int]) -> TokenizeAnswer:
     return TokenizeAnswer(
         count=len(ids),
         max_model_len=llm.max_model_len,
@@ -77,11 +90,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
 @router.post("/detokenize", response_model=DetokenizeAnswer, responses=ERRORS)
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAnswer:
     """The text of token ids."""
-    state = state_of(request)
+    state, tenant = state_of(request), request.state.tenant
     llm = state.ready_for_text()
     state.check_model(body.model)
     try:
-        return DetokenizeAnswer(prompt=await llm.detokenize(body.tokens))
+        with state.texts.let_in(1, tenant):
+            text = await while_connected(request, llm.detokenize(body.tokens, tenant=tenant))
+            return DetokenizeAnswer(prompt=text)
     except TSQPError as error:
         raise as_api_error(error, "tokens") from None
 

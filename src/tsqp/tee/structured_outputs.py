@@ -12,6 +12,7 @@ from tsqp.tee.values import as_bool, as_list, type_of
 MAX_CHARACTERS = 2**17  # of a schema, an expression, a grammar, or all choices together
 # Small models would fill an answer with whitespace wherever they may.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+FIELD = "structured_outputs"
 MAX_DEPTH = 64  # of a JSON schema: one level of an object takes two
 
 
@@ -54,14 +55,15 @@ class StructuredOutputsParams:
                 f" json_object, and {len(given)} are given."
             )
         [name] = given
-        own = _OWN[name](getattr(self, name), f"structured_outputs.{name}")
+        shown = f"{FIELD}.{name}" if self.label in ("", FIELD) else self.label
+        own = _OWN[name](getattr(self, name), shown)
         object.__setattr__(self, name, own)
         size = len(own) if isinstance(own, str) else 0
         if isinstance(own, tuple):
             size = sum(map(len, own))
         if size > MAX_CHARACTERS:
             raise PromptError(
-                f"structured_outputs.{name} has {size} characters, but at most {MAX_CHARACTERS} are"
+                f"{shown} has {size} characters, but at most {MAX_CHARACTERS} are"
                 " allowed: make it smaller."
             )
 

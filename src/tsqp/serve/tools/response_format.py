@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsqp.errors import PromptError
-from tsqp.tee.structured_outputs import StructuredOutputsParams, inline_schema, schema_text
+from tsqp.tee.structured_outputs import (
+    FIELD,
+    StructuredOutputsParams,
+    inline_schema,
+    schema_text,
+)
 
 _ANY_OBJECT = {"type": "object"}
 
@@ -19,6 +24,12 @@ class TextFormat(StructuredOutputsParams):
     """The same for `text.format`, the name in the Responses API."""
 
     label = "text.format"
+
+
+class StructuredOutputsField(StructuredOutputsParams):
+    """The same for vLLM's `structured_outputs`."""
+
+    label = FIELD
 
 
 def structured_outputs_of(

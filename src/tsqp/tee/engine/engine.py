@@ -28,7 +28,7 @@ class Engine:
     """Runs requests together: a step computes the next token, or piece of the prompt, of each.
 
     An error of one request becomes the output of that request, and the others continue. Not
-    thread-safe: one thread calls all methods but `compile`.
+    thread-safe: one thread calls all methods but `compile` and `cancel`.
 
     Args:
         tokenizer: without one, prompts and answers are token ids only.
@@ -83,6 +83,10 @@ class Engine:
     def num_waiting(self) -> int:
         """Number of waiting sequences, preempted ones included; any thread may ask."""
         return self._scheduler.num_waiting
+
+    def num_waiting_of(self, tenant: str) -> int:
+        """Number of waiting sequences of one tenant; any thread may ask."""
+        return self._scheduler.num_waiting_of(tenant)
 
     @property
     def kv_usage(self) -> float:
@@ -228,6 +232,14 @@ class Engine:
         """
         assert not self.has_unfinished
         return self._session.replace(WorkerLost("The worker is lost."))
+
+    def cancel(self, error: TSQPError) -> None:
+        """Let the present step, and every later one, end before its next operation.
+
+        The sequences whose tokens are being computed then end with the error. Any thread may call
+        this; nothing can be computed afterwards.
+        """
+        self._runner.cancelled = error
 
     def close(self) -> None:
         """Close the offload, and make no other; safe to call twice."""

@@ -1,7 +1,7 @@
 """Runs forward passes in turn: the TEE computes for one while a worker computes for another."""
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 
 from torch import Tensor
@@ -12,18 +12,25 @@ from tsqp.tee.stats import Stats, Timer
 ForwardPass = Generator[Request, Tensor, Tensor]
 
 
-def run_interleaved(offload: Offload, passes: Sequence[ForwardPass], stats: Stats) -> list[Tensor]:
+def run_interleaved(
+    offload: Offload,
+    passes: Sequence[ForwardPass],
+    stats: Stats,
+    check: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
     """Run several forward passes in turn, and return what each of them returns.
 
     The request of one pass is started before waiting for the answer of another. A pass whose answer
     is available at once continues at once. No pass overtakes an earlier one, so a later pass may
     hold the later tokens of the same prompt. An exception of a pass or of the offload closes all
-    passes, cancels the open requests, and is passed to the caller.
+    passes, cancels the open requests, and is passed to the caller. `check` is called before each
+    operation, and may raise one.
     """
     results: dict[int, Tensor] = {}
     started: deque[tuple[int, Timer, Pending]] = deque()
 
     def start(request: Request) -> tuple[Timer, Pending]:
+        check()
         timer = stats.time(_kind(request))
         with timer:
             return timer, offload.start(request)

@@ -19,7 +19,11 @@ from tsqp.tee.stats import Stats
 
 
 class Runner:
-    """Runs forward passes; see `Engine` for the arguments."""
+    """Runs forward passes; see `Engine` for the arguments.
+
+    Attributes:
+        cancelled: set by any thread, it is raised before the next operation of a pass.
+    """
 
     def __init__(
         self, decoder: Decoder, stats: Stats, microbatches: int, prefill_chunk: int
@@ -29,6 +33,7 @@ class Runner:
         self._stats = stats
         self._microbatches = microbatches
         self._prefill_chunk = prefill_chunk
+        self.cancelled: TSQPError | None = None
 
     def run(self, offload: Offload, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
         """Each chunk, or piece of one, with logits_RV of the rows that it wants.
@@ -39,7 +44,7 @@ class Runner:
         may_cut = offload.placement.kv_in_tee
         parts = split_into_microbatches(chunks, self._microbatches, may_cut=may_cut)
         passes = [self._decoder.forward(flat_batch(part), self._stats) for part in parts]
-        logits = run_interleaved(offload, passes, self._stats)
+        logits = run_interleaved(offload, passes, self._stats, self._check)
         for part, logits_RV in zip(parts, logits, strict=True):
             rows = logits_RV.split_with_sizes([len(chunk.wanted) for chunk in part])
             yield from zip(part, rows, strict=True)
@@ -54,3 +59,7 @@ class Runner:
         finally:
             with suppress(TSQPError):  # a worker that is gone cannot free anything
                 offload.kv.free(number)
+
+    def _check(self) -> None:
+        if self.cancelled is not None:
+            raise self.cancelled

@@ -53,6 +53,10 @@ class Scheduler:
     def num_waiting(self) -> int:
         return sum(map(len, list(self._waiting.values())))  # other threads ask, too
 
+    def num_waiting_of(self, tenant: str) -> int:
+        """Number of waiting sequences of one tenant; any thread may ask."""
+        return len(self._waiting.get(tenant, ()))
+
     def is_running(self, sequence: Sequence) -> bool:
         """Whether a sequence runs."""
         return sequence in self._running

@@ -113,6 +113,7 @@ class Sequence:
 
     def output(self, text: str, completion: Completion | None = None) -> "Output":
         """What the step added that chose the last token."""
+        is_first = self.generated == 1 and self.params.prompt_logprobs is not None
         return Output(
             self.id,
             self.token_ids[-1],
@@ -121,6 +122,7 @@ class Sequence:
             logprobs=self.logprobs[-1] if self.logprobs else None,
             admitted_at=self.admitted_at,
             cached_tokens=self.cached_tokens,
+            prompt_logprobs=tuple(self.prompt_logprobs) if is_first else None,
         )
 
     def complete(self, reason: FinishReason) -> tuple[str, Completion]:
@@ -151,6 +153,7 @@ class Output:
         admitted_at: when the sequence first began to run, by time.monotonic.
         cached_tokens: number of prompt tokens whose keys and values were reused. What an answer
             shares with others of the same request does not count.
+        prompt_logprobs: of the prompt, with the first token; None unless requested.
     """
 
     sequence: int
@@ -161,6 +164,7 @@ class Output:
     logprobs: TokenLogprobs | None = None
     admitted_at: float | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
