@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if TYPE_CHECKING:
     from tsqp.runtime.answer_stream import AnswerStream, StreamOutput, Usage
     from tsqp.runtime.async_llm import AsyncLLM
+    from tsqp.runtime.failover import WorkerStatus
     from tsqp.runtime.hardening import harden_process
     from tsqp.runtime.llm import LLM
     from tsqp.runtime.options import Options
@@ -54,6 +55,7 @@ __all__ = [
     "TSQPError",
     "TokenLogprobs",
     "Usage",
+    "WorkerStatus",
     "__version__",
     "harden_process",
 ]
@@ -77,6 +79,7 @@ _MODULES = {
     "StructuredOutputsParams": "tsqp.tee.structured_outputs",
     "TokenLogprobs": "tsqp.tee.sampling",
     "Usage": "tsqp.runtime.answer_stream",
+    "WorkerStatus": "tsqp.runtime.failover",
     "harden_process": "tsqp.runtime.hardening",
 }
 

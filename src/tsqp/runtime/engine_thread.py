@@ -9,7 +9,7 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from time import monotonic
 
-from tsqp.errors import TSQPError, UsageError, WorkerLost
+from tsqp.errors import LatticeError, TSQPError, UsageError, WorkerLost
 from tsqp.runtime.answer_stream import Request, StreamOutput
 from tsqp.runtime.request_stats import RequestObserver, RequestStats
 from tsqp.runtime.tracebacks import without_foreign_messages
@@ -277,7 +277,7 @@ class EngineThread:
     def _take(self, request: Request, output: Output, now: float) -> None:
         number = output.sequence
         if output.error is not None:
-            if isinstance(output.error, SESSION_OVER) and not isinstance(output.error, WorkerLost):
+            if isinstance(output.error, LatticeError):  # of all others, `renew` decides
                 self._fail_for_good(output.error)
             self._end(request, output.error)
             return
