@@ -338,11 +338,13 @@ def test_a_wrong_lattice_mask_is_no_reason_to_ask_another_worker(
     monkeypatch.setattr(lattice_group, "process_switch", switch := lattice_group.Switch())
     monkeypatch.setattr("tsqp.runtime.build.process_switch", switch)
     with several(tiny_worker, "inproc", field="lattice") as llm:
+        pads = llm._pads
         switch.turn_off(next(iter(llm._offload._linear._groups._groups)))  # type: ignore[attr-defined]
         for _ in range(2):
             with pytest.raises(LatticeError):
                 complete(llm)
         assert states(llm)[1] == ("standby", None)
+        assert llm._pads is pads  # nor is the same one asked again
 
 
 def test_log_lines_of_a_takeover_hold_no_token(

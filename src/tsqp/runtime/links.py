@@ -76,6 +76,11 @@ def _check_numbers(privacy: str, workers: int, keys: int) -> None:
             f"--privacy {privacy} needs one or more --worker, not 0; "
             "name the endpoint of a running `tsqp worker`, or `local`."
         )
+    check_number_of_keys(workers, keys)
+
+
+def check_number_of_keys(workers: int, keys: int) -> None:
+    """Raise UsageError unless there is a key for each worker, or none."""
     if keys not in (0, workers):
         raise UsageError(
             f"There are {keys} --worker-key for {workers} --worker; give one for each worker, in "
