@@ -357,8 +357,8 @@ class EngineThread:
 
     def _fail_for_good(self, error: TSQPError) -> None:
         if self.failure is None:
-            log.error("nothing is offloaded any more: %s", error)
-        self.failure = self.failure or error
+            log.error("nothing is offloaded any more: %s", str(error))
+        self.failure = self.failure or type(error)(*error.args)  # a traceback holds check vectors
         self.status = FAILED
 
     def _deliver(self) -> None:

@@ -78,15 +78,15 @@ class Alternative:
     def end(self, error: TSQPError) -> None:
         """Remember why there is no session, and stop local workers. A quarantine never ends."""
         if self.state != "quarantined":
-            name = ", ".join(worker.endpoint for worker in self.workers)
+            name, text = ", ".join(worker.endpoint for worker in self.workers), str(error)
             if isinstance(error, UNTRUSTED):  # first of all, whatever interrupts the rest
                 self.state = "quarantined"
                 self.error = type(error)(*error.args)  # a traceback holds check vectors
                 self.begin = None  # and with it the check vectors
-                log.error("the worker at %s is quarantined: %s", name, error)
+                log.error("the worker at %s is quarantined: %s", name, text)
             elif self.state != "lost":
                 self.state = "lost"
-                log.warning("the worker at %s is lost: %s", name, error)
+                log.warning("the worker at %s is lost: %s", name, text)
         self.close()
 
     def close(self) -> None:

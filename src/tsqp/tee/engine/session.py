@@ -76,7 +76,7 @@ class Session:
         try:
             self.offload = self._rebuild(error)
         except TSQPError as cause:
-            log.warning("no new session with the worker: %s", cause)
+            log.warning("no new session with the worker: %s", str(cause))  # no traceback is kept
             if isinstance(cause, SESSION_OVER) and not isinstance(cause, WorkerLost):
                 self._rebuild = None
                 return error

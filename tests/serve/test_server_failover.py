@@ -1,8 +1,10 @@
 """A server whose workers lie: another takes over, and everybody who watches can see it."""
 
 import json
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
+import pytest
 from liars import LyingWorker
 from lies import Order
 from protocol_helpers import Commands
@@ -12,6 +14,21 @@ from serve_process import begin
 LATE = {"layer": 1, "group": "down", "after": 20}
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "seed": 1}
 PROMPT = [3, 141, 59]
+
+
+@contextmanager
+def two_liars(commands: Commands) -> Iterator[list[LyingWorker]]:
+    liars = [LyingWorker(commands, name) for name in ("first", "second")]
+    try:
+        for liar in liars:
+            liar.running.says("serving ")
+        yield liars
+    finally:
+        for liar in liars:
+            if liar.running.is_alive:
+                liar.close()
+            elif liar.running.process.stdin is not None:
+                liar.running.process.stdin.close()
 
 
 def answer(server: Server) -> object:
@@ -33,11 +50,9 @@ def states(server: Server) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_another_worker_takes_over_from_a_liar_and_the_server_says_so(commands: Commands) -> None:
-    liars = [LyingWorker(commands, name) for name in ("first", "second")]
-    try:
-        for liar in liars:
-            liar.running.says("serving ")
+    with two_liars(commands) as liars:
         liars[0].order(Order("zeros", **LATE))  # type: ignore[arg-type]
         running, server = begin(
             commands, "random:tiny", "--worker", liars[0].endpoint, "--worker", liars[1].endpoint,
@@ -74,17 +89,11 @@ def test_another_worker_takes_over_from_a_liar_and_the_server_says_so(commands: 
             assert json.loads(waiting.getresponse().read())["choices"] == first
         assert server.ask("/health").json == {"status": "ready", "quarantined": 1}
         assert liars[0].sessions == asked
-    finally:
-        for liar in liars:
-            liar.running.stop()
-            (commands.folder / liar.endpoint.rpartition("/")[2]).unlink(missing_ok=True)
 
 
 def test_a_server_without_an_honest_worker_says_so(commands: Commands) -> None:
-    liars = [LyingWorker(commands, name) for name in ("first", "second")]
-    try:
+    with two_liars(commands) as liars:
         for liar in liars:
-            liar.running.says("serving ")
             liar.order(Order("zeros"))
         _, server = begin(
             commands, "random:tiny", "--worker", liars[0].endpoint, "--worker", liars[1].endpoint,
@@ -99,7 +108,3 @@ def test_a_server_without_an_honest_worker_says_so(commands: Commands) -> None:
         assert (metrics["tsqp_integrity_failed"], metrics["tsqp_healthy"]) == (1, 0)
         assert states(server)["quarantined"] == 2
         assert [liar.sessions for liar in liars] == [1, 1]
-    finally:
-        for liar in liars:
-            liar.running.stop()
-            (commands.folder / liar.endpoint.rpartition("/")[2]).unlink(missing_ok=True)
