@@ -138,16 +138,17 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 def _give_up_soon() -> None:
     """Look for a worker that was lost for half a second; the first connection takes its time."""
-    from tsqp.runtime.worker_link import WorkerProcess
+    from tsqp.errors import TSQPError
+    from tsqp.runtime.worker_sessions import WorkerSessions
     from tsqp.wire import client
 
-    restart = WorkerProcess.restart
+    end = WorkerSessions.end
 
-    def soon(worker: WorkerProcess) -> None:
+    def soon(sessions: WorkerSessions, error: TSQPError) -> None:
         client.CONNECT_S = 0.5
-        restart(worker)
+        end(sessions, error)
 
-    WorkerProcess.restart = soon  # type: ignore[method-assign]
+    WorkerSessions.end = soon  # type: ignore[method-assign]
 
 
 def _inherit(limits: dict[str, tuple[int, int]], namespace: int) -> None:

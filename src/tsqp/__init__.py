@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tsqp.runtime.admission import Place
     from tsqp.runtime.answer_stream import AnswerStream, StreamOutput, Usage
     from tsqp.runtime.async_llm import AsyncLLM
+    from tsqp.runtime.failover import WorkerStatus
     from tsqp.runtime.hardening import harden_process
     from tsqp.runtime.llm import LLM
     from tsqp.runtime.options import Options
@@ -56,6 +57,7 @@ __all__ = [
     "TSQPError",
     "TokenLogprobs",
     "Usage",
+    "WorkerStatus",
     "__version__",
     "harden_process",
 ]
@@ -80,6 +82,7 @@ _MODULES = {
     "StructuredOutputsParams": "tsqp.tee.structured_outputs",
     "TokenLogprobs": "tsqp.tee.sampling",
     "Usage": "tsqp.runtime.answer_stream",
+    "WorkerStatus": "tsqp.runtime.failover",
     "harden_process": "tsqp.runtime.hardening",
 }
 

@@ -30,6 +30,7 @@ def test_the_public_names_are_frozen() -> None:
         "TSQPError",
         "TokenLogprobs",
         "Usage",
+        "WorkerStatus",
         "__version__",
         "harden_process",
     ]
@@ -116,13 +117,13 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "drain",
         "field",
         "has_tokenizer",
+        "integrity_failures",
         "is_healthy",
         "kv_usage",
         "max_model_len",
         "model_digest",
         "num_running",
         "num_waiting",
-        "num_workers",
         "pads",
         "placement",
         "reconnects",
@@ -136,6 +137,7 @@ def test_the_arguments_of_async_llm_are_those_of_llm_and_a_few() -> None:
         "tokenize_chat",
         "transport",
         "transport_reason",
+        "workers",
     }
     assert list(inspect.signature(tsqp.AsyncLLM.add).parameters) == [
         "self",

@@ -13,9 +13,9 @@ import processes
 class LyingWorker:
     """The process, and the file that tells it what to do to the next session."""
 
-    def __init__(self, commands: Commands) -> None:
-        self.endpoint = f"ipc://{commands.folder}/liar.sock"
-        self._orders = commands.folder / "orders"
+    def __init__(self, commands: Commands, name: str = "liar") -> None:
+        self.endpoint = f"ipc://{commands.folder}/{name}.sock"
+        self._orders = commands.folder / f"{name}.orders"
         self.order(Order())
         program = Path(__file__).with_name("lying_worker.py")
         process = processes.start(
@@ -29,6 +29,11 @@ class LyingWorker:
 
     def order(self, order: Order) -> None:
         order.write(self._orders)
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions were asked for until now."""
+        return len(self._orders.with_suffix(".sessions").read_bytes())
 
     @property
     def segments(self) -> int:

@@ -180,12 +180,14 @@ class LyingServer(Server):
     def __init__(self, endpoint: str, orders: Path, honest: Worker, other: Worker) -> None:
         super().__init__(parse_endpoint(endpoint))
         self._orders = orders
+        self._asked = orders.with_suffix(".sessions").open("ab", buffering=0)
         self._workers = honest, other
         self._liars: dict[bytes, Liar] = {}
         self._last: Liar | None = None
         self._held: tuple[int, Call] | None = None
 
     def _begin(self, identity: bytes, hello: Hello) -> None:
+        self._asked.write(b".")
         order = msgspec.json.decode(self._orders.read_bytes(), type=Order)
         self._last = liar = Liar(*self._workers, order, self._last)
         self._service = self._liars[identity] = liar

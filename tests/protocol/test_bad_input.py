@@ -111,11 +111,11 @@ def test_an_unknown_dtype_is_refused(commands: Commands, ids: Path) -> None:
     ("options", "status", "sentence"),
     [
         (["--privacy", "secret"], 2, "no such privacy mode; choose pad, shares, open or tee"),
-        (["--privacy", "open"], 2, "--privacy open needs one --worker, not 0"),
+        (["--privacy", "open"], 2, "--privacy open needs one or more --worker, not 0"),
         (
-            ["--privacy", "open", "--worker", "local", "--worker", "local"],
+            ["--privacy", "open", "--worker", "ipc:///a", "--worker", "ipc:///a"],
             2,
-            "--privacy open needs one --worker, not 2",
+            "--worker ipc:///a is given twice",
         ),
         (["--worker", "local"], 2, "--privacy tee has no --worker"),
         (["--attention", "moon"], 2, "no such attention mode; choose tee or gpu"),

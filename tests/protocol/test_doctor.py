@@ -14,6 +14,7 @@ from test_without_shared_memory import MISSING, inside, may_mount
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.doctor import machine_checks as machine
 from tsqp.doctor.check import Check, Wrong, run_check
+from tsqp.doctor.diagnose import examine as examine_all
 from tsqp.doctor.diagnose import print_checks
 from tsqp.doctor.greeting_checks import Unnamed, greeting_checks
 from tsqp.doctor.session_checks import Target, session_checks
@@ -47,6 +48,25 @@ def test_a_machine_and_a_worker_that_are_well(commands: Commands, tiny_worker: s
     assert {f"{mode}: {step}" for mode in MODES for step in ("handshake", "product")} <= set(names)
     assert {"pad: lattice masks", "open: embedding", "open: attention"} <= set(names)
     assert result.stderr.count("✓") == len(names)
+
+
+def test_each_of_several_workers_is_checked(
+    commands: Commands, tiny_worker: str, gives_up_soon: None
+) -> None:
+    targets = [
+        Target("random:tiny", worker, dtype="float32", threads=1)
+        for worker in (tiny_worker, "inproc", commands.ipc())
+    ]
+    checks = list(examine_all(1, targets))
+    names = [check.name for check in checks if check.state == "ok"]
+    assert {"1. pad: product", "2. pad: product", "1. open: product"} <= set(names)
+    assert list(failures(checks)) == ["3. reach the worker"]
+
+
+def test_each_worker_has_a_key_or_none(main: Main, tiny_worker: str) -> None:
+    result = main("doctor", "--worker", tiny_worker, "--worker-key", "a", "--worker-key", "b")
+    assert result.status == 2
+    assert "There are 2 --worker-key for 1 --worker" in result.error
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount")

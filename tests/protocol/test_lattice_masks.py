@@ -74,6 +74,19 @@ def test_the_formula_counts_hints_and_no_weights() -> None:
     assert found == pytest.approx(hint_bytes(config) + embedding + 49_152 * 576, rel=0.01)
 
 
+@pytest.mark.parametrize(("lattice", "bytes_each"), [(False, 8), (True, 20)])
+def test_the_formula_counts_the_check_vectors_of_each_worker(
+    lattice: bool, bytes_each: int
+) -> None:
+    config = GEOMETRIES["smollm2-135m"]
+    features = 30 * (960 + 576 + 3072 + 576 + 3 * 576 + 1536) + 49_152 + 576
+    one, three = (
+        trusted_bytes(config, torch.float32, "pad", lattice=lattice, alternatives=number)
+        for number in (1, 3)
+    )
+    assert three - one == 2 * bytes_each * features
+
+
 def test_too_little_memory_for_hints_is_told_with_the_other_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -18,7 +18,7 @@ from protocol_helpers import (
     write_ids,
 )
 
-from tsqp import LLM
+from tsqp import LLM, Options
 from tsqp.errors import TSQPError, UsageError
 from tsqp.wire.keys import write_key_pair
 from tsqp.wire.zmq import new_key_pair
@@ -293,9 +293,27 @@ def test_shares_with_fewer_than_two_workers_is_refused(count: int) -> None:
     assert "with one worker, choose pad" in text
 
 
-def test_the_other_modes_take_one_worker() -> None:
-    for privacy in ("pad", "open"):
-        assert "needs one --worker, not 2" in refusal(privacy, [HERE, THERE], KEYS[:2])
+@pytest.mark.parametrize("privacy", ["pad", "open"])
+def test_the_other_modes_take_workers_that_replace_each_other(privacy: str) -> None:
+    assert "needs one or more --worker, not 0" in refusal(privacy, [], [])
+    links = Options(privacy=privacy, worker=[HERE, THERE], worker_key=KEYS[:2]).links
+    assert [(str(link.endpoint), link.key) for link in links] == [
+        (HERE, KEYS[0]),
+        (THERE, KEYS[1]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        [HERE, HERE],
+        ["ipc:///a", "ipc:///a"],
+        ["tcp://localhost:5555", "tcp://127.0.0.1:5555"],
+        ["tcp://GPU:5555", "tcp://gpu:5555"],
+    ],
+)
+def test_a_worker_does_not_replace_itself(pair: list[str]) -> None:
+    assert f"--worker {pair[0]} is given twice" in refusal("pad", pair, [])
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -129,10 +129,15 @@ class Fragile(LocalOffload):
 def fragile_engine(
     checkpoint: Checkpoint, calls: list[int], error: TSQPError, **options: int
 ) -> tuple[Engine, list[Fragile]]:
-    """An engine whose offloads end after so many linear requests each."""
+    """An engine whose offloads end after so many linear requests each.
+
+    Only a lost worker is replaced.
+    """
     offloads: list[Fragile] = []
 
-    def rebuild() -> Fragile:
+    def rebuild(ended: TSQPError) -> Fragile:
+        if not isinstance(ended, WorkerLost):
+            raise ended
         if len(offloads) == len(calls):
             raise WorkerUnavailable("Nobody listens there.")
         offloads.append(Fragile(checkpoint, calls[len(offloads)], error))
@@ -140,7 +145,8 @@ def fragile_engine(
 
     decoder = Decoder(checkpoint, torch.float32)
     config = checkpoint.config
-    return Engine(decoder, rebuild(), config, rebuild=rebuild, **options), offloads
+    first = rebuild(WorkerLost(""))
+    return Engine(decoder, first, config, rebuild=rebuild, **options), offloads
 
 
 NEVER = 10**9
@@ -184,6 +190,40 @@ def test_a_request_begins_again_once_and_no_more(checkpoint: Checkpoint) -> None
     assert isinstance(run(engine)[second], tuple)
 
 
+def test_a_request_goes_on_after_several_liars_as_long_as_there_is_another_worker(
+    checkpoint: Checkpoint, expected: list[tuple[int, ...]]
+) -> None:
+    ends = [IntegrityError("A product."), WorkerLost("It is gone."), IntegrityError("Another.")]
+    found: list[TSQPError] = []
+
+    def rebuild(ended: TSQPError) -> Fragile:
+        found.append(ended)
+        calls = 13 if len(found) < len(ends) else NEVER
+        return Fragile(checkpoint, calls, ends[len(found) % len(ends)])
+
+    first = Fragile(checkpoint, 13, ends[0])
+    decoder = Decoder(checkpoint, torch.float32)
+    engine = Engine(decoder, first, checkpoint.config, rebuild=rebuild)
+    number = engine.add(PROMPTS[2], GREEDY)
+    assert run(engine) == {number: expected[2]}
+    assert found == ends
+
+
+def test_requests_end_with_the_reason_why_no_other_worker_takes_over(
+    checkpoint: Checkpoint,
+) -> None:
+    reason = WorkerUnavailable("Nobody listens there.")
+
+    def rebuild(_: TSQPError) -> Fragile:
+        raise reason
+
+    first = Fragile(checkpoint, 5, IntegrityError("A product."))
+    decoder = Decoder(checkpoint, torch.float32)
+    engine = Engine(decoder, first, checkpoint.config, rebuild=rebuild)
+    number = engine.add(PROMPTS[2], GREEDY)
+    assert run(engine) == {number: reason}
+
+
 @pytest.mark.parametrize(
     "error",
     [IntegrityError("A product."), LatticeError("A mask."), ProtocolError("A message.")],
@@ -218,8 +258,8 @@ def test_a_worker_that_is_lost_and_then_lies_is_not_asked_a_third_time(
     rebuild = engine._session._rebuild
     assert rebuild is not None
 
-    def rebuild_as_liar() -> Fragile:
-        offload = rebuild()
+    def rebuild_as_liar(ended: TSQPError) -> Fragile:
+        offload = rebuild(ended)
         assert isinstance(offload, Fragile)
         offload._error = IntegrityError("A product.")
         return offload
@@ -262,12 +302,13 @@ def test_a_session_that_ends_when_room_is_asked_for_does_not_go_on_for_ever(
 
     made: list[LocalOffload] = []
 
-    def rebuild() -> LocalOffload:
+    def rebuild(_: TSQPError) -> LocalOffload:
         made.append(LocalOffload(checkpoint, torch.float32, kv=NoRoom(3, 2, 8, torch.float32)))
         return made[-1]
 
     decoder = Decoder(checkpoint, torch.float32)
-    engine = Engine(decoder, rebuild(), checkpoint.config, rebuild=rebuild)
+    first = rebuild(WorkerLost(""))
+    engine = Engine(decoder, first, checkpoint.config, rebuild=rebuild)
     ids = [engine.add(prompt, GREEDY) for prompt in PROMPTS]
     assert {type(each) for each in run(engine).values()} == {WorkerLost}
     assert len(made) == 1 + 2 * len(ids)

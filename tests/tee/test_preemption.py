@@ -145,7 +145,7 @@ def test_preemptions_are_no_restarts(tiny: Tiny, expected: list[Completion]) -> 
     tight = KvCache(3, 2, 8, torch.float32, block=BLOCK, limit_bytes=6 * BLOCK * TOKEN_BYTES)
     preempted: list[int] = []
 
-    def rebuild() -> Fragile:
+    def rebuild(_: object) -> Fragile:
         preempted.append(engine.stats.preemptions)
         return Fragile(checkpoint, tight, 10**6)
 

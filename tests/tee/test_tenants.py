@@ -208,7 +208,7 @@ def test_after_a_lost_worker_only_the_last_step_is_computed_again(tiny: Tiny) ->
         decoder,
         Fragile(checkpoint, kv, 3 * step + 5),
         checkpoint.config,
-        rebuild=lambda: Fragile(checkpoint, kv, 10_000),
+        rebuild=lambda _: Fragile(checkpoint, kv, 10_000),
     )
     number = engine.add(FIRST, GREEDY, tenant="a")
     assert finish(engine)[number][0].token_ids == EXPECTED(FIRST)

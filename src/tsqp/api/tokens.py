@@ -55,16 +55,34 @@ class VersionAnswer(Answer):
 
 
 class HealthAnswer(Answer):
-    """Whether requests are answered, in a word."""
+    """Whether requests are answered, in a word.
+
+    Attributes:
+        quarantined: number of workers that are never asked again; absent if there are none.
+    """
 
     status: str
+    quarantined: Annotated[int | None, absent_if_none()] = None
+
+
+class WorkerAnswer(Answer):
+    """Whether a worker is used.
+
+    Attributes:
+        error: the class of the error that quarantined it.
+    """
+
+    state: Literal["in use", "standby", "lost", "quarantined"]
+    error: Annotated[str | None, absent_if_none()] = None
 
 
 class StatusAnswer(Answer):
     """How this server computes; nothing in it is about its users.
 
     Attributes:
-        workers: how many there are, without their addresses.
+        workers: in the order in which they were given, without their addresses.
+        integrity_failed: whether nothing is offloaded any more.
+        integrity_failures: how often a wrong answer of a worker was detected.
         pads_bytes: size of the masks in stock; null where there are none.
         worker_view: whether `/v1/tsqp/view/{request_id}` shows what workers received.
     """
@@ -77,9 +95,10 @@ class StatusAnswer(Answer):
     model_digest: str
     transport: str
     transport_reason: str
-    workers: int
+    workers: list[WorkerAnswer]
     reconnects: int
     integrity_failed: bool
+    integrity_failures: int
     pads_bytes: int | None
     pads_ahead_rows: int | None
     pads_inline_rows: int | None

@@ -22,6 +22,7 @@ def trusted_bytes(
     *,
     fixed_point: bool = False,
     lattice: bool = False,
+    alternatives: int = 1,
 ) -> int:
     """Bytes of a model's weights in the TEE.
 
@@ -29,6 +30,7 @@ def trusted_bytes(
         privacy: "tee", "pad", "shares" or "open".
         fixed_point: with "tee", that it computes in integers.
         lattice: with "pad", that masks are lattice masks.
+        alternatives: with "pad", the number of workers, each with check vectors of its own.
     """
     if privacy == "open":
         return 0
@@ -39,9 +41,9 @@ def trusted_bytes(
     if privacy == "pad" and lattice:
         # The integers of one group at a time, until its hints are made.
         passing = max(group.features * group.width for group in groups)
-        checks = LATTICE_CHECK_BYTES * features
+        checks = LATTICE_CHECK_BYTES * features * alternatives
         return hint_bytes(config) + passing + checks + embedding_bytes(config, dtype)
-    checks = CHECK_BYTES * features
+    checks = CHECK_BYTES * features * alternatives
     return integer_bytes(config) + checks + embedding_bytes(config, dtype)
 
 

@@ -23,14 +23,18 @@ def doctor(
         ),
     ] = None,
     worker: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="Also check the worker at this endpoint. With MODEL, check its weights and "
-            "products too."
+            "products too. Repeat the option for several workers."
         ),
     ] = None,
     worker_key: Annotated[
-        str | None, typer.Option(help="Public key of the worker, or the file that holds it.")
+        list[str] | None,
+        typer.Option(
+            help="Public key of the worker, or the file that holds it. For several workers, repeat "
+            "the option in the order of --worker."
+        ),
     ] = None,
     dtype: str,
     threads: int | None,
@@ -43,14 +47,19 @@ def doctor(
     from tsqp.doctor.diagnose import examine, print_checks
     from tsqp.doctor.greeting_checks import Unnamed
     from tsqp.doctor.session_checks import Target
+    from tsqp.runtime.links import check_number_of_keys
 
     logging.getLogger("tsqp").setLevel(logging.WARNING)  # each check prints its own line
-    target: Target | Unnamed | None = None
-    if worker is None and model is not None:
+    workers, keys = worker or [], worker_key or []
+    check_number_of_keys(len(workers), len(keys))
+    if model is not None and not workers:
         say(f"{model} was not checked: give the --worker that serves it.")
-    if worker is not None and model is not None:
-        target = Target(model, worker, worker_key, dtype, threads, insecure)
-    elif worker is not None:
-        target = Unnamed(worker, worker_key)
-    if not print_checks(examine(threads, target), json_output=json_output):
+    targets: list[Target | Unnamed] = []
+    for number, each in enumerate(workers):
+        key = keys[number] if keys else None
+        if model is None:
+            targets.append(Unnamed(each, key))
+        else:
+            targets.append(Target(model, each, key, dtype, threads, insecure))
+    if not print_checks(examine(threads, targets), json_output=json_output):
         raise typer.Exit(1)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from rich.console import Console
@@ -20,15 +20,20 @@ CALLS = 200
 MARKS = {"ok": "[green]✓[/]", "bad": "[red]✗[/]", "skipped": "[dim]–[/]"}
 
 
-def examine(threads: int | None, target: Target | Unnamed | None) -> Iterator[Check]:
-    """Check the machine, its transports, and the worker that `target` names."""
+def examine(threads: int | None, targets: Sequence[Target | Unnamed]) -> Iterator[Check]:
+    """Check the machine, its transports, and each of the workers.
+
+    If there are several workers, the names of their checks begin with the number of the worker.
+    """
     for name, check in machine_checks(threads):
         yield run_check(name, check)
     yield from transport_checks()
-    if isinstance(target, Unnamed):
-        yield from greeting_checks(target)
-    elif target is not None:
-        yield from session_checks(target)
+    for number, target in enumerate(targets, 1):
+        of_worker = (
+            session_checks(target) if isinstance(target, Target) else greeting_checks(target)
+        )
+        for found in of_worker:
+            yield replace(found, name=f"{number}. {found.name}") if len(targets) > 1 else found
 
 
 def transport_checks() -> Iterator[Check]:

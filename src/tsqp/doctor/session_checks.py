@@ -24,6 +24,7 @@ from tsqp.model.config import layer_groups
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import Segment
 from tsqp.runtime.build import Builder
+from tsqp.runtime.failover import Failover
 from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto.freivalds import Trust, process_limit
@@ -133,7 +134,7 @@ class _Mode:
         [link] = self._options().links
         if link.endpoint.scheme == "local":
             return "local: one is started for each mode"
-        self._process().close()
+        self._process().start(look_first=True)
         return f"{link.endpoint}{', over an encrypted link' if link.key else ''}"
 
     def _process(self) -> WorkerProcess:
@@ -146,7 +147,8 @@ class _Mode:
         self._stack.callback(process.close)
         builder = Builder(self._options(), self._checkpoint, self._dtype)
         try:
-            self._offload, _ = builder.build([process])()
+            [begin] = builder.build(Failover([[process]]))
+            self._offload, _ = begin()
         except HandshakeError as exc:
             if NOT_SERVED in str(exc):
                 raise Skipped(exc) from exc
@@ -183,7 +185,13 @@ class _Mode:
         load.add(group, quantize_group(self._checkpoint, group))
         with closing(PadPool(load.provider(0), shapes, 0)) as pool, closing(RowPool(1)) as rows:
             offload = PadLinear(
-                self._channel, load.groups, pool, self._dtype, TIMEOUT_S, rows, Trust(process_limit)
+                self._channel,
+                load.groups[0],
+                pool,
+                self._dtype,
+                TIMEOUT_S,
+                rows,
+                Trust(process_limit),
             )
             return f"masked, checked twice, and right to {self._product_error(offload):.0e}"
 

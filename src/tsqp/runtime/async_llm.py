@@ -15,6 +15,7 @@ from tsqp.runtime.async_ends import Ends
 from tsqp.runtime.async_text import CLOSED_TEXT, AsyncText
 from tsqp.runtime.dropped import call_when_dropped
 from tsqp.runtime.engine_thread import CLOSED, FAILED, LOST, READY, EngineThread
+from tsqp.runtime.failover import WorkerStatus
 from tsqp.runtime.fair_pool import FairPool
 from tsqp.runtime.loaded_model import LoadedModel
 from tsqp.runtime.options import Options, show_options
@@ -39,8 +40,8 @@ class AsyncLLM(AsyncText):
 
     A thread of its own computes: each step is the next token, or a piece of the prompt, of every
     running request. Requests join and leave between two steps. An error of one request does not
-    touch the others. After a worker was lost, it is tried again with increasing pauses; running
-    requests then compute again what they need.
+    touch the others. After a worker was lost, it is tried again with increasing pauses, and another
+    one takes over if several were given; running requests then compute again what they need.
 
     It may be used as an async context manager. `add` and `AnswerStream` belong in an event loop;
     everything else may be called by any thread. A program with secret prompts should call
@@ -63,7 +64,7 @@ class AsyncLLM(AsyncText):
         worker_view: WorkerView | None = None,
         **given: Any,
     ) -> None:
-        """Load what this side needs and open a session with each worker.
+        """Load what this side needs and open a session with a worker, or with each of shares.
 
         Loading takes a while: in a running event loop, call it with `asyncio.to_thread`.
 
@@ -209,7 +210,7 @@ class AsyncLLM(AsyncText):
         """In a word, what new requests can expect.
 
         "ready"; "reconnecting" (the worker was lost, requests wait for it); "lost" (it was tried
-        for long, and still is; requests are refused); "failed" (for good: a worker gave a wrong
+        for long, and still is; requests are refused); "failed" (for good: every worker gave a wrong
         answer, or broke the protocol); "draining" or "closed".
         """
         status = self._thread.status
@@ -242,13 +243,18 @@ class AsyncLLM(AsyncText):
 
     @property
     def reconnects(self) -> int:
-        """How often new sessions with the workers were begun after one was lost."""
+        """How often new sessions with workers were begun after the end of others."""
         return self._thread.reconnects
 
     @property
-    def num_workers(self) -> int:
-        """Number of workers."""
-        return len(self._model.workers)
+    def workers(self) -> list[WorkerStatus]:
+        """Whether each worker is used, in the order given."""
+        return self._model.failover.statuses
+
+    @property
+    def integrity_failures(self) -> int:
+        """How often a wrong answer of a worker was detected."""
+        return self._model.failover.integrity_failures
 
     @property
     def field(self) -> str | None:

@@ -21,12 +21,14 @@ from tsqp.checkpoint.progress import Progress, part_of, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
 from tsqp.checkpoint.weights import check_memory, embedding_bytes, read_bias, read_embedding
 from tsqp.checkpoint.weights_digest import WeightsDigest, weights_digest
-from tsqp.errors import HintsError, IntegrityError
+from tsqp.errors import HintsError
 from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
 from tsqp.model.config import linear_groups, output_projection, trusted_shapes
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.kv_cache import KvCache
+from tsqp.runtime.failover import Begin, Failover
 from tsqp.runtime.hints_cache import hints_path, keep_hints
+from tsqp.runtime.hints_of_workers import add_with_hints_of_workers
 from tsqp.runtime.kv_memory import check_kv_memory, kv_cache
 from tsqp.runtime.options import WORKER_HINTS, Options
 from tsqp.runtime.worker_link import WorkerProcess
@@ -48,15 +50,10 @@ from tsqp.tee.offload.open_attention import MAX_SCORES, OpenAttentionOffload
 from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
-from tsqp.tee.offload.worker_hints import ask_for_hints
 from tsqp.tee.worker_view import WatchedOffload, WorkerView
 from tsqp.wire.channel import Channel
 
 log = logging.getLogger("tsqp")
-
-# Connects to the workers; returns the offload, and its pool of pads if there is one. Called again
-# after a worker was lost, it begins new sessions with fresh pads, and reads no file.
-Begin = Callable[[], tuple[Offload, PadPool | None]]
 
 MIN_SHM = 2**20
 MAX_SHM = 2**30
@@ -96,15 +93,16 @@ class Builder:
         self._view = view
         self.model_digest = ""
 
-    def build(self, workers: Sequence[WorkerProcess]) -> Begin:
-        """Read what the TEE needs; returns a function that begins the sessions.
+    def build(self, failover: Failover) -> list[Begin]:
+        """Read what the TEE needs; returns for each alternative what begins its sessions.
 
         Args:
-            workers: the worker processes of the options' endpoints, not yet connected.
+            failover: the workers of the options' endpoints, not yet connected.
 
         Raises:
             UnexpectedModel: this is not the model that the options ask for.
         """
+        workers = failover.workers
         if workers:
             process_limit.check()
         if self.options.field == "auto" and self.options.privacy == "pad":
@@ -116,6 +114,7 @@ class Builder:
             options.privacy,
             fixed_point=options.fixed_point,
             lattice=options.lattice,
+            alternatives=len(failover.alternatives),
         )
         if options.hints == WORKER_HINTS:
             kept += integer_bytes(self._config)  # until the hints are checked
@@ -126,17 +125,17 @@ class Builder:
         if options.kv_memory is not None:
             check_kv_memory(self._config, self._dtype, options.kv_memory)
         if options.lattice:
-            return self._lattice(workers[0])
+            return self._lattice(failover)
         if options.masked:
             return self._masked(workers)
         if options.privacy == "open":
-            return self._open(workers[0])
+            return self._open(workers)
         kv = self._kv_cache(to_read=kept)
         offload = LocalOffload(self._checkpoint, self._dtype, self._progress, self._read, kv)
         self._identify(weights_digest(self._checkpoint, self._dtype, digest=self._read))
-        return lambda: (offload, None)
+        return [lambda: (offload, None)]
 
-    def _open(self, worker: WorkerProcess) -> Begin:
+    def _open(self, workers: Sequence[WorkerProcess]) -> list[Begin]:
         biases_F = self._biases_F()
         digest = weights_digest(
             self._checkpoint, self._dtype, digest=self._read, progress=self._progress
@@ -146,23 +145,23 @@ class Builder:
         if not (options.fuse_layers or options.gpu_attention):
             kv = self._kv_cache()
 
-            def begin_here() -> tuple[Offload, None]:
+            def begin_here(worker: WorkerProcess) -> tuple[Offload, None]:
                 channel = self._connect(worker, digest, dtype.itemsize)
                 return OpenOffload(channel, config, dtype, biases_F, options.timeout, kv), None
 
-            return begin_here
+            return [partial(begin_here, worker) for worker in workers]
         kind: type[OpenAttentionOffload | OpenLayersOffload] = OpenAttentionOffload
         abilities = [ATTENTION_ABILITY]
         if options.fuse_layers:
             kind, abilities = OpenLayersOffload, [LAYER_ABILITY]
 
-        def begin() -> tuple[Offload, None]:
+        def begin(worker: WorkerProcess) -> tuple[Offload, None]:
             channel = self._connect(worker, digest, dtype.itemsize, abilities)
             return kind(channel, config, dtype, biases_F, options.timeout), None
 
-        return begin
+        return [partial(begin, worker) for worker in workers]
 
-    def _masked(self, workers: Sequence[WorkerProcess]) -> Begin:
+    def _masked(self, workers: Sequence[WorkerProcess]) -> list[Begin]:
         options, field = self.options, self.options.residues
         integers: dict[LinearGroup, IntegerWeights] = {}
         biases_F = self._biases_F()
@@ -178,7 +177,7 @@ class Builder:
             }
             exact = FixedPointLinear(lattice_groups, weights_FD, self._dtype, self._row_pool())
             offload = private(exact)
-            return lambda: (offload, None)
+            return [lambda: (offload, None)]
         groups = {
             group: MaskedGroup(group, weights, biases_F.get(group), field)
             for group, weights in integers.items()
@@ -187,7 +186,7 @@ class Builder:
         if options.privacy == "tee":
             fixed_point = FixedPointLinear(groups, weights_FD, self._dtype, self._row_pool())
             offload = private(fixed_point)
-            return lambda: (offload, None)
+            return [lambda: (offload, None)]
 
         trust, watched = Trust(process_limit), self._watched(groups)
 
@@ -199,37 +198,43 @@ class Builder:
             return private(shares), None
 
         if options.privacy == "shares":
-            return begin_shares
+            return [begin_shares]
         direct = DirectProvider(weights_FD, field)
-        return self._begin_pad(workers[0], digest, groups, lambda _: direct, embedding_VD)
+        others = [
+            {group: each.with_own_checks(weights_FD[group]) for group, each in groups.items()}
+            for _ in workers[1:]
+        ]
+        return self._begin_pad(workers, digest, [groups, *others], lambda _: direct, embedding_VD)
 
-    def _lattice(self, worker: WorkerProcess) -> Begin:
+    def _lattice(self, failover: Failover) -> list[Begin]:
         process_switch.check()
         compile_lattice_loops()
         if self.options.hints == WORKER_HINTS:
-            load, digest, embedding_VD = self._load_with_hints_of(worker)
+            load, digest, embedding_VD = self._load_with_hints_of(failover)
         else:
-            load, digest, embedding_VD = self._load_with_hints()
-        return self._begin_pad(worker, digest, load.groups, load.provider, embedding_VD)
+            load, digest, embedding_VD = self._load_with_hints(len(failover.workers))
+        return self._begin_pad(failover.workers, digest, load.groups, load.provider, embedding_VD)
 
     def _begin_pad(
         self,
-        worker: WorkerProcess,
+        workers: Sequence[WorkerProcess],
         digest: str,
-        groups: Mapping[LinearGroup, Group[Kept]],
+        groups_of: Sequence[Mapping[LinearGroup, Group[Kept]]],
         provider: Callable[[int], PadProvider],
         embedding_VD: torch.Tensor,
-    ) -> Begin:
+    ) -> list[Begin]:
         """Sessions of `pad`, each with pads of its own.
 
         Args:
+            groups_of: for each worker, with check vectors that are used with this worker only.
             provider: makes the provider of pads for a stock of this many bytes.
         """
         memory, lattice = self._pad_memory(), self.options.lattice
         private = self._private(embedding_VD)
-        trust, watched = Trust(process_limit), self._watched(groups)
 
-        def begin() -> tuple[Offload, PadPool]:
+        def begin(
+            worker: WorkerProcess, watched: Mapping[LinearGroup, Group[Kept]], trust: Trust
+        ) -> tuple[Offload, PadPool]:
             trust.check()
             itemsize = self.options.residues.residue_bytes
             channel = self._connect(worker, digest, itemsize, [LATTICE_ABILITY] if lattice else [])
@@ -238,7 +243,10 @@ class Builder:
             pad = PadLinear(channel, watched, pool, self._dtype, timeout, row_pool, trust)
             return private(pad), pool
 
-        return begin
+        return [
+            partial(begin, worker, self._watched(groups), Trust(process_limit))
+            for worker, groups in zip(workers, groups_of, strict=True)
+        ]
 
     def _private(self, embedding_VD: torch.Tensor) -> Callable[[LinearPart], PrivateOffload]:
         """Makes the offload of each session; all of them use the same KV cache."""
@@ -256,7 +264,7 @@ class Builder:
         """The groups, of which the view samples one."""
         return groups if self._view is None else self._view.watch(groups, self._config.num_layers)
 
-    def _load_with_hints(self) -> tuple[LatticeLoad, str, torch.Tensor]:
+    def _load_with_hints(self, workers: int) -> tuple[LatticeLoad, str, torch.Tensor]:
         """Load for lattice masks, with hints from a file or made here. See also `_load`.
 
         Raises:
@@ -269,42 +277,30 @@ class Builder:
             try:
                 with closing(HintsFile(path)) as file:
                     find = lambda group, _: file.read(group)  # noqa: E731
-                    load = LatticeLoad(shapes, biases_F, seed=file.seed, find=find)
+                    load = LatticeLoad(shapes, biases_F, seed=file.seed, find=find, workers=workers)
                     return load, *self._load(load.add)
             except HintsError as exc:
                 if given is not None:
                     raise
                 log.warning("ignoring the hints in the cache: %s", exc)
-        load = LatticeLoad(shapes, biases_F)
+        load = LatticeLoad(shapes, biases_F, workers=workers)
         digest, embedding_VD = self._load(load.add)
         if path is not None:
             keep_hints(path, load, digest)
         return load, digest, embedding_VD
 
-    def _load_with_hints_of(self, worker: WorkerProcess) -> tuple[LatticeLoad, str, torch.Tensor]:
-        """The same, with hints that the worker makes, in a session of its own.
-
-        Raises:
-            IntegrityError: they are not the hints of these weights.
-        """
+    def _load_with_hints_of(self, failover: Failover) -> tuple[LatticeLoad, str, torch.Tensor]:
+        """The same, with hints that a worker makes."""
         integers: dict[LinearGroup, IntegerWeights] = {}
         biases_F = self._biases_F()
         digest, embedding_VD = self._load(integers.__setitem__)
-        channel = self._connect(worker, digest, LATTICE.residue_bytes, [LATTICE_ABILITY])
-        find = partial(ask_for_hints, channel, timeout=self.options.timeout)
-        load = LatticeLoad(self._shapes(), biases_F, find=find)
-        log.info("waiting for the worker to make the hints of lattice masks")
-        try:
-            for group in list(integers):
-                load.add(group, integers.pop(group))
-        except HintsError as exc:
-            process_limit.count()
-            raise IntegrityError(
-                f"The worker at {channel.endpoint} made wrong hints for {group}; no mask was made "
-                "with them. Do not use this worker again."
-            ) from exc
-        finally:
-            channel.close()
+        load = LatticeLoad(self._shapes(), biases_F, workers=len(failover.workers))
+
+        def connect(worker: WorkerProcess) -> Channel:
+            return self._connect(worker, digest, LATTICE.residue_bytes, [LATTICE_ABILITY])
+
+        timeout = self.options.timeout
+        add_with_hints_of_workers(load, integers, failover, connect, timeout, process_limit)
         return load, digest, embedding_VD
 
     def _cheaper_field(self) -> Field:

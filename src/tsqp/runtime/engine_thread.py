@@ -9,7 +9,7 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from time import monotonic
 
-from tsqp.errors import TSQPError, UsageError, WorkerLost
+from tsqp.errors import LatticeError, TSQPError, UsageError, WorkerLost
 from tsqp.runtime.admission import Admission
 from tsqp.runtime.answer_stream import Request, StreamOutput
 from tsqp.runtime.request_stats import RequestObserver, RequestStats
@@ -281,7 +281,7 @@ class EngineThread:
     def _take(self, request: Request, output: Output, now: float) -> None:
         number = output.sequence
         if output.error is not None:
-            if isinstance(output.error, SESSION_OVER) and not isinstance(output.error, WorkerLost):
+            if isinstance(output.error, LatticeError):  # of all others, `renew` decides
                 self._fail_for_good(output.error)
             self._end(request, output.error)
             return
@@ -362,8 +362,8 @@ class EngineThread:
 
     def _fail_for_good(self, error: TSQPError) -> None:
         if self.failure is None:
-            log.error("nothing is offloaded any more: %s", error)
-        self.failure = self.failure or error
+            log.error("nothing is offloaded any more: %s", str(error))
+        self.failure = self.failure or type(error)(*error.args)  # a traceback holds check vectors
         self.status = FAILED
 
     def _deliver(self) -> None:

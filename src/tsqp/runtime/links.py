@@ -49,6 +49,8 @@ def check_links(
             raise UsageError(f"A {link.endpoint} worker has no key; leave --worker-key out.")
     if privacy == "shares" and not insecure_same_host:
         _check_apart(links)
+    if privacy != "shares":
+        _check_different(links)
     for link in links:
         if privacy != "pad" and not link.is_private and not insecure:
             raise UsageError(
@@ -69,16 +71,31 @@ def _check_numbers(privacy: str, workers: int, keys: int) -> None:
             f"--privacy shares needs two or more --worker, not {workers}, on hosts that do not "
             "share what they receive; with one worker, choose pad."
         )
-    if privacy in ("pad", "open") and workers != 1:
+    if privacy in ("pad", "open") and not workers:
         raise UsageError(
-            f"--privacy {privacy} needs one --worker, not {workers}; "
+            f"--privacy {privacy} needs one or more --worker, not 0; "
             "name the endpoint of a running `tsqp worker`, or `local`."
         )
+    check_number_of_keys(workers, keys)
+
+
+def check_number_of_keys(workers: int, keys: int) -> None:
+    """Raise UsageError unless there is a key for each worker, or none."""
     if keys not in (0, workers):
         raise UsageError(
             f"There are {keys} --worker-key for {workers} --worker; give one for each worker, in "
             "the same order, or none."
         )
+
+
+def _check_different(links: Sequence[Link]) -> None:
+    """A worker that is not to be asked again must not take over from itself."""
+    for one, other in combinations(links, 2):
+        if _place(one.endpoint) == _place(other.endpoint) and one.endpoint.scheme in ("ipc", "tcp"):
+            raise UsageError(
+                f"--worker {one.endpoint} is given twice; name each worker once, because the "
+                "others take over from one that fails."
+            )
 
 
 def _check_apart(links: Sequence[Link]) -> None:
@@ -105,6 +122,12 @@ def _check_apart(links: Sequence[Link]) -> None:
                 f"The workers at {one.endpoint} and {other.endpoint} have the same --worker-key, "
                 f"and may be the same worker; run `tsqp keygen` for each, {FOR_TESTING}."
             )
+
+
+def _place(endpoint: Endpoint) -> tuple[str, str | int]:
+    if endpoint.scheme == "tcp":
+        return _host(endpoint), endpoint.port
+    return endpoint.scheme, endpoint.address
 
 
 def _host(endpoint: Endpoint) -> str:

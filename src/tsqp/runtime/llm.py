@@ -45,7 +45,7 @@ class LLM:
         on_load: Callable[[int, int], None] | None = None,
         **given: Any,
     ) -> None:
-        """Load what the TEE needs and open a session with each worker.
+        """Load what the TEE needs and open a session with a worker, or with each of shares.
 
         Args:
             model: a Hugging Face directory, a .gguf file, "random:NAME[:SEED]", or "demo".

@@ -14,8 +14,10 @@ from tsqp.checkpoint.gguf_file import GGUFCheckpoint
 from tsqp.checkpoint.progress import Progress, silent
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.checkpoint.weights_digest import WeightsDigest
+from tsqp.errors import TSQPError
 from tsqp.nn.layers import Layers
 from tsqp.runtime.build import Builder
+from tsqp.runtime.failover import Failover
 from tsqp.runtime.options import Options
 from tsqp.runtime.run_header import run_header
 from tsqp.runtime.worker_link import WorkerProcess
@@ -32,7 +34,7 @@ from tsqp.wire.channel import Channel, Counters
 
 log = logging.getLogger("tsqp")
 
-Renew = Callable[[], Offload]  # begins new sessions with all workers, or raises TSQPError
+Renew = Callable[[], Offload]  # begins new sessions with workers, or raises TSQPError
 
 
 class LoadedModel:
@@ -44,8 +46,8 @@ class LoadedModel:
         config: of the model.
         dtype: the floating-point type of this side.
         model_digest: see `LLM.model_digest`.
-        sessions: the present sessions with the workers.
-        workers: the worker processes.
+        sessions: the present sessions with workers.
+        failover: all workers, and which of them are used.
         engine: runs requests.
     """
 
@@ -62,7 +64,7 @@ class LoadedModel:
         renew: Callable[[Renew], Offload] | None = None,
         worker_view: WorkerView | None = None,
     ) -> None:
-        """Load what this side needs, and open a session with each worker.
+        """Load what this side needs, and open a session with a worker, or with each of shares.
 
         Args:
             at_end: receives each function that has to be called at the end, the last one first,
@@ -70,19 +72,18 @@ class LoadedModel:
                 be called twice.
             max_model_len: a shorter maximum length of prompt and answer than the model's own.
             max_num_seqs: see `Scheduler`.
-            renew: called instead of beginning new sessions after a worker was lost, with the
+            renew: called instead of beginning new sessions after the end of others, with the
                 function that begins them.
             worker_view: samples what workers receive.
 
         Raises:
             UsageError: the call log exists.
             ModelError: the checkpoint cannot be used, or is not the expected one.
-            WorkerError: there is no worker, or it serves something else.
+            WorkerError: there is no worker that can be used.
         """
         self.options = options
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self.workers: list[WorkerProcess] = []
         self.tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
         self._at_end = at_end
         self._call_log = None if options.rpc_log is None else CallLog(Path(options.rpc_log))
@@ -91,6 +92,10 @@ class LoadedModel:
         self._load(model, on_load or silent, max_model_len, max_num_seqs, renew, worker_view)
         if self._call_log is not None:
             self._begin_log(self._call_log, model)
+
+    @property
+    def workers(self) -> list[WorkerProcess]:
+        return self.failover.workers
 
     @property
     def offload(self) -> Offload:
@@ -129,20 +134,22 @@ class LoadedModel:
             self.config = checkpoint.config
             self.dtype = parse_dtype(options.dtype, self.config)
             weights_dtype = torch.int8 if options.masked else self.dtype
-            look_first = options.expect_model is None
-            for link in options.links:
-                process = WorkerProcess(
-                    link, model, weights_dtype, options.threads, options.device, look_first
-                )
-                self.workers.append(process)
+            workers = [
+                WorkerProcess(link, model, weights_dtype, options.threads, options.device)
+                for link in options.links
+            ]
+            together = options.privacy == "shares" or not workers
+            self.failover = Failover([workers] if together else [[each] for each in workers])
+            for process in workers:
                 self._at_end(process.close)
+            look_first = options.expect_model is None
+            self.failover.attempt(lambda each: each.start(look_first=look_first))
             if self.workers or self.tokenizer.files is not None:
                 self.tokenizer.preload()  # while the workers load, and before the digest is taken
             norms = WeightsDigest()  # read once: what is used is what is hashed
             layers = Layers(checkpoint, self.dtype, norms)
             builder = Builder(options, checkpoint, self.dtype, norms, progress, worker_view)
-            begin = builder.build(self.workers)
-            self.sessions = WorkerSessions(self.workers, begin)
+            self.sessions = WorkerSessions(self.failover, builder.build(self.failover))
             self._at_end(self.offload.close)
             self.options = builder.options  # with the field that was chosen
             self.model_digest = builder.model_digest
@@ -154,10 +161,6 @@ class LoadedModel:
         if max_model_len is not None:
             shorter = min(max_model_len, self.config.max_positions)
             self.config = replace(self.config, max_positions=shorter)
-        rebuild: Renew | None = None
-        if self.workers:
-            again = partial(self.sessions.renew, begin)
-            rebuild = again if renew is None else partial(renew, again)
         self.engine = Engine(
             decoder,
             self.offload,
@@ -171,7 +174,7 @@ class LoadedModel:
             prefill_chunk=options.prefill_chunk,
             max_num_seqs=max_num_seqs,
             microbatches=options.microbatches,
-            rebuild=rebuild,
+            rebuild=partial(_rebuild, self.sessions, renew) if self.workers else None,
         )
         self._at_end(self.engine.close)
 
@@ -183,3 +186,11 @@ class LoadedModel:
         )
         call_log.begin(header)
         self.sessions.record(call_log)
+
+
+def _rebuild(
+    sessions: WorkerSessions, renew: Callable[[Renew], Offload] | None, error: TSQPError
+) -> Offload:
+    """A new offload after sessions ended with this error; see `Engine`."""
+    sessions.end(error)
+    return sessions.renew() if renew is None else renew(sessions.renew)

@@ -64,9 +64,9 @@ class Options:
     privacy: Annotated[
         str,
         Option(
-            "pad: one worker. It sees only values that look random, and wrong answers are "
-            "detected. shares: several workers. Each sees only random values, but all of them "
-            "together could read everything. open: one worker, which can read everything. tee: no "
+            "pad: a worker sees only values that look random, and wrong answers are detected. "
+            "shares: several workers at once. Each sees only random values, but all of them "
+            "together could read everything. open: a worker, which can read everything. tee: no "
             "worker.",
             str,
             env=("TSQP_PRIVACY",),
@@ -76,7 +76,9 @@ class Options:
         str | Sequence[str] | None,
         Option(
             "Endpoint of the worker: ipc:///PATH, tcp://HOST:PORT, or local, which starts a worker "
-            "on this machine. Repeat the option for the workers of shares.",
+            "on this machine. Repeat the option for several workers. With pad and open, one of "
+            "them is used at a time, and another takes over if it fails. With shares, all of them "
+            "are used.",
             list[str] | None,
             env=("TSQP_WORKER", "LLAMA_IPC_PATH"),
         ),

@@ -37,19 +37,12 @@ class WorkerProcess:
         dtype: torch.dtype,
         threads: int | None = None,
         device: str = "auto",
-        look_first: bool = True,
     ) -> None:
-        """Start a local worker, or find out whether another one is there.
+        """Does nothing yet.
 
         Args:
             dtype: dtype of the weights that the session needs; int8 for the private modes.
             threads, device: for a local worker.
-            look_first: find that out now, before weights are loaded in vain. Otherwise `connect`
-                finds it out.
-
-        Raises:
-            WorkerUnavailable: nobody serves the endpoint.
-            HandshakeError: the worker has another key.
         """
         self._link = link
         self._dtype = dtype
@@ -62,14 +55,29 @@ class WorkerProcess:
         arguments += [] if threads is None else ["--threads", str(threads)]
         # Nobody else has a session there, so this one may have all memory for keys and values.
         self._arguments = [*arguments, "--device", device, "--max-sessions", "1"]
-        self._start_local()
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint as given."""
+        return str(self._link.endpoint)
+
+    def start(self, *, look_first: bool = False) -> None:
+        """Start a local worker unless it runs.
+
+        Args:
+            look_first: find out whether another worker is there, before weights are loaded in vain.
+                Otherwise `connect` finds it out.
+
+        Raises:
+            WorkerUnavailable: nobody serves the endpoint.
+            HandshakeError: the worker has another key.
+        """
+        link = self._link
+        if link.endpoint.scheme == "local" and self._local is None:
+            log.info("starting a worker on this machine, in the same trust domain")
+            self._local = LocalWorker(self._arguments)
         if link.endpoint.scheme not in ("local", "inproc") and look_first:
             check_reachable(link.endpoint, link.key)
-
-    def restart(self) -> None:
-        """End the session, so that another may begin; start a local worker again."""
-        self.close()
-        self._start_local()
 
     def connect(
         self,
@@ -79,7 +87,7 @@ class WorkerProcess:
         no_shm_reason: str,
         abilities: Sequence[str] = (),
     ) -> Channel:
-        """Shake hands.
+        """Shake hands. Starts a local worker unless it runs.
 
         Args:
             digest: digest of the weights, computed by this process from its own copy.
@@ -104,6 +112,7 @@ class WorkerProcess:
                 self._inproc = self._inproc_worker(checkpoint)
             self.channel = InprocChannel(self._inproc, hello)
             return self.channel
+        self.start()
         if self._local is not None:
             self._local.await_ready()
             endpoint = parse_endpoint(self._local.endpoint)
@@ -124,11 +133,7 @@ class WorkerProcess:
         finally:
             if self._local is not None:
                 self._local.close()
-
-    def _start_local(self) -> None:
-        if self._link.endpoint.scheme == "local":
-            log.info("starting a worker on this machine, in the same trust domain")
-            self._local = LocalWorker(self._arguments)
+                self._local = None
 
     def _inproc_worker(self, checkpoint: Checkpoint) -> Worker:
         cpu = CpuBackend()

@@ -1,32 +1,45 @@
-"""The present sessions of an `LLM` with its workers, which new ones replace after a loss."""
+"""The present sessions of an `LLM` with its workers, which new ones replace after their end."""
 
 from collections.abc import Iterable, Sequence
 from time import process_time
 
-from tsqp.runtime.build import Begin
-from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.errors import TSQPError
+from tsqp.runtime.failover import Alternative, Begin, Failover
 from tsqp.tee.call_log import CallLog
 from tsqp.tee.offload.offload import Offload
 from tsqp.wire.channel import Channel
 
 
 class WorkerSessions:
-    """Begins sessions with all workers of an `LLM`.
+    """Begins sessions with the workers of an `LLM`: with one alternative at a time.
 
     Attributes:
         offload: the offload of the present sessions.
         pads: its pool of pads, if it has one.
     """
 
-    def __init__(self, workers: Sequence[WorkerProcess], begin: Begin) -> None:
-        self._workers = workers
+    def __init__(self, failover: Failover, begins: Sequence[Begin]) -> None:
+        """Begin the first session.
+
+        Args:
+            begins: one for each alternative.
+
+        Raises:
+            TSQPError: see `Failover.attempt`.
+        """
+        self._failover = failover
         self._call_log: CallLog | None = None
         self._background_cpu_s = 0.0  # of the pools of earlier sessions
-        self.offload, self.pads = begin()
+        for alternative, begin in zip(failover.alternatives, begins, strict=True):
+            if alternative.state != "quarantined":  # for its hints
+                alternative.begin = begin
+        self.offload, self.pads = failover.attempt(Alternative.open)
 
     @property
     def channels(self) -> list[Channel]:
-        return [worker.channel for worker in self._workers if worker.channel is not None]
+        """Those of the alternative that is used."""
+        workers = self._failover.current.workers
+        return [worker.channel for worker in workers if worker.channel is not None]
 
     @property
     def transport(self) -> str:
@@ -41,19 +54,22 @@ class WorkerSessions:
     def record(self, call_log: CallLog) -> None:
         """Record the calls of these sessions, and of those that replace them."""
         self._call_log = call_log
-        for number, channel in enumerate(self.channels):
-            channel.on_times = call_log.taker(number, channel.transport)
+        for number, worker in enumerate(self._failover.workers):
+            if worker.channel is not None and worker in self._failover.current.workers:
+                worker.channel.on_times = call_log.taker(number, worker.channel.transport)
 
-    def renew(self, begin: Begin) -> Offload:
-        """Replace all sessions after one was lost. Local workers are started again.
+    def end(self, error: TSQPError) -> None:
+        """Tell with which error the present sessions ended."""
+        self._failover.end(error)
+
+    def renew(self) -> Offload:
+        """Replace the sessions that ended. Local workers are started again.
 
         Raises:
-            TSQPError: a worker cannot be reached, or serves something else now.
+            TSQPError: see `Failover.attempt`.
         """
-        for worker in self._workers:
-            worker.restart()
         earlier = self.pads
-        self.offload, self.pads = begin()
+        self.offload, self.pads = self._failover.attempt(Alternative.open)
         if earlier is not None:
             self._background_cpu_s += earlier.stats.background_cpu_s
         if self._call_log is not None:

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.runtime.failover import WorkerState
 from tsqp.runtime.request_stats import RequestStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -129,13 +131,19 @@ class _Present(Collector):
         yield from self._rpc(llm)
         yield self._gauge(
             "integrity_failed",
-            "1 after a wrong answer of a worker: nothing is offloaded any more.",
+            "1 if nothing is offloaded any more, because no worker may be asked.",
             float(llm.status == "failed"),
         )
+        yield self._counter(
+            "integrity_failures", "Wrong answers of workers.", llm.integrity_failures
+        )
+        yield self._workers(llm)
         yield self._counter(  # the event loop calls this
             "http_cpu_seconds", "Processor time of the event loop.", time.thread_time()
         )
-        yield self._counter("worker_reconnects", "New sessions after a loss.", llm.reconnects)
+        yield self._counter(
+            "worker_reconnects", "New sessions after the end of others.", llm.reconnects
+        )
         pads = llm.pads
         if pads is not None:
             yield self._gauge("pads_stock_bytes", "Masks that lie ready.", pads.stock_bytes)
@@ -145,6 +153,15 @@ class _Present(Collector):
             yield self._counter(
                 "pads_inline_seconds", "Time of the engine to make masks in line.", pads.inline_s
             )
+
+    def _workers(self, llm: AsyncLLM) -> Metric:
+        metric = GaugeMetricFamily(
+            "tsqp_workers", "Workers by state.", labels=["model_name", "state"]
+        )
+        states = [each.state for each in llm.workers]
+        for state in get_args(WorkerState):
+            metric.add_metric([self._name, state], states.count(state))
+        return metric
 
     def _rpc(self, llm: AsyncLLM) -> Iterator[Metric]:
         rpc = llm.rpc

@@ -41,6 +41,12 @@ class State:
         """See `AsyncLLM.status`; "loading" before there is one."""
         return LOADING if self.llm is None else self.llm.status
 
+    @property
+    def quarantined(self) -> int:
+        """Number of workers that are never asked again."""
+        workers = [] if self.llm is None else self.llm.workers
+        return sum(each.state == "quarantined" for each in workers)
+
     def ready(self) -> AsyncLLM:
         """The model, once it is loaded.
 

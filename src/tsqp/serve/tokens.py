@@ -108,11 +108,12 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAns
 )
 async def health(request: Request, response: Response) -> HealthAnswer:
     """Whether new requests are answered now. Needs no key."""
-    status = state_of(request).status
+    state = state_of(request)
+    status = state.status
     if status != "ready":
         response.status_code = 503
         response.headers["Retry-After"] = RETRY_S
-    return HealthAnswer(status=status)
+    return HealthAnswer(status=status, quarantined=state.quarantined or None)
 
 
 @router.get("/version", response_model=VersionAnswer, responses=ERRORS)
@@ -137,9 +138,10 @@ async def status(request: Request) -> StatusAnswer:
             "model_digest": llm.model_digest,
             "transport": llm.transport,
             "transport_reason": llm.transport_reason,
-            "workers": llm.num_workers,
+            "workers": [{"state": each.state, "error": each.error} for each in llm.workers],
             "reconnects": llm.reconnects,
             "integrity_failed": llm.status == "failed",
+            "integrity_failures": llm.integrity_failures,
             "pads_bytes": None if pads is None else pads.stock_bytes,
             "pads_ahead_rows": None if pads is None else pads.ahead_rows,
             "pads_inline_rows": None if pads is None else pads.inline_rows,

@@ -97,10 +97,12 @@ function showFacts() {
   const inStock = status.pads_bytes === null ? null : bytes(status.pads_bytes);
   const facts = {
     "Privacy mode": status.field ? `${status.privacy}, field ${status.field}` : status.privacy,
-    "Workers": status.workers,
-    "Transport": status.workers ? status.transport : null,
+    "Workers": workers(),
+    "Transport": status.workers.length ? status.transport : null,
     "Masks in stock": inStock,
-    "Wrong answers": status.integrity_failed ? "detected: nothing is offloaded any more" : "none",
+    "Wrong answers": status.integrity_failed
+      ? "detected: nothing is offloaded any more"
+      : status.integrity_failures || "none",
     "Reconnects": status.reconnects,
     "Running": `${status.running}, and ${status.waiting} waiting`,
     "Context": `${status.max_model_len} tokens`,
@@ -115,10 +117,16 @@ function showFacts() {
   $("model").textContent = $("model").title = status.model;
   let words = WORDS[status.privacy];
   if (status.field === "lattice") words = WORDS.lattice;
-  if (status.field && status.workers && !status.worker_view) {
+  if (status.field && status.workers.length && !status.worker_view) {
     words += " To see the numbers here, start the server with --show-worker-view.";
   }
   if ($("words").textContent !== words) $("words").textContent = words;
+}
+
+function workers() {
+  const states = status.workers.map((each) => each.state);
+  const known = ["in use", "standby", "lost", "quarantined"].filter((each) => states.includes(each));
+  return known.map((each) => `${states.filter((one) => one === each).length} ${each}`).join(", ") || 0;
 }
 
 function bytes(number) {

@@ -96,7 +96,7 @@ class FailureLimit:
 
 
 class Trust:
-    """Whether the workers of one `LLM` may be used: never again after a wrong answer [P7].
+    """Whether one worker, or all workers of `shares`, may be used: not after a wrong answer [P7].
 
     The first error is raised again by every later `check`. So it cannot be mistaken for a lost
     worker, after which a new session would begin with the same check vectors.
@@ -110,7 +110,7 @@ class Trust:
         self._error: _Wrong | None = None
 
     def check(self) -> None:
-        """Raise IntegrityError or LatticeError if the workers may not be used any more."""
+        """Raise IntegrityError or LatticeError if the worker may not be used any more."""
         self._limit.check()
         if self._error is not None:
             raise _without_traceback(self._error)

@@ -6,7 +6,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from tsqp.errors import OutOfMemory, TSQPError, WorkerLost
+from tsqp.errors import IntegrityError, OutOfMemory, TSQPError, WorkerLost
 from tsqp.model.config import ModelConfig
 from tsqp.tee.conversation import Conversation
 from tsqp.tee.decoder import Decoder
@@ -36,10 +36,11 @@ class Engine:
         prefill_chunk, max_num_seqs: see `Scheduler`.
         microbatches: number of parts into which the tokens of a step are divided, so that the TEE
             works on one part while the worker works on another.
-        rebuild: makes a new offload after the worker was lost, or raises TSQPError. The requests
-            then continue. It is not called after another error of a session, because the worker, or
-            a lattice mask, is then not to be trusted.
-        max_restarts: how often one request continues after its worker was lost.
+        rebuild: makes a new offload after a session ended with the given error, or raises
+            TSQPError; see `Session`. The requests then continue. It is not called after a
+            LatticeError, because no lattice mask is then to be trusted.
+        max_restarts: how often one request continues after its worker was lost or broke the
+            protocol.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Engine:
         prefill_chunk: int = 512,
         max_num_seqs: int = 64,
         microbatches: int = 1,
-        rebuild: abc.Callable[[], Offload] | None = None,
+        rebuild: abc.Callable[[TSQPError], Offload] | None = None,
         max_restarts: int = 1,
     ) -> None:
         self._session = Session(offload, config, decoder, rebuild)
@@ -208,7 +209,7 @@ class Engine:
         try:
             return self._runner.score(self._session.offload, next(self._ids), prompt_ids)
         except SESSION_OVER as error:
-            if not self._session.replace(error):
+            if self._session.replace(error) is not None:
                 raise
         try:
             return self._runner.score(self._session.offload, next(self._ids), prompt_ids)
@@ -231,7 +232,7 @@ class Engine:
             whether there is one.
         """
         assert not self.has_unfinished
-        return self._session.replace(WorkerLost("The worker is lost."))
+        return self._session.replace(WorkerLost("The worker is lost.")) is None
 
     def cancel(self, error: TSQPError) -> None:
         """Let the present step, and every later one, end before its next operation.
@@ -373,13 +374,16 @@ class Engine:
         They compute everything again, unless their KV is on this side. The affected ones end with
         the error if they have continued often enough. If there is no new offload, all of them do.
         """
-        failed = [each for each in affected if each.restarts >= self._max_restarts]
-        outputs = [self._fail(sequence, error) for sequence in failed]
-        for sequence in affected:
-            sequence.restarts += 1
+        outputs: list[Output] = []
+        if not isinstance(error, IntegrityError):  # which no request can cause
+            failed = [each for each in affected if each.restarts >= self._max_restarts]
+            outputs = [self._fail(sequence, error) for sequence in failed]
+            for sequence in affected:
+                sequence.restarts += 1
         before = self._session.kv
-        if not self._session.replace(error):
-            return outputs + [self._fail(each, error) for each in self._scheduler.unfinished]
+        failure = self._session.replace(error)
+        if failure is not None:
+            return outputs + [self._fail(each, failure) for each in self._scheduler.unfinished]
         running = self._scheduler.running
         if self._session.kv is before:
             self._session.kv.truncate(running)

@@ -20,7 +20,9 @@ class Session:
     """Holds an offload, and replaces it where that may be done.
 
     Args:
-        rebuild: makes a new offload, or raises TSQPError; None if there is no way to make one.
+        rebuild: makes a new offload after the session of the last one ended with an error, or
+            raises TSQPError: one of SESSION_OVER except WorkerLost if there will never be another.
+            None if there is no way to make one.
 
     Attributes:
         offload: the present one.
@@ -32,7 +34,7 @@ class Session:
         offload: Offload,
         config: ModelConfig,
         decoder: Decoder,
-        rebuild: Callable[[], Offload] | None,
+        rebuild: Callable[[TSQPError], Offload] | None,
     ) -> None:
         self.offload = offload
         self.kv = SequenceKv(offload.kv, config)
@@ -40,39 +42,44 @@ class Session:
         self._decoder = decoder
         self._rebuild = rebuild
 
-    def replace(self, error: TSQPError) -> bool:
-        """Make a new offload after the end of a session; False if there is no new one.
+    def replace(self, error: TSQPError) -> TSQPError | None:
+        """Make a new offload after the end of a session.
 
-        Only a lost worker is tried again, and not one that broke the protocol or sent a wrong
-        product. A wrong lattice mask is not tried again either.
+        `rebuild` decides which worker it is with. A wrong lattice mask is not the worker's fault,
+        so then there is none.
+
+        Returns:
+            None, or the error of the requests if there is no new offload.
         """
-        if not self._begin(error):
+        if (failure := self._begin(error)) is not None:
             self.kv.drop()
-            return False
+            return failure
         if self.offload.kv is not self.kv.kv:
             self.kv.drop()
             self.kv = SequenceKv(self.offload.kv, self._config)
         self._decoder.most_scores = self.offload.most_scores
-        log.warning("a new session with the worker has begun, because the last one was lost")
-        return True
+        log.warning("a new session with the worker has begun, because the last one ended")
+        return None
 
     def close(self) -> None:
         """Close the offload, and make no other; safe to call twice."""
         self._rebuild = None
         self.offload.close()
 
-    def _begin(self, error: TSQPError) -> bool:
-        if not isinstance(error, WorkerLost):
+    def _begin(self, error: TSQPError) -> TSQPError | None:
+        if isinstance(error, LatticeError):
             self._rebuild = None  # and with it the check vectors that it may hold
         if self._rebuild is None:
-            return False
+            return error
         with suppress(TSQPError):  # with its masks, before there are more
             self.offload.close()
         try:
-            self.offload = self._rebuild()
+            self.offload = self._rebuild(error)
         except TSQPError as cause:
+            log.warning("no new session with the worker: %s", str(cause))  # no traceback is kept
             if isinstance(cause, SESSION_OVER) and not isinstance(cause, WorkerLost):
                 self._rebuild = None
-            log.warning("no new session with the worker: %s", cause)
-            return False
-        return True
+                return error
+            # The worker that lied is not the reason any more: another one may be there later.
+            return error if isinstance(error, WorkerLost) else cause
+        return None

@@ -5,6 +5,7 @@ G blocks of features; W words of a block.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -104,11 +105,24 @@ class LatticeGroup:
             ) from exc
         self._scale_F = weights.scale_F.double().numpy()
         self._bias_F = None if bias_F is None else bias_F.float()
+        self._draw_checks(weights.weight_FD)
+
+    def with_own_checks(self, weight_FD: Tensor) -> "LatticeGroup":
+        """The same group for another worker: its check vectors are its own [P6], [P13].
+
+        Args:
+            weight_FD: the weights of this group.
+        """
+        other = copy(self)
+        other._draw_checks(weight_FD)
+        return other
+
+    def _draw_checks(self, weight_FD: Tensor) -> None:
         k_2F = uniform((VECTORS, self.features), LATTICE)
         self._k_22F = lattice_kernels.as_halves(k_2F)
-        kw_2D = times(k_2F, weights.weight_FD, LATTICE)
+        kw_2D = times(k_2F, weight_FD, LATTICE)
         self._kw_22D = lattice_kernels.as_halves(kw_2D)
-        after = CheckVectors.draw(weights.weight_FD)
+        after = CheckVectors.draw(weight_FD)
         self._after_F = kernels.as_pairs(after.k_2F)[0]
         self._after_D = kernels.as_pairs(after.kw_2D)[0]
 

@@ -18,6 +18,8 @@ from tsqp.tee.crypto.hint_checks import check_hints, fresh_seed
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
 from tsqp.tee.offload.lattice_group import LatticeGroup
 
+Find = Callable[[LinearGroup, Polynomials], Polynomials]
+
 
 class LatticeLoad:
     """Check vectors and hints of each group [P10], [P13].
@@ -27,9 +29,10 @@ class LatticeLoad:
         biases_F: of the groups that have one.
         seed: public, of hints that were made before; by default a fresh one.
         find: finds the hints of a group, which are then checked; by default they are made here.
+        workers: how many there are, each with check vectors of its own.
 
     Attributes:
-        groups: those that were added.
+        groups: those that were added, one mapping for each worker.
         hints: of these groups.
         seed: public.
     """
@@ -40,7 +43,8 @@ class LatticeLoad:
         biases_F: Mapping[LinearGroup, Tensor],
         *,
         seed: bytes | None = None,
-        find: Callable[[LinearGroup, Polynomials], Polynomials] | None = None,
+        find: Find | None = None,
+        workers: int = 1,
     ) -> None:
         self._shapes = dict(shapes)
         self._biases_F = biases_F
@@ -50,20 +54,26 @@ class LatticeLoad:
         self.seed = fresh_seed() if seed is None else seed
         self._public = public_polynomials(self._ring, self.seed, widest)
         self.hints: dict[LinearGroup, Polynomials] = {}
-        self.groups: dict[LinearGroup, LatticeGroup] = {}
+        self.groups: list[dict[LinearGroup, LatticeGroup]] = [{} for _ in range(workers)]
 
-    def add(self, linear: LinearGroup, weights: IntegerWeights) -> None:
+    def add(self, linear: LinearGroup, weights: IntegerWeights, find: Find | None = None) -> None:
         """Take what is needed of one group; what counts is the last call for it.
+
+        Args:
+            find: instead of the one that was given at first.
 
         Raises:
             UnsupportedModel: the field is too small for these weights.
             HintsError: the hints that were found do not belong to these weights.
         """
-        self.groups[linear] = LatticeGroup(linear, weights, self._biases_F.get(linear))
-        if self._find is None:
+        first = LatticeGroup(linear, weights, self._biases_F.get(linear))
+        for number, groups in enumerate(self.groups):
+            groups[linear] = first.with_own_checks(weights.weight_FD) if number else first
+        find = find or self._find
+        if find is None:
             self.hints[linear] = make_hints(self._public, weights.weight_FD)
         else:
-            hints = self._find(linear, self._public)
+            hints = find(linear, self._public)
             check_hints(hints, self._public, weights.weight_FD, str(linear))
             self.hints[linear] = hints
 

@@ -6,6 +6,7 @@ Shape suffixes: T tokens; D input and F output features of a group; V vocabulary
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -131,7 +132,20 @@ class MaskedGroup:
             ) from exc
         self._scale_F = weights.scale_F.double().numpy()
         self._bias_F = None if bias_F is None else bias_F.float()
-        checks = CheckVectors.draw(weights.weight_FD)
+        self._draw_checks(weights.weight_FD)
+
+    def with_own_checks(self, weight_FD: Tensor) -> "MaskedGroup":
+        """The same group for another worker: its check vectors are its own [P6].
+
+        Args:
+            weight_FD: the weights of this group.
+        """
+        other = copy(self)
+        other._draw_checks(weight_FD)
+        return other
+
+    def _draw_checks(self, weight_FD: Tensor) -> None:
+        checks = CheckVectors.draw(weight_FD)
         self._k_2P, self._kw_2P = kernels.as_pairs(checks.k_2F), kernels.as_pairs(checks.kw_2D)
 
     @property
