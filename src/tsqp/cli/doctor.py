@@ -11,7 +11,7 @@ from tsqp.cli.with_options import with_options
 
 
 @app.command()
-@with_options("dtype", "threads", "insecure")
+@with_options("dtype", "threads", "shm_name", "insecure")
 def doctor(
     *,
     model: Annotated[
@@ -34,6 +34,7 @@ def doctor(
     ] = None,
     dtype: str,
     threads: int | None,
+    shm_name: str | None,
     insecure: bool,
     json_output: JsonOutput = False,
     debug: Debug = False,
@@ -49,7 +50,7 @@ def doctor(
     if worker is None and model is not None:
         say(f"{model} was not checked: give the --worker that serves it.")
     if worker is not None and model is not None:
-        target = Target(model, worker, worker_key, dtype, threads, insecure)
+        target = Target(model, worker, worker_key, dtype, threads, insecure, shm_name)
     elif worker is not None:
         target = Unnamed(worker, worker_key)
     if not print_checks(examine(threads, target), json_output=json_output):

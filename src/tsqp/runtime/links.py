@@ -6,6 +6,7 @@ from itertools import combinations
 
 from tsqp.errors import UsageError
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.fixed_segment import FixedPlace
 from tsqp.wire.keys import parse_public_key
 
 FOR_TESTING = "or pass --insecure-same-host, which is for testing"
@@ -17,10 +18,12 @@ class Link:
 
     Attributes:
         key: the worker's public key; None for a link that is not encrypted.
+        shm_place: the only place where memory may be shared, if there is one.
     """
 
     endpoint: Endpoint
     key: str | None
+    shm_place: FixedPlace | None = None
 
     @property
     def is_private(self) -> bool:
@@ -35,6 +38,7 @@ def check_links(
     *,
     insecure: bool,
     insecure_same_host: bool,
+    shm_place: FixedPlace | None = None,
 ) -> tuple[Link, ...]:
     """The links to the workers of a mode, in the order given.
 
@@ -43,7 +47,10 @@ def check_links(
     """
     _check_numbers(privacy, len(workers), len(keys))
     each_key = [parse_public_key(key) for key in keys] if keys else [None] * len(workers)
-    links = tuple(map(Link, map(parse_endpoint, workers), each_key))
+    links = tuple(
+        Link(parse_endpoint(worker), key, shm_place)
+        for worker, key in zip(workers, each_key, strict=True)
+    )
     for link in links:
         if link.key is not None and link.endpoint.scheme not in ("ipc", "tcp"):
             raise UsageError(f"A {link.endpoint} worker has no key; leave --worker-key out.")

@@ -19,6 +19,7 @@ from tsqp.tee.values import as_integer, as_number
 if TYPE_CHECKING:
     from tsqp.algebra.params import Field
     from tsqp.runtime.links import Link
+    from tsqp.wire.fixed_segment import FixedPlace
 
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
 ATTENTION_SIDES = ("tee", "gpu")
@@ -193,6 +194,16 @@ class Options:
         bool,
         Option("Send tensors through the socket instead of shared memory.", bool, flag="no_shm"),
     ] = True
+    shm_name: Annotated[
+        str | None,
+        Option(
+            "Share memory only at this place, as Gramine and ivshmem devices need it: a name in "
+            "/dev/shm that begins with tsqp, or the path of an existing file or device. Give it to "
+            "both sides.",
+            str | None,
+            metavar="NAME|PATH",
+        ),
+    ] = None
     insecure: Annotated[bool, Option("Allow an unencrypted link to another machine.", bool)] = False
     insecure_same_host: Annotated[
         bool,
@@ -273,6 +284,7 @@ class Options:
             _several(self.worker_key),
             insecure=self.insecure,
             insecure_same_host=self.insecure_same_host,
+            shm_place=_shm_place(self.shm_name, self.shm, self.privacy),
         )
         self._set(links=links)
         if self.kv_memory is not None and (self.gpu_attention or self.fuse_layers):
@@ -370,6 +382,21 @@ def _check_split(privacy: str, attention: str | None, fuse: str) -> None:
         else "pads are made for known weights, so they cannot mask a product of two secrets"
     )
     raise UsageError(f"{wanted} works only with --privacy open, not with {privacy}: {why}.")
+
+
+def _shm_place(name: str | None, shm: bool, privacy: str) -> "FixedPlace | None":
+    from tsqp.wire.fixed_segment import parse_place
+
+    if name is None:
+        return None
+    if not shm:
+        raise UsageError("--shm-name and --no-shm contradict each other; leave one of them out.")
+    if privacy == "shares":
+        raise UsageError(
+            "--shm-name is the place of one worker's memory, and --privacy shares has several "
+            "workers; leave it out."
+        )
+    return parse_place(name)
 
 
 def _integer(name: str, value: object, least: int, what: str = "an integer") -> int:
