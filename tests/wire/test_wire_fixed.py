@@ -58,11 +58,13 @@ def test_anything_else_is_refused(text: str) -> None:
 
 
 def test_a_session_shares_memory_by_name(name: FixedPlace, nothing_is_left: None) -> None:
-    with WorkerThread("tcp://127.0.0.1:0", shm_place=name) as worker:
-        with closing(connect(worker.endpoint, name)) as channel:
-            assert (channel.transport, echoes(channel)) == (SHARED, True)
-            assert channel.reason == f"{SEGMENT} bytes at {name.path}"
-            assert eventually(lambda: not name.path.exists())  # nobody else can open it
+    with (
+        WorkerThread("tcp://127.0.0.1:0", shm_place=name) as worker,
+        closing(connect(worker.endpoint, name)) as channel,
+    ):
+        assert (channel.transport, echoes(channel)) == (SHARED, True)
+        assert channel.reason == f"{SEGMENT} bytes at {name.path}"
+        assert eventually(lambda: not name.path.exists())  # nobody else can open it
 
 
 def test_sessions_by_one_name_have_memory_of_their_own(
