@@ -79,10 +79,8 @@ def test_nothing_offers_a_console_when_the_start_fails() -> None:
 
 
 def test_the_root_is_read_only_and_verified() -> None:
-    root, tree = (
-        read(VM / "mkosi.repart" / name)["Partition"]
-        for name in ("10-root.conf", "20-root-verity.conf")
-    )
+    root = read(VM / "mkosi.repart" / "10-root.conf")["Partition"]
+    tree = read(VM / "mkosi.repart" / "20-root-verity.conf")["Partition"]
     assert (root["Type"], root["Format"], root["Verity"]) == ("root", "erofs", "data")
     assert (tree["Type"], tree["Verity"]) == ("root-verity", "hash")
     assert root["VerityMatchKey"] == tree["VerityMatchKey"]
@@ -134,6 +132,14 @@ def test_each_wheel_of_the_lock_file_has_a_hash_and_the_version_that_is_tested()
         name, version = found[1].replace("_", "-"), found[2].partition("+")[0]
         assert pinned[name] == version, line
     assert "torch==" in text and "nvidia" not in text
+
+
+def test_the_lock_file_has_every_package_that_the_server_needs() -> None:
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["serve"]]
+    names = {re.split(r"[^A-Za-z0-9_-]", each)[0].lower() for each in needed}
+    text = (DEPLOY / "requirements.lock").read_text()
+    assert names <= set(re.findall(r"^([^#=]+)==", text, flags=re.M)), "run deploy/lock"
 
 
 def test_snp_measures_the_kernel_and_forbids_debugging() -> None:

@@ -1,4 +1,4 @@
-"""The worker's container and its Kubernetes objects: by their linter, their schemas, and our rules."""
+"""The worker's container file passes its linter, and its Kubernetes objects fit their schemas."""
 
 import copy
 import shlex
