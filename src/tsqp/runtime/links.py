@@ -6,7 +6,7 @@ from itertools import combinations
 
 from tsqp.errors import UsageError
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
-from tsqp.wire.fixed_segment import FixedPlace
+from tsqp.wire.fixed_segment import FixedPlace, parse_place
 from tsqp.wire.keys import parse_public_key
 
 FOR_TESTING = "or pass --insecure-same-host, which is for testing"
@@ -64,6 +64,28 @@ def check_links(
                 "--insecure."
             )
     return links
+
+
+def check_shm_name(name: str | None, privacy: str, shm: bool) -> FixedPlace | None:
+    """The only place where memory may be shared; None if `name` is None.
+
+    Args:
+        name: the value of --shm-name.
+        shm: whether memory may be shared at all.
+
+    Raises:
+        UsageError: it is not a place, or does not suit the other options.
+    """
+    if name is None:
+        return None
+    if not shm:
+        raise UsageError("--shm-name and --no-shm contradict each other; leave one of them out.")
+    if privacy == "shares":
+        raise UsageError(
+            "--shm-name is the place of one worker's memory, and --privacy shares has several "
+            "workers; leave it out."
+        )
+    return parse_place(name)
 
 
 def _check_numbers(privacy: str, workers: int, keys: int) -> None:

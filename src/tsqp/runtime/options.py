@@ -19,7 +19,6 @@ from tsqp.tee.values import as_integer, as_number
 if TYPE_CHECKING:
     from tsqp.algebra.params import Field
     from tsqp.runtime.links import Link
-    from tsqp.wire.fixed_segment import FixedPlace
 
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
 ATTENTION_SIDES = ("tee", "gpu")
@@ -197,9 +196,8 @@ class Options:
     shm_name: Annotated[
         str | None,
         Option(
-            "Share memory only at this place, as Gramine and ivshmem devices need it: a name in "
-            "/dev/shm that begins with tsqp, or the path of an existing file or device. Give it to "
-            "both sides.",
+            "Share memory at this place only: a name in /dev/shm that begins with tsqp, or the "
+            "path of a file or device (ivshmem). Give it to both sides.",
             str | None,
             metavar="NAME|PATH",
         ),
@@ -243,7 +241,7 @@ class Options:
         # torch takes a second to import; `tsqp --help` should not.
         from tsqp.algebra.params import FIELDS, LATTICE
         from tsqp.checkpoint.model_digest import check_digest
-        from tsqp.runtime.links import check_links
+        from tsqp.runtime.links import check_links, check_shm_name
 
         if self.privacy not in PRIVACY_MODES:
             raise UsageError(f"There is no such privacy mode; choose {_or(PRIVACY_MODES)}.")
@@ -284,7 +282,7 @@ class Options:
             _several(self.worker_key),
             insecure=self.insecure,
             insecure_same_host=self.insecure_same_host,
-            shm_place=_shm_place(self.shm_name, self.shm, self.privacy),
+            shm_place=check_shm_name(self.shm_name, self.privacy, self.shm),
         )
         self._set(links=links)
         if self.kv_memory is not None and (self.gpu_attention or self.fuse_layers):
@@ -382,21 +380,6 @@ def _check_split(privacy: str, attention: str | None, fuse: str) -> None:
         else "pads are made for known weights, so they cannot mask a product of two secrets"
     )
     raise UsageError(f"{wanted} works only with --privacy open, not with {privacy}: {why}.")
-
-
-def _shm_place(name: str | None, shm: bool, privacy: str) -> "FixedPlace | None":
-    from tsqp.wire.fixed_segment import parse_place
-
-    if name is None:
-        return None
-    if not shm:
-        raise UsageError("--shm-name and --no-shm contradict each other; leave one of them out.")
-    if privacy == "shares":
-        raise UsageError(
-            "--shm-name is the place of one worker's memory, and --privacy shares has several "
-            "workers; leave it out."
-        )
-    return parse_place(name)
 
 
 def _integer(name: str, value: object, least: int, what: str = "an integer") -> int:
