@@ -10,7 +10,7 @@ COMMANDS = {
         --kv-memory --logit-bias --logprobs --max-tokens --min-p --min-tokens --n --no-shm
         --pad-memory
         --prefill-chunk --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs
-        --prompts --quiet --repetition-penalty --rpc-log --seed --split-special --stop
+        --prompts --quiet --repetition-penalty --rpc-log --seed --shm-name --split-special --stop
         --stop-token-id --temperature --threads --timeout --top-k --top-p --worker --worker-key
         MODEL
     """,
@@ -19,7 +19,8 @@ COMMANDS = {
         --frequency-penalty --fuse --hints --insecure --insecure-same-host --kv-memory
         --logit-bias --max-tokens --min-p --no-shm --pad-memory --prefill-chunk
         --presence-penalty --privacy --quiet
-        --repetition-penalty --rpc-log --seed --split-special --stop --stop-token-id --system
+        --repetition-penalty --rpc-log --seed --shm-name --split-special --stop --stop-token-id
+        --system
         --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "serve": """
@@ -28,19 +29,20 @@ COMMANDS = {
         --max-connections --max-model-len
         --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
         --prefill-chunk --privacy --quiet --root-path --rpc-log --served-model-name
-        --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout
-        --tool-call-parser --uds
-        --worker --worker-key MODEL
+        --shm-name --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads
+        --timeout --tool-call-parser --uds --worker --worker-key MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions
         --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --no-shm --quiet --record
-        --serve --supervised --threads MODEL
+        --serve --shm-name --supervised --threads MODEL
     """,
     "prepare": "--debug --hints --quiet MODEL OUT",
     "digest": "--debug --dtype --privacy --quiet MODEL",
     "keygen": "--debug FOLDER",
-    "doctor": "--debug --dtype --insecure --json --threads --worker --worker-key MODEL",
+    "doctor": """
+        --debug --dtype --insecure --json --shm-name --threads --worker --worker-key MODEL
+    """,
     "demo": "--debug --fetch --prompt --quiet",
     "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
     "bench": """

@@ -64,6 +64,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "prefill_chunk",
         "timeout",
         "shm",
+        "shm_name",
         "insecure",
         "insecure_same_host",
         "microbatches",

@@ -130,7 +130,7 @@ TEE = tee_decoder("ipc:///run/tsqp.sock")
 
 def frame(body: bytes, **changes: int | bytes) -> bytes:
     """`body` behind a header whose fields can be wrong."""
-    fields = {"magic": b"TSQP", "version": 1, "zero": 0, "ticket": 1, "length": len(body)} | changes
+    fields = {"magic": b"TSQP", "version": 2, "zero": 0, "ticket": 1, "length": len(body)} | changes
     return struct.pack("<4sHHQI", *fields.values()) + body
 
 
@@ -182,7 +182,7 @@ def test_a_call_with_a_seed_fits_into_a_mailbox() -> None:
 
 def test_a_frame_is_laid_out_as_the_module_says() -> None:
     body = b"\x94\xa6attach\xc3\xc2\xc2"  # ["attach", true, false, false] in msgpack
-    head = b"TSQP" + b"\x01\x00" + b"\x00\x00" + b"\x05" + b"\x00" * 7 + b"\x0b\x00\x00\x00"
+    head = b"TSQP" + b"\x02\x00" + b"\x00\x00" + b"\x05" + b"\x00" * 7 + b"\x0b\x00\x00\x00"
     assert encode(Attach(True, False), 5) == head + body
 
 
@@ -255,7 +255,7 @@ def test_an_oversized_message_is_refused_whatever_its_header_says(
     length: int, decoder: Decoder[Message]
 ) -> None:
     data = bytearray(length)
-    data[: HEADER.size] = HEADER.pack(b"TSQP", 1, 0, 1, length - HEADER.size)
+    data[: HEADER.size] = HEADER.pack(b"TSQP", 2, 0, 1, length - HEADER.size)
     with pytest.raises(ProtocolError, match=f"a message of {length} bytes"):
         decoder.decode(memoryview(data))
 

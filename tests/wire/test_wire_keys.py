@@ -102,6 +102,41 @@ def test_a_secret_key_that_others_can_reach_is_refused(mode: int, tmp_path: Path
     assert read_secret_key(secret_path)
 
 
+@pytest.mark.parametrize(
+    ("owner", "user", "mode", "is_refused"),
+    [
+        (0, 10001, 0o440, False),  # as systemd and Kubernetes hand them out
+        (0, 10001, 0o444, True),
+        (0, 10001, 0o460, True),
+        (0, 0, 0o440, True),
+        (10001, 10001, 0o440, True),
+        (10002, 10001, 0o440, True),
+    ],
+)
+def test_a_secret_key_that_root_hands_to_a_service_is_read(
+    owner: int,
+    user: int,
+    mode: int,
+    is_refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    secret_path, _, _ = write_key_pair(tmp_path)
+    fstat = os.fstat
+
+    def owned(descriptor: int) -> os.stat_result:
+        fields = list(fstat(descriptor))
+        fields[stat.ST_UID], fields[stat.ST_MODE] = owner, stat.S_IFREG | mode
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(os, "fstat", owned)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    if is_refused:
+        assert "Other users have access" in refusal(read_secret_key, secret_path)
+    else:
+        assert read_secret_key(secret_path)
+
+
 def test_the_wrong_half_of_a_pair_is_named(tmp_path: Path) -> None:
     secret_path, public_path, _ = write_key_pair(tmp_path)
     assert "holds a secret key; it must not leave" in refusal(parse_public_key, str(secret_path))

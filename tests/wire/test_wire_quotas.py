@@ -9,7 +9,7 @@ import zmq
 from wire_helpers import SEGMENT, SHARED, WorkerThread, echoes, eventually, hello
 from wire_peers import RawClient
 
-import tsqp.wire.server
+import tsqp.wire.offers
 from tsqp.errors import HandshakeError, WorkerUnavailable
 from tsqp.wire.client import RemoteChannel
 from tsqp.wire.codec import encode
@@ -146,7 +146,7 @@ def test_sessions_together_leave_half_of_what_is_free(
     def free(folder: Path) -> int:
         return total - sum(each.segment.size for each in books.values() if each.segment)
 
-    monkeypatch.setattr(tsqp.wire.server, "free_bytes", free)
+    monkeypatch.setattr(tsqp.wire.offers, "free_bytes", free)
     with WorkerThread("tcp://127.0.0.1:0", shm_folder=shm_folder) as worker:
         books = worker.server.sessions
         channels = [

@@ -11,7 +11,7 @@ from tsqp.cli.with_options import with_options
 
 
 @app.command()
-@with_options("dtype", "threads", "insecure")
+@with_options("dtype", "threads", "shm_name", "insecure")
 def doctor(
     *,
     model: Annotated[
@@ -38,6 +38,7 @@ def doctor(
     ] = None,
     dtype: str,
     threads: int | None,
+    shm_name: str | None,
     insecure: bool,
     json_output: JsonOutput = False,
     debug: Debug = False,
@@ -60,6 +61,6 @@ def doctor(
         if model is None:
             targets.append(Unnamed(each, key))
         else:
-            targets.append(Target(model, each, key, dtype, threads, insecure))
+            targets.append(Target(model, each, key, dtype, threads, insecure, shm_name))
     if not print_checks(examine(threads, targets), json_output=json_output):
         raise typer.Exit(1)

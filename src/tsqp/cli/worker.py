@@ -12,7 +12,7 @@ from tsqp.cli.with_options import with_options
 
 
 @app.command()
-@with_options("device", "dtype", "threads", "shm", "insecure")
+@with_options("device", "dtype", "threads", "shm", "shm_name", "insecure")
 def worker(
     *,
     model: Model,
@@ -33,6 +33,7 @@ def worker(
     dtype: str,
     threads: int | None,
     shm: bool,
+    shm_name: str | None,
     max_sessions: Annotated[
         int, typer.Option(min=1, help="Maximum number of sessions at a time, of all clients.")
     ] = 64,
@@ -88,6 +89,7 @@ def worker(
                 max_shm_bytes if shm else 0,
                 max_total_shm_bytes,
             ),
+            shm_name=shm_name,
             keyfile=keyfile,
             insecure=insecure,
             record=record,

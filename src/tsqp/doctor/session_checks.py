@@ -63,6 +63,7 @@ class Target:
     dtype: str = "auto"
     threads: int | None = None
     insecure: bool = False
+    shm_name: str | None = None
 
 
 def session_checks(target: Target) -> Iterator[Check]:
@@ -254,6 +255,8 @@ class _Mode:
     def _transport(self) -> str:
         """Check that memory is shared where possible; if not, this often makes a worker slow."""
         channel = self._channel
+        if channel.transport == "inline" and self._target.shm_name is not None:
+            raise Wrong(f"Tensors go through the socket in spite of --shm-name: {channel.reason}.")
         if channel.transport == "inline" and parse_endpoint(self._target.worker).is_loopback:
             raise Wrong(
                 f"Tensors go through the socket, though the worker is on this machine "
@@ -273,6 +276,7 @@ class _Mode:
             prefill_chunk=MANY_ROWS,
             timeout=TIMEOUT_S,
             insecure=self._target.insecure,
+            shm_name=self._target.shm_name,
         )
 
     def _inputs(self, rows: int) -> Tensor:

@@ -23,6 +23,7 @@ from tsqp.gpu.record import Recorder
 from tsqp.gpu.worker import Worker
 from tsqp.gpu.worker_weights import load_integers, load_weights, read_prepared
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.fixed_segment import parse_place
 from tsqp.wire.keys import read_secret_key
 from tsqp.wire.quotas import DEFAULT_QUOTAS, Quotas
 from tsqp.wire.server import Server
@@ -43,6 +44,7 @@ def serve(
     dtype: str = "auto",
     threads: int | None = None,
     quotas: Quotas = DEFAULT_QUOTAS,
+    shm_name: str | None = None,
     keyfile: Path | None = None,
     insecure: bool = False,
     record: Path | None = None,
@@ -59,6 +61,7 @@ def serve(
         serve: "private" holds integer weights, "open" floating-point ones, "all" both.
         dtype: dtype of the floating-point weights.
         quotas: limits for clients.
+        shm_name: where memory is shared with clients that map it at a fixed place only.
         keyfile: the file with the secret key made by `tsqp keygen`. With it, the worker accepts
             only encrypted links.
         insecure: listen on an address that other machines can reach, without encryption.
@@ -73,6 +76,7 @@ def serve(
         RecordingError: the recording cannot be written, now or later.
     """
     endpoint = parse_endpoint(listen)
+    place = None if shm_name is None else parse_place(shm_name)
     _check_listening(endpoint, insecure or keyfile is not None)
     secret_key = None if keyfile is None else read_secret_key(keyfile)
     where = parse_device(device)
@@ -87,7 +91,7 @@ def serve(
     shares = 1 if quotas.max_sessions == 1 else 2
     load = _prepare_to_load(model, serve, dtype, backend_on(where), loading, shares)
     # Listening comes before loading, which may be long: an address in use shows at once.
-    server = Server(endpoint, secret_key=secret_key, quotas=quotas, log=log.info)
+    server = Server(endpoint, secret_key=secret_key, quotas=quotas, shm_place=place, log=log.info)
     try:
         if secret_key is not None:
             log.info("accepting only encrypted links; public key: %s", public_key_of(secret_key))

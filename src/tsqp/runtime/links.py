@@ -6,6 +6,7 @@ from itertools import combinations
 
 from tsqp.errors import UsageError
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
+from tsqp.wire.fixed_segment import FixedPlace, parse_place
 from tsqp.wire.keys import parse_public_key
 
 FOR_TESTING = "or pass --insecure-same-host, which is for testing"
@@ -17,10 +18,12 @@ class Link:
 
     Attributes:
         key: the worker's public key; None for a link that is not encrypted.
+        shm_place: the only place where memory may be shared, if there is one.
     """
 
     endpoint: Endpoint
     key: str | None
+    shm_place: FixedPlace | None = None
 
     @property
     def is_private(self) -> bool:
@@ -35,6 +38,7 @@ def check_links(
     *,
     insecure: bool,
     insecure_same_host: bool,
+    shm_place: FixedPlace | None = None,
 ) -> tuple[Link, ...]:
     """The links to the workers of a mode, in the order given.
 
@@ -43,7 +47,10 @@ def check_links(
     """
     _check_numbers(privacy, len(workers), len(keys))
     each_key = [parse_public_key(key) for key in keys] if keys else [None] * len(workers)
-    links = tuple(map(Link, map(parse_endpoint, workers), each_key))
+    links = tuple(
+        Link(parse_endpoint(worker), key, shm_place)
+        for worker, key in zip(workers, each_key, strict=True)
+    )
     for link in links:
         if link.key is not None and link.endpoint.scheme not in ("ipc", "tcp"):
             raise UsageError(f"A {link.endpoint} worker has no key; leave --worker-key out.")
@@ -59,6 +66,28 @@ def check_links(
                 "--insecure."
             )
     return links
+
+
+def check_shm_name(name: str | None, privacy: str, shm: bool) -> FixedPlace | None:
+    """The only place where memory may be shared; None if `name` is None.
+
+    Args:
+        name: the value of --shm-name.
+        shm: whether memory may be shared at all.
+
+    Raises:
+        UsageError: it is not a place, or does not suit the other options.
+    """
+    if name is None:
+        return None
+    if not shm:
+        raise UsageError("--shm-name and --no-shm contradict each other; leave one of them out.")
+    if privacy == "shares":
+        raise UsageError(
+            "--shm-name is the place of one worker's memory, and --privacy shares has several "
+            "workers; leave it out."
+        )
+    return parse_place(name)
 
 
 def _check_numbers(privacy: str, workers: int, keys: int) -> None:

@@ -195,6 +195,15 @@ class Options:
         bool,
         Option("Send tensors through the socket instead of shared memory.", bool, flag="no_shm"),
     ] = True
+    shm_name: Annotated[
+        str | None,
+        Option(
+            "Share memory at this place only: a name in /dev/shm that begins with tsqp, or the "
+            "path of a file or device (ivshmem). Give it to both sides.",
+            str | None,
+            metavar="NAME|PATH",
+        ),
+    ] = None
     insecure: Annotated[bool, Option("Allow an unencrypted link to another machine.", bool)] = False
     insecure_same_host: Annotated[
         bool,
@@ -234,7 +243,7 @@ class Options:
         # torch takes a second to import; `tsqp --help` should not.
         from tsqp.algebra.params import FIELDS, LATTICE
         from tsqp.checkpoint.model_digest import check_digest
-        from tsqp.runtime.links import check_links
+        from tsqp.runtime.links import check_links, check_shm_name
 
         if self.privacy not in PRIVACY_MODES:
             raise UsageError(f"There is no such privacy mode; choose {_or(PRIVACY_MODES)}.")
@@ -275,6 +284,7 @@ class Options:
             _several(self.worker_key),
             insecure=self.insecure,
             insecure_same_host=self.insecure_same_host,
+            shm_place=check_shm_name(self.shm_name, self.privacy, self.shm),
         )
         self._set(links=links)
         if self.kv_memory is not None and (self.gpu_attention or self.fuse_layers):

@@ -53,6 +53,8 @@ class WorkerProcess:
         if dtype != torch.int8:
             arguments = [model, "--serve", "open", "--dtype", WEIGHTS_DTYPES[dtype]]
         arguments += [] if threads is None else ["--threads", str(threads)]
+        if link.shm_place is not None:
+            arguments += ["--shm-name", str(link.shm_place)]
         # Nobody else has a session there, so this one may have all memory for keys and values.
         self._arguments = [*arguments, "--device", device, "--max-sessions", "1"]
 
@@ -105,6 +107,7 @@ class WorkerProcess:
             dtype=WEIGHTS_DTYPES[self._dtype],
             abilities=(*(PRIVATE_ABILITIES if private else OPEN_ABILITIES), *abilities),
             shm_bytes=shm_bytes,
+            fixed_shm=self._link.shm_place is not None,
         )
         endpoint = self._link.endpoint
         if endpoint.scheme == "inproc":
@@ -117,7 +120,11 @@ class WorkerProcess:
             self._local.await_ready()
             endpoint = parse_endpoint(self._local.endpoint)
         self.channel = channel = RemoteChannel(
-            endpoint, hello, worker_key=self._link.key, no_shm_reason=no_shm_reason
+            endpoint,
+            hello,
+            worker_key=self._link.key,
+            shm_path=None if self._link.shm_place is None else self._link.shm_place.path,
+            no_shm_reason=no_shm_reason,
         )
         row_macs = (widest_group_macs if private else dearest_row_macs)(checkpoint.config)
         check_row_fits(row_macs, channel.welcome.max_call_macs, channel.endpoint)

@@ -90,6 +90,7 @@ class RemoteChannel:
         worker_key: str | None = None,
         connect_timeout: float | None = None,
         shm_folder: Path = SHM_FOLDER,
+        shm_path: Path | None = None,
         no_shm_reason: str = "--no-shm was given",
     ) -> None:
         """Connect and shake hands.
@@ -100,12 +101,14 @@ class RemoteChannel:
             worker_key: the worker's public key, for an encrypted link.
             connect_timeout: seconds for the connection, and again for the handshake; CONNECT_S by
                 default.
+            shm_path: the only path at which memory may be shared, see `--shm-name`.
             no_shm_reason: the reason to report if `shm_bytes` is 0.
 
         Raises:
             WorkerUnavailable: nobody serves the endpoint.
             HandshakeError: the worker runs another version, model or dtype, or has another key.
         """
+        assert hello.fixed_shm == (shm_path is not None)
         self._pid = os.getpid()
         self.endpoint = str(endpoint)
         self.counters = Counters()
@@ -125,7 +128,7 @@ class RemoteChannel:
         try:
             self.welcome = self._shake_hands(hello, time.monotonic() + connect_timeout)
             if hello.shm_bytes:
-                self._attach(hello, shm_folder, time.monotonic() + connect_timeout)
+                self._attach(hello, shm_folder, shm_path, time.monotonic() + connect_timeout)
         except BaseException:
             self.close()
             raise
@@ -344,11 +347,12 @@ class RemoteChannel:
             raise HandshakeError(f"Refused the worker at {self.endpoint}: {exc}") from None
         return message
 
-    def _attach(self, hello: Hello, folder: Path, deadline: float) -> None:
+    def _attach(self, hello: Hello, folder: Path, fixed: Path | None, deadline: float) -> None:
         """Map the segment that the worker offers, and tell the worker to withdraw the offer."""
         ref = self.welcome.segment
-        segment, self.reason = map_offered(ref, self.welcome.reason, hello, folder)
-        if segment is None and isinstance(ref, SealedRef):  # a segment with a name may work
+        segment, self.reason = map_offered(ref, self.welcome.reason, hello, folder, fixed)
+        if segment is None and isinstance(ref, SealedRef) and fixed is None:
+            # A segment with a name may work.
             why_not_sealed = self.reason
             self._send(Attach(mapped=False, poll=False, wants_name=True))
             offer = self._await_offer(deadline)

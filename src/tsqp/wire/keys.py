@@ -99,7 +99,7 @@ def _write(path: Path, kind: Kind, key: str, mode: int) -> None:
 def _read(path: Path, kind: Kind) -> str:
     try:
         with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            status = os.fstat(file.fileno())
             content = file.read(MAX_FILE)
     except OSError as exc:
         raise UsageError(
@@ -111,7 +111,7 @@ def _read(path: Path, kind: Kind) -> str:
     other: Kind = "public" if kind == "secret" else "secret"
     match words:
         case [[label, key]] if label == f"tsqp-{kind}-key" and is_key(key):
-            if kind == "secret" and stat.S_ISREG(mode) and mode & 0o077:
+            if kind == "secret" and _is_open_to_others(status):
                 raise UsageError(
                     f"Other users have access to the secret key in {path}; run `chmod 600 {path}`, "
                     "and make a new pair if anyone may have read it."
@@ -120,3 +120,13 @@ def _read(path: Path, kind: Kind) -> str:
         case [[label, _]] if label == f"tsqp-{other}-key":
             raise UsageError(f"{path} holds a {other} key; {_WRONG_KIND[kind]}.")
     raise UsageError(f"{path} holds no {kind} key of tsqp; make a pair with `tsqp keygen`.")
+
+
+def _is_open_to_others(status: os.stat_result) -> bool:
+    """Whether users whom nobody has chosen may read or change a file.
+
+    systemd and Kubernetes hand out secrets as files of root that a service's group may read.
+    """
+    is_handed_out = status.st_uid == 0 != os.geteuid()
+    others = 0o037 if is_handed_out else 0o077
+    return stat.S_ISREG(status.st_mode) and bool(status.st_mode & others)

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from tsqp.algebra.params import FieldName
 from tsqp.model.linear_group import LinearGroup
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_LAYERS = 4096
 MAX_DIMENSION = 2**31 - 1
@@ -74,10 +74,17 @@ class SealedRef(Message, frozen=True, tag="sealed"):
     size: Annotated[int, Meta(ge=1, le=2**40)]
 
 
+class FixedRef(Message, frozen=True, tag="fixed"):
+    """The size of a segment at the place that both sides were told, see `--shm-name`."""
+
+    size: Annotated[int, Meta(ge=1, le=2**40)]
+
+
 class Hello(Message, frozen=True, tag="hello"):
     """TEE → worker, the first message: the client's version and what it needs.
 
-    `shm_bytes` is the wanted size of the segment, 0 for none. `evidence` is for attestation later.
+    `shm_bytes` is the wanted size of the segment, 0 for none. With `fixed_shm`, the client maps
+    memory only at the place of its `--shm-name`. `evidence` is for attestation later.
     """
 
     nonce: Nonce
@@ -86,6 +93,7 @@ class Hello(Message, frozen=True, tag="hello"):
     abilities: Annotated[tuple[Name, ...], Meta(max_length=16)]
     shm_bytes: Annotated[int, Meta(ge=0, le=2**40)]
     evidence: Evidence = b""
+    fixed_shm: bool = False
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -101,7 +109,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     abilities: Annotated[tuple[Name, ...], Meta(max_length=16)]
     device: Name
     max_call_macs: Macs
-    segment: SealedRef | SegmentRef | None
+    segment: SealedRef | SegmentRef | FixedRef | None
     reason: Sentence = ""
     evidence: Evidence = b""
 

@@ -21,11 +21,11 @@ from tsqp.errors import (
     ProtocolError,
     RecordingError,
     TSQPError,
-    WorkerUnavailable,
 )
 from tsqp.wire.channel import Service, ServiceSession
 from tsqp.wire.codec import encode, printable, worker_decoder
 from tsqp.wire.endpoint import Endpoint
+from tsqp.wire.fixed_segment import FixedPlace
 from tsqp.wire.handshake import check_agreement
 from tsqp.wire.mailbox import MAILBOX_BYTES, Mailbox
 from tsqp.wire.messages import (
@@ -45,9 +45,10 @@ from tsqp.wire.messages import (
     Result,
     TensorRef,
 )
+from tsqp.wire.offers import OfferedSegment, Offers
 from tsqp.wire.quotas import DEFAULT_QUOTAS, Quotas
 from tsqp.wire.server_socket import ServerSocket
-from tsqp.wire.shm import SHM_FOLDER, NamedSegment, SealedSegment, free_bytes
+from tsqp.wire.shm import SHM_FOLDER, NamedSegment, SealedSegment
 from tsqp.wire.tensors import raw, spec_of
 from tsqp.wire.zmq import MAX_FRAME
 
@@ -66,7 +67,7 @@ class Session:
     service: ServiceSession
     client: str  # the client whose limits it counts for
     hello: Hello
-    segment: SealedSegment | NamedSegment | None = None
+    segment: OfferedSegment | None = None
     mailbox: Mailbox | None = None
     last_sent: int = 0  # last ticket through the socket
     last_posted: int = 0  # last ticket through the mailbox; either path may be faster
@@ -113,6 +114,7 @@ class Server:
         secret_key: str | None = None,
         quotas: Quotas = DEFAULT_QUOTAS,
         shm_folder: Path = SHM_FOLDER,
+        shm_place: FixedPlace | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Bind `endpoint`.
@@ -120,6 +122,7 @@ class Server:
         Args:
             secret_key: if given, the worker accepts only encrypted links; see `ServerSocket`.
             quotas: limits on what clients may take.
+            shm_place: where memory is shared with clients that map it at a fixed place only.
             log: called with one line when a session begins or ends.
 
         Raises:
@@ -131,7 +134,7 @@ class Server:
         self._put_off: tuple[bytes, memoryview] | None = None  # a message for the next round
         self._called: set[bytes] = set()  # clients that had a call through the socket in this round
         self._quotas = quotas
-        self._shm_folder = shm_folder
+        self._offers = Offers(quotas, shm_folder, shm_place)
         self._log = log
         self._socket = ServerSocket(endpoint, secret_key)
 
@@ -284,27 +287,9 @@ class Server:
 
     def _share_memory(self, session: Session, *, may_seal: bool) -> str:
         """Make a segment for a session; returns why there is none, or why it is not sealed."""
-        if not session.hello.shm_bytes:
-            return ""
-        if not self._quotas.max_shm_bytes:
-            return "the worker was started with --no-shm"
-        reasons: list[str] = []
-        for folder in (None, self._shm_folder) if may_seal else (self._shm_folder,):
-            held = sum(each.segment.size for each in self.sessions.values() if each.segment)
-            try:
-                wanted, free = session.hello.shm_bytes, free_bytes(folder)
-                size = self._quotas.shm_bytes(wanted, held, free)
-                session.segment = (
-                    SealedSegment.create(size)
-                    if folder is None
-                    else NamedSegment.create(size, folder)
-                )
-                session.segment.write(session.hello.nonce)
-                break
-            except WorkerUnavailable as exc:
-                if (reason := f"the worker has {exc}") not in reasons:
-                    reasons.insert(0, reason)
-        return _sentence("; ".join(reasons))
+        held = sum(each.segment.size for each in self.sessions.values() if each.segment)
+        session.segment, reason = self._offers.make(session.hello, held, may_seal=may_seal)
+        return _sentence(reason)
 
     def _offer_named(self, identity: bytes, session: Session) -> None:
         """Replace a sealed segment, which the client cannot open, by a segment with a name."""
@@ -312,7 +297,7 @@ class Server:
             raise ProtocolError("A client asked for another segment when it may not.")
         session.drop_segment()
         reason = self._share_memory(session, may_seal=False)
-        assert not isinstance(session.segment, SealedSegment)
+        assert session.segment is None or isinstance(session.segment, NamedSegment)
         self._send(identity, Offer(session.segment.ref if session.segment else None, reason), 0)
 
     @property

@@ -3,7 +3,8 @@
 The worker makes a segment and the TEE maps it. If possible, the segment is a sealed memfd. It has
 no name, the TEE opens it through /proc, and nobody can shrink it, so neither side can kill the
 other with SIGBUS. Otherwise it is a file in /dev/shm, which the worker unlinks as soon as the TEE
-has mapped it. Both kinds are freed when the two processes end.
+has mapped it. Both kinds are freed when the two processes end. A third kind, for enclaves and
+virtual machines, is in `tsqp.wire.fixed_segment`.
 
 `multiprocessing.shared_memory` is not used, because it starts a helper process. In an enclave, that
 would be another enclave.
@@ -112,7 +113,7 @@ class SealedSegment(Segment):
         Raises:
             WorkerUnavailable: there is no room, or this system cannot seal memory.
         """
-        size = _room_for(size, free_bytes(None), "no sealed memory")
+        size = room_for(size, free_bytes(None), "no sealed memory")
         if not hasattr(os, "memfd_create"):
             raise WorkerUnavailable("no sealed memory: this system has none")
         try:
@@ -187,7 +188,7 @@ class NamedSegment(Segment):
         """
         path = folder / f"tsqp-{secrets.token_hex(16)}"
         try:
-            size = _room_for(size, free_bytes(folder), f"no segment in {folder}")
+            size = room_for(size, free_bytes(folder), f"no segment in {folder}")
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(descriptor, 0, size)
@@ -204,25 +205,18 @@ class NamedSegment(Segment):
     def open(cls, name: str, size: int, folder: Path = SHM_FOLDER) -> "NamedSegment":
         """Map a segment that a worker made.
 
-        In Gramine the file is a device that reports length 0, so the length is taken from `size`.
-
         Raises:
             WorkerUnavailable: it cannot be opened or is too short.
         """
         path = folder / name
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = open_file(path)
         except OSError as exc:
             raise WorkerUnavailable(
                 f"the worker's segment is not in this side's {folder} ({exc.strerror})"
             ) from exc
         try:
-            length = os.fstat(descriptor).st_size
-            if 0 < length < size:
-                raise WorkerUnavailable(f"the worker's segment has {length} bytes, not {size}")
-            return cls(size, mmap.mmap(descriptor, size), path)
-        except (OSError, ValueError) as exc:
-            raise WorkerUnavailable(f"the worker's segment cannot be mapped: {exc}") from exc
+            return cls(size, map_file(descriptor, size), path)
         finally:
             os.close(descriptor)
 
@@ -236,15 +230,54 @@ class NamedSegment(Segment):
             self.path.unlink()
 
 
+def open_file(path: Path) -> int:
+    """Open an existing file of shared memory; whatever has taken its place cannot block.
+
+    Raises:
+        OSError: it cannot be opened, or is a symbolic link.
+    """
+    return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def map_file(descriptor: int, size: int) -> mmap.mmap:
+    """Map the first `size` bytes of a file or device.
+
+    A device has no length, and in Gramine every file of shared memory is a device.
+
+    Raises:
+        WorkerUnavailable: it is too short, or cannot be mapped.
+    """
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size < size:
+            raise WorkerUnavailable(f"the worker's segment has {status.st_size} bytes, not {size}")
+        return mmap.mmap(descriptor, size)
+    except (OSError, ValueError) as exc:
+        raise WorkerUnavailable(f"the worker's segment cannot be mapped: {exc}") from exc
+
+
 def _seals() -> int:
     """The seals: nobody can resize the segment any more, but all can write."""
     return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-def _room_for(size: int, free: int, otherwise: str) -> int:
-    """The size of a new segment: at most `size` bytes, in whole pages."""
+def room_for(size: int, free: int, otherwise: str) -> int:
+    """The size of a new segment: at most `size` bytes, in whole pages.
+
+    Raises:
+        WorkerUnavailable: that would be too small; `otherwise` begins the message.
+    """
     # Use at most half of the free memory: other sessions and programs need some too.
-    size = min(size, free // 2) // mmap.PAGESIZE * mmap.PAGESIZE
+    return whole_pages(min(size, free // 2), otherwise)
+
+
+def whole_pages(size: int, otherwise: str) -> int:
+    """`size` in whole pages.
+
+    Raises:
+        WorkerUnavailable: that would be too small; `otherwise` begins the message.
+    """
+    size = size // mmap.PAGESIZE * mmap.PAGESIZE
     if size < MIN_SEGMENT:
         raise WorkerUnavailable(
             f"{otherwise}: it would have {size} bytes, and {MIN_SEGMENT} are needed"
