@@ -21,6 +21,8 @@ from protocol_helpers import (
     socket_endpoint,
 )
 
+from tsqp.cli.console import for_terminal
+
 QUESTION = "What is the capital of France? Answer in one sentence."
 LONG = ["--privacy", "tee", "--seed", "1", "--max-tokens", "50000"]
 SHORT = ["--privacy", "tee", "--seed", "1", "--max-tokens", "12"]
@@ -109,7 +111,7 @@ def test_an_interrupted_answer_ends_and_is_kept(commands: Commands, speaking: Pa
     assert result.status == 0, result.stderr
     question, answer = messages(commands.folder / "talk.json")
     assert question == {"role": "user", "content": "Hello"}
-    assert answer["content"] + "\n" == result.stdout
+    assert for_terminal(answer["content"]) + "\n" == result.stdout
     assert "Traceback" not in result.stderr
 
 
@@ -177,7 +179,7 @@ def test_after_a_reset_nothing_is_kept(
 ) -> None:
     reused: list[int] = []
     monkeypatch.setattr(
-        "tsqp.cli.repl.print_statistics", lambda llm: reused.append(llm.stats.reused_tokens)
+        "tsqp.cli.local_chat.print_statistics", lambda llm: reused.append(llm.stats.reused_tokens)
     )
     talk(speaking, "Hello", "/stats", "/reset", "Hello", "/stats", "/retry", "/stats")
     first, second, third = reused
