@@ -1,55 +1,28 @@
 """`tsqp chat`: lines go in, answers and remarks come out; where it matters, of a real process."""
 
 import json
-import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 from protocol_helpers import (
-    GIVES_UP_SOON,
     START_S,
     Commands,
     Main,
     Result,
-    Running,
     socket_endpoint,
 )
+from typed_chat import chatting
 
 from tsqp.cli.console import for_terminal
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 LONG = ["--privacy", "tee", "--seed", "1", "--max-tokens", "50000"]
 SHORT = ["--privacy", "tee", "--seed", "1", "--max-tokens", "12"]
-
-
-class Terminal:
-    """The end of a pipe into a running chat."""
-
-    def __init__(self, running: Running, descriptor: int) -> None:
-        self.running = running
-        self._descriptor = descriptor
-
-    def type(self, *lines: str) -> None:
-        os.write(self._descriptor, "".join(f"{line}\n" for line in lines).encode())
-
-
-@contextmanager
-def chatting(commands: Commands, *arguments: object) -> Iterator[Terminal]:
-    """A chat whose standard input stays open."""
-    pipe = commands.folder / "input"
-    os.mkfifo(pipe)
-    descriptor = os.open(pipe, os.O_RDWR)  # so that opening it for reading does not wait
-    try:
-        command = ["chat", *arguments]
-        yield Terminal(commands.start(*command, stdin=pipe, env=GIVES_UP_SOON), descriptor)
-    finally:
-        os.close(descriptor)
 
 
 Talk = Callable[..., Result]

@@ -1,20 +1,19 @@
 """`tsqp chat --url`: the command, a real server, and servers that fail."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from certificates import write_certificate
 from plain_http import PlainServer, models, refused, stream_of
-from protocol_helpers import Commands, Result, Running
+from protocol_helpers import Commands, Result, eventually
 from serve_client import KEY, Server
 from serve_process import begin
+from typed_chat import chatting
 
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
 WITH_KEY = {"TSQP_API_KEY": KEY}
@@ -37,18 +36,6 @@ def saved(commands: Commands, name: str = "talk.json") -> list[dict[str, str]]:
 
 def address(server: Server) -> str:
     return f"http://127.0.0.1:{server.port}"
-
-
-@contextmanager
-def chatting(commands: Commands, *arguments: object) -> Iterator[tuple[Running, int]]:
-    """A chat whose standard input stays open, and where to write to it."""
-    pipe = commands.folder / "input"
-    os.mkfifo(pipe)
-    descriptor = os.open(pipe, os.O_RDWR)
-    try:
-        yield commands.start("chat", *arguments, stdin=pipe, env=WITH_KEY), descriptor
-    finally:
-        os.close(descriptor)
 
 
 @pytest.fixture
@@ -105,13 +92,13 @@ def test_keys_come_from_the_variable_or_a_file(commands: Commands, server: Serve
 
 def test_ctrl_c_ends_the_answer_and_frees_its_sequence(commands: Commands, server: Server) -> None:
     options = ["--url", address(server), "--max-tokens", 4000, "--logit-bias", "256=-100"]
-    with chatting(commands, *options) as (running, keyboard):
-        os.write(keyboard, b"Hello\n")
-        running.answers().send(signal.SIGINT)
-        running.says("[stopped; the answer so far is kept]")
+    with chatting(commands, *options, env=WITH_KEY) as terminal:
+        terminal.type("Hello")
+        terminal.running.answers().send(signal.SIGINT)
+        terminal.running.says("[stopped; the answer so far is kept]")
         server.settles(lambda: server.running() == 0)
-        os.write(keyboard, b"/save talk.json\n/undo\n/exit\n")
-        result = running.ends()
+        terminal.type("/save talk.json", "/undo", "/exit")
+        result = terminal.running.ends()
     assert result.status == 0, result.stderr
     assert [each["role"] for each in saved(commands)] == ["user", "assistant"]
     assert "its answer; 0 remain." in result.stderr
@@ -121,16 +108,16 @@ def test_ctrl_c_ends_the_answer_and_frees_its_sequence(commands: Commands, serve
 def test_ctrl_c_ends_the_wait_for_an_answer(commands: Commands, plain: PlainServer) -> None:
     plain.stays_open = True
     plain.replies = {MODELS: models(), CHAT: b""}
-    with chatting(commands, "--url", plain.url) as (running, keyboard):
-        running.says("talking to one")
-        os.write(keyboard, b"Hello\n")
-        while len(plain.asked) < 2:
-            assert running.is_alive
-        running.send(signal.SIGINT)
-        running.says("[stopped before the answer; the message is not kept]")
+    with chatting(commands, "--url", plain.url) as terminal:
+        terminal.running.says("talking to one")
+        terminal.type("Hello")
+        assert eventually(lambda: len(plain.asked) == 2)
+        plain.hung_up.clear()
+        terminal.running.send(signal.SIGINT)
+        terminal.running.says("[stopped before the answer; the message is not kept]")
         assert plain.hung_up.wait(60)
-        os.write(keyboard, b"/exit\n")
-        assert running.ends().status == 0
+        terminal.type("/exit")
+        assert terminal.running.ends().status == 0
 
 
 def test_a_conversation_that_is_too_long_ends_nothing(commands: Commands, server: Server) -> None:
