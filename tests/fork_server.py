@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 # They make a console of the environment that they find when they are imported.
-NOT_PRELOADED = ("tsqp.cli.printing", "tsqp.cli.repl", "tsqp.cli.demo_run")
+NOT_PRELOADED = (
+    "tsqp.cli.console", "tsqp.cli.printing", "tsqp.cli.repl", "tsqp.cli.demo_run",
+    "tsqp.cli.local_chat", "tsqp.cli.remote_chat",
+)  # fmt: skip
 PROGRAMS = ("tsqp.__main__", "tsqp.bench.start_once")
 # What commands import late.
 PRELOADED = ("gguf", "rich._emoji_codes", "rich.progress", "transformers", "typer._adapters",

@@ -15,13 +15,12 @@ COMMANDS = {
         MODEL
     """,
     "chat": """
-        --attention --debug --device --dtype --expect-model --field --fixed-point
-        --frequency-penalty --fuse --hints --insecure --insecure-same-host --kv-memory
-        --logit-bias --max-tokens --min-p --no-shm --pad-memory --prefill-chunk
+        --api-key --api-key-file --attention --cacert --debug --device --dtype --expect-model
+        --field --fixed-point --frequency-penalty --fuse --hints --insecure --insecure-same-host
+        --kv-memory --logit-bias --max-tokens --min-p --no-shm --pad-memory --prefill-chunk
         --presence-penalty --privacy --quiet
         --repetition-penalty --rpc-log --seed --shm-name --split-special --stop --stop-token-id
-        --system
-        --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
+        --system --temperature --threads --timeout --top-k --top-p --url --worker --worker-key MODEL
     """,
     "serve": """
         --api-key --api-key-file --attention --debug --device --dtype --expect-model --field

@@ -1,53 +1,28 @@
 """`tsqp chat`: lines go in, answers and remarks come out; where it matters, of a real process."""
 
 import json
-import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 from protocol_helpers import (
-    GIVES_UP_SOON,
     START_S,
     Commands,
     Main,
     Result,
-    Running,
     socket_endpoint,
 )
+from typed_chat import chatting
+
+from tsqp.cli.console import for_terminal
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 LONG = ["--privacy", "tee", "--seed", "1", "--max-tokens", "50000"]
 SHORT = ["--privacy", "tee", "--seed", "1", "--max-tokens", "12"]
-
-
-class Terminal:
-    """The end of a pipe into a running chat."""
-
-    def __init__(self, running: Running, descriptor: int) -> None:
-        self.running = running
-        self._descriptor = descriptor
-
-    def type(self, *lines: str) -> None:
-        os.write(self._descriptor, "".join(f"{line}\n" for line in lines).encode())
-
-
-@contextmanager
-def chatting(commands: Commands, *arguments: object) -> Iterator[Terminal]:
-    """A chat whose standard input stays open."""
-    pipe = commands.folder / "input"
-    os.mkfifo(pipe)
-    descriptor = os.open(pipe, os.O_RDWR)  # so that opening it for reading does not wait
-    try:
-        command = ["chat", *arguments]
-        yield Terminal(commands.start(*command, stdin=pipe, env=GIVES_UP_SOON), descriptor)
-    finally:
-        os.close(descriptor)
 
 
 Talk = Callable[..., Result]
@@ -109,7 +84,7 @@ def test_an_interrupted_answer_ends_and_is_kept(commands: Commands, speaking: Pa
     assert result.status == 0, result.stderr
     question, answer = messages(commands.folder / "talk.json")
     assert question == {"role": "user", "content": "Hello"}
-    assert answer["content"] + "\n" == result.stdout
+    assert for_terminal(answer["content"]) + "\n" == result.stdout
     assert "Traceback" not in result.stderr
 
 
@@ -177,7 +152,7 @@ def test_after_a_reset_nothing_is_kept(
 ) -> None:
     reused: list[int] = []
     monkeypatch.setattr(
-        "tsqp.cli.repl.print_statistics", lambda llm: reused.append(llm.stats.reused_tokens)
+        "tsqp.cli.local_chat.print_statistics", lambda llm: reused.append(llm.stats.reused_tokens)
     )
     talk(speaking, "Hello", "/stats", "/reset", "Hello", "/stats", "/retry", "/stats")
     first, second, third = reused

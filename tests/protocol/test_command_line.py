@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from protocol_helpers import SHARED, START_S, Commands, Main, Result, Running, write_ids
 
-from tsqp.cli.printing import say
+from tsqp.cli.console import say
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 ANSWER = "The capital of France is Paris."

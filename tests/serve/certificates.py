@@ -1,4 +1,4 @@
-"""A certificate for tests of TLS."""
+"""Certificates for servers of the tests."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path

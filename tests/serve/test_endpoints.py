@@ -36,7 +36,7 @@ def test_a_chat_is_the_completion_of_its_template(server: Server) -> None:
     assert chat["model"] == "tiny"
     [choice] = chat["choices"]
     [other] = server.complete(text, **GREEDY).json["choices"]
-    assert choice["message"] == {"role": "assistant", "content": other["text"]}
+    assert choice["message"] == {"role": "assistant", "content": other["text"], "refusal": None}
     assert choice["finish_reason"] == "length"
     tokens = server.ask("/tokenize", {"prompt": text}).json["count"]
     assert chat["usage"] == {

@@ -146,7 +146,7 @@ def test_with_auto_and_none_an_answer_may_be_text(server: Server) -> None:
             temperature=0,
             logit_bias=bias(server, "<"),
         ).json["choices"]
-        assert found["message"] == {"role": "assistant", "content": "<<<"}
+        assert found["message"] == {"role": "assistant", "content": "<<<", "refusal": None}
 
 
 def test_a_form_beside_tools_is_the_form_of_answers_that_call_nothing(

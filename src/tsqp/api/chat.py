@@ -59,6 +59,7 @@ class ChatLogprobs(Answer):
     """The tokens of an answer, or of a piece of one."""
 
     content: list[TokenLogprob]
+    refusal: None = None
 
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
@@ -69,6 +70,7 @@ class ChatMessage(Answer):
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    refusal: None = None
     tool_calls: Annotated[list[ToolCall] | None, absent_if_none()] = None
 
 

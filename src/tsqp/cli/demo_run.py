@@ -12,7 +12,8 @@ from rich.table import Table
 from tsqp import LLM, SamplingParams
 from tsqp.audit.audit_table import make_console, read_text, show_found, show_p
 from tsqp.audit.auditor import NEAREST, REPEATS, ROW_SPACE, UNIFORM, Auditor, Report
-from tsqp.cli.printing import Printer, note
+from tsqp.cli.console import note
+from tsqp.cli.printing import Printer
 from tsqp.runtime.local_worker import LocalWorker
 from tsqp.runtime.quiet import is_quiet
 from tsqp.tee.text.tokenizer import Tokenizer

@@ -44,7 +44,7 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Find problems of this machine, its transports or a worker, and say how to solve them."""
-    from tsqp.cli.printing import say
+    from tsqp.cli.console import say
     from tsqp.doctor.diagnose import examine, print_checks
     from tsqp.doctor.greeting_checks import Unnamed
     from tsqp.doctor.session_checks import Target

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -26,6 +25,8 @@ from tsqp.checkpoint.model_digest import compute_digest
 from tsqp.checkpoint.prepared import PreparedFile, prepare
 from tsqp.checkpoint.progress import Rate
 from tsqp.checkpoint.weights import parse_dtype
+from tsqp.cli.console import note, say
+from tsqp.cli.console import stderr as _stderr
 from tsqp.errors import UsageError
 from tsqp.runtime.llm import LLM
 from tsqp.runtime.options import PRIVACY_MODES
@@ -44,8 +45,6 @@ PLACED = {
     "activation": "SiLU or GeLU",
     "sampling": "sampling",
 }
-
-_stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class Printer:
@@ -243,17 +242,6 @@ def loading_progress(what: str = "Loading") -> Iterator[Loading]:
         yield loading
     finally:
         loading.stop()
-
-
-def say(text: str) -> None:
-    """Print a line on standard error that --quiet keeps: an error, or requested output."""
-    _stderr.print(text)
-
-
-def note(text: str) -> None:
-    """Print a line on standard error, unless --quiet was given."""
-    if not is_quiet():
-        say(text)
 
 
 def _has_viewer() -> bool:

@@ -7,16 +7,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
-from tsqp.cli.printing import note, print_statistics, prompt_progress, say
-from tsqp.errors import PromptTooLong, TSQPError, WorkerError
-from tsqp.runtime.llm import LLM
-from tsqp.tee.sampling import Completion, SamplingParams
+from tsqp.cli.console import note, say
+from tsqp.errors import PromptTooLong, ServerError, TSQPError, WorkerError
+from tsqp.tee.sampling import SamplingParams
 
 HELP = """\
 /reset         forget the conversation, but keep the system message
@@ -30,6 +30,37 @@ HELP = """\
 Ctrl-C stops the answer that is being written, and keeps what is there."""
 
 
+class Answer(Protocol):
+    """An answer as it ended; `finish_reason` is "abort" if it was stopped."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def finish_reason(self) -> str: ...
+
+
+class Answerer(Protocol):
+    """What answers: a model in this process, or a server."""
+
+    def answer(
+        self,
+        messages: Sequence[dict[str, str]],
+        params: SamplingParams,
+        should_stop: Callable[[], bool],
+    ) -> Answer:
+        """Print an answer as it comes, until it ends or should stop.
+
+        Raises:
+            TSQPError: there is no answer, or not all of it.
+        """
+
+    def forget(self) -> None:
+        """Drop what is kept of the conversation."""
+
+    def print_statistics(self) -> None:
+        """Print where the time of the answers went."""
+
+
 class Repl:
     """One conversation.
 
@@ -37,27 +68,23 @@ class Repl:
         params: sampling parameters. `seed` is for the first answer; each later answer uses the
             next number.
         system: the system message; empty for none.
-        split_special: treat control tokens in the user's input as plain text.
         interactive: whether a person is at the terminal and can react to a failure. If not, a
-            worker that fails ends the chat.
+            worker or a server that fails ends the chat.
     """
 
     def __init__(
         self,
-        llm: LLM,
+        answerer: Answerer,
         params: SamplingParams,
         *,
         system: str = "",
-        split_special: bool = False,
         interactive: bool,
     ) -> None:
-        self._llm = llm
+        self._answerer = answerer
         self._params = params
         self._system = system
-        self._split_special = split_special
         self._interactive = interactive
         self._exchanges: list[tuple[str, str]] = []  # messages and their answers
-        self._conversation = llm.conversation()
         self._asked = 0
         self._interrupted = False
         self._commands: dict[str, Callable[[str], None]] = {
@@ -67,14 +94,15 @@ class Repl:
             "/undo": self._undo,
             "/retry": self._retry,
             "/save": self._save,
-            "/stats": lambda _: print_statistics(self._llm),
+            "/stats": lambda _: self._answerer.print_statistics(),
         }
 
     def run(self) -> None:
         """Run until /exit or the end of standard input.
 
         Raises:
-            WorkerError: a worker failed, and the chat is not interactive.
+            WorkerError, ServerError: the worker or the server failed, and the chat is not
+                interactive.
         """
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # one bad line must not end the chat
@@ -139,7 +167,7 @@ class Repl:
             )
             return False
         except TSQPError as exc:
-            if isinstance(exc, WorkerError) and not self._interactive:
+            if isinstance(exc, WorkerError | ServerError) and not self._interactive:
                 raise
             say(f"\nerror: {exc}")
             return False
@@ -154,24 +182,17 @@ class Repl:
             note("[stopped; the answer so far is kept]")
         elif answer.finish_reason == "length":
             note("[cut off by --max-tokens or the model's context length]")
+        elif answer.finish_reason == "content_filter":
+            note("[cut off by the server's content filter]")
         return True
 
-    def _answer(self, message: str) -> Completion:
+    def _answer(self, message: str) -> Answer:
         messages = [*self._messages(), {"role": "user", "content": message}]
         params = self._params
         if params.seed is not None:
             params = replace(params, seed=params.seed + self._asked)
         self._asked += 1
-        with prompt_progress() as on_progress:
-            return self._llm.chat(
-                messages,
-                params,
-                on_text=lambda _, text: print(text, end="", flush=True),
-                on_progress=on_progress,
-                should_stop=lambda: self._interrupted,
-                conversation=self._conversation,
-                split_special=self._split_special,
-            )
+        return self._answerer.answer(messages, params, lambda: self._interrupted)
 
     def _messages(self) -> list[dict[str, str]]:
         messages = [{"role": "system", "content": self._system}] if self._system else []
@@ -182,8 +203,7 @@ class Repl:
 
     def _reset(self, _: str) -> None:
         self._exchanges.clear()
-        self._conversation.close()
-        self._conversation = self._llm.conversation()
+        self._answerer.forget()
         note("Started a new conversation.")
 
     def _set_system(self, text: str) -> None:

@@ -12,12 +12,18 @@ from tsqp.errors import UsageError
 from tsqp.runtime.options import Option, Options, command_options
 
 
-def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(
+    *names: str, unless: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the named options of `Options` to a command; without names, all of them.
 
     A parameter of the command that has the name of an option receives its value. The remaining
     options arrive together in the parameter `options`, as an `Options`; `--help` lists them in its
     place. A command with `options` must also have a parameter `context`.
+
+    Args:
+        unless: an option of the command that takes the place of all of these. With it, `options` is
+            None, and those that were typed are refused; variables and settings have no effect.
     """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
@@ -38,6 +44,12 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
                 )
 
         def run(**given: Any) -> None:
+            if unless and given[unless] is not None:
+                for name, (option, _) in offered.items():
+                    given.pop(option.flag or name)
+                    _refuse_typed(given["context"], option.flag or name, unless)
+                command(**given, options=None)
+                return
             values = {
                 name: _value(name, option, given.pop(option.flag or name))
                 for name, (option, _) in offered.items()
@@ -70,6 +82,14 @@ def _parameter(name: str, option: Option, default: Any) -> inspect.Parameter:
         default=not default if option.flag else default,
         annotation=Annotated[option.type, shown],
     )
+
+
+def _refuse_typed(context: typer.Context, name: str, unless: str) -> None:
+    if is_from_command_line(context, name):
+        raise UsageError(
+            f"--{name.replace('_', '-')} is for a model in this process, not for --{unless}: leave "
+            "one of them out."
+        )
 
 
 def _value(name: str, option: Option, given: Any) -> Any:

@@ -30,6 +30,7 @@ from tsqp.tee.sampling import SamplingParams
 
 Ended = Literal["incomplete", "completed"]
 Fields = dict[str, Any]
+NO_SCHEMA: Fields = {"parameters": None, "strict": False}  # of a tool that does not say
 
 
 class ResponseInProgress:
@@ -114,7 +115,7 @@ class ResponseInProgress:
             temperature=self.params.temperature,
             text={"format": (body.text and body.text.format) or {"type": "text"}},
             tool_choice=body.tool_choice or "auto",
-            tools=body.tools or [],
+            tools=[NO_SCHEMA | tool for tool in body.tools or []],
             top_p=self.params.top_p,
             usage=usage,
         )
