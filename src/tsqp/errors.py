@@ -18,6 +18,7 @@
     ├── LatticeError               a lattice mask does not fit its own product; no worker's fault
     ├── RecordingError             a recording of what a worker received cannot be written or read
     ├── ReportError                a file is neither a call log nor a result of a benchmark
+    ├── AttestationError           evidence cannot be made or read, or does not meet a policy
     └── WorkerError                something failed between this process and a worker
         ├── WorkerUnavailable      nobody serves the endpoint, or it cannot be served
         ├── HandshakeError         both sides run, but disagree on model, dtype, version or key
@@ -130,6 +131,13 @@ class RecordingError(TSQPError):
 
 class ReportError(TSQPError):
     """A file is neither a call log nor a result of a benchmark, or is damaged."""
+
+
+class AttestationError(TSQPError):
+    """Evidence of a server cannot be made or read, or does not meet the policy.
+
+    Nothing was sent to a server whose evidence raised this.
+    """
 
 
 class WorkerError(TSQPError):

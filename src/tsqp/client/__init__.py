@@ -1,0 +1,1 @@
+"""The relying party: talks to a server, after verifying it."""
