@@ -41,6 +41,10 @@ COMMANDS = {
     "digest": "--debug --dtype --privacy --quiet MODEL",
     "keygen": "--debug FOLDER",
     "doctor": "--debug --dtype --insecure --json --threads --worker --worker-key MODEL",
+    "verify": "--at --cacert --claims --collateral --debug --json --policy --quote --save URL",
+    "proxy": """
+        --api-key-file --cacert --collateral --debug --host --policy --port --reverify-seconds URL
+    """,
     "demo": "--debug --fetch --prompt --quiet",
     "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
     "bench": """

@@ -9,6 +9,7 @@ from tsqp.cli import (  # noqa: F401
     generate,
     report,
     serve,
+    verify,
     verify_receipt,
     worker,
 )
