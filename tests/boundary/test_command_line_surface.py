@@ -23,11 +23,11 @@ COMMANDS = {
         --temperature --threads --timeout --top-k --top-p --worker --worker-key MODEL
     """,
     "serve": """
-        --api-key --api-key-file --attention --debug --device --dtype --expect-model --field
-        --fixed-point --fuse --hints --host --insecure --insecure-same-host --kv-memory
+        --api-key --api-key-file --attention --attest --debug --device --dtype --expect-model
+        --field --fixed-point --fuse --hints --host --insecure --insecure-same-host --kv-memory
         --max-model-len
         --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
-        --prefill-chunk --privacy --quiet --root-path --rpc-log --served-model-name
+        --prefill-chunk --privacy --quiet --receipts --root-path --rpc-log --served-model-name
         --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads --timeout
         --tool-call-parser --uds
         --worker --worker-key MODEL
@@ -59,6 +59,7 @@ COMMANDS = {
         --streams --url
     """,
     "bench-accuracy": "--chunk --debug --max-tokens --out --quiet --text --threads MODEL",
+    "verify-receipt": "--debug --evidence --json --key --receipt --request --response",
     "report": "--against --debug --html --json --trace FILES",
 }
 

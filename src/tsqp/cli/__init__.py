@@ -10,6 +10,7 @@ from tsqp.cli import (  # noqa: F401
     report,
     serve,
     verify,
+    verify_receipt,
     worker,
 )
 from tsqp.cli.app import app, main

@@ -6,6 +6,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import hashes
 
 from tsqp.api.evidence import Evidence
+from tsqp.api.simulated_root import SIMULATED_ARK
 from tsqp.client.collateral import MAX_FILE, Collateral, read_limited
 from tsqp.client.platform_checks import check_age, check_debug
 from tsqp.client.policy import Policy
@@ -16,9 +17,7 @@ from tsqp.client.x509_files import Material, load_certificates
 from tsqp.errors import AttestationError
 
 # The root of the simulated platform, whose private keys are public.
-SIMULATED_ROOTS = {
-    "0b5ada8d61b59ca970254dfac2a34b5c06df9afa46481e0b7b86fc4bd48a309a": "the simulated platform"
-}
+SIMULATED_ROOTS = {SIMULATED_ARK: "the simulated platform"}
 
 
 def check_amd(
