@@ -1,5 +1,6 @@
 """`tsqp verify` and `tsqp proxy`."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,7 @@ def verify(
 def _verify_server(
     url: str, policy: Path, collateral: list[Path], cacert: Path | None, save: Path | None
 ) -> "Verdict":
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it prints each request
     with _needed_packages():
         from tsqp.client.collateral import read_collateral
         from tsqp.client.policy import read_policy

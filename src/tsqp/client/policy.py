@@ -203,7 +203,9 @@ class Policy(Table, frozen=True, rename={"sev_snp": "sev-snp"}):
         if self.max_collateral_age_days is not None and self.max_collateral_age_days < 0:
             raise ValueError("max_collateral_age_days must be 0 or more.")
         tables: dict[str, Table] = {"sgx": self.sgx, "tdx": self.tdx, "sev-snp": self.sev_snp}
-        for name in () if self.any_measurement else self.platforms:
+        # The simulated platform makes reports of SEV-SNP.
+        accepted = {*self.platforms, *(("sev-snp",) if self.allow_simulated else ())}
+        for name in () if self.any_measurement else sorted(accepted):
             if not tables[name].has_measurement:
                 raise ValueError(
                     f"The policy has no measurement for {name}, so any code would be accepted: "
