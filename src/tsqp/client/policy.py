@@ -30,7 +30,7 @@ CURRENT_STATUSES = STATUSES[:4]
 
 _HEX = re.compile(r"([0-9a-f]{2})+\Z", re.ASCII)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z", re.ASCII)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`( - at `\$\.?(.*)`)?\Z", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`( - at `\$\.?(.*)`)?\Z", re.DOTALL)
 
 
 def _check_hex(name: str, values: tuple[str, ...], length: int) -> None:
