@@ -3,7 +3,6 @@
 import struct
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cache
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -26,10 +25,14 @@ CONFIGURATION = {"options": {"privacy": "pad", "threads": 2}, "server": {"api_ke
 DIGEST = "sha256:" + "5a" * 32
 
 
-@cache
+_keys: dict[tuple[str, int], rsa.RSAPrivateKey] = {}
+
+
 def rsa_key(name: str, bits: int = 4096) -> rsa.RSAPrivateKey:
     """A key that is made once, because that takes long."""
-    return rsa.generate_private_key(65537, bits)
+    if (name, bits) not in _keys:
+        _keys[name, bits] = rsa.generate_private_key(65537, bits)
+    return _keys[name, bits]
 
 
 def name_of(text: str) -> x509.Name:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.serialization import Encoding
 from fake_platform import BEGIN, END, MEASUREMENT, NOW, TCB, FakePlatform
@@ -186,7 +185,6 @@ def test_a_policy_may_allow_other_levels_and_migration(
 
 def test_malformed_tables_of_certificates_are_refused(platform: FakePlatform) -> None:
     table = platform.table()
-    ark = {platform.ark.fingerprint(hashes.SHA256()).hex()}
     for wrong in (
         table[:30],
         table[:-1],
@@ -198,4 +196,4 @@ def test_malformed_tables_of_certificates_are_refused(platform: FakePlatform) ->
         evidence = Evidence(
             platform="sev-snp", quote=platform.report(), claims=b"", certificates=wrong
         )
-        assert "report" in failed(verify_evidence(evidence, ANYTHING, at=NOW)), ark
+        assert "report" in failed(verify_evidence(evidence, ANYTHING, at=NOW))

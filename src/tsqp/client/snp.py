@@ -7,7 +7,7 @@ from datetime import datetime
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.x509.oid import NameOID, SignatureAlgorithmOID
 
@@ -153,31 +153,16 @@ def _check_crls(chain: Chain, crls: Sequence[x509.CertificateRevocationList], at
     own = [each for each in crls if each.issuer == chain.ark.subject]
     if not own:
         raise AttestationError("there is no list of revoked certificates (CRL) of this root")
+    key = _public_key(chain.ark)
     for crl in own:
-        _check_crl_signature(crl, chain.ark)
+        if not isinstance(key, rsa.RSAPublicKey) or not crl.is_signature_valid(key):
+            raise AttestationError("the signature of the list of revoked certificates is wrong")
         end = crl.next_update_utc
         if end is None or not crl.last_update_utc <= at <= end:
             raise AttestationError("the list of revoked certificates is not valid at this time")
         if crl.get_revoked_certificate_by_serial_number(chain.ask.serial_number) is not None:
             raise AttestationError("AMD has revoked the ASK")
     return f"the ASK is not revoked, as of {max(each.last_update_utc for each in own):%Y-%m-%d}"
-
-
-def _check_crl_signature(crl: x509.CertificateRevocationList, ark: x509.Certificate) -> None:
-    key = _public_key(ark)  # `crl.is_signature_valid` does not know PSS
-    try:
-        if not isinstance(key, rsa.RSAPublicKey):
-            raise InvalidSignature
-        key.verify(
-            crl.signature,
-            crl.tbs_certlist_bytes,
-            padding.PSS(padding.MGF1(hashes.SHA384()), hashes.SHA384.digest_size),
-            hashes.SHA384(),
-        )
-    except InvalidSignature:
-        raise AttestationError(
-            "the signature of the list of revoked certificates is wrong"
-        ) from None
 
 
 def _check_chip(vcek: x509.Certificate, report: SnpReport) -> str:
