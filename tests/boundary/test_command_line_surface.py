@@ -59,7 +59,9 @@ COMMANDS = {
         --streams --url
     """,
     "bench-accuracy": "--chunk --debug --max-tokens --out --quiet --text --threads MODEL",
-    "verify-receipt": "--debug --evidence --json --key --receipt --request --response",
+    "verify-receipt": """
+        --collateral --debug --evidence --json --key --policy --receipt --request --response
+    """,
     "report": "--against --debug --html --json --trace FILES",
 }
 

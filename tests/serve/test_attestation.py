@@ -138,6 +138,21 @@ def test_a_platform_that_hangs_is_an_error_and_nothing_piles_up(
     asyncio.run(run())
 
 
+def test_a_server_whose_platform_hangs_at_the_start_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        provider = FakeProvider()
+        monkeypatch.setattr(attestation, "QUOTE_S", 0.05)
+        provider.go.clear()
+        with pytest.raises(AttestationError, match="gave no evidence within"):
+            async with begun(provider):
+                pass
+        provider.go.set()
+
+    asyncio.run(run())
+
+
 def test_an_error_of_the_platform_reaches_who_asked_and_the_next_one_succeeds() -> None:
     async def run() -> None:
         provider = FakeProvider()

@@ -140,7 +140,16 @@ def test_the_command_checks_files(
     assert result.json["valid"] is True
     assert result.json["receipt"]["response"] == hashlib.sha256(reply.body).hexdigest()
     assert any("SIMULATED" in each for each in result.json["warnings"])
-    assert any("evidence itself was not verified" in each for each in result.json["warnings"])
+    assert any("No evidence was verified" in each for each in result.json["warnings"])
+    policy = tmp_path / "policy.toml"
+    for allow, status in ((True, 0), (False, 1)):
+        policy.write_text(
+            f'platforms = ["sgx"]\nany_measurement = true\nallow_simulated = {str(allow).lower()}\n'
+        )
+        result = commands.run("verify-receipt", *flags, "--policy", policy, "--json")
+        assert result.status == status, result
+        assert "simulated: proves nothing" in result.stderr
+        assert not allow or len(result.json["warnings"]) == 1
     (tmp_path / "response").write_bytes(reply.body + b" ")
     assert "another response" in commands.fails("verify-receipt", *flags)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +12,11 @@ import typer
 
 from tsqp.cli.app import app
 from tsqp.cli.flags import Debug, JsonOutput
+from tsqp.cli.verify import CollateralFiles
 from tsqp.errors import UsageError, printable_path
 
 if TYPE_CHECKING:
+    from tsqp.api.evidence import Evidence
     from tsqp.api.receipts import Receipt
 
 MAX_BODY = 2**30
@@ -40,11 +43,13 @@ def verify_receipt(
     ] = None,
     evidence: Annotated[
         Path | None,
-        typer.Option(
-            help="File with the evidence of the server, as /.well-known/tsqp-attestation gave it. "
-            "It is not verified here: use `tsqp verify`."
-        ),
+        typer.Option(help="File with the evidence of the server: what `tsqp verify --save` wrote."),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Also verify that evidence now, against this policy."),
+    ] = None,
+    collateral: CollateralFiles = None,
     key: Annotated[
         str | None,
         typer.Option(
@@ -57,8 +62,8 @@ def verify_receipt(
     """Check that a server's receipt is for this request and this response."""
     try:
         from tsqp.api.claims import Claims
-        from tsqp.api.evidence import MAX_JSON, Evidence
         from tsqp.api.receipts import split_stream
+        from tsqp.client.quote_file import read_evidence
         from tsqp.client.receipts import check_claims, check_receipt
     except ModuleNotFoundError as exc:
         raise UsageError(
@@ -67,9 +72,13 @@ def verify_receipt(
 
     if (evidence is None) == (key is None):
         raise UsageError("Give either --evidence or --key: whose receipt it must be.")
+    if policy is not None and evidence is None:
+        raise UsageError("--policy needs --evidence.")
     claims = None
     if evidence is not None:
-        given = Evidence.from_json(_read(evidence, MAX_JSON, "--evidence"))
+        given = read_evidence(evidence, None)
+        if policy is not None:
+            _verify(given, policy, collateral or [])
         claims = Claims.decode(given.claims)
         digest = claims.public_key
     elif key is not None and re.fullmatch(r"(?:sha256:)?[0-9a-fA-F]{64}", key):
@@ -85,13 +94,30 @@ def verify_receipt(
     checked = check_receipt(found, request=asked, response=body, key=digest)
     if claims is not None:
         check_claims(checked, claims)
-    _print(checked, evidence is not None, json_output)
+    _print(checked, policy is not None, json_output)
 
 
-def _print(receipt: "Receipt", has_evidence: bool, json_output: bool) -> None:
+def _verify(evidence: "Evidence", policy: Path, collateral: list[Path]) -> None:
+    """Verify evidence, and end the command if it is refused."""
+    from tsqp.client.collateral import read_collateral
+    from tsqp.client.policy import read_policy
+    from tsqp.client.verify import verify_evidence
+
+    demands = read_policy(policy)
+    files = [*(Path(each) for each in demands.collateral), *collateral]
+    known = read_collateral(files)
+    verdict = verify_evidence(evidence, demands, at=datetime.now(UTC), collateral=known)
+    print(verdict.text(), file=sys.stderr)
+    verdict.require()
+
+
+def _print(receipt: "Receipt", is_verified: bool, json_output: bool) -> None:
     warnings = [SIMULATED] if receipt.platform == "simulated" else []
-    if has_evidence:
-        warnings.append("The evidence itself was not verified here: use `tsqp verify`.")
+    if not is_verified:
+        warnings.append(
+            "No evidence was verified here, so this shows only which key signed: give --evidence "
+            "and --policy."
+        )
     if json_output:
         print(json.dumps({"valid": True, "receipt": asdict(receipt), "warnings": warnings}))
         return

@@ -102,7 +102,12 @@ class Attestation:
             version=version,
             configuration=configuration_digest(self.configuration),
         )
-        await self._present(claims)
+        try:
+            await self._present(claims)
+        except TimeoutError:
+            raise AttestationError(
+                f"The platform gave no evidence within {QUOTE_S:g} seconds."
+            ) from None
         self._claims = claims
 
     async def keep_renewed(self) -> None:
@@ -188,7 +193,7 @@ def begin_attestation(options: Options, served: ServeOptions) -> Attestation | N
     provider = choose_provider(served.attest)
     provider.quote(secrets.token_bytes(REPORT_DATA_BYTES))  # fails now, not after the model loads
     hosts = {"localhost", "127.0.0.1", "::1"}
-    if served.host not in ("", "0.0.0.0", "::"):
+    if served.host.isascii() and served.host not in ("", "0.0.0.0", "::"):
         hosts.add(served.host)
     configuration = effective_configuration(options, served, os.environ)
     attestation = Attestation(provider, configuration, sorted(hosts))

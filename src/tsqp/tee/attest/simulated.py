@@ -50,6 +50,7 @@ def _report(report_data: bytes) -> bytes:
     struct.pack_into("<I", report, 0x34, P384_SHA384)
     report[0x50:0x90] = report_data
     report[0x90:0xC0] = MEASUREMENT
+    report[0x160:0x180] = b"\xff" * 32  # no migration agent
     report[0x1A0:0x1E0] = CHIP_ID
     for place in (0x38, 0x180, 0x1E0, 0x1F0):  # current, reported, committed and launch TCB
         report[place : place + len(TCB)] = TCB
