@@ -158,7 +158,7 @@ def test_an_authority_can_be_required_too(tmp_path: Path) -> None:
         (503, {}, b"", "loading or busy"),
         (500, {}, b"", "answered with status 500"),
         (200, {}, b"{", "not valid JSON"),
-        (200, {}, b"x" * 100_000, "more than 65,536 bytes"),
+        (200, {}, b"x" * 100_000, "server's evidence has more than 65,536 bytes"),
         (200, {}, b"[]", "must be an object"),
         (200, {"Content-Encoding": "gzip"}, b"\x1f\x8b" + b"0" * 100, "not valid JSON"),
     ],
