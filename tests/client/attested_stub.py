@@ -7,6 +7,7 @@ import ssl
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
@@ -134,7 +135,7 @@ class AttestedStub:
         self.status, self.headers = 200, {"Content-Type": "application/json"}
         self.received: list[bytes] = []
         self.asked = 0
-        self.connections = 0
+        self.open: list[ssl.SSLSocket] = []
         self.streaming, self.hung_up = threading.Event(), threading.Event()
         stub = self
 
@@ -146,10 +147,10 @@ class AttestedStub:
             daemon_threads = True
 
             def finish_request(self, request: Any, client_address: Any) -> None:
-                stub.connections += 1
                 try:
                     request.settimeout(30)
                     with stub.identity.context().wrap_socket(request, server_side=True) as tls:
+                        stub.open.append(tls)
                         super().finish_request(tls, client_address)
                 except OSError:  # a client that refuses the key hangs up
                     pass
@@ -166,6 +167,9 @@ class AttestedStub:
         self.streaming.set()
         self._listener.shutdown()
         self._listener.server_close()
+        for connection in self.open:
+            with suppress(OSError):  # it has ended
+                connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> "AttestedStub":
         return self
@@ -241,8 +245,3 @@ def policy_file(folder: Path, text: str = POLICY_FILE) -> Path:
 
 def changed_policy(**demands: object) -> Policy:
     return msgspec.structs.replace(POLICY, **demands)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

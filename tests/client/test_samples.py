@@ -183,22 +183,37 @@ def test_collateral_may_not_be_older_than_the_policy_says() -> None:
     assert failed(amd_verdict(milan_report(), policy)) == {"collateral"}
 
 
-@pytest.mark.parametrize("name", INTEL)
-def test_enclaves_and_guests_under_debug_are_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def add_attribute(monkeypatch: pytest.MonkeyPatch, field: str, place: int, bits: int) -> None:
+    """Let genuine quotes have attributes that no sample has."""
     genuine = dcap.verify_quote
 
-    def under_debug(*arguments: object) -> dcap.Genuine:
+    def changed(*arguments: object) -> dcap.Genuine:
         found = genuine(*arguments)  # type: ignore[arg-type]
-        field = "attributes" if name == "sgx_quote" else "td_attributes"
         flags = bytearray.fromhex(found.report[field])
-        flags[0] |= 2 if name == "sgx_quote" else 1
+        flags[place] |= bits
         found.report[field] = flags.hex()
         return found
 
-    monkeypatch.setattr(intel_checks.dcap, "verify_quote", under_debug)
-    assert failed(IntelSample.read(name).verdict()) == {"debug"}
+    monkeypatch.setattr(intel_checks.dcap, "verify_quote", changed)
+
+
+def test_an_enclave_under_debug_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_attribute(monkeypatch, "attributes", 0, 2)
+    assert failed(IntelSample.read("sgx_quote").verdict()) == {"debug"}
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_guest_under_debug_is_refused(monkeypatch: pytest.MonkeyPatch, bit: int) -> None:
+    add_attribute(monkeypatch, "td_attributes", 0, 1 << bit)
+    assert failed(IntelSample.read("tdx_quote").verdict()) == {"debug"}
+
+
+def test_a_guest_that_may_be_moved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_attribute(monkeypatch, "td_attributes", 3, 0x20)
+    sample = IntelSample.read("tdx_quote")
+    assert failed(sample.verdict()) == {"migration"}
+    allowed = msgspec.structs.replace(ANYTHING, tdx=TdxPolicy(allow_migration=True))
+    assert sample.verdict(allowed).accepted
 
 
 def test_a_platform_that_the_policy_does_not_name_is_refused() -> None:

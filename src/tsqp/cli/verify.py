@@ -113,16 +113,16 @@ def _verify_file(
         from tsqp.client.policy import NO_DEMANDS, read_policy
         from tsqp.client.quote_file import read_evidence
         from tsqp.client.verify import verify_evidence
+    demands = NO_DEMANDS if policy is None else read_policy(policy)
+    files = [*(Path(each) for each in demands.collateral), *collateral]
+    evidence, found = read_evidence(quote, claims), read_collateral(files)
     if policy is None:
         print(
             "No --policy was given: this only shows whether the platform is genuine and up to "
             "date, not what runs on it.",
             file=sys.stderr,
         )
-    demands = NO_DEMANDS if policy is None else read_policy(policy)
-    files = [*(Path(each) for each in demands.collateral), *collateral]
-    evidence = read_evidence(quote, claims)
-    return verify_evidence(evidence, demands, at=at, collateral=read_collateral(files))
+    return verify_evidence(evidence, demands, at=at, collateral=found)
 
 
 def _refuse(needed: str, given: dict[str, object]) -> None:

@@ -91,7 +91,13 @@ class SgxPolicy(Table, frozen=True):
 
 
 class TdxPolicy(Table, frozen=True):
-    """Demands on a TDX guest: accepted values, in hexadecimal digits; see `SgxPolicy`."""
+    """Demands on a TDX guest.
+
+    Attributes:
+        mr_td, rtmr0 to rtmr3, mr_config_id: accepted values; hexadecimal digits.
+        min_tcb_evaluation, min_tcb_date: as for SGX.
+        allow_migration: accept guests that may be moved to another machine.
+    """
 
     mr_td: tuple[str, ...] = ()
     rtmr0: tuple[str, ...] = ()
@@ -101,6 +107,7 @@ class TdxPolicy(Table, frozen=True):
     mr_config_id: tuple[str, ...] = ()
     min_tcb_evaluation: int | None = None
     min_tcb_date: date | None = None
+    allow_migration: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "mr_config_id"):
