@@ -19,6 +19,7 @@
     ├── RecordingError             a recording of what a worker received cannot be written or read
     ├── ReportError                a file is neither a call log nor a result of a benchmark
     ├── ServerError                a server of `tsqp chat --url` cannot be reached, or fails
+    ├── AttestationError           evidence cannot be made or read, or does not meet a policy
     └── WorkerError                something failed between this process and a worker
         ├── WorkerUnavailable      nobody serves the endpoint, or it cannot be served
         ├── HandshakeError         both sides run, but disagree on model, dtype, version or key
@@ -135,6 +136,13 @@ class ReportError(TSQPError):
 
 class ServerError(TSQPError):
     """A server cannot be reached, refuses to answer, or sends something that is not an answer."""
+
+
+class AttestationError(TSQPError):
+    """Evidence of a server cannot be made or read, or does not meet the policy.
+
+    Nothing was sent to a server whose evidence raised this.
+    """
 
 
 class WorkerError(TSQPError):

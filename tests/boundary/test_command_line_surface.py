@@ -23,11 +23,11 @@ COMMANDS = {
         --system --temperature --threads --timeout --top-k --top-p --url --worker --worker-key MODEL
     """,
     "serve": """
-        --api-key --api-key-file --attention --debug --device --dtype --expect-model --field
-        --fixed-point --fuse --hints --host --insecure --insecure-same-host --kv-memory
+        --api-key --api-key-file --attention --attest --debug --device --dtype --expect-model
+        --field --fixed-point --fuse --hints --host --insecure --insecure-same-host --kv-memory
         --max-connections --max-model-len
         --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
-        --prefill-chunk --privacy --quiet --root-path --rpc-log --served-model-name
+        --prefill-chunk --privacy --quiet --receipts --root-path --rpc-log --served-model-name
         --shm-name --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads
         --timeout --tool-call-parser --uds --worker --worker-key MODEL
     """,
@@ -41,6 +41,10 @@ COMMANDS = {
     "keygen": "--debug FOLDER",
     "doctor": """
         --debug --dtype --insecure --json --shm-name --threads --worker --worker-key MODEL
+    """,
+    "verify": "--at --cacert --claims --collateral --debug --json --policy --quote --save URL",
+    "proxy": """
+        --api-key-file --cacert --collateral --debug --host --policy --port --reverify-seconds URL
     """,
     "demo": "--debug --fetch --prompt --quiet",
     "audit": "--again --debug --json --model --prompt-ids --shares RECORDING",
@@ -59,6 +63,9 @@ COMMANDS = {
         --streams --url
     """,
     "bench-accuracy": "--chunk --debug --max-tokens --out --quiet --text --threads MODEL",
+    "verify-receipt": """
+        --collateral --debug --evidence --json --key --policy --receipt --request --response
+    """,
     "report": "--against --debug --html --json --trace FILES",
 }
 

@@ -9,6 +9,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(TESTS), str(TESTS / "protocol")]
 
+from attested_server import AttestedServer, begin_attested  # noqa: E402
 from protocol_helpers import Commands  # noqa: E402
 from serve_client import Server  # noqa: E402
 from serve_models import write_model  # noqa: E402
@@ -64,3 +65,12 @@ def watched_server(serve_commands: Commands, model: Path) -> Server:
         "--served-model-name", NAME, "--show-worker-view", "--debug", "--rpc-log", calls,
     )  # fmt: skip
     return server
+
+
+@pytest.fixture(scope="session")
+def attested_server(serve_commands: Commands, model: Path) -> AttestedServer:
+    """A server on the simulated platform, which signs receipts."""
+    return begin_attested(
+        serve_commands, model, "--privacy", "tee", "--served-model-name", NAME, "--receipts",
+        "--attest", "simulated",
+    )  # fmt: skip

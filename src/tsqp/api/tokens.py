@@ -1,4 +1,4 @@
-"""`/tokenize`, `/detokenize`, `/version`, `/health`, `/v1/tsqp/status` and `/v1/tsqp/view`."""
+"""Tokens, and what a server tells of itself: `/health`, `/version`, `/v1/tsqp/…`, evidence."""
 
 from typing import Annotated, Any, Literal
 
@@ -85,6 +85,8 @@ class StatusAnswer(Answer):
         integrity_failures: how often a wrong answer of a worker was detected.
         pads_bytes: size of the masks in stock; null where there are none.
         worker_view: whether `/v1/tsqp/view/{request_id}` shows what workers received.
+        attestation: the platform that gives evidence; null where there is none.
+        attestation_warning: a sentence if that evidence proves nothing.
     """
 
     status: str
@@ -105,6 +107,8 @@ class StatusAnswer(Answer):
     placement: dict[str, str]
     max_model_len: int
     worker_view: bool
+    attestation: str | None
+    attestation_warning: str | None
     running: int
     waiting: int
 
@@ -126,3 +130,18 @@ class ViewAnswer(Answer):
     columns: int
     masked: str
     plain: str
+
+
+class AttestationAnswer(Answer):
+    """Evidence of the platform; see `tsqp.api.evidence`. Bytes are in base64.
+
+    Attributes:
+        configuration: what the claim of that name is the SHA-256 of, as canonical JSON: sorted
+            keys, no spaces, UTF-8.
+    """
+
+    platform: str
+    quote: str
+    claims: str
+    certificates: str
+    configuration: dict[str, Any]

@@ -214,7 +214,7 @@ def measure_server(
     alone, beside, long = [], [], []
     for _ in range(rounds):
         for count in streams:
-            loads[count].append(_measure_load(target, count, shape))
+            loads[count].append(measure_load(target, count, shape))
         alone.append(_stream(target, prompt_tokens, 1).first_s)
         if long_tokens:
             both = _measure_beside(target, prompt_tokens, long_tokens)
@@ -230,13 +230,18 @@ def _use_up_masks(target: Target, streams: int, shape: tuple[int, int]) -> None:
     last = before.get(MADE, 0.0) - before.get(INLINE, 0.0)
     used = -1.0
     while used < last:
-        _measure_load(target, streams, shape)
+        measure_load(target, streams, shape)
         earlier, used = used, target.metrics().get(AHEAD, 0.0)
         if used <= earlier:  # the server has begun a new session
             return
 
 
-def _measure_load(target: Target, streams: int, shape: tuple[int, int]) -> Load:
+def measure_load(target: Target, streams: int, shape: tuple[int, int]) -> Load:
+    """One round of so many streams, each with a prompt and an answer of these numbers of tokens.
+
+    Raises:
+        TSQPError: the server cannot be reached, or refuses.
+    """
     answers: list[Answer] = []
     errors: list[TSQPError] = []
 

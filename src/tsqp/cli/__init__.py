@@ -9,6 +9,8 @@ from tsqp.cli import (  # noqa: F401
     generate,
     report,
     serve,
+    verify,
+    verify_receipt,
     worker,
 )
 from tsqp.cli.app import app, main

@@ -3,18 +3,40 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tsqp.cli.app import app
 from tsqp.cli.flags import Debug, Model, Quiet
 from tsqp.cli.with_options import with_options
 from tsqp.errors import UsageError
+from tsqp.runtime.environment import keep_known
 from tsqp.runtime.options import Options
+from tsqp.tee.attest.provider import AUTO, CHOICES
 
 
-@app.command()
+class _Serve(TyperCommand):
+    """`--attest` may stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = []
+        for place, each in enumerate(args):
+            given.append(each)
+            if each == "--attest" and args[place + 1 : place + 2] not in ([one] for one in CHOICES):
+                given.append(AUTO)
+        return super().parse_args(ctx, given)
+
+
+def _clear_environment(attest: str | None) -> str | None:
+    """Remove unknown variables before libraries such as torch are loaded, which may read them."""
+    if attest is not None:
+        keep_known(os.environ)
+    return attest
+
+
+@app.command(cls=_Serve)
 @with_options()
 def serve(
     context: typer.Context,
@@ -87,6 +109,23 @@ def serve(
     ssl_keyfile: Annotated[
         Path | None, typer.Option(help="Private key for TLS, a PEM file.")
     ] = None,
+    attest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[auto|simulated]",
+            callback=_clear_environment,
+            help="Make a TLS key in this process, and let the platform attest it: an SGX enclave, "
+            "or a TDX or SEV-SNP machine. Without such a platform the server does not start; "
+            "simulated is for trying it out, and proves nothing.",
+        ),
+    ] = None,
+    receipts: Annotated[
+        bool,
+        typer.Option(
+            "--receipts",
+            help="With --attest: sign a receipt of each request and its response.",
+        ),
+    ] = False,
     root_path: Annotated[
         str, typer.Option(help="Path under which a reverse proxy shows the server.")
     ] = "",
@@ -131,6 +170,8 @@ def serve(
         tool_call_parser=tool_call_parser,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
+        attest=attest,
+        receipts=receipts,
         root_path=root_path,
         shutdown_timeout=shutdown_timeout,
         show_worker_view=show_worker_view,

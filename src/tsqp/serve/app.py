@@ -9,7 +9,17 @@ from pydantic import BaseModel
 
 from tsqp import __version__
 from tsqp.api.base import RequestBody
-from tsqp.serve import chat, completions, errors, page_files, responses, tokens, view
+from tsqp.serve import (
+    chat,
+    completions,
+    errors,
+    page_files,
+    receipts,
+    responses,
+    tokens,
+    view,
+    well_known,
+)
 from tsqp.serve.middleware import Gate
 from tsqp.serve.state import State
 
@@ -27,8 +37,19 @@ def make_app(state: State) -> FastAPI:
     app.state.tsqp = state
     errors.install(app)
     errors.show_fields(_names(RequestBody))
-    for module in (chat, completions, responses, tokens, view, page_files):
+    for module in (
+        chat,
+        completions,
+        responses,
+        tokens,
+        view,
+        page_files,
+        well_known,
+        receipts,
+    ):
         app.include_router(module.router)
+    if state.receipts is not None:
+        app.add_middleware(receipts.Receipts, book=state.receipts)
     app.add_middleware(Gate, options=state.options)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

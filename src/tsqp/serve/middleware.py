@@ -13,14 +13,16 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tsqp.api.evidence import PATH as EVIDENCE_PATH
 from tsqp.serve.errors import APIError, as_api_error
 from tsqp.serve.options import ServeOptions, tenant_of
 from tsqp.serve.page_files import PAGE_FILES
 
 log = logging.getLogger("tsqp")
 
-# For load balancers, which have no key, and for browsers, which get the page before the key.
-OPEN_PATHS = ("/health", *PAGE_FILES)
+# For load balancers, which have no key, for browsers, which get the page before the key, and for
+# clients that send no key before they have verified the server.
+OPEN_PATHS = ("/health", EVIDENCE_PATH, *PAGE_FILES)
 # Times the limit of a body: a client that is still sending would not see why it was refused.
 READ_ANYWAY = 8
 _ID = re.compile(r"[\x21-\x7e]{1,128}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from tsqp.errors import UsageError, printable_path
 from tsqp.runtime.admission import share
 from tsqp.serve.tools import tool_style
+from tsqp.tee.attest.provider import CHOICES
 
 MAX_BODY = 4 * 2**20
 CONNECTIONS = 512
@@ -30,6 +31,9 @@ class ServeOptions:
         max_num_seqs: maximum number of answers that run at the same time.
         max_num_queued_reqs: maximum number of answers that wait.
         ssl_certfile, ssl_keyfile: PEM files for TLS.
+        attest: which platform gives evidence for attested TLS, "auto" or "simulated"; None for a
+            server without evidence.
+        receipts: whether each answer comes with a signed receipt.
         root_path: the path under which a reverse proxy shows the server.
         tool_call_parser: how the model writes tool calls; None to see it in the chat template.
         shutdown_timeout: seconds that running requests get after SIGTERM.
@@ -55,6 +59,8 @@ class ServeOptions:
     max_num_queued_reqs: int = 256
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
+    attest: str | None = None
+    receipts: bool = False
     root_path: str = ""
     tool_call_parser: str | None = None
     shutdown_timeout: float = 30.0
@@ -74,6 +80,15 @@ class ServeOptions:
         ):
             if path is not None and not os.access(path, os.R_OK):
                 raise UsageError(f"The file of {name} cannot be read.")
+        if self.attest not in (None, *CHOICES):
+            raise UsageError("--attest takes auto or simulated, or no value.")
+        if self.attest is not None and self.ssl_certfile is not None:
+            raise UsageError(
+                "--attest makes its own key and certificate, so that the key never leaves this "
+                "process: leave --ssl-certfile and --ssl-keyfile out."
+            )
+        if self.receipts and self.attest is None:
+            raise UsageError("--receipts needs --attest, which makes the key that signs them.")
         if not 0 <= self.port < 65536:
             raise UsageError("--port must be from 0 to 65535; 0 chooses a free port.")
         if self.max_num_seqs < 1 or self.max_num_queued_reqs < 0:
@@ -113,12 +128,17 @@ class ServeOptions:
         return len(self.api_keys) > 1
 
     @property
+    def has_tls(self) -> bool:
+        """Whether clients connect by TLS."""
+        return self.ssl_certfile is not None or self.attest is not None
+
+    @property
     def exposure(self) -> str:
         """A sentence if other machines can reach the server and it is not protected; or empty."""
         if self.uds is not None or _is_loopback(self.host):
             return ""
         missing = []
-        if self.ssl_certfile is None:
+        if not self.has_tls:
             missing.append("without TLS, so prompts and answers travel in clear")
         if not self.api_keys:
             missing.append("without API keys, so everybody may use it")

@@ -6,22 +6,26 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from tsqp import __version__
+from tsqp.api.evidence import configuration_digest
 from tsqp.errors import UsageError, WorkerUnavailable
 from tsqp.runtime.admission import Admission
 from tsqp.runtime.async_llm import AsyncLLM
 from tsqp.runtime.options import Options
 from tsqp.serve.app import make_app
+from tsqp.serve.attestation import Attestation, begin_attestation
 from tsqp.serve.connections import REFUSAL, Connection, Listener
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
+from tsqp.serve.receipts import ReceiptBook
 from tsqp.serve.state import MAX_TEXTS, State
 from tsqp.tee.worker_view import WorkerView
 from tsqp.wire.socket_file import remove_stale
@@ -49,9 +53,11 @@ def run_server(
 
     Raises:
         UsageError: the address cannot be used, or the certificate.
+        AttestationError: the platform gives no evidence, and the options ask for it.
         TSQPError: the model cannot be loaded, or there is no worker.
     """
-    server = _Server(model, options, served, on_load)
+    attestation = begin_attestation(options, served)
+    server = _Server(model, options, served, on_load, attestation)
     if served.exposure:
         log.warning("%s", served.exposure)
     if served.show_worker_view:
@@ -103,8 +109,13 @@ class _Uvicorn(uvicorn.Server):
         self.started = True
 
 
-def http_server(app: FastAPI, served: ServeOptions) -> _Uvicorn:
+def http_server(
+    app: FastAPI, served: ServeOptions, context: ssl.SSLContext | None = None
+) -> _Uvicorn:
     """The server of an app; `serve` of it needs a `Listener`.
+
+    Args:
+        context: for TLS with a key that is in no file.
 
     Raises:
         UsageError: the certificate cannot be used.
@@ -130,6 +141,7 @@ def http_server(app: FastAPI, served: ServeOptions) -> _Uvicorn:
             f"The certificate cannot be used ({type(error).__name__}): check --ssl-certfile "
             "and --ssl-keyfile."
         ) from None
+    config.ssl = config.ssl if context is None else context
     return _Uvicorn(config, served)
 
 
@@ -140,6 +152,7 @@ class _Server:
         options: Options,
         served: ServeOptions,
         on_load: Callable[[int, int], None] | None,
+        attestation: Attestation | None,
     ) -> None:
         names = tuple(served.served_model_names) or (model,)
         self._model = model
@@ -148,10 +161,14 @@ class _Server:
         self._on_load = on_load
         view = WorkerView() if served.show_worker_view else None
         texts = Admission(0, MAX_TEXTS, is_shared=served.is_shared)
-        self._state = State(served, names, Metrics(names[0], self._get_llm), texts, view)
+        metrics = Metrics(names[0], self._get_llm)
+        self._attestation = attestation
+        book = ReceiptBook(attestation) if attestation and served.receipts else None
+        self._state = State(served, names, metrics, texts, view, attestation, book)
         self._signals = 0
         _keep_quiet()
-        self._uvicorn = http_server(make_app(self._state), served)
+        context = None if attestation is None else attestation.context
+        self._uvicorn = http_server(make_app(self._state), served, context)
 
     def _get_llm(self) -> AsyncLLM | None:
         return self._state.llm
@@ -166,10 +183,11 @@ class _Server:
             log.info("listening at %s; loading %s …", _address(self._served, listener), self._model)
             await self._load()
             if self._state.llm is not None:
-                self._say_ready(self._state.llm, _address(self._served, listener))
-                while not self._signals and not serving.done():
-                    await asyncio.sleep(LOOK_S)
-                await self._drain(self._state.llm)
+                async with self._attested(self._state.llm):
+                    self._say_ready(self._state.llm, _address(self._served, listener))
+                    while not self._signals and not serving.done():
+                        await asyncio.sleep(LOOK_S)
+                    await self._drain(self._state.llm)
         finally:
             self._uvicorn.should_exit = True
             try:
@@ -193,11 +211,33 @@ class _Server:
                 worker_view=self._state.worker_view,
             )
 
+    @asynccontextmanager
+    async def _attested(self, llm: AsyncLLM) -> AsyncIterator[None]:
+        """Present evidence of the loaded model, and renew it meanwhile."""
+        if self._attestation is None:
+            yield
+            return
+        await self._attestation.begin(
+            model_digest=llm.model_digest,
+            privacy=llm.privacy,
+            field=llm.field,
+            version=__version__,
+        )
+        renewing = asyncio.create_task(self._attestation.keep_renewed())
+        try:
+            yield
+        finally:
+            renewing.cancel()
+            self._attestation.close()
+
     def _say_ready(self, llm: AsyncLLM, address: str) -> None:
         log.info(
             "serving %s at %s: privacy %s, transport %s, model %s",
             self._state.names[0], address, llm.privacy, llm.transport, llm.model_digest,
         )  # fmt: skip
+        if self._attestation is not None:
+            digest = configuration_digest(self._attestation.configuration).hex()
+            log.info("attested by %s: configuration sha256:%s", self._attestation.platform, digest)
         if llm.pads is not None:
             log.info("masks in stock: %d bytes; more are being made", llm.pads.stock_bytes)
 
@@ -264,7 +304,7 @@ def _listening(served: ServeOptions) -> Iterator[socket.socket]:
 def _address(served: ServeOptions, listener: socket.socket) -> str:
     if served.uds is not None:
         return f"unix:{served.uds}"
-    scheme = "http" if served.ssl_certfile is None else "https"
+    scheme = "https" if served.has_tls else "http"
     host = f"[{served.host}]" if ":" in served.host else served.host
     return f"{scheme}://{host}:{listener.getsockname()[1]}"
 

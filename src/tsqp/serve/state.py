@@ -7,9 +7,11 @@ from starlette.requests import Request
 
 from tsqp.runtime.admission import Admission
 from tsqp.runtime.async_llm import AsyncLLM
+from tsqp.serve.attestation import Attestation
 from tsqp.serve.errors import APIError, bad_request, unavailable
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
+from tsqp.serve.receipts import ReceiptBook
 from tsqp.serve.tools import ToolStyle, tool_style
 from tsqp.tee.worker_view import WorkerView
 
@@ -25,6 +27,8 @@ class State:
         names: under which it is served; answers have the first one.
         texts: lets in requests that only tokenize or detokenize.
         worker_view: samples what workers receive; None unless the options ask for it.
+        attestation: of this process; None unless the options ask for it.
+        receipts: those of the last minutes; None unless the options ask for them.
         llm: the model, once it is loaded.
     """
 
@@ -33,6 +37,8 @@ class State:
     metrics: Metrics
     texts: Admission
     worker_view: WorkerView | None = None
+    attestation: Attestation | None = None
+    receipts: ReceiptBook | None = None
     llm: AsyncLLM | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -127,7 +127,7 @@ async def status(request: Request) -> StatusAnswer:
     """How this server computes."""
     state = state_of(request)
     llm = state.ready()
-    pads, view = llm.pads, state.worker_view
+    pads, view, attestation = llm.pads, state.worker_view, state.attestation
     return StatusAnswer.model_validate(
         {
             "status": llm.status,
@@ -148,6 +148,8 @@ async def status(request: Request) -> StatusAnswer:
             "placement": asdict(llm.placement),
             "max_model_len": llm.max_model_len,
             "worker_view": view is not None and view.group is not None,
+            "attestation": None if attestation is None else attestation.platform,
+            "attestation_warning": None if attestation is None else attestation.warning,
             "running": llm.num_running,
             "waiting": llm.num_waiting,
         }

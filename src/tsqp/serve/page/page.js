@@ -106,6 +106,8 @@ function showFacts() {
     "Reconnects": status.reconnects,
     "Running": `${status.running}, and ${status.waiting} waiting`,
     "Context": `${status.max_model_len} tokens`,
+    "Attested by": status.attestation,
+    "Warning": status.attestation_warning,
     "Version": status.version,
     "Model digest": status.model_digest,
   };

@@ -1,0 +1,1 @@
+"""Evidence of the platform that the trusted side runs on."""
