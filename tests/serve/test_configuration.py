@@ -1,12 +1,15 @@
 """The measured configuration: nothing that matters is left out, and nothing secret is in it."""
 
 import dataclasses
+import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tsqp.api.evidence import canonical_json, configuration_digest
+from tsqp.cli import app, with_options
 from tsqp.errors import UsageError
 from tsqp.runtime.environment import keep_known, measured_variables
 from tsqp.runtime.installed_code import code_digest, installed_code
@@ -124,6 +127,24 @@ def test_an_unknown_variable_is_removed_and_an_option_is_kept_but_not_shown() ->
     assert keep_known(environment) == 2
     assert environment == {"TSQP_API_KEY": "b", "PATH": "d"}
     assert measured_variables(environment) == {"PATH": "d"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--attest", "simulated"]])
+def test_an_attested_server_removes_them_before_its_options_load_libraries(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def note(**_: Any) -> Options:
+        seen.append("MY_VARIABLE" in os.environ)
+        raise UsageError("This is enough.")
+
+    monkeypatch.setattr(os, "environ", {**os.environ, "MY_VARIABLE": "a"})
+    monkeypatch.setattr(with_options, "Options", note)
+    monkeypatch.setattr(importlib.import_module("tsqp.cli.app"), "harden_process", lambda: True)
+    with pytest.raises(UsageError, match="enough"):
+        app(["serve", "model", "--privacy", "tee", *flags], standalone_mode=False)
+    assert seen == [not flags]
 
 
 def test_a_variable_that_is_not_unicode_is_measured() -> None:
