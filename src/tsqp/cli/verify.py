@@ -1,5 +1,6 @@
 """`tsqp verify` and `tsqp proxy`."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,7 @@ def verify(
 def _verify_server(
     url: str, policy: Path, collateral: list[Path], cacert: Path | None, save: Path | None
 ) -> "Verdict":
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it prints each request
     with needed_packages():
         from tsqp.client.collateral import read_collateral
         from tsqp.client.policy import read_policy
@@ -111,16 +113,16 @@ def _verify_file(
         from tsqp.client.policy import NO_DEMANDS, read_policy
         from tsqp.client.quote_file import read_evidence
         from tsqp.client.verify import verify_evidence
+    demands = NO_DEMANDS if policy is None else read_policy(policy)
+    files = [*(Path(each) for each in demands.collateral), *collateral]
+    evidence, found = read_evidence(quote, claims), read_collateral(files)
     if policy is None:
         print(
             "No --policy was given: this only shows whether the platform is genuine and up to "
             "date, not what runs on it.",
             file=sys.stderr,
         )
-    demands = NO_DEMANDS if policy is None else read_policy(policy)
-    files = [*(Path(each) for each in demands.collateral), *collateral]
-    evidence = read_evidence(quote, claims)
-    return verify_evidence(evidence, demands, at=at, collateral=read_collateral(files))
+    return verify_evidence(evidence, demands, at=at, collateral=found)
 
 
 def _refuse(needed: str, given: dict[str, object]) -> None:

@@ -103,6 +103,10 @@ def _checking_socket(check: Callable[[bytes], None]) -> type[ssl.SSLSocket]:
     class Checking(ssl.SSLSocket):
         def do_handshake(self, block: bool = False) -> None:
             super().do_handshake(block)
-            check(peer_key(self))
+            try:
+                check(peer_key(self))
+            except BaseException:
+                self.close()  # nobody else holds it yet
+                raise
 
     return Checking

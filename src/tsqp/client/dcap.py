@@ -5,20 +5,17 @@ identity of the quoting enclave and the level of the platform. It gives the clai
 if all of this holds. Debugging, measurements and accepted levels are checked by `verify`.
 """
 
+import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
 
 import dcap_qvl
 
+from tsqp.client.dcap_form import INTEL_ROOT, TEES, check_form
 from tsqp.client.text import printable
 from tsqp.errors import AttestationError
-
-HEADER = 48  # bytes
-_BODIES = {("sgx", 3): 384, ("tdx", 4): 584}  # bytes, by platform and the quote's version
-_TEES = {"sgx": 0, "tdx": 0x81}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +55,6 @@ def verify_quote(
     Raises:
         AttestationError: anything is wrong with the quote or the collateral.
     """
-    _check_length(quote, platform)
     seconds = int(at.timestamp())
     if seconds < 0:
         raise AttestationError("the time is before 1970")
@@ -70,8 +66,10 @@ def verify_quote(
             dcap_qvl.QuotePolicy.claims_only(seconds),
         )
     )
+    trusted = INTEL_ROOT if root is None else hashlib.sha256(root).hexdigest()
+    check_form(quote, platform, collateral, trusted)  # dcap-qvl has parsed both
     claims = json.loads(verified.to_json())
-    if claims["tee_type"] != _TEES[platform]:
+    if claims["tee_type"] != TEES[platform]:
         raise AttestationError(f"the quote is not of {platform}")
     [report] = claims["report"].values()
     # TDX 1.5 adds to the report of 1.0, which may be nested.
@@ -93,29 +91,6 @@ def platform_of(quote: bytes) -> tuple[str, str]:
     """
     parsed = _call(lambda: dcap_qvl.parse_quote(quote))
     return ("tdx" if parsed.is_tdx() else "sgx"), _call(parsed.fmspc)
-
-
-def _check_length(quote: bytes, platform: str) -> None:
-    """Refuse bytes after the signature, which dcap-qvl ignores; zeros may pad a quote of TDX."""
-    try:
-        version, _, tee = struct.unpack_from("<HHI", quote)
-        if tee != _TEES[platform]:
-            raise AttestationError(f"the quote is not of {platform}")
-        end = HEADER
-        if version == 5:
-            _, size = struct.unpack_from("<HI", quote, HEADER)
-            end += 6 + size
-        elif (size := _BODIES.get((platform, version), 0)) == 0:
-            raise AttestationError(f"quotes of version {version} are not supported for {platform}")
-        else:
-            end += size
-        (signature,) = struct.unpack_from("<I", quote, end)
-    except struct.error:
-        raise AttestationError("the quote is cut short") from None
-    if len(quote) < end + 4 + signature:
-        raise AttestationError("the quote is cut short")
-    if any(quote[end + 4 + signature :]):
-        raise AttestationError("there are bytes after the quote")
 
 
 def _call(function: Any) -> Any:

@@ -51,9 +51,9 @@ def origin_of(url: str) -> httpx2.URL:
     if parsed.scheme == "http":
         raise UsageError("Plain HTTP is refused, because it shows prompts: give an https:// URL.")
     is_plain = not (parsed.userinfo or parsed.query or parsed.fragment)
-    if parsed.scheme != "https" or not parsed.host or not is_plain:
-        raise UsageError("The URL must be https://HOST:PORT, with nothing after it but /v1.")
-    if parsed.path.rstrip("/") not in ("", "/v1"):
+    is_plain = is_plain and parsed.path.rstrip("/") in ("", "/v1")
+    is_address = parsed.host and (parsed.port is None or 0 < parsed.port < 65536)
+    if parsed.scheme != "https" or not is_address or not is_plain:
         raise UsageError("The URL must be https://HOST:PORT, with nothing after it but /v1.")
     return httpx2.URL(scheme="https", host=parsed.host, port=parsed.port)
 

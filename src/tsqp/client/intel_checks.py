@@ -11,6 +11,8 @@ from tsqp.client.verdict import Checks
 from tsqp.errors import AttestationError
 
 _SGX_DEBUG = 1 << 1  # of an enclave's attributes
+_TDX_DEBUG = 0xFF  # of a guest's attributes: debugging and profiling
+_TDX_MIGRATABLE = 1 << 29
 _RTMRS = ("rtmr0", "rtmr1", "rtmr2", "rtmr3")
 
 
@@ -57,8 +59,12 @@ def _check_enclave(genuine: dcap.Genuine, demands: SgxPolicy, checks: Checks) ->
 
 
 def _check_guest(genuine: dcap.Genuine, demands: TdxPolicy, checks: Checks) -> None:
-    # The first 8 attributes are those of a guest under debug.
-    check_debug(genuine.data("td_attributes")[0] != 0, "guest", checks)
+    attributes = int.from_bytes(genuine.data("td_attributes"), "little")
+    check_debug(bool(attributes & _TDX_DEBUG), "guest", checks)
+    if attributes & _TDX_MIGRATABLE and not demands.allow_migration:
+        checks.failed("migration", "the guest may be moved; the policy does not allow it")
+    else:
+        checks.passed("migration", "allowed" if attributes & _TDX_MIGRATABLE else "off")
     checks.among("mr_td", genuine.report["mr_td"], demands.mr_td)
     for number, name in enumerate(_RTMRS):
         checks.among(name, genuine.report[f"rt_mr{number}"], getattr(demands, name))

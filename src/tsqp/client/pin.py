@@ -14,7 +14,7 @@ from tsqp.client.attested_tls import pinned_context
 from tsqp.client.fetch import CONNECT_S
 from tsqp.client.verdict import SIMULATED
 from tsqp.client.verified import Examined
-from tsqp.errors import AttestationError
+from tsqp.errors import TSQPError
 
 log = logging.getLogger("tsqp")
 
@@ -92,7 +92,7 @@ class Verifier:
         self._reverify_s = reverify_s
         self._lock = asyncio.Lock()
         self._pin: Pin | None = None
-        self._failure: tuple[float, AttestationError] | None = None
+        self._failure: tuple[float, TSQPError] | None = None
 
     @property
     def is_verified(self) -> bool:
@@ -104,7 +104,7 @@ class Verifier:
         """The pin, for one request. It is verified first if it has to be.
 
         Raises:
-            AttestationError: the server cannot be reached, or is not verified.
+            TSQPError: the server cannot be reached or is not verified, or a file cannot be used.
         """
         pin = await self._current()
         pin.users += 1
@@ -134,7 +134,7 @@ class Verifier:
             try:
                 found = await self._look()
                 found.verdict.require()
-            except AttestationError as exc:
+            except TSQPError as exc:
                 log.error("not verified: %s", exc)
                 self._failure = (time.monotonic(), exc)
                 await self._retire()

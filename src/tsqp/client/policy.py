@@ -30,7 +30,7 @@ CURRENT_STATUSES = STATUSES[:4]
 
 _HEX = re.compile(r"([0-9a-f]{2})+\Z", re.ASCII)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z", re.ASCII)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`( - at `\$\.?(.*)`)?\Z", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`( - at `\$\.?(.*)`)?\Z", re.DOTALL)
 
 
 def _check_hex(name: str, values: tuple[str, ...], length: int) -> None:
@@ -91,7 +91,13 @@ class SgxPolicy(Table, frozen=True):
 
 
 class TdxPolicy(Table, frozen=True):
-    """Demands on a TDX guest: accepted values, in hexadecimal digits; see `SgxPolicy`."""
+    """Demands on a TDX guest.
+
+    Attributes:
+        mr_td, rtmr0 to rtmr3, mr_config_id: accepted values; hexadecimal digits.
+        min_tcb_evaluation, min_tcb_date: as for SGX.
+        allow_migration: accept guests that may be moved to another machine.
+    """
 
     mr_td: tuple[str, ...] = ()
     rtmr0: tuple[str, ...] = ()
@@ -101,6 +107,7 @@ class TdxPolicy(Table, frozen=True):
     mr_config_id: tuple[str, ...] = ()
     min_tcb_evaluation: int | None = None
     min_tcb_date: date | None = None
+    allow_migration: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "mr_config_id"):
@@ -203,7 +210,9 @@ class Policy(Table, frozen=True, rename={"sev_snp": "sev-snp"}):
         if self.max_collateral_age_days is not None and self.max_collateral_age_days < 0:
             raise ValueError("max_collateral_age_days must be 0 or more.")
         tables: dict[str, Table] = {"sgx": self.sgx, "tdx": self.tdx, "sev-snp": self.sev_snp}
-        for name in () if self.any_measurement else self.platforms:
+        # The simulated platform makes reports of SEV-SNP.
+        accepted = {*self.platforms, *(("sev-snp",) if self.allow_simulated else ())}
+        for name in () if self.any_measurement else sorted(accepted):
             if not tables[name].has_measurement:
                 raise ValueError(
                     f"The policy has no measurement for {name}, so any code would be accepted: "

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from tsqp.client.attested_tls import KeyChanged
 from tsqp.client.fetch import Unreachable
 from tsqp.client.pin import Pin, Verifier
-from tsqp.errors import AttestationError
+from tsqp.errors import TSQPError
 
 log = logging.getLogger("tsqp")
 
@@ -114,7 +114,7 @@ class Proxy:
             raise changed
         except Unreachable as exc:
             return ProxyError(503, "server_unavailable", str(exc))
-        except AttestationError as exc:
+        except TSQPError as exc:
             return ProxyError(502, "attestation_failed", str(exc))
         except httpx2.HTTPError as exc:
             log.warning("a request failed: %s", type(exc).__name__)

@@ -81,11 +81,11 @@ async def _serve(options: ProxyOptions, listener: socket.socket) -> None:
         collateral = read_collateral(options.collateral)
         return await examine(options.url, policy, collateral=collateral, cacert=options.cacert)
 
+    _keep_quiet()
     verifier = Verifier(look, options.cacert, options.reverify_s)
     async with verifier.pin():  # a server that is refused now is an error of the command
         pass
     hosts = LOOPBACK | {options.host} if options.is_loopback else None
-    _keep_quiet()
     config = uvicorn.Config(
         Proxy(verifier, options.api_key, hosts),
         log_config=None,

@@ -13,6 +13,7 @@ ECDSA_P384_SHA384 = 1
 SIGNED_BY_VCEK = 0
 
 _DEBUG, _MIGRATION_AGENT = 1 << 19, 1 << 18  # of the guest's policy
+_NO_AGENT = (b"\xff" * 32, bytes(32))  # the ID of an agent's report, where there is none
 _MASKED_CHIP_ID = 1 << 1  # of the flags
 
 
@@ -98,9 +99,8 @@ class SnpReport:
             guest_svn=guest_svn,
             vmpl=vmpl,
             has_debug=bool(policy & _DEBUG),
-            # Without an agent, the ID of its report is all ones.
             has_migration_agent=bool(policy & _MIGRATION_AGENT)
-            or data[0x160:0x180] != b"\xff" * 32,
+            or data[0x160:0x180] not in _NO_AGENT,
             report_data=data[0x50:0x90],
             measurement=data[0x90:0xC0],
             host_data=data[0xC0:0xE0],

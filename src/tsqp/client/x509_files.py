@@ -77,6 +77,9 @@ def load_certificates(data: bytes) -> Sequence[x509.Certificate]:
     with warnings.catch_warnings():
         # AMD gives VCEKs the serial number 0, and cryptography warns of it.
         warnings.simplefilter("ignore", CryptographyDeprecationWarning)
-        if b"-----BEGIN" in data:
-            return x509.load_pem_x509_certificates(data)
-        return [x509.load_der_x509_certificate(data)]
+        try:
+            if b"-----BEGIN" in data:
+                return x509.load_pem_x509_certificates(data)
+            return [x509.load_der_x509_certificate(data)]
+        except x509.InvalidVersion:
+            raise ValueError("a certificate has an unknown version") from None
