@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from tsqp import __version__
 from tsqp.api.evidence import canonical_json, configuration_digest
 from tsqp.cli import app, with_options
 from tsqp.errors import UsageError
 from tsqp.runtime.environment import keep_known, measured_variables
 from tsqp.runtime.installed_code import code_digest, installed_code
 from tsqp.runtime.options import Options
+from tsqp.serve import configuration
 from tsqp.serve.configuration import MAX_BYTES, effective_configuration
 from tsqp.serve.options import ServeOptions
 from tsqp.wire.keys import write_key_pair
@@ -63,6 +65,12 @@ SERVED: dict[str, dict[str, Any]] = {
     "max_body_bytes": {"max_body_bytes": 1},
     "body_timeout": {"body_timeout": 1.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def quick_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files are hashed once only, in the tests of the code itself."""
+    monkeypatch.setattr(configuration, "installed_code", lambda: {"sha256": "of the code"})
 
 
 def configure(
@@ -183,4 +191,5 @@ def test_versions_of_what_runs_are_in_it() -> None:
 
     code = installed_code()
     assert code["packages"]["torch"] == torch.__version__
+    assert code["packages"]["tsqp"] == __version__
     assert len(code["sha256"]) == 64
