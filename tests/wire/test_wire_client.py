@@ -144,6 +144,6 @@ def test_a_worker_of_another_version_is_refused() -> None:
 
     with (
         LyingWorker(greeting=greeting) as worker,
-        pytest.raises(HandshakeError, match="version 2 and this side 1; install the same"),
+        pytest.raises(HandshakeError, match="version 3 and this side 2; install the same"),
     ):
         RemoteChannel(worker.endpoint, hello())
