@@ -140,7 +140,7 @@ def test_a_worker_of_something_else_is_refused_by_both_sides(
 
 def test_a_worker_of_another_version_is_refused() -> None:
     def greeting(nonce: bytes) -> list[bytes]:
-        return [b"TSQP\x02\x00" + bytes(14)]
+        return [b"TSQP\x03\x00" + bytes(14)]
 
     with (
         LyingWorker(greeting=greeting) as worker,
