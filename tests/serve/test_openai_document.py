@@ -1,5 +1,6 @@
 """Answers of this server have the form that OpenAI's own document gives them."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from openai_document import (
     RESPONSE,
     events_of,
     faults,
+    only_request,
     read_document,
     with_exceptions,
 )
-from serve_client import Server
+from serve_client import Reply, Server
 
 PARAMETERS = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
@@ -57,6 +59,25 @@ WRONG: dict[str, tuple[str, dict[str, object]]] = {
     "too long": ("/v1/completions", {"prompt": "a" * 5000}),
     "no such response": ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}),
 }
+LENGTHS = {
+    "/v1/chat/completions": "max_completion_tokens",
+    "/v1/completions": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+ANSWERS = {
+    "/v1/chat/completions": (CHAT, CHUNK),
+    "/v1/completions": (COMPLETION, COMPLETION),
+    "/v1/responses": (RESPONSE, EVENT),
+}
+PROMPTS: dict[str, dict[str, object]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
+    "/v1/completions": {"prompt": "Hello"},
+    "/v1/responses": {"input": "Hello"},
+}
+SUPPORTED = {
+    "temperature", "top_p", "stream", "logprobs", "echo", "seed", "presence_penalty",
+    "frequency_penalty", "user", "instructions", "metadata", "store",
+}  # fmt: skip
 NAMES = [*CHATS, *COMPLETIONS, *RESPONSES, *WRONG, "models"]
 
 Sample = list[tuple[str, Any]]  # names of schemas, and what has to fit them
@@ -117,3 +138,79 @@ def test_every_exception_is_needed(
 ) -> None:
     others = with_exceptions(document, EXCEPTIONS.keys() - {name})
     assert any(list(faults(others, *each)) for sample in samples.values() for each in sample)
+
+
+def run_cases(
+    server: Server, document: dict[str, Any], excepted: dict[str, Any], path: str, cases: int
+) -> Counter[int]:
+    """Send that many requests of OpenAI's document to an endpoint, and check every answer.
+
+    Most of them want what this server does not have, so each is sent again without that.
+
+    Returns:
+        How many answers had each status.
+    """
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    statuses: Counter[int] = Counter()
+    operation = schemathesis.openapi.from_dict(only_request(document, path))[path]["POST"]
+
+    @given(case=operation.as_strategy())
+    @settings(
+        max_examples=cases, deadline=None, database=None, derandomize=True,
+        phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    def send(case: Any) -> None:
+        for body in (short(path, case.body), modest(path, case.body)):
+            reply = server.ask(path, body)
+            statuses[reply.status] += 1
+            check(excepted, path, reply)
+
+    send()
+    return statuses
+
+
+def short(path: str, body: object) -> object:
+    """A request for the model that there is, and for few tokens."""
+    if not isinstance(body, dict):
+        return body
+    small = {"model": "tiny", LENGTHS[path]: 4}
+    return {name: value for name, value in body.items() if name not in LENGTHS.values()} | small
+
+
+def modest(path: str, body: object) -> object:
+    """A prompt that is answered, with those fields of a request that this server has too."""
+    given = body if isinstance(body, dict) else {}
+    kept = {name: value for name, value in given.items() if name in SUPPORTED}
+    return short(path, PROMPTS[path] | kept)
+
+
+def check(excepted: dict[str, Any], path: str, reply: Reply) -> None:
+    """An answer is of OpenAI's form, whole or as a stream, or an error of the client."""
+    whole, event = ANSWERS[path]
+    if reply.status != 200:
+        assert 400 <= reply.status < 500, reply.body
+        assert list(faults(excepted, ERROR, reply.json)) == []
+    elif reply.headers["content-type"].startswith("text/event-stream"):
+        for each in events_of(reply.body.decode()):
+            assert list(faults(excepted, event, each)) == []
+    else:
+        assert list(faults(excepted, whole, reply.json)) == []
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+@pytest.mark.filterwarnings("ignore")
+def test_requests_of_the_document_get_its_answers(
+    path: str, server: Server, document: dict[str, Any], excepted: dict[str, Any]
+) -> None:
+    assert run_cases(server, document, excepted, path, 10)[200] >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ANSWERS)
+@pytest.mark.filterwarnings("ignore")
+def test_hundreds_of_requests_of_the_document(
+    path: str, server: Server, document: dict[str, Any], excepted: dict[str, Any]
+) -> None:
+    assert run_cases(server, document, excepted, path, 300)[200] >= 100
