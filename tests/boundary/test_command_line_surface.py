@@ -59,6 +59,10 @@ COMMANDS = {
         --streams --url
     """,
     "bench-accuracy": "--chunk --debug --max-tokens --out --quiet --text --threads MODEL",
+    "keys-serve": """
+        --collateral --debug --host --policy --port --secret --ssl-certfile --ssl-keyfile
+    """,
+    "keys-fetch": "--attest --broker-key --debug --out NAME URL",
     "verify-receipt": """
         --collateral --debug --evidence --json --key --policy --receipt --request --response
     """,

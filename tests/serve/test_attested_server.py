@@ -4,6 +4,7 @@ import hashlib
 import re
 import socket
 import ssl
+from importlib.resources import files
 
 import pytest
 from attested_server import AttestedServer, begin_attested, trusting_context
@@ -14,6 +15,7 @@ from serve_client import DEADLINE_S, KEY, OTHER_KEY, Server
 from processes import TAG
 from tsqp.api.claims import Claims, report_data
 from tsqp.api.evidence import canonical_json
+from tsqp.runtime.installed_code import code_digest
 
 NONCE = bytes(range(32))
 SECRET = "value-of-an-unknown-variable"
@@ -59,6 +61,7 @@ def test_the_configuration_is_served_and_has_the_claimed_hash(
     assert digest.hex() in attested_server.log()
     assert found.configuration["options"]["privacy"] == "tee"
     assert found.configuration["server"]["receipts"] is True
+    assert found.configuration["code"]["sha256"] == code_digest(files("tsqp"))
 
 
 @pytest.mark.parametrize(

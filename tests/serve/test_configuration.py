@@ -1,16 +1,21 @@
 """The measured configuration: nothing that matters is left out, and nothing secret is in it."""
 
 import dataclasses
+import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tsqp import __version__
 from tsqp.api.evidence import canonical_json, configuration_digest
+from tsqp.cli import app, with_options
 from tsqp.errors import UsageError
 from tsqp.runtime.environment import keep_known, measured_variables
 from tsqp.runtime.installed_code import code_digest, installed_code
 from tsqp.runtime.options import Options
+from tsqp.serve import configuration
 from tsqp.serve.configuration import MAX_BYTES, effective_configuration
 from tsqp.serve.options import ServeOptions
 from tsqp.wire.keys import write_key_pair
@@ -60,6 +65,12 @@ SERVED: dict[str, dict[str, Any]] = {
     "max_body_bytes": {"max_body_bytes": 1},
     "body_timeout": {"body_timeout": 1.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def quick_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files are hashed once only, in the tests of the code itself."""
+    monkeypatch.setattr(configuration, "installed_code", lambda: {"sha256": "of the code"})
 
 
 def configure(
@@ -126,6 +137,24 @@ def test_an_unknown_variable_is_removed_and_an_option_is_kept_but_not_shown() ->
     assert measured_variables(environment) == {"PATH": "d"}
 
 
+@pytest.mark.parametrize("flags", [[], ["--attest", "simulated"]])
+def test_an_attested_server_removes_them_before_its_options_load_libraries(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def note(**_: Any) -> Options:
+        seen.append("MY_VARIABLE" in os.environ)
+        raise UsageError("This is enough.")
+
+    monkeypatch.setattr(os, "environ", {**os.environ, "MY_VARIABLE": "a"})
+    monkeypatch.setattr(with_options, "Options", note)
+    monkeypatch.setattr(importlib.import_module("tsqp.cli.app"), "harden_process", lambda: True)
+    with pytest.raises(UsageError, match="enough"):
+        app(["serve", "model", "--privacy", "tee", *flags], standalone_mode=False)
+    assert seen == [not flags]
+
+
 def test_a_variable_that_is_not_unicode_is_measured() -> None:
     one, two = ({"PATH": f"/\udc80{end}"} for end in "ab")
     assert configuration_digest(configure(environment=one)) != configuration_digest(
@@ -162,4 +191,5 @@ def test_versions_of_what_runs_are_in_it() -> None:
 
     code = installed_code()
     assert code["packages"]["torch"] == torch.__version__
+    assert code["packages"]["tsqp"] == __version__
     assert len(code["sha256"]) == 64

@@ -7,6 +7,7 @@ from tsqp.cli import (  # noqa: F401
     digest,
     doctor,
     generate,
+    keys,
     report,
     serve,
     verify,

@@ -23,13 +23,14 @@ from tsqp.runtime.tracebacks import without_foreign_messages
 # These commands hold prompts, answers or pads. A worker holds nothing that needs this protection.
 TRUSTED = (
     "audit", "bench", "bench-accuracy", "bench-kernels", "bench-scaling", "bench-serve",
-    "bench-transport", "chat", "demo", "doctor", "generate", "proxy", "serve",
+    "bench-transport", "chat", "demo", "doctor", "generate", "keys-fetch", "keys-serve",
+    "proxy", "serve",
 )  # fmt: skip
 
 # The order in --help, as a newcomer meets the commands. Commands that are not listed come last.
 ORDER = (
-    "demo", "generate", "chat", "serve", "worker", "verify", "proxy", "prepare", "digest", "keygen",
-    "doctor", "audit", "bench", "report",
+    "demo", "generate", "chat", "serve", "worker", "verify", "proxy", "keys-serve",
+    "keys-fetch", "prepare", "digest", "keygen", "doctor", "audit", "bench", "report",
 )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def _verify_server(
     url: str, policy: Path, collateral: list[Path], cacert: Path | None, save: Path | None
 ) -> "Verdict":
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it prints each request
-    with _needed_packages():
+    with needed_packages():
         from tsqp.client.collateral import read_collateral
         from tsqp.client.policy import read_policy
         from tsqp.client.verified import verify_url
@@ -108,7 +108,7 @@ def _verify_server(
 def _verify_file(
     quote: Path, policy: Path | None, collateral: list[Path], claims: Path | None, at: datetime
 ) -> "Verdict":
-    with _needed_packages():
+    with needed_packages():
         from tsqp.client.collateral import read_collateral
         from tsqp.client.policy import NO_DEMANDS, read_policy
         from tsqp.client.quote_file import read_evidence
@@ -143,7 +143,7 @@ def _time(text: str | None) -> datetime:
 
 
 @contextmanager
-def _needed_packages() -> Iterator[None]:
+def needed_packages() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as exc:
@@ -176,7 +176,7 @@ def proxy(
     debug: Debug = False,
 ) -> None:
     """Forward OpenAI's interface to a server, only while its evidence meets a policy."""
-    with _needed_packages():
+    with needed_packages():
         from tsqp.client.run_proxy import ProxyOptions, run_proxy
         from tsqp.serve.options import read_api_keys
     keys = () if api_key_file is None else read_api_keys((), api_key_file)

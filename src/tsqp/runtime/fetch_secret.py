@@ -1,0 +1,146 @@
+"""Fetches a secret from a key broker, which gives it to this process because of its evidence."""
+
+import hashlib
+import http.client
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from tsqp import __version__
+from tsqp.api.claims import Claims, report_data
+from tsqp.api.evidence import Evidence, configuration_digest
+from tsqp.api.key_release import (
+    MAX_REQUEST,
+    NO_MODEL,
+    NONCE_BYTES,
+    NONCE_PATH,
+    RELEASE_PATH,
+    SUITE,
+    ReleaseRequest,
+    binding,
+    check_name,
+    decode_secret,
+)
+from tsqp.client.attested_tls import KeyChanged, pinned_context
+from tsqp.errors import AttestationError, UsageError, printable_path
+from tsqp.runtime.environment import measured_variables
+from tsqp.runtime.installed_code import installed_code
+from tsqp.tee.attest.provider import Provider
+
+TIMEOUT_S = 30.0
+
+
+def fetch_secret(
+    url: str, name: str, broker_key: bytes, provider: Provider, measured: Mapping[str, str]
+) -> bytes:
+    """The secret of this name.
+
+    Args:
+        url: of the broker, https://HOST:PORT.
+        measured: what else the broker's policy may demand, such as where the secret is written.
+        broker_key: SHA-256 of the broker's TLS key. Nothing is sent to anybody else, so that
+            nobody can put a secret of their own in the place of the broker's.
+
+    Raises:
+        UsageError: the URL is wrong.
+        AttestationError: the broker cannot be reached or refuses, or there is no evidence.
+    """
+    check_name(name)
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname or parts.path not in ("", "/"):
+        raise UsageError("The broker's URL must be https://HOST:PORT.")
+    connection = http.client.HTTPSConnection(
+        parts.hostname, parts.port, timeout=TIMEOUT_S, context=pinned_context(broker_key)
+    )
+    try:
+        nonce = _nonce(_post(connection, NONCE_PATH, b""))
+        key = X25519PrivateKey.generate()
+        form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
+        public = key.public_key().public_bytes(*form)
+        settings = {"name": name, "broker_key": broker_key.hex(), **measured}
+        evidence = _evidence(provider, public, nonce, settings)
+        request = ReleaseRequest(name=name, public_key=public, evidence=evidence)
+        ciphertext = decode_secret(_post(connection, RELEASE_PATH, request.to_json()))
+        return SUITE.decrypt(ciphertext, key, info=binding(name, evidence.claims))
+    except KeyChanged:
+        raise AttestationError(
+            "The broker's TLS key is not that of --broker-key; nothing was sent."
+        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise AttestationError(
+            f"The broker cannot be reached, or its answer not be read ({type(error).__name__})."
+        ) from None
+    except (InvalidTag, ValueError):
+        raise AttestationError("The broker's answer is not encrypted to this process.") from None
+    finally:
+        connection.close()
+
+
+def write_secret(path: Path, secret: bytes) -> None:
+    """Write a secret to a new file that only this user may read.
+
+    Raises:
+        UsageError: the file exists, or cannot be written.
+    """
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(file, "wb") as opened:
+            opened.write(secret)
+    except OSError as error:
+        raise UsageError(f"Cannot write {printable_path(path)}: {error.strerror}.") from None
+
+
+def _evidence(
+    provider: Provider, public: bytes, nonce: bytes, settings: Mapping[str, str]
+) -> Evidence:
+    configuration: dict[str, Any] = {
+        "command": "keys fetch",
+        "options": dict(settings),
+        "environment": measured_variables(os.environ),
+        "code": installed_code(),
+    }
+    claims = Claims(
+        public_key=hashlib.sha256(public).digest(),
+        nonce=nonce,
+        model_digest=NO_MODEL,
+        privacy="tee",
+        field=None,
+        version=__version__,
+        configuration=configuration_digest(configuration),
+    ).encode()
+    quote = provider.quote(report_data(claims))
+    return Evidence(
+        platform=quote.platform,
+        quote=quote.quote,
+        claims=claims,
+        certificates=quote.certificates,
+        configuration=configuration,
+    )
+
+
+def _post(connection: http.client.HTTPSConnection, path: str, body: bytes) -> bytes:
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    found = response.read(MAX_REQUEST + 1)
+    if response.status == 403:
+        raise AttestationError("The broker refuses; its log has the reason.")
+    if response.status != 200 or len(found) > MAX_REQUEST:
+        raise AttestationError(f"The broker gave no answer: status {response.status}.")
+    return found
+
+
+def _nonce(body: bytes) -> bytes:
+    try:
+        nonce = bytes.fromhex(json.loads(body)["nonce"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        nonce = b""
+    if len(nonce) != NONCE_BYTES:
+        raise AttestationError("The broker's nonce cannot be read.")
+    return nonce
