@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -121,6 +122,16 @@ def test_the_api_key_of_a_file_takes_the_place_of_the_clients(
     given = {name.lower(): value for name, value in sent.items()}
     assert given["authorization"] == "Bearer the-real-key"
     assert "the-real-key" not in proxy.running.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_proxy(
+    commands: Commands, stub: AttestedStub, number: signal.Signals
+) -> None:
+    proxy = Proxied(commands, stub)
+    assert proxy.ask()[0] == 200
+    proxy.running.send(number)
+    assert proxy.running.ends().status == 0
 
 
 @pytest.mark.parametrize(

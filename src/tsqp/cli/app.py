@@ -24,7 +24,7 @@ from tsqp.runtime.tracebacks import without_foreign_messages
 TRUSTED = (
     "audit", "bench", "bench-accuracy", "bench-kernels", "bench-scaling", "bench-serve",
     "bench-transport", "chat", "demo", "doctor", "generate", "keys-fetch", "keys-serve",
-    "proxy", "serve",
+    "proxy", "serve", "verify-receipt",
 )  # fmt: skip
 
 # The order in --help, as a newcomer meets the commands. Commands that are not listed come last.

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import signal
 import socket
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,19 @@ class ProxyOptions:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
+class _Uvicorn(uvicorn.Server):
+    """A server that leaves signals to us: uvicorn would raise them again at its end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Let running requests end; end at once when called again."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
 def run_proxy(options: ProxyOptions) -> None:
     """Verify the server, then forward requests until SIGINT or SIGTERM.
 
@@ -100,8 +115,11 @@ async def _serve(options: ProxyOptions, listener: socket.socket) -> None:
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
     log.info("forwarding http://%s:%d/v1", host, listener.getsockname()[1])
+    server = _Uvicorn(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
     try:
-        await uvicorn.Server(config).serve(sockets=[listener])
+        await server.serve(sockets=[listener])
     finally:
         await verifier.close()
 
