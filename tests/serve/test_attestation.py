@@ -68,7 +68,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def refusal(made: Attestation) -> str | None:
     with pytest.raises(APIError) as caught:
-        await made.evidence(NONCE)
+        async with asyncio.timeout(DEADLINE_S / 2):
+            await made.evidence(NONCE)
     assert caught.value.status == 503
     assert "Retry-After" in caught.value.headers
     return caught.value.body.error.code
