@@ -1,5 +1,6 @@
 """The noise of lattice masks [P11]: its distribution, its independence, and the size of Wq · e."""
 
+import hashlib
 import math
 from collections.abc import Iterator
 
@@ -142,6 +143,48 @@ def test_a_mask_is_what_its_key_says(monkeypatch: pytest.MonkeyPatch) -> None:
             e = (word & 0xFFFF).bit_count() - (word >> 16).bit_count()
             assert r_MD[m, d] % Q == (coefficient(a_ND, d, 64 * m) + e) % Q
             assert u_MF[m, d] % Q == coefficient(h_NF, d, 64 * m)
+
+
+KNOWN_MASKS = "116e8713a7b6314ce2fe4398e9208c961407d065b3f8dab35e1d0ea9c0c3fa0a"
+KNOWN_PRODUCTS = "be460d2e41eb39dbf9163fe04a3e9d09591c8fb6fbdaae6c39dd1a172b69a554"
+KNOWN_HINT = "7bb31b50ed289ba8b2a23e3c7989f9ca153cd3915110881b1d08888272c231ca"
+
+
+def test_known_answers_of_a_class_of_masks_and_of_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lattice.secrets, "token_bytes", lambda _: bytes(range(100, 132)))
+    weight_FD = torch.tensor([[3, -127], [127, 5]], dtype=torch.int8)
+    public = public_polynomials(RING, bytes(32), 2)
+    hints = make_hints(public, weight_FD)
+    provider = LatticeProvider(public, {QKV: hints}, ClassTransform.of(RING, 64))
+    make(provider, QKV, (2, 2))
+    second = make(provider, QKV, (2, 2))  # rows 1, 65, 129 … of the batch
+    assert digest(from_blocks(second.r_ND, 2)) == KNOWN_MASKS
+    assert digest(from_blocks(second.u_NF, 2)) == KNOWN_PRODUCTS
+    assert digest(hints.at(slice(0, DEGREE))[:, 1]) == KNOWN_HINT
+
+
+def digest(residues: NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(residues, "<i8").tobytes()).hexdigest()
+
+
+def test_one_weight_multiplies_the_noise_and_zeros_give_products_that_are_zero() -> None:
+    public = public_polynomials(RING, bytes(32), 5)
+    weight_FD = torch.tensor([[127], [-127], [0], [1]], dtype=torch.int8)
+    zeros_FD = torch.zeros(3, 5, dtype=torch.int8)
+    hints = {QKV: make_hints(public, weight_FD), HEAD: make_hints(public, zeros_FD)}
+    provider = LatticeProvider(public, hints, ClassTransform.of(RING, 4))
+    for _ in range(4):
+        pads = make(provider, QKV, (4, 1))
+        r_N, u_NF = from_blocks(pads.r_ND, 1)[:, 0].tolist(), from_blocks(pads.u_NF, 4).tolist()
+        noise = [(r - u[3] + Q // 2) % Q - Q // 2 for r, u in zip(r_N, u_NF, strict=True)]
+        assert 0 < max(map(abs, noise)) <= 16
+        for r, u, e in zip(r_N, u_NF, noise, strict=True):
+            errors = [(w * r - each) % Q for w, each in zip((127, -127, 0, 1), u, strict=True)]
+            assert errors == [w * e % Q for w in (127, -127, 0, 1)]
+            assert u[2] == 0
+        nothing = make(provider, HEAD, (3, 5))
+        assert not from_blocks(nothing.u_NF, 3).any()
+        assert from_blocks(nothing.r_ND, 5).all()
 
 
 def test_masks_are_uniform_in_every_part_of_their_bytes() -> None:
