@@ -18,7 +18,7 @@ from torch import Tensor
 from mask_blocks import from_blocks
 from tsqp import AsyncLLM, SamplingParams
 from tsqp.algebra.fixed_point import Bounds
-from tsqp.algebra.params import LATTICE, Field
+from tsqp.algebra.params import LATTICE
 from tsqp.algebra.residue_blocks import BLOCK, halves
 from tsqp.errors import IntegrityError, LatticeError
 from tsqp.gpu.worker import Worker
@@ -108,8 +108,9 @@ def test_no_log_record_metric_or_error_has_a_number_of_an_answer(
     numbers, run, calls = Numbers(monkeypatch), Worker.run, list[int]()
     of, make = Bounds.delta, LatticeProvider.make
     monkeypatch.setattr(build, "process_limit", FailureLimit())
+    switch = Switch()
     for module in (lattice_group, build):
-        monkeypatch.setattr(module, "process_switch", switch := Switch())
+        monkeypatch.setattr(module, "process_switch", switch)
     monkeypatch.setattr(
         Bounds, "delta", lambda self, field: DELTA if field is LATTICE else of(self, field)
     )

@@ -78,8 +78,8 @@ def test_noise_of_features_rows_classes_and_groups_is_independent(
         assert abs((a == b).mean() - alike) < 6 * (alike / a.size) ** 0.5, name
 
 
-def masks_and_products(batches: int) -> Iterator[tuple[NDArray[np.int64], Bounds]]:
-    """Wq · e of many rows, and the bounds of the weights."""
+def masks_and_products(batches: int) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+    """Wq · e of many rows, and the weights."""
     generator = np.random.default_rng(1)
     weight = generator.integers(-127, 128, (1024, WIDTH))
     weight[:, 0] = 127
@@ -91,26 +91,32 @@ def masks_and_products(batches: int) -> Iterator[tuple[NDArray[np.int64], Bounds
         pads = make(provider, QKV, weight.shape)
         r_ND, u_NF = signed(pads.r_ND, WIDTH), signed(pads.u_NF, len(weight))
         error_NF = r_ND @ weight.T - u_NF
-        yield (error_NF + Q // 2) % Q - Q // 2, Bounds.of(weight_FD)
+        yield (error_NF + Q // 2) % Q - Q // 2, weight_FD
 
 
 @pytest.mark.parametrize("batches", [2, pytest.param(48, marks=pytest.mark.slow)])
 def test_products_with_noise_are_as_large_as_predicted_and_far_below_half_of_delta(
     batches: int,
 ) -> None:
-    largest = squares = count = 0.0
-    for error_NF, bounds in masks_and_products(batches):
-        deviation_F = math.sqrt(VARIANCE * bounds.l2_squared)  # of the longest row
-        largest = max(largest, float(np.abs(error_NF).max()) / deviation_F)
-        squares += float((error_NF.astype(np.float64) ** 2).sum())
-        count += error_NF.size
-        delta = bounds.delta(LATTICE)
-    weight_squares = squares / count / VARIANCE  # the mean of the rows' squared lengths
-    expected = 127**2 + (WIDTH - 1) * (127 * 128 / 3)
-    assert weight_squares == pytest.approx(expected, rel=0.02)  # of the deviation, 1 %
-    # Normal numbers: the largest of so many lies about here, and Δ/2 at ten deviations or beyond.
-    assert largest < math.sqrt(2 * math.log(count)) + 1
-    assert delta / 2 / deviation_F >= 10
+    squares_F, rows, largest, furthest = np.zeros(1024), 0, 0, 0.0
+    for error_NF, weight_FD in masks_and_products(batches):
+        l2_F = weight_FD.double().norm(dim=1).numpy()
+        sizes_NF = np.abs(error_NF)
+        largest = max(largest, int(sizes_NF.max()))
+        furthest = max(furthest, float((sizes_NF / (math.sqrt(VARIANCE) * l2_F)).max()))
+        squares_F += (error_NF.astype(np.float64) ** 2).sum(axis=0)
+        rows += len(error_NF)
+    # Each feature's variance, by the length of its own row of weights. A mean of n squares of
+    # normal numbers is off by √(2/n): six of that for the worst feature, and 1 % of the deviation
+    # for all of them.
+    ratio_F = squares_F / rows / (VARIANCE * l2_F**2)
+    assert np.abs(ratio_F - 1).max() < 6 * math.sqrt(2 / rows)
+    assert ratio_F.mean() == pytest.approx(1, rel=0.02)
+    # The largest of so many normal numbers lies about here, and Δ/2 at ten deviations or beyond.
+    assert furthest < math.sqrt(2 * math.log(rows * 1024)) + 1
+    bounds = Bounds.of(weight_FD)
+    assert largest < bounds.delta(LATTICE) / 2
+    assert bounds.delta(LATTICE) / 2 >= 10 * math.sqrt(VARIANCE) * l2_F.max()
 
 
 def test_a_mask_is_what_its_key_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def check_hints(
             f"The hints of {name} hold values outside [0, q): make them again with this model."
         )
     expected_2N = _combined(public, kw_2D, row_pool)
-    if not np.array_equal(found_2N, expected_2N):
+    if expected_2N is None or not np.array_equal(found_2N, expected_2N):
         raise HintsError(
             f"The hints of {name} are not those of its weights: make them again with this model."
         )
