@@ -175,7 +175,7 @@ def test_products_are_those_of_polynomials_mod_x_to_the_n_plus_one() -> None:
     assert found_MD[:, 0].tolist() == [value % Q for value in expected]
 
 
-@pytest.mark.parametrize("classes", [2, 4, 8, 512])
+@pytest.mark.parametrize("classes", [2, 4, 8, 16, 32, 64, 512])
 def test_the_classes_together_are_the_whole_transform(classes: int) -> None:
     generator = np.random.default_rng(classes)
     of = Ring.of(Q, 2048)

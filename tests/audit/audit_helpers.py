@@ -17,7 +17,7 @@ from tsqp.wire.messages import Linear, Product, place_of
 MODEL = "random:tiny"
 CONFIG = open_checkpoint(MODEL).config
 WIDTHS = {group: group.width for group in linear_groups(CONFIG)}
-WIDE, COMPACT = FIELDS["wide"], FIELDS["compact"]
+WIDE, COMPACT, LATTICE = FIELDS["wide"], FIELDS["compact"], FIELDS["lattice"]
 FIRST = layer_groups(CONFIG, 0).qkv
 
 # 40 of 512 tokens, some of them again.

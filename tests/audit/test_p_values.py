@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from audit_helpers import COMPACT, WIDE, farthest_from_uniform, uniform
+from audit_helpers import COMPACT, LATTICE, WIDE, farthest_from_uniform, uniform
 
 from tsqp.algebra.params import Field
 from tsqp.audit import p_values as chance
 
-FIELDS = pytest.mark.parametrize("field", [WIDE, COMPACT])
+FIELDS = pytest.mark.parametrize("field", [WIDE, COMPACT, LATTICE])
 
 
 @pytest.mark.parametrize(("count", "mean"), [(1, 0.001), (3, 0.2), (7, 2.5), (40, 30.0)])

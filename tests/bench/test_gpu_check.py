@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tsqp.bench import gpu_check
-from tsqp.bench.gpu_check import BUDGET_S, Step, main, run_step, steps
+from tsqp.bench.gpu_check import BUDGET_S, HINTS_PROGRAM, Step, main, run_step, steps
 
 LONG_S = 60.0
 
@@ -44,6 +44,13 @@ def test_a_step_for_which_no_time_is_left_is_skipped() -> None:
     assert run_step(step("raise SystemExit(1)"), 1.0).state == "skipped"
 
 
+def test_the_start_with_hints_of_the_worker_is_timed() -> None:
+    found = run_step(Step("hints", ("-c", HINTS_PROGRAM, "random:tiny", "cpu"), LONG_S), LONG_S)
+    assert found.state == "done", found.result
+    assert isinstance(found.result, dict)
+    assert found.result["load_s"] > 0 < found.result["answer_s"]
+
+
 def test_a_rehearsal_leaves_one_file_whatever_ends_badly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +71,8 @@ def test_every_step_has_a_limit_and_the_tests_of_devices_come_first(device: str)
     found = steps(device)
     assert found[0].command[-1].endswith("tests/gpu")
     assert Path(found[0].command[-1]).is_dir()
-    assert {"tests", "doctor", "transport"} < {each.name for each in found}
+    names = {each.name for each in found}
+    assert {"tests", "doctor", "transport", "hints of the worker", "smollm2-135m lattice"} < names
     assert all(0 < each.limit_s < BUDGET_S < 8 * 60 for each in found)
 
 

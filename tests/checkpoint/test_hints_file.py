@@ -5,12 +5,14 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.hints import Polynomials
+from tsqp.checkpoint import hints_file
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.hints_file import HintsFile, new_hints_file, write_hints
 from tsqp.checkpoint.prepared import PreparedFile, prepare
@@ -135,6 +137,47 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         private(tmp_path / "none.tsqp.hints")
 
 
+@pytest.mark.parametrize("what", ["folder", "garbage", "huge header", "endless"])
+def test_what_is_no_hints_file_is_told_with_the_command_that_makes_one(
+    what: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "some.tsqp.hints"
+    if what == "folder":
+        path.mkdir()
+    elif what == "garbage":
+        path.write_bytes(np.random.default_rng(0).bytes(9999))
+    elif what == "huge header":
+        path.write_bytes((2**62).to_bytes(8, "little") + bytes(9999))
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(HintsError, match=r"; make it again with `tsqp prepare --hints`\.$"):
+        HintsFile(path)
+
+
+def test_a_file_that_names_other_weights_is_refused(hints: Path, tmp_path: Path) -> None:
+    with pytest.raises(HintsError, match="was written for other weights; make it again"):
+        private(changed(hints, tmp_path, with_header("digest", "0" * 64)))
+
+
+def test_every_file_has_a_seed_of_its_own(hints: Path, tmp_path: Path) -> None:
+    with (
+        closing(HintsFile(hints)) as first,
+        closing(HintsFile(written(MODEL, tmp_path))) as second,
+    ):
+        assert first.seed != second.seed
+        assert first.digest == second.digest
+
+
+def test_a_disk_with_too_little_room_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hints_file.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(hints_file, "public_polynomials", pytest.fail)
+    with pytest.raises(HintsError, match=r"takes \d{7,} bytes, and 1000 are free; free some space"):
+        written(MODEL, tmp_path)
+    assert not list(tmp_path.glob("*.hints*"))
+
+
 def test_hints_belong_to_lattice_masks(hints: Path) -> None:
     with pytest.raises(UsageError, match="--hints is for --privacy pad with --field lattice"):
         LLM(MODEL, worker="inproc", field="wide", hints=hints)
@@ -169,6 +212,29 @@ def test_the_cache_spares_the_second_start_the_making(cached: Path, making: list
     assert len(making) == 9
     with closing(HintsFile(cached)) as file:
         assert len(file.digest) == 64
+
+
+def test_hints_of_a_worker_are_kept_for_starts_that_make_none(
+    cached: Path, making: list[int]
+) -> None:
+    told: list[tuple[int, int]] = []
+    with LLM(
+        MODEL,
+        worker="inproc",
+        field="lattice",
+        pad_memory=0,
+        hints="worker",
+        on_load=lambda done, total: told.append((done, total)),
+    ) as llm:
+        expected = llm.generate(PROMPT, GREEDY)[0].token_ids
+    done, [total] = [done for done, _ in told], {total for _, total in told}
+    assert done == sorted(done)
+    assert done[-1] == total
+    assert sum(total / 4 < each < total for each in done) >= 9  # while hints are made, too
+    assert cached.exists()
+    with private() as llm:
+        assert llm.generate(PROMPT, GREEDY)[0].token_ids == expected
+    assert making == []
 
 
 def test_a_damaged_cache_is_passed_over_and_made_again(

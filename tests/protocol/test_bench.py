@@ -76,9 +76,10 @@ def test_the_second_gpu_is_not_taken_for_the_first(
     assert [setting.device for setting in asked] == ["cuda:1"]
 
 
-def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
+@pytest.mark.parametrize(("field", "residue_bytes"), [("wide", 4), ("lattice", 6)])
+def test_what_crosses_is_counted_for_each_run(field: str, residue_bytes: int, main: Main) -> None:
     result = main(
-        "bench", "random:tiny", "--modes", "pad-inline, pad", "--rounds", 1,
+        "bench", "random:tiny", "--modes", "pad-inline, pad", "--rounds", 1, "--field", field,
         "--prompt-tokens", 20, "--new-tokens", 5, "--sustained", 70, "--device", "cpu",
     )  # fmt: skip
     found = result.json
@@ -89,7 +90,7 @@ def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
     residues = 2 * rows * qkv + (rows + 5) * others + 5 * head
     for mode in ("pad-inline", "pad"):
         assert found["calls_per_forward"][mode]["median"] == 2 * 4 + 1
-        assert found["tensor_bytes"][mode]["median"] == 4 * residues
+        assert found["tensor_bytes"][mode]["median"] == residue_bytes * residues
     assert list(found["stock_rows"]) == ["pad"]
     assert found["stock_rows"]["pad"] >= rows
     assert found["sustained"]["pad"]["tokens"] == 70
@@ -100,10 +101,13 @@ def test_what_crosses_is_counted_for_each_run(main: Main) -> None:
 
 
 @pytest.mark.slow
-def test_starts_are_measured_without_and_with_the_cache(main: Main, speaking: Path) -> None:
+@pytest.mark.parametrize("field", ["wide", "lattice"])
+def test_starts_are_measured_without_and_with_the_cache(
+    field: str, main: Main, speaking: Path
+) -> None:
     result = main(
         "bench", speaking, "--modes", "tee,pad-inline", "--rounds", 1, "--prompt-tokens", 5,
-        "--new-tokens", 2, "--starts",
+        "--new-tokens", 2, "--starts", "--field", field,
     )  # fmt: skip
     assert result.status == 0, result.stderr
     assert result.json["model"] == speaking.name
@@ -176,6 +180,11 @@ def test_kernels_are_timed_in_every_field(
         ("wide", 1), ("wide", 130), ("compact", 1), ("compact", 130),
         ("lattice", 1), ("lattice", 130),
     ]  # fmt: skip
+    targets = result.json["target_ns"]
+    assert targets == {"wide": 1.5, "compact": 1.5, "lattice": 2.0}
+    assert result.json["lattice_target_element_ns"] == 2.8
+    floor = result.json["transform_ns"]
+    assert floor["without_noise"] > 0 and floor["with_noise"] > 0
     for each in found:
         for part in ("mask_ns", "unmask_ns"):
             assert each["pair_ns"]["most"] > each[part]["least"] > 0

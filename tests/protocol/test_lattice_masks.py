@@ -22,7 +22,7 @@ from tsqp.errors import HandshakeError, LatticeError, OutOfMemory, UnsupportedMo
 from tsqp.gpu import worker as worker_module
 from tsqp.gpu.worker import Worker
 from tsqp.model.linear_group import LinearGroup
-from tsqp.runtime import build
+from tsqp.runtime import build, field_auto
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.pads import Pads
 from tsqp.tee.offload import lattice_group
@@ -91,7 +91,10 @@ def test_too_little_memory_for_hints_is_told_with_the_other_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(weights_module, "available_bytes", lambda: 2**20)
-    with pytest.raises(OutOfMemory, match=r"hints of random:tiny:0, which --field wide .* bytes"):
+    with pytest.raises(
+        OutOfMemory,
+        match=r"hints of random:tiny:0, which --field wide .* bytes.* or choose --field wide\.$",
+    ):
         private()
 
 
@@ -114,7 +117,13 @@ def test_shares_have_no_lattice_masks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("costs", "field"), [(MaskCosts(2e-3, 1e-3), "lattice"), (MaskCosts(1e-3, 2e-3), "wide")]
+    ("costs", "field"),
+    [
+        (MaskCosts(2e-3, 1e-4, 1e-3, 3e-4), "lattice"),
+        (MaskCosts(1e-3, 1e-4, 2e-3, 3e-4), "wide"),
+        (MaskCosts(1e-3, 1e-4, 1e-3, 3e-4), "wide"),  # dearer only to use
+        (MaskCosts(1e-3, 5e-4, 1.1e-3, 3e-4), "lattice"),
+    ],
 )
 def test_auto_takes_what_costs_less_and_says_why(
     costs: MaskCosts,
@@ -122,31 +131,71 @@ def test_auto_takes_what_costs_less_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(build, "measure_costs", lambda *_: costs)
+    monkeypatch.setattr(field_auto, "measure_costs", lambda *_: costs)
     with caplog.at_level(logging.INFO, "tsqp"), private(field="auto") as llm:
         assert llm._options.field == field
         llm.generate([PROMPT], GREEDY)
-    assert f"field {field}: lattice masks take {1e3 * costs.lattice_s:.3f} ms" in caplog.text
-    assert f"and pads {1e3 * costs.pads_s:.3f} ms" in caplog.text
+    lattice = f"{1e3 * costs.lattice_s:.3f} ms of processor time for lattice masks"
+    pads = f"{1e3 * costs.pads_s:.3f} ms for pads and {1e3 * costs.pad_loops_s:.3f} ms to use them"
+    assert f"field {field}: a token takes {lattice}" in caplog.text
+    assert f"{1e3 * costs.lattice_loops_s:.3f} ms to use them, or {pads}" in caplog.text
 
 
 def test_auto_takes_pads_where_hints_do_not_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(field_auto, "available_bytes", lambda: 2**20)
     with caplog.at_level(logging.INFO, "tsqp"), private(field="auto") as llm:
         assert llm._options.field == "wide"
     needed = trusted_bytes(GEOMETRIES["tiny"], torch.float32, "pad", lattice=True)
     assert f"would take {needed} bytes, and 1048576 are available" in caplog.text
 
 
-def test_auto_measures_that_masks_are_cheaper_in_wide_layers_and_pads_in_narrow_ones() -> None:
-    wide = measure_costs(
-        {LinearGroup(0, "up", 16_384, 4096): (16_384, 4096)}, 2**30
-    )  # thirty times as cheap, or so
-    narrow = measure_costs({LinearGroup(0, "up", 16, 16): (16, 16)}, 2**24)
-    assert wide.lattice_is_cheaper
-    assert not narrow.lattice_is_cheaper
+@pytest.mark.parametrize("field", ["lattice", "wide"])
+def test_auto_uses_given_hints_if_it_takes_lattice_masks(
+    field: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    costs = {"lattice": MaskCosts(2, 0, 1, 0), "wide": MaskCosts(1, 0, 2, 0)}[field]
+    monkeypatch.setattr(field_auto, "measure_costs", lambda *_: costs)
+    with caplog.at_level(logging.INFO, "tsqp"), private(field="auto", hints="worker") as llm:
+        assert (llm._options.field, llm._options.hints) == (
+            field,
+            "worker" if field == "lattice" else None,
+        )
+        llm.generate([PROMPT], GREEDY)
+    assert ("the hints are not used" in caplog.text) is (field == "wide")
+    assert ("waiting for the worker to make the hints" in caplog.text) is (field == "lattice")
+
+
+def test_auto_says_that_it_is_wide_without_a_choice(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO, "tsqp"),
+        private(field="auto", privacy="tee", worker=None, fixed_point=True, pad_memory=None) as llm,
+    ):
+        assert llm._options.field == "wide"
+    assert "field wide: auto measures only with --privacy pad" in caplog.text
+    with pytest.raises(UsageError, match="--hints is for --privacy pad"):
+        private(field="auto", privacy="tee", worker=None, fixed_point=True, hints="worker")
+
+
+def test_the_loops_around_a_call_are_measured_too() -> None:
+    costs = measure_costs({LinearGroup(0, "up", 512, 128): (512, 128)}, 2**24)
+    assert min(costs.pads_s, costs.pad_loops_s, costs.lattice_s, costs.lattice_loops_s) > 0
+
+
+def test_auto_measures_that_masks_save_more_in_wide_layers_than_in_narrow_ones() -> None:
+    def advantage(features: int, width: int) -> float:
+        shapes = {LinearGroup(0, "up", features, width): (features, width)}
+        costs = measure_costs(shapes, 2**30)
+        assert costs.lattice_is_cheaper or width < 4096
+        pads_s, lattice_s = (
+            costs.pads_s + costs.pad_loops_s,
+            costs.lattice_s + costs.lattice_loops_s,
+        )
+        return pads_s / lattice_s
+
+    # About thirty; and a few, since one call costs pads more than all products of a layer so small.
+    assert advantage(16_384, 4096) > 2 * advantage(16, 16)
 
 
 def test_a_field_that_is_none_is_refused_with_the_choice() -> None:

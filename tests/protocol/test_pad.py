@@ -33,8 +33,9 @@ def every_group(llm: LLM) -> dict[LinearGroup, Tensor]:
         ("wide", FEW_PROMPTS, 2**28),
         pytest.param("wide", PROMPTS, None, marks=pytest.mark.slow),
         pytest.param("compact", PROMPTS, None, marks=pytest.mark.slow),
+        pytest.param("lattice", PROMPTS, None, marks=pytest.mark.slow),
     ],
-    ids=["wide-few", "wide", "compact"],
+    ids=["wide-few", "wide", "compact", "lattice"],
 )
 def test_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
     field: str, prompts: list[list[int]], budget: int | None, demo_path: Path
@@ -48,7 +49,7 @@ def test_whole_answers_of_a_real_model_equal_the_fixed_point_reference(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("field", ["wide", "compact"])
+@pytest.mark.parametrize("field", ["wide", "compact", "lattice"])
 def test_groups_of_a_real_model_equal_the_fixed_point_reference(
     field: str, demo_path: Path
 ) -> None:

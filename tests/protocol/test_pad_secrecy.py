@@ -2,8 +2,10 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +15,20 @@ from segment_reader import ENOUGH, Reader
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mask_blocks import to_blocks
 from tsqp import LLM
 from tsqp.algebra import residue_bytes
-from tsqp.algebra.params import FIELDS, Field
+from tsqp.algebra.params import FIELDS, LATTICE, Field
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.quantize import quantize_all
 from tsqp.gpu.worker import Worker
 from tsqp.model.config import layer_groups
+from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import pad_providers
-from tsqp.tee.offload.masked import Masked, MaskedGroup
+from tsqp.tee.crypto.lattice import LatticeProvider
+from tsqp.tee.crypto.pads import Pads
+from tsqp.tee.offload.lattice_group import LatticeGroup
+from tsqp.tee.offload.masked import MaskedGroup
 from tsqp.wire.shm import SealedSegment
 
 
@@ -77,13 +86,14 @@ class Exposed:
     Attributes:
         offsets: of the inputs, in the segment.
         unit: of the last row, the size of one step of its integers.
+        delta: what these integers are multiplied by.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.descriptor = -1
         self.offsets: set[int] = set()
-        self.unit = 0.0
-        open_segment, mask = SealedSegment.open, MaskedGroup.mask
+        self.unit, self.delta = 0.0, 1
+        open_segment = SealedSegment.open
 
         def noting(pid: int, descriptor: int, size: int) -> SealedSegment:
             self.descriptor = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY)
@@ -91,14 +101,16 @@ class Exposed:
             self._start = segment.tensor(0, (1,), torch.uint8).data_ptr()
             return segment
 
-        def noting_place(group: MaskedGroup, x_TD: Tensor, r_TD, c_TB: Tensor, rows) -> Masked:  # type: ignore[no-untyped-def]
-            self.offsets.add(c_TB.data_ptr() - self._start)
-            masked = mask(group, x_TD, r_TD, c_TB, rows)
-            self.unit = float(masked.unit_T[-1])
+        def noting_place(mask: Callable[..., Any], group: Any, *given: Any) -> Any:
+            self.offsets.add(given[2].data_ptr() - self._start)
+            masked = mask(group, *given)
+            self.unit, self.delta = float(masked.unit_T[-1]), getattr(group, "delta", 1)
             return masked
 
         monkeypatch.setattr(SealedSegment, "open", noting)
-        monkeypatch.setattr(MaskedGroup, "mask", noting_place)
+        for kind in (MaskedGroup, LatticeGroup):
+            noted = lambda *given, mask=kind.mask: noting_place(mask, *given)  # noqa: E731
+            monkeypatch.setattr(kind, "mask", noted)
 
 
 @pytest.fixture
@@ -129,18 +141,41 @@ def broad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def row_of(residue: int, field: Field) -> bytes:
-    """A row of equal residues, as it crosses: words, or three planes of bytes."""
+    """A row of equal residues, as it crosses: words, three planes of bytes, or low and high."""
     each = residue.to_bytes(field.residue_bytes, "little")
     if field.residue_bytes == 4:
         return each * WIDTH
+    if field.residue_bytes == 6:
+        return each[:4] * WIDTH + each[4:] * WIDTH
     return b"".join(bytes([plane]) * WIDTH for plane in each)
 
 
-@pytest.mark.parametrize("field", ["wide", "compact"])
+def make_masks_of(r: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lattice masks have this residue everywhere, and no noise."""
+    with closing(open_checkpoint(str(model))) as checkpoint:
+        sums_F = {
+            group: weights.weight_FD.long().sum(dim=1).tolist()
+            for group, weights in quantize_all(checkpoint)
+        }
+
+    def make(_: object, group: LinearGroup, pads: Pads, place: list[int]) -> None:
+        r_ND = np.full((len(place), group.width), r)
+        u_NF = np.array([[total * r % LATTICE.p for total in sums_F[group]]] * len(place))
+        pads.put(place, Pads(to_blocks(r_ND), to_blocks(u_NF)))
+
+    monkeypatch.setattr(LatticeProvider, "make", make)
+
+
+# In the lattice field, the public polynomials of the wide group take 400 MB and some seconds.
+@pytest.mark.parametrize(
+    "field", ["wide", "compact", pytest.param("lattice", marks=pytest.mark.slow)]
+)
 def test_whoever_maps_the_shared_memory_sees_finished_residues_only(
     field: str, broad: Path, exposed: Exposed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    p, r = FIELDS[field].p, 0x5A3C1E77 if field == "wide" else 0x5A3C1E
+    p = FIELDS[field].p
+    r = {"wide": 0x5A3C1E77, "compact": 0x5A3C1E, "lattice": 0x1B2D5A3C1E77}[field]
+    make_masks_of(r, broad, monkeypatch)
     monkeypatch.setattr(pad_providers, "uniform", lambda shape, _: np.full(shape, r, np.int32))
     options = {"worker": "local", "field": field, "dtype": "float32", "prefill_chunk": ROWS}
     x_TD = torch.ones(ROWS, WIDTH)
@@ -148,10 +183,12 @@ def test_whoever_maps_the_shared_memory_sees_finished_residues_only(
         assert llm.transport != "inline"
         expected = linear(llm, layer_groups(llm.config, 0).down, x_TD)
         places, xq = set(exposed.offsets), round(1 / exposed.unit)
-        content = row_of((xq + r) % p, FIELDS[field]) * ROWS
+        plain = exposed.delta * xq
+        content = row_of((plain + r) % p, FIELDS[field]) * ROWS
         # As they cross, and as they are computed with.
-        secrets = [row_of(value, FIELDS[field])[:256] for value in (xq, r)]
-        secrets += [value.to_bytes(4, "little") * 64 for value in (xq, r)]
+        secrets = [row_of(value, FIELDS[field])[:256] for value in (xq, plain, r)]
+        itemsize = np.dtype(FIELDS[field].dtype).itemsize
+        secrets += [value.to_bytes(itemsize, "little") * 64 for value in (xq, plain, r)]
         with Reader(exposed.descriptor, sorted(places), content, secrets) as reader:
             end, answers = time.monotonic() + 60, 0
             while answers < 100 or not reader.has_looked():

@@ -20,6 +20,11 @@ TRANSIENT = 64 * MIB  # stated in docs/memory.md, which grants the trusted side 
 # Of SmolLM2-135M: everything is a linear weight or the embedding, which are one, but 0.03 %.
 PARAMETERS = 134_515_008
 EMBEDDING = 49_152 * 576
+# With lattice masks: outputs of all groups, and inputs of the widest; the integers of the output
+# projection, which are as many as the embedding has numbers, while they pass.
+OUTPUTS, INPUTS = 30 * (960 + 576 + 3072 + 576) + 49_152, 30 * (3 * 576 + 1536) + 576
+HINTS = 6 * 2048 * (OUTPUTS + 1536)
+CHECKS = 20 * (OUTPUTS + INPUTS)
 
 PROGRAM = """
 import json, sys
@@ -41,6 +46,10 @@ MODES: dict[str, tuple[dict[str, object], list[int]]] = {
     "pad": (
         {"privacy": "pad", "worker": "local", "pad_memory": 0},
         [PARAMETERS + 4 * EMBEDDING, PARAMETERS],
+    ),
+    "lattice": (
+        {"privacy": "pad", "worker": "local", "pad_memory": 0, "field": "lattice"},
+        [HINTS + CHECKS + 4 * EMBEDDING + EMBEDDING, PARAMETERS],
     ),
     "open": ({"privacy": "open", "worker": "local"}, [0, 4 * PARAMETERS]),
 }
@@ -78,7 +87,7 @@ def test_no_side_ever_holds_much_more_than_its_weights(
     found = peaks(demo_file, options, tmp_path)
     assert len(found) == len(base) == len(kept)
     for side, (before, peak, weights) in enumerate(zip(base, found, kept, strict=True)):
-        twice = mode == "pad" and side == 0
+        twice = mode in ("pad", "lattice") and side == 0
         assert 0.95 * weights < peak - before < weights + TRANSIENT * (1 + twice)
 
 
@@ -86,7 +95,12 @@ def test_no_side_ever_holds_much_more_than_its_weights(
 def test_the_formula_gives_the_weights_of_a_real_model(mode: str) -> None:
     _, kept = MODES[mode]
     config = GEOMETRIES["smollm2-135m"]
-    serve = "private" if mode == "pad" else "open"
-    found = [trusted_bytes(config, torch.float32, mode), worker_bytes(config, torch.float32, serve)]
+    lattice = mode == "lattice"
+    privacy = "pad" if lattice else mode
+    serve = "private" if privacy == "pad" else "open"
+    found = [
+        trusted_bytes(config, torch.float32, privacy, lattice=lattice),
+        worker_bytes(config, torch.float32, serve),
+    ]
     for bytes_found, expected in zip(found, kept, strict=False):
         assert bytes_found == pytest.approx(expected, rel=0.02)

@@ -1,14 +1,19 @@
 """`--hints worker`: a worker makes the hints of lattice masks, which are used only if right."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 from protocol_helpers import Main
 from torch import Tensor
 
 from tsqp import LLM, SamplingParams
+from tsqp.algebra.hints import make_hints
 from tsqp.algebra.params import DEGREE, LATTICE
+from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.quantize import quantize_all
 from tsqp.errors import IntegrityError, OutOfMemory
 from tsqp.gpu.worker import Worker
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
@@ -40,8 +45,12 @@ def test_hints_of_a_worker_are_the_products_of_the_public_polynomials() -> None:
         assert llm._pads is not None
         provider = llm._pads._provider
         assert isinstance(provider, LatticeProvider)
-        a_ND = torch.from_numpy(provider._public.at(slice(0, DEGREE))).double()
-    assert a_ND.max() < LATTICE.p  # that they are right was checked, by [P10]
+        public, hints = provider._public, provider._hints
+    with closing(open_checkpoint(MODEL)) as checkpoint:
+        for group, weights in quantize_all(checkpoint):
+            made = make_hints(public, weights.weight_FD)
+            assert np.array_equal(made.low_GNB, hints[group].low_GNB)
+            assert np.array_equal(made.high_GNB, hints[group].high_GNB)
 
 
 def flip_a_bit(z_TB: Tensor) -> None:

@@ -181,7 +181,7 @@ ANSWER = 5
 SHARES = {"privacy": "shares", "worker": ["inproc", "inproc"], "insecure_same_host": True}
 
 
-@pytest.mark.parametrize("options", [{"field": "compact"}, SHARES])
+@pytest.mark.parametrize("options", [{"field": "compact"}, {"field": "lattice"}, SHARES])
 def test_requests_that_run_together_show_what_transformers_computes(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:

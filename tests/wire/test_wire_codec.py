@@ -76,7 +76,10 @@ segments = st.builds(
 sealed = st.builds(
     SealedRef, st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1), st.integers(1, 2**40)
 )
-layers, fields = st.integers(-1, messages.MAX_LAYERS - 1), st.sampled_from(["wide", "compact"])
+layers, fields = (
+    st.integers(-1, messages.MAX_LAYERS - 1),
+    st.sampled_from(["wide", "compact", "lattice"]),
+)
 rows = st.integers(1, messages.MAX_DIMENSION)
 sequences, tokens = st.integers(0, 2**53 - 1), st.integers(0, messages.MAX_DIMENSION)
 span = st.builds(Span, sequences, tokens, rows, tokens)

@@ -21,7 +21,8 @@ from tsqp.algebra.ring import Ring
 SEED_BYTES = 32
 LABEL = b"TSQP lattice masks: public polynomials, version 1"
 SPARE = 16  # candidates beyond N; more are needed with probability below 2^-250
-ROWS = 256  # hints that are multiplied at once
+ROWS = 256  # roots whose values are multiplied at once, at most
+PRODUCT_BYTES = 2**26  # at most for their products, which take 4 bytes for each digit, and then 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,9 @@ def make_hints(public: Polynomials, weight_FD: Tensor) -> Polynomials:
     features, width = weight_FD.shape
     degree = public.low_GNB.shape[1]
     hints = Polynomials.empty(degree, features)
-    for first in range(0, degree, ROWS):
-        a_ND = public.at(slice(first, first + ROWS))[:, :width]
+    rows = max(1, min(ROWS, PRODUCT_BYTES // ((4 * LATTICE.digits + 8) * features)))
+    for first in range(0, degree, rows):
+        a_ND = public.at(slice(first, first + rows))[:, :width]
         h_NF = torch.empty(len(a_ND), features, dtype=torch.int64)
         a_ND = np.ascontiguousarray(a_ND)
         residue_product(torch.from_numpy(a_ND), weight_FD, LATTICE, h_NF)

@@ -107,8 +107,13 @@ class ClassTransform:
             s_N: residues in [0, q), in the transform domain.
         """
         secret_N, copy_N = np.empty(self.ring.degree), s_N.astype(np.float64)
-        _scale(copy_N, self.factors_kN[row_class], float(self.ring.q), secret_N)
-        copy_N[:] = 0  # the caller erases the others
+        try:
+            _scale(copy_N, self.factors_kN[row_class], float(self.ring.q), secret_N)
+        except BaseException:
+            secret_N[:] = 0
+            raise
+        finally:
+            copy_N[:] = 0  # the caller erases the others
         return secret_N
 
 

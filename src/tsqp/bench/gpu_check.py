@@ -23,6 +23,20 @@ TESTS = Path(__file__).parents[3] / "tests" / "gpu"
 MODES = "transformers,tee,open,open-gpu-attention,open-fused,pad,shares"
 
 
+# Loads a model whose lattice hints the worker makes: model and device are arguments.
+HINTS_PROGRAM = """
+import json, sys, time
+from tsqp import LLM, SamplingParams
+
+began = time.perf_counter()
+options = {"worker": "local", "device": sys.argv[2], "dtype": "float32", "pad_memory": 0}
+with LLM(sys.argv[1], field="lattice", hints="worker", timeout=60, **options) as llm:
+    load_s = time.perf_counter() - began
+    llm.generate([[1] * 16], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    print(json.dumps({"load_s": load_s, "answer_s": time.perf_counter() - began - load_s}))
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A command, given as arguments for Python, and its time limit.
@@ -74,6 +88,11 @@ def steps(device: str) -> list[Step]:
         modes = "tee,open,pad"
         arguments = ("random:llama-3.2-1b", "--dtype", "bfloat16", "--modes", modes, *large)
         found.append(Step("llama-3.2-1b bfloat16", (*bench, *arguments), 240))
+    lattice = ("--dtype", "float32", "--field", "lattice", "--modes", "tee,pad")
+    found += [
+        Step("hints of the worker", ("-c", HINTS_PROGRAM, "random:smollm2-135m", device), 120),
+        Step("smollm2-135m lattice", (*bench, "random:smollm2-135m", *lattice, *small), 150),
+    ]
     return [*found, Step("transport", (*tsqp, "bench", "transport", "--calls", "500"), 60)]
 
 

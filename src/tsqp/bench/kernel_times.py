@@ -15,8 +15,11 @@ from rich.table import Table
 from torch import Tensor
 
 from tsqp.algebra import residue_bytes
+from tsqp.algebra.hints import Polynomials
 from tsqp.algebra.int8_product import residue_product
 from tsqp.algebra.params import DEGREE, FIELDS, LATTICE, Field
+from tsqp.algebra.residue_blocks import BLOCK
+from tsqp.algebra.ring import ClassTransform, Ring, products_of_class, work_space
 from tsqp.bench.figures import Figure
 from tsqp.bench.hardware_limits import copy_bytes_per_s, int8_ops
 from tsqp.bench.host import describe_machine
@@ -25,14 +28,17 @@ from tsqp.bench.output import new_table, show
 from tsqp.bench.timing import seconds
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.linear_group import LinearGroup
+from tsqp.tee.crypto.lattice import NO_NOISE
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
-from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
+from tsqp.tee.crypto.pads import Pads, empty_rows, row_bytes_in_stock
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.tee.offload.masked import BLOCK_ROWS, Group, MaskedGroup
 
-TARGET_NS = 1.5  # the goal for one input and one output element, both checks included
+# The goals for one input and one output element, both checks included.
+TARGET_NS = {"wide": 1.5, "compact": 1.5, "lattice": 2.0}
+LATTICE_TARGET_ELEMENT_NS = 2.8  # the goal for one element of a lattice mask, noise included
 SHAPES = {  # (F, D) of SmolLM2-135M
     "qkv": (960, 576),
     "o": (576, 576),
@@ -53,7 +59,7 @@ class KernelFigures:
     Attributes:
         mask_ns: masking, per input element: [P2], [P5] and the right side of [P7].
         unmask_ns: unmasking, per output element: [P5], [P7] with both vectors, and [P3].
-        pair_ns: mask_ns + unmask_ns; the goal is TARGET_NS.
+        pair_ns: mask_ns + unmask_ns; the goals are TARGET_NS.
         random_ns: drawing one uniform residue.
         pad_row_us: making one pad [P4], or one row of lattice masks [P11].
         pad_element_ns: pad_row_us divided by the number of input and output elements.
@@ -80,10 +86,18 @@ class KernelFigures:
 
 @dataclass(frozen=True, slots=True)
 class KernelResult:
-    """The figures of all cases, and the best rates of one core."""
+    """The figures of all cases, and the best rates of one core.
+
+    Attributes:
+        target_ns: the goal of `pair_ns`, by field.
+        lattice_target_element_ns: the goal of `pad_element_ns` in the lattice field.
+        transform_ns: the floor of lattice masks, see `transform_floor`.
+    """
 
     kernels: list[KernelFigures]
-    target_ns: float
+    target_ns: dict[str, float]
+    lattice_target_element_ns: float
+    transform_ns: dict[str, float]
     copy_ns_per_residue: float
     int8_product_ps: float
     machine: dict[str, str]
@@ -129,13 +143,43 @@ def measure_kernels(
             kernels += [case.figures() for case in cases]
         return KernelResult(
             kernels=kernels,
-            target_ns=TARGET_NS,
+            target_ns=dict(TARGET_NS),
+            lattice_target_element_ns=LATTICE_TARGET_ELEMENT_NS,
+            transform_ns=transform_floor(),
             copy_ns_per_residue=1e9 * 4 / copy_bytes_per_s(),
             int8_product_ps=1e12 * 2 / int8_ops(),
             machine=describe_machine(),
         )
     finally:
         torch.set_num_threads(threads)
+
+
+def transform_floor() -> dict[str, float]:
+    """Nanoseconds of the transform for one element of one block, all of it in the cache.
+
+    Returns:
+        without_noise: as for products of masks.
+        with_noise: as for masks, without the time to draw the bits of the noise.
+    """
+    transform = ClassTransform.of(Ring.of(LATTICE.p, DEGREE))
+    rows, block = transform.rows, Polynomials.empty(DEGREE, BLOCK)
+    work_MB, out_GRW = work_space(rows), empty_rows(rows, BLOCK, LATTICE)
+    secret_N, places_M = transform.secret(np.ones(DEGREE, np.int64), 0), np.arange(rows)
+    noises = {
+        "without_noise": NO_NOISE,
+        "with_noise": np.ones((1, rows, BLOCK), np.uint32),
+    }
+    return {
+        name: 1e9
+        * seconds(
+            lambda noise_GMB=noise_GMB: products_of_class(  # type: ignore[misc]
+                block.low_GNB, block.high_GNB, secret_N, transform, noise_GMB, work_MB, out_GRW,
+                places_M, 0, 1,
+            )
+        )
+        / (rows * BLOCK)
+        for name, noise_GMB in noises.items()
+    }  # fmt: skip
 
 
 def tables(result: KernelResult) -> Iterator[Table]:
@@ -160,9 +204,13 @@ def tables(result: KernelResult) -> Iterator[Table]:
 def notes(result: KernelResult) -> Iterator[str]:
     """The limits of the hardware."""
     yield (
-        f"Both: one input and one output element, including checks; the target is at most "
-        f"{result.target_ns} ns. One core copies a residue of 4 bytes in "
-        f"{result.copy_ns_per_residue:.2f} ns and multiplies and adds two int8 in "
+        "Both: one input and one output element, including checks; the target is at most "
+        f"{result.target_ns['wide']} ns, and {result.target_ns['lattice']} ns in the lattice "
+        "field. An element of a lattice mask is to take at most "
+        f"{result.lattice_target_element_ns} ns; one block of the transform in the cache takes "
+        f"{result.transform_ns['with_noise']:.2f} ns, and "
+        f"{result.transform_ns['without_noise']:.2f} ns without noise. One core copies a residue "
+        f"of 4 bytes in {result.copy_ns_per_residue:.2f} ns and multiplies and adds two int8 in "
         f"{result.int8_product_ps:.2f} ps at best. float32, bfloat16: the product of the "
         "layer for one token, without masks, as the TEE would compute it itself."
     )

@@ -8,6 +8,7 @@ it is secret, and nothing in it is believed: whoever uses hints checks them in p
 import errno
 import json
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ class HintsFile:
         try:
             self._file = SafetensorsFile(path)
         except CheckpointError as exc:
-            raise HintsError(f"Cannot use the hints in {path}: {exc}") from exc
+            raise _unusable(path, exc) from exc
         metadata = self._file.metadata
         try:
             self.seed = bytes.fromhex(metadata.get("seed", ""))
@@ -66,7 +67,8 @@ class HintsFile:
         if not is_ours or len(self.seed) != SEED_BYTES:
             self.close()
             raise HintsError(
-                f"{path} does not hold hints of this version; write them with `tsqp prepare`."
+                f"{path} does not hold hints of this version; make it again with `tsqp prepare "
+                "--hints`."
             )
 
     def read(self, group: LinearGroup) -> Polynomials:
@@ -81,12 +83,31 @@ class HintsFile:
             low = self._file.read(low_name, shape, stored="U32")
             high = self._file.read(high_name, shape, stored="U16")
         except CheckpointError as exc:
-            raise HintsError(f"Cannot use the hints in {self._path}: {exc}") from exc
+            raise _unusable(self._path, exc) from exc
         return Polynomials(low.numpy(), high.numpy(), group.features)
+
+    def check_digest(self, digest: str) -> None:
+        """Raise HintsError unless the header names these weights.
+
+        Args:
+            digest: of the integer weights.
+        """
+        if digest != self.digest:
+            raise HintsError(
+                f"{self._path} was written for other weights; make it again with `tsqp prepare "
+                "--hints`."
+            )
 
     def close(self) -> None:
         """Safe to call twice."""
         self._file.close()
+
+
+def _unusable(path: Path, error: CheckpointError) -> HintsError:
+    reason = str(error).removesuffix(".").removesuffix(": fetch it again")
+    return HintsError(
+        f"Cannot use the hints in {path}: {reason}; make it again with `tsqp prepare --hints`."
+    )
 
 
 class HintsWriter:
@@ -118,13 +139,18 @@ def new_hints_file(path: Path, seed: bytes, groups: Sequence[LinearGroup]) -> It
         groups: in the order of the file; the hints of all of them must be added.
 
     Raises:
-        HintsError: the file cannot be written.
+        HintsError: the file cannot be written, or the disk has too little room for it.
     """
     metadata = _RING | {"seed": seed.hex(), "digest": _NO_DIGEST}
     header, places, end = _layout(groups, metadata)
+    size = len(header) + end
     try:
+        if size > (free := shutil.disk_usage(path.parent).free):
+            raise HintsError(
+                f"Cannot write {path}: it takes {size} bytes, and {free} are free; free some space."
+            )
         with new_file(path, SUFFIX) as file:
-            file.truncate(len(header) + end)
+            file.truncate(size)
             writer = HintsWriter(file, len(header), places)
             yield writer
             assert len(writer.digest) == len(_NO_DIGEST)
@@ -148,8 +174,8 @@ def write_hints(prepared: PreparedFile, path: Path, progress: Progress = silent)
     seed = secrets.token_bytes(SEED_BYTES)
     groups = prepared.linear_groups()
     widest = max(group.width for group in groups)
-    public = public_polynomials(Ring.of(LATTICE.p, DEGREE), seed, widest)
     with new_hints_file(path, seed, groups) as writer:
+        public = public_polynomials(Ring.of(LATTICE.p, DEGREE), seed, widest)
         for group, weights in prepared.groups(progress):
             writer.add(group, make_hints(public, weights.weight_FD))
         writer.digest = prepared.digest

@@ -170,12 +170,13 @@ def embedding_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return int(dtype.itemsize) * config.vocab_size * config.hidden_size
 
 
-def check_memory(required: int, what: str) -> None:
+def check_memory(required: int, what: str, advice: str = "choose a smaller dtype or model") -> None:
     """Raise early if something would not fit into memory.
 
     Args:
         required: bytes.
         what: the subject of the message, such as "The model's weights".
+        advice: what else the user can do than free some memory.
 
     Raises:
         OutOfMemory: fewer bytes are free, in the machine or in this process's control group.
@@ -184,6 +185,5 @@ def check_memory(required: int, what: str) -> None:
     if required > available:
         raise OutOfMemory(
             f"{what} would take {required} bytes ({required / 2**30:.1f} GiB), and {available}"
-            f" bytes ({available / 2**30:.1f} GiB) are available: free some, or choose a smaller"
-            " dtype or model."
+            f" bytes ({available / 2**30:.1f} GiB) are available: free some, or {advice}."
         )

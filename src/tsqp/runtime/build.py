@@ -10,27 +10,29 @@ from pathlib import Path
 import torch
 
 from tsqp.algebra import digits
-from tsqp.algebra.params import LATTICE, WIDE, Field
+from tsqp.algebra.params import LATTICE, WIDE
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.footprint import trusted_bytes
 from tsqp.checkpoint.hints_file import HintsFile
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.model_digest import check_expected, model_digest
-from tsqp.checkpoint.progress import Progress, part_of, silent
+from tsqp.checkpoint.progress import Counter, Progress, part_of, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
 from tsqp.checkpoint.weights import check_memory, embedding_bytes, read_bias, read_embedding
 from tsqp.checkpoint.weights_digest import WeightsDigest, weights_digest
 from tsqp.errors import HintsError
 from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
-from tsqp.model.config import linear_groups, output_projection, trusted_shapes
+from tsqp.model.config import linear_groups, trusted_shapes
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.kv_cache import KvCache
 from tsqp.runtime.failover import Begin, Failover
+from tsqp.runtime.field_auto import cheaper_field
 from tsqp.runtime.hints_cache import hints_path, keep_hints
 from tsqp.runtime.hints_of_workers import add_with_hints_of_workers
 from tsqp.runtime.kv_memory import check_kv_memory, kv_cache
 from tsqp.runtime.options import WORKER_HINTS, Options
+from tsqp.runtime.segment_size import segment_bytes
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.freivalds import Trust, process_limit
@@ -38,7 +40,6 @@ from tsqp.tee.crypto.kernels import compile_loops
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pad_providers import DirectProvider, PadProvider
 from tsqp.tee.crypto.row_pool import RowPool
-from tsqp.tee.offload.field_choice import measure_costs
 from tsqp.tee.offload.fixed_point_linear import FixedPointLinear
 from tsqp.tee.offload.lattice_group import LatticeGroup, process_switch
 from tsqp.tee.offload.lattice_load import LatticeLoad, compile_lattice_loops
@@ -46,7 +47,7 @@ from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import Group, Kept, LinearPart, MaskedGroup, PrivateOffload
 from tsqp.tee.offload.offload import Offload
 from tsqp.tee.offload.open import OpenOffload
-from tsqp.tee.offload.open_attention import MAX_SCORES, OpenAttentionOffload
+from tsqp.tee.offload.open_attention import OpenAttentionOffload
 from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.tee.offload.shares import SharesLinear
@@ -55,9 +56,6 @@ from tsqp.wire.channel import Channel
 
 log = logging.getLogger("tsqp")
 
-MIN_SHM = 2**20
-MAX_SHM = 2**30
-HEAD_ROWS = 8  # sequences whose logits travel in one call; more are split
 MAX_PAD_MEMORY = 2 * 2**30  # without --pad-memory
 
 
@@ -105,23 +103,22 @@ class Builder:
         workers = failover.workers
         if workers:
             process_limit.check()
-        if self.options.field == "auto" and self.options.privacy == "pad":
-            self.options = replace(self.options, field=self._cheaper_field().name)
+        if self.options.field == "auto" and self.options.masked:
+            self._decide_field(len(failover.alternatives))
         options = self.options
-        kept = trusted_bytes(
-            self._config,
-            self._dtype,
-            options.privacy,
-            fixed_point=options.fixed_point,
-            lattice=options.lattice,
-            alternatives=len(failover.alternatives),
-        )
-        if options.hints == WORKER_HINTS:
-            kept += integer_bytes(self._config)  # until the hints are checked
-        what = f"The weights of {self._checkpoint.name}"
         if options.lattice:
+            kept = self._lattice_bytes(len(failover.alternatives))
             what = f"The hints of {self._checkpoint.name}, which --field wide does without,"
-        check_memory(kept, what)
+            check_memory(kept, what, "choose --field wide")
+        else:
+            kept = trusted_bytes(
+                self._config,
+                self._dtype,
+                options.privacy,
+                fixed_point=options.fixed_point,
+                alternatives=len(failover.alternatives),
+            )
+            check_memory(kept, f"The weights of {self._checkpoint.name}")
         if options.kv_memory is not None:
             check_kv_memory(self._config, self._dtype, options.kv_memory)
         if options.lattice:
@@ -275,10 +272,19 @@ class Builder:
         if given is not None or (path is not None and path.exists()):
             assert path is not None
             try:
-                with closing(HintsFile(path)) as file:
+                with closing(HintsFile(path)) as file, closing(self._row_pool()) as row_pool:
                     find = lambda group, _: file.read(group)  # noqa: E731
-                    load = LatticeLoad(shapes, biases_F, seed=file.seed, find=find, workers=workers)
-                    return load, *self._load(load.add)
+                    load = LatticeLoad(
+                        shapes,
+                        biases_F,
+                        seed=file.seed,
+                        find=find,
+                        workers=workers,
+                        row_pool=row_pool,
+                    )
+                    digest, embedding_VD = self._load(load.add)
+                    file.check_digest(digest)
+                    return load, digest, embedding_VD
             except HintsError as exc:
                 if given is not None:
                     raise
@@ -292,43 +298,67 @@ class Builder:
     def _load_with_hints_of(self, failover: Failover) -> tuple[LatticeLoad, str, torch.Tensor]:
         """The same, with hints that a worker makes."""
         integers: dict[LinearGroup, IntegerWeights] = {}
-        biases_F = self._biases_F()
-        digest, embedding_VD = self._load(integers.__setitem__)
-        load = LatticeLoad(self._shapes(), biases_F, workers=len(failover.workers))
+        biases_F, shapes = self._biases_F(), self._shapes()
+        to_make = integer_bytes(self._config)  # hints count as much as the weights
+        digest, embedding_VD = self._load(integers.__setitem__, more=to_make)
+        before = self._load_bytes()
+        made = Counter(to_make, part_of(self._progress, before, before + to_make))
 
         def connect(worker: WorkerProcess) -> Channel:
             return self._connect(worker, digest, LATTICE.residue_bytes, [LATTICE_ABILITY])
 
-        timeout = self.options.timeout
-        add_with_hints_of_workers(load, integers, failover, connect, timeout, process_limit)
+        with closing(self._row_pool()) as row_pool:
+            load = LatticeLoad(
+                shapes, biases_F, workers=len(failover.workers), row_pool=row_pool
+            )
+            add_with_hints_of_workers(
+                load, integers, failover, connect, self.options.timeout, process_limit, made.add
+            )
+        path = hints_path(self._checkpoint, shapes)
+        if path is not None and not path.exists():
+            keep_hints(path, load, digest)
         return load, digest, embedding_VD
 
-    def _cheaper_field(self) -> Field:
-        """The cheaper of pads and lattice masks on this machine, if the hints fit into memory."""
-        name, dtype = self._checkpoint.name, self._dtype
-        needed = trusted_bytes(self._config, dtype, "pad", lattice=True)
-        if needed > (available := available_bytes()):
-            log.info(
-                "field wide: the hints and all else of %s with lattice masks would take %d bytes, "
-                "and %d are available", name, needed, available,
-            )  # fmt: skip
-            return WIDE
-        costs = measure_costs(self._shapes(), self._pad_memory())
-        field = LATTICE if costs.lattice_is_cheaper else WIDE
-        log.info(
-            "field %s: lattice masks take %.3f ms of processor time a token, and pads %.3f ms",
-            field.name, 1e3 * costs.lattice_s, 1e3 * costs.pads_s,
-        )  # fmt: skip
-        return field
+    def _lattice_bytes(self, alternatives: int) -> int:
+        """Bytes that the TEE needs while it loads for lattice masks."""
+        needed = trusted_bytes(
+            self._config, self._dtype, "pad", lattice=True, alternatives=alternatives
+        )
+        if self.options.hints == WORKER_HINTS:
+            needed += integer_bytes(self._config)  # until the hints are checked
+        return needed
+
+    def _decide_field(self, alternatives: int) -> None:
+        """Replace the field `auto`."""
+        if self.options.privacy != "pad":
+            log.info("field wide: auto measures only with --privacy pad")
+            self.options = replace(self.options, field=WIDE.name)
+            return
+        needed, memory = self._lattice_bytes(alternatives), self._pad_memory()
+        field = cheaper_field(self._checkpoint.name, needed, self._shapes(), memory)
+        hints = self.options.hints
+        if field is WIDE and hints is not None:
+            log.info("the hints are not used")
+            hints = None
+        self.options = replace(self.options, field=field.name, hints=hints)
+
+    def _load_bytes(self) -> int:
+        """Bytes that `_load` reports."""
+        return integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
 
     def _load(
-        self, place: Callable[[LinearGroup, IntegerWeights], None]
+        self, place: Callable[[LinearGroup, IntegerWeights], None], more: int = 0
     ) -> tuple[str, torch.Tensor]:
-        """The digest of the integer weights, which `place` gets, and the embedding."""
-        total = integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
+        """The digest of the integer weights, which `place` gets, and the embedding.
+
+        Args:
+            more: bytes that the caller reports as progress afterwards.
+        """
+        done = self._load_bytes()
+        total = done + more
         digest = load_integers(self._checkpoint, place, part_of(self._progress, 0, total))
         embedding_VD = read_embedding(self._checkpoint, self._dtype, self._read)
-        self._progress(total, total)
+        self._progress(done, total)
         trusted = weights_digest(
             self._checkpoint,
             self._dtype,
@@ -365,25 +395,12 @@ class Builder:
         wanted = self.options.pad_memory
         if wanted is None:
             return min(MAX_PAD_MEMORY, available_bytes() // 4)
-        check_memory(wanted, "The stock of pads")
+        check_memory(wanted, "The stock of pads", "choose a smaller --pad-memory")
         return wanted
 
     def _connect(
         self, worker: WorkerProcess, digest: str, itemsize: int, abilities: Sequence[str] = ()
     ) -> Channel:
         reason = self.options.no_shm_reason
-        shm_bytes = 0 if reason else self._segment_bytes(itemsize)
+        shm_bytes = 0 if reason else segment_bytes(self._config, self.options, itemsize)
         return worker.connect(self._checkpoint, digest, shm_bytes, reason, abilities)
-
-    def _segment_bytes(self, itemsize: int) -> int:
-        """Shared memory for the calls of one step."""
-        rows = self.options.prefill_chunk
-        widths = {group: sum(group.shape) for group in linear_groups(self._config)}
-        head = widths.pop(output_projection(self._config))
-        numbers = [rows * max(widths.values()), min(rows, HEAD_ROWS) * head]
-        if self.options.gpu_attention:
-            scores = self._config.num_heads * rows * self._config.max_positions
-            numbers.append(min(MAX_SCORES, scores))
-        widest = itemsize * max(numbers)
-        # Room for an answer in use and for the next call, doubled for a second microbatch.
-        return min(max(4 * widest, MIN_SHM), MAX_SHM)

@@ -24,6 +24,7 @@ def add_with_hints_of_workers(
     connect: Callable[[WorkerProcess], Channel],
     timeout: float,
     limit: FailureLimit,
+    on_made: Callable[[int], None],
 ) -> None:
     """Add all groups; if a worker fails, another one makes the hints that are missing.
 
@@ -32,6 +33,7 @@ def add_with_hints_of_workers(
         connect: begins a session, which is used for the hints only.
         timeout: seconds that the worker may take for one call.
         limit: counts wrong hints.
+        on_made: called for each group, with the bytes of its weights.
 
     Raises:
         WorkerError: see `Failover.attempt`; IntegrityError after wrong hints.
@@ -45,7 +47,7 @@ def add_with_hints_of_workers(
         try:
             for group in list(integers):
                 load.add(group, integers[group], partial(ask_for_hints, channel, timeout=timeout))
-                del integers[group]
+                on_made(integers.pop(group).nbytes)
         except HintsError as exc:
             limit.count()
             raise IntegrityError(

@@ -17,7 +17,7 @@ def check_kv_memory(config: ModelConfig, dtype: torch.dtype, memory: int) -> Non
         OutOfMemory: there are not so many bytes.
         UsageError: one block of tokens does not fit.
     """
-    check_memory(memory, "The KV cache")
+    check_memory(memory, "The KV cache", "choose a smaller --kv-memory")
     cache = kv_in_blocks(config, dtype, memory)
     if not cache.most_tokens:
         raise UsageError(

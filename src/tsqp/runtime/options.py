@@ -115,7 +115,8 @@ class Options:
         Option(
             "Residues of the private modes: wide (4 bytes), compact (3 bytes), or lattice (6 "
             "bytes; not for shares): cheaper for the TEE in wide layers; its security assumes "
-            "RLWE. auto measures whether wide or lattice costs less (not in `tsqp bench`).",
+            "RLWE. auto measures whether wide or lattice costs less with --privacy pad, and is "
+            "wide with the others (not in `tsqp bench`).",
             str,
             env=("TSQP_FIELD",),
         ),
@@ -255,9 +256,10 @@ class Options:
                 "--field lattice is for --privacy pad or --fixed-point; shares need no masks, so "
                 "choose wide or compact."
             )
-        if self.hints is not None and not self.lattice:
+        may_be_lattice = self.lattice or (self.privacy == "pad" and self.field == "auto")
+        if self.hints is not None and not may_be_lattice:
             raise UsageError(
-                "--hints is for --privacy pad with --field lattice only; leave it out."
+                "--hints is for --privacy pad with --field lattice or auto only; leave it out."
             )
         if self.fixed_point and self.privacy != "tee":
             raise UsageError(

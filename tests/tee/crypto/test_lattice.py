@@ -18,8 +18,8 @@ from tsqp.errors import HintsError, IntegrityError, LatticeError
 from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.hint_checks import check_hints
-from tsqp.tee.crypto.lattice import LatticeProvider
-from tsqp.tee.crypto.pads import Pads
+from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
+from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_group import LatticeGroup, MaskedRows, Switch
 
@@ -139,6 +139,33 @@ def test_a_wrong_row_is_refused_before_anything_is_unmasked(
         layer.unmask(z_TF, masks, masked)
 
 
+def orthogonal_to(k_F: list[int], f: int, g: int) -> tuple[int, int]:
+    """Errors at two features that one check vector cannot see."""
+    return k_F[g], -k_F[f] % Q
+
+
+@pytest.mark.parametrize("vector", [0, 1])
+@pytest.mark.parametrize("row", [0, 16, 32])
+def test_an_error_that_one_check_vector_cannot_see_is_refused_by_the_other(
+    layer: Layer, vector: int, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> int:
+        raise AssertionError("unmasked")
+
+    low_F, high_F = layer.group._k_22F[vector].astype(int)
+    k_F = (low_F | high_F << 23).tolist()
+    masks = layer.take(33)
+    masked, c_TD = layer.mask(rows_of(33, layer.group.width), masks)
+    z_TF = layer.answer(c_TD)
+    error_f, error_g = orthogonal_to(k_F, 4, 39)
+    assert error_f and error_g and (k_F[4] * error_f + k_F[39] * error_g) % Q == 0
+    z_TF[row, 4] = (int(z_TF[row, 4]) + error_f) % Q
+    z_TF[row, 39] = (int(z_TF[row, 39]) + error_g) % Q
+    monkeypatch.setattr("tsqp.tee.crypto.lattice_kernels.unmask", never)
+    with pytest.raises(IntegrityError, match="wrong product"):
+        layer.unmask(z_TF, masks, masked)
+
+
 @pytest.mark.parametrize("value", [Q, Q + 1, 2**48 - 1])
 def test_values_that_are_no_residues_are_refused(layer: Layer, value: int) -> None:
     masks = layer.take(1)
@@ -197,7 +224,7 @@ def test_hints_are_the_products_of_the_public_polynomials(layer: Layer) -> None:
     h_NF = layer.hints.at(slice(0, 2048)).tolist()
     for n in (0, 1000, 2047):
         assert h_NF[n] == [v % Q for v in product(layer.weights.weight_FD, a_ND[n])]
-    check_hints(layer.hints, layer.public, layer.weights.weight_FD, "group qkv")
+    check_hints(layer.hints, layer.public, layer.weights.weight_FD, "group qkv", layer.rows)
 
 
 def changed(hints: Polynomials, g: int, n: int, b: int, low: int, high: int) -> Polynomials:
@@ -214,7 +241,7 @@ def test_a_hint_with_one_wrong_bit_is_refused(
 ) -> None:
     wrong = changed(layer.hints, *place, *bits)
     with pytest.raises(HintsError, match="group qkv"):
-        check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv")
+        check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv", layer.rows)
 
 
 def test_a_hint_outside_the_field_is_refused(layer: Layer) -> None:
@@ -222,17 +249,17 @@ def test_a_hint_outside_the_field_is_refused(layer: Layer) -> None:
     value = int(wrong.low_GNB[0, 5, 5]) + (int(wrong.high_GNB[0, 5, 5]) << 32) + Q
     wrong.low_GNB[0, 5, 5], wrong.high_GNB[0, 5, 5] = value & 0xFFFFFFFF, value >> 32
     with pytest.raises(HintsError, match=r"outside \[0, q\)"):
-        check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv")
+        check_hints(wrong, layer.public, layer.weights.weight_FD, "group qkv", layer.rows)
 
 
 def test_hints_of_other_weights_or_another_seed_are_refused(layer: Layer) -> None:
     width = layer.group.width
     others = make_hints(layer.public, integer_weights(40, width, seed=1).weight_FD)
     with pytest.raises(HintsError):
-        check_hints(others, layer.public, layer.weights.weight_FD, "group qkv")
+        check_hints(others, layer.public, layer.weights.weight_FD, "group qkv", layer.rows)
     elsewhere = public_polynomials(RING, bytes(32), width)
     with pytest.raises(HintsError):
-        check_hints(layer.hints, elsewhere, layer.weights.weight_FD, "group qkv")
+        check_hints(layer.hints, elsewhere, layer.weights.weight_FD, "group qkv", layer.rows)
 
 
 def test_public_polynomials_are_words_of_shake128_without_those_that_are_no_residues() -> None:
@@ -290,14 +317,43 @@ def test_each_class_is_made_once_and_the_secret_is_erased_after_the_last(
     assert len({tuple(row) for row in rows}) == 2 * 2048
 
 
+@pytest.mark.parametrize("classes", [2, 4, 8, 16, 32, 64])
 def test_classes_of_one_batch_are_the_rows_of_the_whole_transform(
-    monkeypatch: pytest.MonkeyPatch,
+    classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lattice.secrets, "token_bytes", lambda size: bytes(range(size)))
-    whole, parts = Layer(integer_weights(8, 5), 1), Layer(integer_weights(8, 5), 4)
-    every = whole.products(whole.make())
-    for row_class in range(4):
-        assert parts.products(parts.make()) == every[row_class::4]
+    whole, parts = Layer(integer_weights(8, 5), 1), Layer(integer_weights(8, 5), classes)
+    every = whole.make()
+    products, masks = whole.products(every), torch.tensor(whole.masks(every))
+    for row_class in range(classes):
+        made = parts.make()
+        assert parts.products(made) == products[row_class::classes]
+        differences = (torch.tensor(parts.masks(made)) - masks[row_class::classes]) % Q
+        assert torch.minimum(differences, Q - differences).max() <= 32  # two noises
+
+
+def test_a_class_that_was_begun_before_is_refused() -> None:
+    transform = ClassTransform.of(RING, 4)
+    batch = lattice._Batch(4)
+    batch.secret(transform, 2)
+    with pytest.raises(LatticeError, match="about to be made twice"):
+        batch.secret(transform, 2)
+    for row_class in (0, 1, 3):
+        batch.secret(transform, row_class)
+    with pytest.raises(LatticeError, match="about to be made twice"):
+        batch.secret(transform, 4)  # there is none
+
+
+@pytest.mark.parametrize(
+    ("memory_rows", "rows"),
+    [(10**6, 2048), (4096, 2048), (4095, 1024), (2048, 1024), (64, 32), (63, 32), (0, 32)],
+)
+def test_two_classes_of_rows_fit_into_the_memory_or_they_are_the_smallest(
+    memory_rows: int, rows: int
+) -> None:
+    shapes = {GROUP: (40, 37), LinearGroup(3, "o", 37, 20): (37, 20)}
+    each = sum(row_bytes_in_stock(LATTICE, *shape) for shape in shapes.values())
+    assert rows_of_a_class(shapes, memory_rows * each) == rows
 
 
 def test_secrets_that_are_forgotten_are_erased(monkeypatch: pytest.MonkeyPatch) -> None:

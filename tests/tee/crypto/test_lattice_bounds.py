@@ -15,10 +15,12 @@ from torch import Tensor
 from mask_blocks import from_blocks, to_blocks
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.int8_product import residue_product
+from tsqp.algebra.native import compiled
 from tsqp.algebra.params import LATTICE
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, UnsupportedModel
 from tsqp.model.linear_group import LinearGroup
+from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_group import LatticeGroup, Switch
@@ -155,6 +157,28 @@ def test_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tsqp.algebra.fixed_point.Bounds.delta", lambda *_: 2**44)
     with pytest.raises(UnsupportedModel, match="down of layer 2 does not fit the lattice field"):
         Exact(weight(3, 5))
+
+
+@compiled("void(int32[:, :, ::1], int64[::1], int64, int64[::1])")
+def _two_dots(
+    k_22D: NDArray[np.int32], c_D: NDArray[np.int64], q: int, out_2: NDArray[np.int64]
+) -> None:
+    out_2[0], out_2[1] = lattice_kernels._two_dots(k_22D, c_D, q)
+
+
+@pytest.mark.parametrize("length", [1, 2**14 - 1, 2**14, 2**14 + 1, 131_072])
+def test_sums_of_products_are_exact_at_the_extremes(length: int) -> None:
+    low = 2**lattice_kernels.HALF_BITS - 1  # with the largest lower half, and nearly the upper one
+    largest = ((Q >> lattice_kernels.HALF_BITS) - 1 << lattice_kernels.HALF_BITS) + low
+    out_2 = np.empty(2, np.int64)
+    for c in (Q - 1, largest, low, 0):
+        k_2D = np.stack([np.full(length, Q - 1), np.full(length, largest)])
+        _two_dots(lattice_kernels.as_halves(k_2D), np.full(length, c), Q, out_2)
+        assert out_2.tolist() == [length * (Q - 1) * c % Q, length * largest * c % Q]
+    k_2D, c_D = uniform((2, length), LATTICE), uniform((length,), LATTICE)
+    _two_dots(lattice_kernels.as_halves(k_2D), c_D, Q, out_2)
+    for found, k_D in zip(out_2.tolist(), k_2D.tolist(), strict=True):
+        assert found == sum(k * c for k, c in zip(k_D, c_D.tolist(), strict=True)) % Q
 
 
 class Crossing:

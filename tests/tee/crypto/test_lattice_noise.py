@@ -1,5 +1,6 @@
 """The noise of lattice masks [P11]: its distribution, its independence, and the size of Wq · e."""
 
+import hashlib
 import math
 from collections.abc import Iterator
 
@@ -77,8 +78,8 @@ def test_noise_of_features_rows_classes_and_groups_is_independent(
         assert abs((a == b).mean() - alike) < 6 * (alike / a.size) ** 0.5, name
 
 
-def masks_and_products(batches: int) -> Iterator[tuple[NDArray[np.int64], Bounds]]:
-    """Wq · e of many rows, and the bounds of the weights."""
+def masks_and_products(batches: int) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+    """Wq · e of many rows, and the weights."""
     generator = np.random.default_rng(1)
     weight = generator.integers(-127, 128, (1024, WIDTH))
     weight[:, 0] = 127
@@ -90,26 +91,32 @@ def masks_and_products(batches: int) -> Iterator[tuple[NDArray[np.int64], Bounds
         pads = make(provider, QKV, weight.shape)
         r_ND, u_NF = signed(pads.r_ND, WIDTH), signed(pads.u_NF, len(weight))
         error_NF = r_ND @ weight.T - u_NF
-        yield (error_NF + Q // 2) % Q - Q // 2, Bounds.of(weight_FD)
+        yield (error_NF + Q // 2) % Q - Q // 2, weight_FD
 
 
 @pytest.mark.parametrize("batches", [2, pytest.param(48, marks=pytest.mark.slow)])
 def test_products_with_noise_are_as_large_as_predicted_and_far_below_half_of_delta(
     batches: int,
 ) -> None:
-    largest = squares = count = 0.0
-    for error_NF, bounds in masks_and_products(batches):
-        deviation_F = math.sqrt(VARIANCE * bounds.l2_squared)  # of the longest row
-        largest = max(largest, float(np.abs(error_NF).max()) / deviation_F)
-        squares += float((error_NF.astype(np.float64) ** 2).sum())
-        count += error_NF.size
-        delta = bounds.delta(LATTICE)
-    weight_squares = squares / count / VARIANCE  # the mean of the rows' squared lengths
-    expected = 127**2 + (WIDTH - 1) * (127 * 128 / 3)
-    assert weight_squares == pytest.approx(expected, rel=0.02)  # of the deviation, 1 %
-    # Normal numbers: the largest of so many lies about here, and Δ/2 at ten deviations or beyond.
-    assert largest < math.sqrt(2 * math.log(count)) + 1
-    assert delta / 2 / deviation_F >= 10
+    squares_F, rows, largest, furthest = np.zeros(1024), 0, 0, 0.0
+    for error_NF, weight_FD in masks_and_products(batches):
+        l2_F = weight_FD.double().norm(dim=1).numpy()
+        sizes_NF = np.abs(error_NF)
+        largest = max(largest, int(sizes_NF.max()))
+        furthest = max(furthest, float((sizes_NF / (math.sqrt(VARIANCE) * l2_F)).max()))
+        squares_F += (error_NF.astype(np.float64) ** 2).sum(axis=0)
+        rows += len(error_NF)
+    # Each feature's variance, by the length of its own row of weights. A mean of n squares of
+    # normal numbers is off by √(2/n): six of that for the worst feature, and 1 % of the deviation
+    # for all of them.
+    ratio_F = squares_F / rows / (VARIANCE * l2_F**2)
+    assert np.abs(ratio_F - 1).max() < 6 * math.sqrt(2 / rows)
+    assert ratio_F.mean() == pytest.approx(1, rel=0.02)
+    # The largest of so many normal numbers lies about here, and Δ/2 at ten deviations or beyond.
+    assert furthest < math.sqrt(2 * math.log(rows * 1024)) + 1
+    bounds = Bounds.of(weight_FD)
+    assert largest < bounds.delta(LATTICE) / 2
+    assert bounds.delta(LATTICE) / 2 >= 10 * math.sqrt(VARIANCE) * l2_F.max()
 
 
 def test_a_mask_is_what_its_key_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +149,48 @@ def test_a_mask_is_what_its_key_says(monkeypatch: pytest.MonkeyPatch) -> None:
             e = (word & 0xFFFF).bit_count() - (word >> 16).bit_count()
             assert r_MD[m, d] % Q == (coefficient(a_ND, d, 64 * m) + e) % Q
             assert u_MF[m, d] % Q == coefficient(h_NF, d, 64 * m)
+
+
+KNOWN_MASKS = "116e8713a7b6314ce2fe4398e9208c961407d065b3f8dab35e1d0ea9c0c3fa0a"
+KNOWN_PRODUCTS = "be460d2e41eb39dbf9163fe04a3e9d09591c8fb6fbdaae6c39dd1a172b69a554"
+KNOWN_HINT = "7bb31b50ed289ba8b2a23e3c7989f9ca153cd3915110881b1d08888272c231ca"
+
+
+def test_known_answers_of_a_class_of_masks_and_of_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lattice.secrets, "token_bytes", lambda _: bytes(range(100, 132)))
+    weight_FD = torch.tensor([[3, -127], [127, 5]], dtype=torch.int8)
+    public = public_polynomials(RING, bytes(32), 2)
+    hints = make_hints(public, weight_FD)
+    provider = LatticeProvider(public, {QKV: hints}, ClassTransform.of(RING, 64))
+    make(provider, QKV, (2, 2))
+    second = make(provider, QKV, (2, 2))  # rows 1, 65, 129 … of the batch
+    assert digest(from_blocks(second.r_ND, 2)) == KNOWN_MASKS
+    assert digest(from_blocks(second.u_NF, 2)) == KNOWN_PRODUCTS
+    assert digest(hints.at(slice(0, DEGREE))[:, 1]) == KNOWN_HINT
+
+
+def digest(residues: NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(residues, "<i8").tobytes()).hexdigest()
+
+
+def test_one_weight_multiplies_the_noise_and_zeros_give_products_that_are_zero() -> None:
+    public = public_polynomials(RING, bytes(32), 5)
+    weight_FD = torch.tensor([[127], [-127], [0], [1]], dtype=torch.int8)
+    zeros_FD = torch.zeros(3, 5, dtype=torch.int8)
+    hints = {QKV: make_hints(public, weight_FD), HEAD: make_hints(public, zeros_FD)}
+    provider = LatticeProvider(public, hints, ClassTransform.of(RING, 4))
+    for _ in range(4):
+        pads = make(provider, QKV, (4, 1))
+        r_N, u_NF = from_blocks(pads.r_ND, 1)[:, 0].tolist(), from_blocks(pads.u_NF, 4).tolist()
+        noise = [(r - u[3] + Q // 2) % Q - Q // 2 for r, u in zip(r_N, u_NF, strict=True)]
+        assert 0 < max(map(abs, noise)) <= 16
+        for r, u, e in zip(r_N, u_NF, noise, strict=True):
+            errors = [(w * r - each) % Q for w, each in zip((127, -127, 0, 1), u, strict=True)]
+            assert errors == [w * e % Q for w in (127, -127, 0, 1)]
+            assert u[2] == 0
+        nothing = make(provider, HEAD, (3, 5))
+        assert not from_blocks(nothing.u_NF, 3).any()
+        assert from_blocks(nothing.r_ND, 5).all()
 
 
 def test_masks_are_uniform_in_every_part_of_their_bytes() -> None:

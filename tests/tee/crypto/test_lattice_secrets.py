@@ -2,7 +2,9 @@
 
 import gc
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from crypto_helpers import integer_weights, make
 
 from every_opcode import at_every_opcode
 from mask_blocks import from_blocks
+from tsqp.algebra import ring
 from tsqp.algebra.hints import make_hints, public_polynomials
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
@@ -18,6 +21,7 @@ from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import lattice
 from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.pads import Pads
+from tsqp.wire import seeds
 
 QKV, HEAD = LinearGroup(0, "qkv", 3, 5), LinearGroup(None, "lm_head", 4, 5)
 ROWS = 32
@@ -112,28 +116,72 @@ def test_no_class_is_made_twice_by_threads_of_which_some_fail(
     assert batches.alive == 0
 
 
-def test_after_a_failure_the_rest_of_the_batch_is_given_up_and_everything_is_erased(
+class Buffers:
+    """What held secrets or noise while masks were made, by the function that it was given to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: dict[str, list[np.ndarray]] = {}
+        self.error: tuple[str, type[BaseException]] | None = None  # where to raise it, and which
+        monkeypatch.setattr(seeds, "accept", self._noting("draw", seeds.accept, 0))
+        monkeypatch.setattr(ring, "_scale", self._noting("scale", ring._scale, 0, 3))
+        products = self._noting("multiply", lattice.products_of_class, 2, 4, 5)
+        monkeypatch.setattr(lattice, "products_of_class", products)
+
+    def _noting(self, name: str, function: Callable[..., Any], *places: int) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            found = function(*arguments)
+            for place in places:
+                array = arguments[place]
+                self.seen.setdefault(f"{name} {place}", []).append(array)
+                if array.size:
+                    assert array.any()  # nothing is erased too early
+            if self.error is not None and self.error[0] == name:
+                raise self.error[1]
+            return found
+
+        return noted
+
+
+WHERE = ["draw", "scale", "multiply"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [None, *((where, error) for where in WHERE for error in (MemoryError, KeyboardInterrupt))],
+)
+def test_all_buffers_are_zero_afterwards(
+    error: tuple[str, type[BaseException]] | None,
+    provider: LatticeProvider,
+    batches: Batches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffers = Buffers(monkeypatch)
+    buffers.error = error
+    if error is None:
+        make(provider, QKV, SHAPES[QKV])
+    else:
+        with pytest.raises(error[1]):
+            make(provider, QKV, SHAPES[QKV])
+    reached = WHERE if error is None else WHERE[: WHERE.index(error[0]) + 1]
+    assert {name.split()[0] for name in buffers.seen} == set(reached)
+    for name, arrays in buffers.seen.items():
+        assert not any(array.any() for array in arrays), name
+    assert batches.alive == (error is None)
+
+
+def test_after_a_failure_the_rest_of_the_batch_is_given_up_and_erased(
     provider: LatticeProvider, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    works: list[np.ndarray] = []
-    space, products = lattice.ring_module.work_space, lattice.products_of_class
+    products = lattice.products_of_class
 
-    def noting(rows: int) -> np.ndarray:
-        works.append(space(rows))
-        return works[-1]
-
-    def failing(low_GNB: object, high_GNB: object, secret_N: np.ndarray, *others: object) -> None:
-        works.append(secret_N)
-        products(low_GNB, high_GNB, secret_N, *others)  # type: ignore[arg-type]
+    def failing(*arguments: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(lattice.ring_module, "work_space", noting)
     make(provider, QKV, SHAPES[QKV])
+    assert batches.alive == 1
     monkeypatch.setattr(lattice, "products_of_class", failing)
     with pytest.raises(MemoryError):
         make(provider, QKV, SHAPES[QKV])
-    assert len(works) == 3
-    assert not any(work.any() for work in works)
     assert batches.alive == 0
     monkeypatch.setattr(lattice, "products_of_class", products)
     make(provider, QKV, SHAPES[QKV])

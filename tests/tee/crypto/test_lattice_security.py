@@ -45,6 +45,17 @@ def test_the_estimate_of_kyber_is_the_published_one(n: int, security: ModuleType
     assert dual.block_size == pytest.approx(block_size, abs=13)
 
 
+def test_the_limit_of_the_homomorphic_encryption_standard_is_about_as_hard_as_it_says(
+    security: ModuleType,
+) -> None:
+    # Homomorphic Encryption Security Standard, 2018: q of 54 bits at N = 2048 and σ = 3.19 has 128
+    # bits. Its model of BKZ counts 8d calls of a sieve that takes 2^(0.292 b + 16.4), where
+    # core-SVP counts one call of 2^(0.292 b).
+    for each in security.estimate(2048, 54, 3.19):
+        bits = each.classical_bits + 16.4 + math.log2(8 * each.dimension)
+        assert bits == pytest.approx(128, abs=10)
+
+
 def test_lattice_masks_take_a_block_size_of_440_at_least(security: ModuleType) -> None:
     attacks = security.estimate(DEGREE, math.log2(LATTICE.p), math.sqrt(8))
     for attack in attacks:

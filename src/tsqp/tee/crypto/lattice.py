@@ -52,12 +52,22 @@ class _Batch:
         self._s_N = np.empty(DEGREE, np.int64)
         expand(self._key, self._s_N, LATTICE)  # the stream's blocks from 0 on
         self._to_end = deque(range(classes))
+        self._unmade = set(range(classes))
         _batches.add(self)
 
     def secret(self, transform: ClassTransform, row_class: int) -> NDArray[np.float64]:
-        """The factors of the values at the roots, for this class. The caller erases them."""
+        """The factors of the values at the roots, for this class, once. The caller erases them.
+
+        Raises:
+            LatticeError: the secret was erased, or this class has been begun before: its rows would
+                be masks that were used already.
+        """
         if not any(self._key):
             raise LatticeError("A secret was about to be used after its end.")
+        try:
+            self._unmade.remove(row_class)  # one step of the interpreter: of two threads, one fails
+        except KeyError:
+            raise LatticeError("A class of rows was about to be made twice.") from None
         return transform.secret(self._s_N, row_class)
 
     def noise(self, row_class: int, block: int, words_MB: NDArray[np.uint32]) -> None:

@@ -16,6 +16,7 @@ from tsqp.model.linear_group import LinearGroup
 from tsqp.tee.crypto import hint_checks, lattice_kernels
 from tsqp.tee.crypto.hint_checks import check_hints, fresh_seed
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
+from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.lattice_group import LatticeGroup
 
 Find = Callable[[LinearGroup, Polynomials], Polynomials]
@@ -29,6 +30,7 @@ class LatticeLoad:
         biases_F: of the groups that have one.
         seed: public, of hints that were made before; by default a fresh one.
         find: finds the hints of a group, which are then checked; by default they are made here.
+        row_pool: its threads check the hints.
         workers: how many there are, each with check vectors of its own.
 
     Attributes:
@@ -45,12 +47,14 @@ class LatticeLoad:
         seed: bytes | None = None,
         find: Find | None = None,
         workers: int = 1,
+        row_pool: RowPool | None = None,
     ) -> None:
         self._shapes = dict(shapes)
         self._biases_F = biases_F
         self._ring = Ring.of(LATTICE.p, DEGREE)
         widest = max(width for _, width in shapes.values())
         self._find = find
+        self._row_pool = RowPool(1) if row_pool is None else row_pool
         self.seed = fresh_seed() if seed is None else seed
         self._public = public_polynomials(self._ring, self.seed, widest)
         self.hints: dict[LinearGroup, Polynomials] = {}
@@ -74,7 +78,7 @@ class LatticeLoad:
             self.hints[linear] = make_hints(self._public, weights.weight_FD)
         else:
             hints = find(linear, self._public)
-            check_hints(hints, self._public, weights.weight_FD, str(linear))
+            check_hints(hints, self._public, weights.weight_FD, str(linear), self._row_pool)
             self.hints[linear] = hints
 
     def provider(self, memory_bytes: int) -> LatticeProvider:
