@@ -308,9 +308,7 @@ class Builder:
             return self._connect(worker, digest, LATTICE.residue_bytes, [LATTICE_ABILITY])
 
         with closing(self._row_pool()) as row_pool:
-            load = LatticeLoad(
-                shapes, biases_F, workers=len(failover.workers), row_pool=row_pool
-            )
+            load = LatticeLoad(shapes, biases_F, workers=len(failover.workers), row_pool=row_pool)
             add_with_hints_of_workers(
                 load, integers, failover, connect, self.options.timeout, process_limit, made.add
             )
