@@ -19,10 +19,11 @@ import termios
 from pathlib import Path
 from typing import Any
 
-# They make a console of the environment that they find when they are imported.
+# Most make a console of the environment that they find when they are imported.
 NOT_PRELOADED = (
     "tsqp.cli.console", "tsqp.cli.printing", "tsqp.cli.repl", "tsqp.cli.demo_run",
     "tsqp.cli.local_chat", "tsqp.cli.remote_chat",
+    "tsqp.gpu.backends.triton_product",  # Triton complains at the end of each fork
 )  # fmt: skip
 PROGRAMS = ("tsqp.__main__", "tsqp.bench.start_once")
 # What commands import late.

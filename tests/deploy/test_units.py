@@ -110,4 +110,4 @@ def test_its_command_has_these_options(unit: Path) -> None:
     known = {opt for each in (*command.params, *group.params) for opt in each.opts}
     options = {word for word in words if word.startswith("--")}
     assert options
-    assert options <= known | {"--attest"}
+    assert options <= known

@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "expect_model": {"expect_model": f"sha256:{'0' * 64}"},
     "hints": {"field": "lattice", "hints": "worker"},
     "rpc_log": {"rpc_log": "calls.jsonl"},
+    "shm_name": {"worker": "ipc:///tmp/a", "shm_name": "tsqp"},
 }
 SERVED: dict[str, dict[str, Any]] = {
     "host": {"host": "0.0.0.0"},
@@ -64,6 +65,9 @@ SERVED: dict[str, dict[str, Any]] = {
     "show_worker_view": {"show_worker_view": True},
     "max_body_bytes": {"max_body_bytes": 1},
     "body_timeout": {"body_timeout": 1.0},
+    "max_connections": {"max_connections": 500},
+    "header_timeout": {"header_timeout": 1.0},
+    "send_timeout": {"send_timeout": 1.0},
 }
 
 

@@ -80,6 +80,7 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "links": _links,
     "worker": lambda _: LEFT_OUT,  # both are in `links`
     "worker_key": lambda _: LEFT_OUT,
+    "shm_place": lambda _: LEFT_OUT,  # what `shm_name` means
     "hints": _hints,
     "rpc_log": _is_given,
     "uds": _is_given,

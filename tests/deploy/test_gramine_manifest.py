@@ -12,7 +12,6 @@ from gramine_manifests import BAD, GRAMINE, RUNTIME, changed, checker, render
 
 from tsqp.cli import app
 
-ATTEST = "--attest"  # of `tsqp serve`
 
 
 def command_options(command: str) -> set[str]:
@@ -63,11 +62,11 @@ def test_the_command_has_every_option_of_the_manifest(command: str) -> None:
     argv = tomllib.loads(render(command))["loader"]["argv"]
     options = {each for each in argv[5:] if each.startswith("--")}
     assert len(options) >= 8
-    assert options - {ATTEST} <= command_options(command)
+    assert options <= command_options(command)
 
 
 def test_every_option_that_the_check_lets_through_exists() -> None:
-    known = command_options("serve") | command_options("generate") | {ATTEST, "--receipts"}
+    known = command_options("serve") | command_options("generate")
     assert checker().OPTIONS.keys() <= known
 
 
