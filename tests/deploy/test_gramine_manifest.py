@@ -13,7 +13,6 @@ from gramine_manifests import BAD, GRAMINE, RUNTIME, changed, checker, render
 from tsqp.cli import app
 
 
-
 def command_options(command: str) -> set[str]:
     group = typer.main.get_command(app)
     parameters = group.commands[command].params  # type: ignore[attr-defined]

@@ -239,7 +239,7 @@ def test_the_command_takes_a_worker_without_its_model(
         "tsqp.doctor.diagnose.examine", lambda threads, target: asked.append(target) or []
     )
     assert main("doctor", "--worker", "ipc:///nowhere", env={"TSQP_MODEL": ""}).status == 0
-    assert asked == [Unnamed("ipc:///nowhere")]
+    assert asked == [[Unnamed("ipc:///nowhere")]]
 
 
 def test_cores_are_those_that_this_process_may_use() -> None:

@@ -25,9 +25,8 @@ def serving(
     options: ServeOptions, llm: AsyncLLM | None = None, *, app: Any = None, texts: int = 64
 ) -> Iterator[Server]:
     """Serve a model, or an app instead of ours."""
-    state = State(
-        options, ("tiny",), Metrics("tiny", lambda: llm), Admission(0, texts), None, llm
-    )  # fmt: skip
+    metrics = Metrics("tiny", lambda: llm)
+    state = State(options, ("tiny",), metrics, Admission(0, texts), llm=llm)
     made = http_server(make_app(state) if app is None else app, replace(options, port=0))
     refusal = b"" if options.ssl_certfile else REFUSAL
     listener = Listener(socket.create_server(("127.0.0.1", 0)), options.most_connections, refusal)
