@@ -44,6 +44,7 @@ def test_a_step_for_which_no_time_is_left_is_skipped() -> None:
     assert run_step(step("raise SystemExit(1)"), 1.0).state == "skipped"
 
 
+@pytest.mark.slow  # it loads torch anew, on both sides
 def test_the_start_with_hints_of_the_worker_is_timed() -> None:
     found = run_step(Step("hints", ("-c", HINTS_PROGRAM, "random:tiny", "cpu"), LONG_S), LONG_S)
     assert found.state == "done", found.result

@@ -9,7 +9,7 @@ import torch
 from protocol_helpers import Main, Result
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tsqp.bench import attention_times, compare, kernel_times
+from tsqp.bench import attention_times, compare, kernel_times, timing
 from tsqp.bench.modes import Setting
 from tsqp.errors import UsageError
 from tsqp.gpu import backends
@@ -172,6 +172,7 @@ def test_kernels_are_timed_in_every_field(
 ) -> None:
     monkeypatch.setattr(kernel_times, "SHAPES", {"o": (64, 32)})
     monkeypatch.setattr(kernel_times, "TOKENS", (1, 130))
+    monkeypatch.setattr(timing, "SAMPLE_S", 0.001)
     monkeypatch.setattr(kernel_times, "ROUNDS", 2)
     result = main("bench", "kernels", "--out", tmp_path / "kernels.json")
     assert result.status == 0, result.stderr
@@ -198,6 +199,7 @@ def test_kernels_of_chosen_widths_stand_beside_the_plain_product(
     main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(kernel_times, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "SAMPLE_S", 0.001)
     result = main("bench", "kernels", "--widths", "64,32", "--out", tmp_path / "kernels.json")
     assert result.status == 0, result.stderr
     found = result.json["kernels"]

@@ -63,7 +63,7 @@ def test_any_json_object_is_an_object(guided: Engine) -> None:
 
 
 def test_an_expression_is_matched_by_the_whole_answer(guided: Engine) -> None:
-    expression = r"[a-d]{3,8}-(漢字|\d{2})"
+    expression = r"[a-d]{3,8}-(漢字|[0-9]{2})"
     for answer in ask(guided, StructuredOutputsParams(regex=expression)):
         assert re.fullmatch(expression, answer.text)
         assert answer.finish_reason == "stop"
