@@ -14,7 +14,9 @@ from serve_client import DEADLINE_S, Server
 from serve_here import serving
 
 from tsqp import AsyncLLM, RequestStats
+from tsqp.serve.connections import REFUSAL
 from tsqp.serve.options import ServeOptions
+from tsqp.serve.run import _listening
 from tsqp.tee.sampler import Sampler
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -171,6 +173,22 @@ def _is_let_in(server: Server) -> bool:
             return b" 200 " in link.recv(65536)
         except ConnectionError:
             return False
+
+
+@pytest.mark.parametrize(
+    ("attest", "said"), [(None, REFUSAL), ("simulated", b"")], ids=["plain", "attested TLS"]
+)
+def test_who_is_refused_is_told_so_unless_tls_is_expected(attest: str | None, said: bytes) -> None:
+    with (
+        _listening(ServeOptions(port=0, max_connections=1, attest=attest)) as listener,
+        socket.create_connection(listener.getsockname()),
+        socket.create_connection(listener.getsockname(), DEADLINE_S) as second,
+    ):
+        link, _ = listener.accept()
+        listener.setblocking(False)
+        with link, pytest.raises(BlockingIOError):
+            listener.accept()
+        assert second.recv(65536) == said
 
 
 def test_a_handshake_that_does_not_come_ends_the_connection(tmp_path: Path) -> None:

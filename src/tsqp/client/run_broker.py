@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import ssl
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tsqp.api.key_release import MAX_SECRET, check_name
+from tsqp.api.listening import keep_quiet, listen
 from tsqp.client.key_broker import Broker, broker_app
 from tsqp.client.policy import read_policy
 from tsqp.errors import AttestationError, UsageError, printable_path
@@ -51,12 +53,9 @@ def run_broker(options: BrokerOptions) -> None:
         log.warning("The policy has allow_simulated, so ANYBODY can get the secrets.")
     secrets = read_secrets(options.secrets)
     broker = Broker(policy=options.policy, collateral=options.collateral, secrets=secrets)
-    for name in ("uvicorn", "uvicorn.error", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    keep_quiet("uvicorn", "uvicorn.error", "asyncio")
     config = uvicorn.Config(
         broker_app(broker),
-        host=options.host,
-        port=options.port,
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile=options.ssl_keyfile,
         log_config=None,
@@ -72,18 +71,16 @@ def run_broker(options: BrokerOptions) -> None:
     key = _key_digest(options.ssl_certfile)
     try:
         config.load()
-        listener = config.bind_socket()
-    except SystemExit:
-        raise UsageError(f"Cannot listen on --host and --port {options.port}.") from None
     except (OSError, ssl.SSLError):
         raise UsageError(
             "The certificate cannot be used: check --ssl-certfile and --ssl-keyfile."
         ) from None
-    log.info(
-        "giving %d secrets at https://%s:%d; --broker-key %s",
-        len(secrets), options.host, listener.getsockname()[1], key,
-    )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
+    with closing(listen(options.host, options.port)) as listener:
+        log.info(
+            "giving %d secrets at https://%s:%d; --broker-key %s",
+            len(secrets), options.host, listener.getsockname()[1], key,
+        )  # fmt: skip
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def read_secrets(given: tuple[str, ...]) -> dict[str, bytes]:

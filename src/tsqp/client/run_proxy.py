@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from tsqp.api.listening import keep_quiet, listen
 from tsqp.client.collateral import read_collateral
 from tsqp.client.pin import Verifier
 from tsqp.client.policy import read_policy
@@ -86,7 +87,7 @@ def run_proxy(options: ProxyOptions) -> None:
             "Others can reach the proxy%s, and prompts travel to it in clear: listen on 127.0.0.1.",
             " and use your API key" if options.api_key is not None else "",
         )
-    with closing(_listen(options)) as listener:
+    with closing(listen(options.host, options.port)) as listener:
         asyncio.run(_serve(options, listener))
 
 
@@ -96,7 +97,7 @@ async def _serve(options: ProxyOptions, listener: socket.socket) -> None:
         collateral = read_collateral(options.collateral)
         return await examine(options.url, policy, collateral=collateral, cacert=options.cacert)
 
-    _keep_quiet()
+    keep_quiet("uvicorn", "uvicorn.error", "httpx2", "httpcore2", "asyncio")
     verifier = Verifier(look, options.cacert, options.reverify_s)
     async with verifier.pin():  # a server that is refused now is an error of the command
         pass
@@ -122,28 +123,3 @@ async def _serve(options: ProxyOptions, listener: socket.socket) -> None:
         await server.serve(sockets=[listener])
     finally:
         await verifier.close()
-
-
-def _listen(options: ProxyOptions) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise UsageError(
-            f"Cannot listen on --host and --port {options.port}: {error.strerror}."
-        ) from None
-
-
-def _keep_quiet() -> None:
-    """Let other libraries log nothing that may have been sent."""
-    for name in ("uvicorn", "uvicorn.error", "httpx2", "httpcore2", "asyncio"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.WARNING)
-        logger.addFilter(_without_tracebacks)
-
-
-def _without_tracebacks(record: logging.LogRecord) -> bool:
-    record.exc_info = record.exc_text = None
-    return True

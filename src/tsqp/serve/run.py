@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from tsqp import __version__
 from tsqp.api.evidence import configuration_digest
+from tsqp.api.listening import keep_quiet, listen
 from tsqp.errors import UsageError, WorkerUnavailable
 from tsqp.runtime.admission import Admission
 from tsqp.runtime.async_llm import AsyncLLM
@@ -166,7 +167,7 @@ class _Server:
         book = ReceiptBook(attestation) if attestation and served.receipts else None
         self._state = State(served, names, metrics, texts, view, attestation, book)
         self._signals = 0
-        _keep_quiet()
+        keep_quiet("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio")
         context = None if attestation is None else attestation.context
         self._uvicorn = http_server(make_app(self._state), served, context)
 
@@ -266,17 +267,9 @@ def _listening(served: ServeOptions) -> Iterator[socket.socket]:
     Raises:
         UsageError: the address cannot be used.
     """
+    refusal = b"" if served.has_tls else REFUSAL
     if served.uds is None:
-        try:
-            family, _, _, _, address = socket.getaddrinfo(
-                served.host, served.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-        except OSError as error:
-            raise UsageError(
-                f"Cannot listen on --host and --port {served.port}: {error.strerror}."
-            ) from None
-        refusal = REFUSAL if served.ssl_certfile is None else b""
+        listener = listen(served.host, served.port, BACKLOG)
         with closing(Listener(listener, served.most_connections, refusal)) as listening:
             yield listening
         return
@@ -294,7 +287,7 @@ def _listening(served: ServeOptions) -> Iterator[socket.socket]:
         os.umask(mask)
     try:
         listener.listen(BACKLOG)
-        with closing(Listener(listener, served.most_connections)) as listening:
+        with closing(Listener(listener, served.most_connections, refusal)) as listening:
             yield listening
     finally:
         listener.close()
@@ -307,19 +300,6 @@ def _address(served: ServeOptions, listener: socket.socket) -> str:
     scheme = "https" if served.has_tls else "http"
     host = f"[{served.host}]" if ":" in served.host else served.host
     return f"{scheme}://{host}:{listener.getsockname()[1]}"
-
-
-def _keep_quiet() -> None:
-    """Let other libraries log nothing that may have been sent."""
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.WARNING)
-        logger.addFilter(_without_tracebacks)
-
-
-def _without_tracebacks(record: logging.LogRecord) -> bool:
-    record.exc_info = record.exc_text = None
-    return True
 
 
 def _log_type_only(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
