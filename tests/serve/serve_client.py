@@ -88,9 +88,16 @@ class Server:
         """Every sample, by its name and the labels besides the model's."""
         return dict(_samples(self.ask("/metrics").body.decode()))
 
-    def running(self) -> int:
+    def counts(self) -> tuple[int, int]:
+        """How many answers run, and how many wait."""
         found = self.metrics()
-        return int(found["tsqp_num_requests_running"] + found["tsqp_num_requests_waiting"])
+        names = "tsqp_num_requests_running", "tsqp_num_requests_waiting"
+        running, waiting = (int(found[name]) for name in names)
+        return running, waiting
+
+    def running(self) -> int:
+        """How many answers run or wait."""
+        return sum(self.counts())
 
     def settles(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + DEADLINE_S

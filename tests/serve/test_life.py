@@ -52,12 +52,12 @@ def test_one_key_cannot_fill_the_queue_and_has_room_again(server: Server) -> Non
     """8 answers run and 24 may wait: one key may have half of what the others leave."""
     other = Server(server.port, OTHER_KEY)
     connections = [open_request(server, True) for _ in range(8 + 12)]
-    server.settles(lambda: server.running() == 20)
+    server.settles(lambda: server.counts() == (8, 12))
     reply = server.complete([1])
     assert (reply.status, reply.error["code"]) == (503, "queue_full")
     assert int(reply.headers["retry-after"]) >= 1
     connections += [open_request(other, True) for _ in range(6)]
-    server.settles(lambda: server.running() == 26)
+    server.settles(lambda: server.counts() == (8, 18))
     assert other.complete([1]).status == server.complete([1]).status == 503
     for connection in connections:
         connection.getresponse().close()
