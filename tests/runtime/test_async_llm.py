@@ -4,11 +4,12 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from protocol_helpers import Commands, eventually
+from async_helpers import DEADLINE_S, ENDLESS, FEW, MODEL, PROMPTS, complete, run, settles
+from protocol_helpers import eventually
 from torch import Tensor
 
 from tsqp import (
@@ -21,37 +22,14 @@ from tsqp import (
     StructuredOutputsParams,
 )
 from tsqp.errors import (
-    IntegrityError,
     NumericalError,
     PromptError,
     PromptTooLong,
     QueueFull,
     TSQPError,
     UsageError,
-    WorkerLost,
 )
-from tsqp.runtime import engine_thread
 from tsqp.tee.sampler import Sampler
-
-T = TypeVar("T")
-
-MODEL = "random:tiny"
-DEADLINE_S = 60.0
-FEW = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True)
-PROMPTS = [[1, 2, number] for number in range(3, 11)]
-
-
-def run(work: Awaitable[T]) -> T:
-    async def in_time() -> T:
-        return await asyncio.wait_for(work, DEADLINE_S)
-
-    return asyncio.run(in_time())
-
-
-async def settles(condition: Callable[[], bool]) -> None:
-    while not condition():  # `run` has the deadline
-        await asyncio.sleep(0.005)
 
 
 class Watcher:
@@ -354,18 +332,13 @@ def test_a_request_that_is_given_up_before_it_is_tokenized_frees_its_place(
 
 def test_the_observer_is_told_of_every_token(llm: AsyncLLM, watcher: Watcher) -> None:
     watcher.__init__()  # type: ignore[misc]
-    run(_complete(llm))
+    run(complete(llm))
     assert (watcher.first, watcher.next) == (1, FEW.max_tokens - 1)
     [stats] = watcher.stats
     assert stats.finish_reasons == ("length",)
     assert (stats.prompt_tokens, stats.completion_tokens) == (3, FEW.max_tokens)
     assert stats.queue_s is not None and stats.prefill_s is not None and stats.decode_s is not None
     assert 0 <= stats.queue_s <= stats.queue_s + stats.prefill_s + stats.decode_s <= stats.e2e_s
-
-
-async def _complete(llm: AsyncLLM) -> tuple[int, ...]:
-    [completion] = await llm.add(PROMPTS[0], FEW).completions()
-    return completion.token_ids
 
 
 def test_the_probabilities_of_the_prompt_come_with_the_first_tokens_of_each_answer(
@@ -395,183 +368,9 @@ def test_an_event_loop_that_has_ended_leaves_nothing_running(llm: AsyncLLM) -> N
 
     run(leave())
     assert eventually(lambda: is_idle(llm))
-    assert run(_complete(llm))
+    assert run(complete(llm))
 
 
 def test_it_needs_an_event_loop(llm: AsyncLLM) -> None:
     with pytest.raises(UsageError, match="running event loop"):
         llm.add(PROMPTS[0], FEW)
-
-
-def test_close_fails_what_runs_and_ends_the_thread() -> None:
-    async def close() -> AsyncLLM:
-        async with AsyncLLM(MODEL, privacy="tee", threads=1, max_model_len=100) as llm:
-            with pytest.raises(PromptTooLong, match="maximum context length is 100"):
-                await llm.add([1] * 100, FEW).accepted()
-            stream = llm.add(PROMPTS[0], FEW)
-            running = llm.add(PROMPTS[1], SamplingParams(max_tokens=90, ignore_eos=True))
-            await running.accepted()
-            waiting = asyncio.create_task(llm.drain())
-            await asyncio.sleep(0)
-            assert llm.status in ("draining", "ready")
-            with pytest.raises(UsageError, match="about to end"):
-                llm.add(PROMPTS[0], FEW)
-            await stream.completions()
-            await running.aclose()
-            assert await waiting
-        assert llm.status == "closed"
-        with pytest.raises(UsageError, match="is closed"):
-            llm.add(PROMPTS[0], FEW)
-        return llm
-
-    llm = run(close())
-    llm.close()
-    assert llm._thread._thread is not None
-    assert not llm._thread._thread.is_alive()
-
-
-def test_closing_does_not_wait_for_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends before its next operation, of which a step has dozens."""
-    started = 0
-
-    async def close() -> None:
-        llm = AsyncLLM(MODEL, privacy="tee", threads=1)
-        start = llm._model.offload.start
-
-        def slowly(request: Any) -> Any:
-            nonlocal started
-            started += 1
-            time.sleep(0.05)
-            return start(request)
-
-        monkeypatch.setattr(llm._model.offload, "start", slowly)
-        stream = llm.add(PROMPTS[0], ENDLESS)
-        await settles(lambda: started > 0)
-        before = started
-        await asyncio.to_thread(llm.close)
-        assert started <= before + 3
-        with pytest.raises(UsageError, match="was closed before"):
-            await stream.completions()
-
-    run(close())
-
-
-def test_an_operation_that_does_not_end_is_waited_for_once_and_all_is_closed_after_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(engine_thread, "JOIN_S", 0.2)
-    begun, go_on, closed = threading.Event(), threading.Event(), list[str]()
-
-    def hang(_: object) -> None:
-        begun.set()
-        assert go_on.wait(DEADLINE_S)
-        raise WorkerLost("it is gone")
-
-    async def close() -> None:
-        llm = AsyncLLM(MODEL, privacy="tee", threads=1)
-        llm._ends.add(lambda: closed.append(threading.current_thread().name))
-        monkeypatch.setattr(llm._model.offload, "start", hang)
-        stream = llm.add(PROMPTS[0], FEW)
-        await settles(begun.is_set)
-        with pytest.raises(UsageError, match="still computing"):
-            await asyncio.to_thread(llm.close)
-        monkeypatch.setattr(engine_thread, "JOIN_S", DEADLINE_S)
-        await asyncio.to_thread(llm.close)  # at once
-        assert not closed
-        go_on.set()
-        with pytest.raises(TSQPError):
-            await stream.completions()
-        await settles(lambda: closed == ["tsqp-engine"])
-        assert llm.status == "closed"
-
-    run(close())
-
-
-def test_a_request_that_comes_while_it_closes_is_refused_and_not_forgotten() -> None:
-    async def late() -> None:
-        llm = AsyncLLM(MODEL, privacy="tee", threads=1)
-        stream = llm.add(PROMPTS[0], FEW)
-        await stream.accepted()
-        llm._thread.close()  # and `llm` does not know it yet
-        llm._thread.status = "ready"
-        with pytest.raises(UsageError, match="was closed before"):
-            await llm.add(PROMPTS[0], FEW).completions()
-        with pytest.raises(UsageError, match="was closed before"):
-            await llm.add("a text", FEW).completions()
-        llm.close()
-
-    run(late())
-
-
-def test_what_nobody_holds_any_more_is_closed() -> None:
-    llm = AsyncLLM(MODEL, privacy="tee", threads=1)
-    thread = llm._thread._thread
-    assert thread is not None and thread.is_alive()
-    del llm
-    gc.collect()
-    assert eventually(lambda: not thread.is_alive())
-
-
-def test_a_lost_worker_is_started_again_under_running_requests(commands: Commands) -> None:
-    async def lose() -> None:
-        async with AsyncLLM(
-            MODEL, privacy="pad", worker="local", threads=1, pad_memory=2**20
-        ) as llm:
-            params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-            [quiet] = await llm.add(PROMPTS[0], params).completions()
-            stream = llm.add(PROMPTS[0], params)
-            await stream.__anext__()
-            local = llm._model.workers[0]._local
-            assert local is not None
-            local._process.kill()
-            [again] = await stream.completions()
-            assert again == quiet
-            assert (llm.status, llm.reconnects) == ("ready", 1)
-
-    run(lose())
-
-
-def test_a_worker_that_stays_away_is_an_error_in_bounded_time_and_is_found_when_it_is_back(
-    commands: Commands,
-) -> None:
-    worker = commands.worker(MODEL, commands.ipc())
-
-    async def lose() -> None:
-        async with AsyncLLM(
-            MODEL, privacy="pad", worker=commands.ipc(), threads=1, reconnect_s=0.5, pad_memory=0
-        ) as llm:
-            expected = await _complete(llm)
-            worker.send(9)  # type: ignore[arg-type]
-            await asyncio.to_thread(worker.ends)
-            with pytest.raises(WorkerLost):
-                await _complete(llm)
-            assert llm.status == "lost"
-            with pytest.raises(WorkerLost, match="try again later"):
-                llm.add(PROMPTS[0], FEW)
-            await asyncio.to_thread(commands.worker, MODEL, commands.ipc())
-            await settles(lambda: llm.is_healthy)
-            assert await _complete(llm) == expected
-
-    run(lose())
-
-
-def test_after_a_wrong_answer_nothing_is_ever_computed_again(
-    commands: Commands, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def lie() -> None:
-        async with AsyncLLM(MODEL, privacy="pad", worker="inproc", threads=1, pad_memory=0) as llm:
-            assert await _complete(llm)
-            error = IntegrityError("the product is wrong")
-            with monkeypatch.context() as patch:
-
-                def raise_it(*_: object) -> None:
-                    raise error
-
-                patch.setattr(type(llm._model.engine), "_run", raise_it)
-                with pytest.raises(IntegrityError, match="the product is wrong"):
-                    await _complete(llm)
-            assert (llm.status, llm.is_healthy) == ("failed", False)
-            with pytest.raises(IntegrityError, match="the product is wrong"):
-                llm.add(PROMPTS[0], FEW)
-
-    run(lie())

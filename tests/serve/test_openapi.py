@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from serve_client import KEY, Server
+from serve_client import DEADLINE_S, KEY, Server
 
 PATHS = [
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize",
@@ -36,6 +36,7 @@ def run_cases(server: Server, cases: int) -> int:
             case.call_and_validate(
                 base_url=f"http://127.0.0.1:{server.port}",
                 headers={"Authorization": f"Bearer {KEY}"},
+                timeout=DEADLINE_S,  # a long answer on a machine that is busy
                 checks=[
                     not_a_server_error,
                     checks.status_code_conformance,
