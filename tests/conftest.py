@@ -1,11 +1,29 @@
-"""How processes start, for every test: see `processes`."""
+"""For every test: how processes start (see `processes`), and that nothing is left unclosed."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import pytest
 
 import processes
+
+
+def pytest_collection_finish() -> None:
+    """Spare later collections what was imported: it stays to the end anyway."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect() -> Iterator[None]:
+    """Collect after each file, so that what it left unclosed fails its own tests, no later one's."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -107,8 +107,9 @@ def test_a_client_that_hangs_up_ends_its_request(commands: Commands, stub: Attes
 
 def test_openai_python_streams_through_the_proxy(commands: Commands, stub: AttestedStub) -> None:
     proxy = Proxied(commands, stub)
-    client = OpenAI(base_url=f"http://127.0.0.1:{proxy.port}/v1", api_key="k", max_retries=0)
-    assert list(client.models.list()) == []
+    url = f"http://127.0.0.1:{proxy.port}/v1"
+    with OpenAI(base_url=url, api_key="k", max_retries=0) as client:
+        assert list(client.models.list()) == []
 
 
 def test_the_api_key_of_a_file_takes_the_place_of_the_clients(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,9 +12,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(TESTS), str(TESTS / "protocol")]
 
 from attested_server import AttestedServer, begin_attested  # noqa: E402
 from protocol_helpers import Commands  # noqa: E402
-from serve_client import Server  # noqa: E402
+from serve_client import KEY, Server  # noqa: E402
 from serve_models import write_model  # noqa: E402
 from serve_process import begin  # noqa: E402
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 NAME = "tiny"
 
@@ -43,6 +47,16 @@ def server(serve_commands: Commands, model: Path) -> Server:
         "--served-model-name", "alias", "--max-num-seqs", 8, "--max-num-queued-reqs", 24,
     )  # fmt: skip
     return server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> "Iterator[OpenAI]":
+    """OpenAI's own client of the shared server."""
+    from openai import OpenAI
+
+    url = f"http://127.0.0.1:{server.port}/v1"
+    with OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture

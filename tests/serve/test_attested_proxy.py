@@ -58,14 +58,15 @@ def test_openai_python_streams_from_a_verified_server(
     ).says("forwarding http://")  # fmt: skip
     assert "simulated: proves nothing" in running.stderr
     [port] = re.findall(r"forwarding http://127\.0\.0\.1:(\d+)", running.stderr)
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    wanted = {"model": "tiny", "messages": HELLO, "max_tokens": 8, "seed": 1}
-    answer = client.chat.completions.create(**wanted)
-    chunks = list(client.chat.completions.create(**wanted, stream=True))
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text == answer.choices[0].message.content
-    with pytest.raises(APIStatusError) as caught:  # the server's own errors pass as well
-        client.chat.completions.create(model="other", messages=HELLO)
+    url = f"http://127.0.0.1:{port}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        wanted = {"model": "tiny", "messages": HELLO, "max_tokens": 8, "seed": 1}
+        answer = client.chat.completions.create(**wanted)
+        chunks = list(client.chat.completions.create(**wanted, stream=True))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == answer.choices[0].message.content
+        with pytest.raises(APIStatusError) as caught:  # the server's own errors pass as well
+            client.chat.completions.create(model="other", messages=HELLO)
     assert caught.value.status_code == 404
 
 

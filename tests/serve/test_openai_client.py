@@ -26,11 +26,6 @@ class Add(BaseModel):
     b: Literal[3, 4]
 
 
-@pytest.fixture(scope="module")
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=KEY, max_retries=0)
-
-
 def test_chats_streams_and_completions(client: OpenAI) -> None:
     assert [each.id for each in client.models.list()] == ["tiny", "alias"]
     wanted = {"model": "tiny", "messages": HELLO, "max_tokens": 8, "seed": 1}

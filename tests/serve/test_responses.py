@@ -5,7 +5,7 @@ import json
 import jsonschema
 import pytest
 from openai import BadRequestError, OpenAI
-from serve_client import KEY, Server
+from serve_client import Server
 
 SYSTEM, HELLO = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}
 
@@ -21,11 +21,6 @@ SUM = {
     "required": ["sum", "sure"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=KEY, max_retries=0)
 
 
 def test_an_answer_is_that_of_the_chat(server: Server, client: OpenAI) -> None:

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
-from serve_client import KEY, Server
+from serve_client import Server
 
 from tsqp.errors import UsageError
 from tsqp.serve.answer_form import answer_form
@@ -39,11 +39,6 @@ class Sum(BaseModel):
     total: Literal[3, 4]
     parts: tuple[Literal[1], Literal[2]]
     is_sure: bool
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=KEY, max_retries=0)
 
 
 def bias(server: Server, text: str) -> dict[str, int]:
