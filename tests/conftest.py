@@ -21,7 +21,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _collect() -> Iterator[None]:
-    """Collect after each file, so that what it left unclosed fails its own tests, no later one's."""
+    """Collect after each file, so that what it left unclosed fails its own tests, no others."""
     yield
     gc.collect()
 

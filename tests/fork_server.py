@@ -12,12 +12,15 @@ import pkgutil
 import resource
 import runpy
 import selectors
+import signal
 import socket
 import subprocess
 import sys
 import termios
+import threading
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Most make a console of the environment that they find when they are imported.
 NOT_PRELOADED = (
@@ -61,6 +64,8 @@ def preload() -> None:
     for kernel in [each for each in gc.get_objects() if type(each) is Kernel]:
         kernel.compile()
     fork_local_workers()
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # torch's libraries take themselves apart
     gc.collect()
     LIBC.malloc_trim(0)  # so that a fork that needs memory grows by it
     gc.freeze()  # what is there now stays: no fork need look at it, and so copy it
@@ -136,8 +141,7 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     if os.environ.pop("TESTS_GIVE_UP_SOON", ""):
         _give_up_soon()
     _renew_streams()
-    _end_sooner()
-    _run(request["arguments"])
+    _end(_status_of(request["arguments"]))
 
 
 def _give_up_soon() -> None:
@@ -196,22 +200,6 @@ def _renew_streams() -> None:
             setattr(sys, each, new)
 
 
-def _end_sooner() -> None:
-    """Do not take apart at the end what was there before the fork, and copy its memory for that.
-
-    Modules of tsqp, and everything that the program makes, end as they always do.
-    """
-    LIBC.on_exit(LIBC._exit, None)  # the last step, before the destructors of libraries
-    ended = sys.stdlib_module_names | {"tsqp", "__main__"}
-    kept = [name for name in sys.modules if name.partition(".")[0] not in ended]
-
-    def keep() -> None:
-        modules = [sys.modules.pop(name, None) for name in kept]
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(modules))
-
-    atexit.register(keep)
-
-
 def _run(arguments: list[str]) -> None:
     """Do what `python ARGUMENTS` does."""
     is_safe = arguments[0] == "-P"
@@ -228,3 +216,38 @@ def _run(arguments: list[str]) -> None:
     else:
         sys.argv = [kind, *rest]
         runpy.run_path(kind, run_name="__main__")
+
+
+def _status_of(arguments: list[str]) -> int:
+    """Run a program until it ends; gives its exit status, or minus the signal that is to end it."""
+    try:
+        _run(arguments)
+    except SystemExit as exit_:
+        if exit_.code is None or isinstance(exit_.code, int):
+            return (exit_.code or 0) & 0xFF
+        print(exit_.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def _end(status: int) -> NoReturn:
+    """End as an interpreter does, but without taking apart what was there before the fork.
+
+    That would copy most of the server's memory. What the program made ends as it always does.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    vars(sys.modules["__main__"]).clear()
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            status = 120
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
