@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.native import Kernel, compiled
-from tsqp.algebra.params import DIRECT_FIELDS, FIELDS, Field
+from tsqp.algebra.params import FIELDS, Field
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.worker import Worker
@@ -89,8 +89,12 @@ SHARES = {"privacy": "shares", "worker": ["local", "local"], "insecure_same_host
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [(options, field) for options in (FIXED_POINT, PAD) for field in FIELDS]
-    + [(SHARES, field.name) for field in DIRECT_FIELDS],
+    [
+        (FIXED_POINT, "wide"),
+        (FIXED_POINT, "lattice"),
+        *((PAD, field) for field in FIELDS),
+        (SHARES, "compact"),
+    ],
     ids=lambda value: value if isinstance(value, str) else value["privacy"],
 )
 def test_the_trusted_side_compiles_nothing_once_it_is_loaded(

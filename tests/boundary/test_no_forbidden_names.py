@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,11 @@ def names(path: Path) -> Iterator[str]:
             yield from beginnings(aliases.get(first, first) + (f".{rest}" if rest else ""))
 
 
+@cache
+def all_names(path: Path) -> frozenset[str]:
+    return frozenset(names(path))
+
+
 def beginnings(name: str) -> Iterator[str]:
     parts = name.split(".")
     for length in range(1, len(parts) + 1):
@@ -38,7 +44,7 @@ def beginnings(name: str) -> Iterator[str]:
 
 
 def users(name: str, files: list[Path] = FILES) -> list[str]:
-    return [str(path.relative_to(SOURCE)) for path in files if name in names(path)]
+    return [str(path.relative_to(SOURCE)) for path in files if name in all_names(path)]
 
 
 def test_the_search_finds_what_is_there() -> None:

@@ -112,8 +112,8 @@ def test_the_template_needs_every_variable_that_the_makefile_gives() -> None:
 @pytest.mark.parametrize(
     ("model", "field", "size"),
     [
-        ("random:llama-3.2-1b", "wide", "16G"),
-        ("random:tiny", "wide", "16G"),
+        pytest.param("random:llama-3.2-1b", "wide", "16G", marks=pytest.mark.slow),
+        pytest.param("random:tiny", "wide", "16G", marks=pytest.mark.slow),
         ("random:llama-3.2-1b", "lattice", "32G"),
     ],
 )

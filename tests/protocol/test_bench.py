@@ -42,8 +42,8 @@ def small_context(speaking: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_every_mode_is_compared_unless_some_are_named(main: Main, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     result = main(
-        "bench", "random:tiny", "--rounds", 2, "--prompt-tokens", 20, "--new-tokens", 5,
-        "--sustained", 70, "--out", out, "--device", "cpu",
+        "bench", "random:tiny", "--rounds", 1, "--prompt-tokens", 20, "--new-tokens", 5,
+        "--out", out, "--device", "cpu",
     )  # fmt: skip
     assert result.status == 0, result.stderr
     found = result.json
@@ -76,7 +76,10 @@ def test_the_second_gpu_is_not_taken_for_the_first(
     assert [setting.device for setting in asked] == ["cuda:1"]
 
 
-@pytest.mark.parametrize(("field", "residue_bytes"), [("wide", 4), ("lattice", 6)])
+@pytest.mark.parametrize(
+    ("field", "residue_bytes"),
+    [pytest.param("wide", 4, marks=pytest.mark.slow), ("lattice", 6)],
+)
 def test_what_crosses_is_counted_for_each_run(field: str, residue_bytes: int, main: Main) -> None:
     result = main(
         "bench", "random:tiny", "--modes", "pad-inline, pad", "--rounds", 1, "--field", field,

@@ -41,7 +41,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("privacy", ["open", "pad"])
+@pytest.mark.parametrize("privacy", [pytest.param("open", marks=pytest.mark.slow), "pad"])
 def test_what_is_measured_adds_up_to_the_wall_time(
     privacy: str, small: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def messages(path: Path) -> list[dict[str, str]]:
     return saved
 
 
+@pytest.mark.slow
 def test_a_conversation_with_the_real_model(
     commands: Commands, main: Main, demo_path: Path
 ) -> None:

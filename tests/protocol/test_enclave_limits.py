@@ -134,7 +134,8 @@ def test_the_jail_allows(program: str, jail: Jail, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("field", ["wide", pytest.param("lattice", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["wide", "lattice"])
 def test_generate_runs_in_the_jail_with_its_worker_outside(
     field: str, jail: Jail, commands: Commands
 ) -> None:

@@ -62,9 +62,9 @@ def takes_over(log: pytest.LogCaptureFixture) -> list[str]:
     ("lie", "error", "field"),
     [
         ("one bit flipped", "IntegrityError", "wide"),
-        ("a row off by one", "IntegrityError", "compact"),
+        pytest.param("a row off by one", "IntegrityError", "compact", marks=pytest.mark.slow),
         ("one bit flipped", "IntegrityError", "lattice"),
-        ("babbles", "ProtocolError", "wide"),
+        pytest.param("babbles", "ProtocolError", "wide", marks=pytest.mark.slow),
     ],
 )
 def test_an_honest_worker_takes_over_and_the_liar_is_never_asked_again(

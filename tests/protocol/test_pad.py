@@ -30,7 +30,7 @@ def every_group(llm: LLM) -> dict[LinearGroup, Tensor]:
 @pytest.mark.parametrize(
     ("field", "prompts", "budget"),
     [
-        ("wide", FEW_PROMPTS, 2**28),
+        pytest.param("wide", FEW_PROMPTS, 2**28, marks=pytest.mark.slow),
         pytest.param("wide", PROMPTS, None, marks=pytest.mark.slow),
         pytest.param("compact", PROMPTS, None, marks=pytest.mark.slow),
         pytest.param("lattice", PROMPTS, None, marks=pytest.mark.slow),

@@ -11,7 +11,8 @@ import pytest
 from protocol_helpers import Commands, eventually
 
 WITH_WORKERS = [name for name in exits.CASES if name.endswith("_with_a_worker")]
-ALONE = [name for name in exits.CASES if name not in WITH_WORKERS]
+QUICK = ["end_of_main", "interrupt", "daemon_that_generates"]
+OTHERS = [name for name in exits.CASES if name not in WITH_WORKERS + QUICK]
 STATUS = {
     "exit_3": 3,
     "exception": 1,
@@ -29,8 +30,12 @@ SAID = {
 @pytest.mark.timeout(300)  # a dozen programs, on a machine that may be busy
 @pytest.mark.parametrize(
     "names",
-    [ALONE, pytest.param(WITH_WORKERS, marks=pytest.mark.slow)],  # each worker loads torch anew
-    ids=["alone", "with workers"],
+    [
+        QUICK,
+        pytest.param(OTHERS, marks=pytest.mark.slow),
+        pytest.param(WITH_WORKERS, marks=pytest.mark.slow),  # each worker loads torch anew
+    ],
+    ids=["quick", "others", "with workers"],
 )
 def test_a_program_that_does_not_close_its_llm_ends_as_any_other(
     names: list[str], commands: Commands

@@ -44,7 +44,10 @@ class Taken:
         pytest.param({"privacy": "open"}, marks=pytest.mark.slow),
         {"privacy": "pad", "field": "wide"},
         {"privacy": "pad", "field": "lattice"},
-        {"privacy": "shares", "worker": ["local", "local"], "insecure_same_host": True},
+        pytest.param(
+            {"privacy": "shares", "worker": ["local", "local"], "insecure_same_host": True},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["open", "pads", "lattice masks", "shares"],
 )

@@ -338,6 +338,7 @@ def test_the_real_model_answers_as_transformers(
     assert [a.text for a in answers] == [tokenizer.decode(a.token_ids) for a in answers]
 
 
+@pytest.mark.slow
 def test_the_real_model_knows_the_capital_of_france(real: Engine, tokenizer: Tokenizer) -> None:
     question = "What is the capital of France? Answer in one sentence."
     prompt = tokenizer.encode_chat([{"role": "user", "content": question}])

@@ -140,7 +140,14 @@ def test_a_template_that_would_not_end_or_fit_is_stopped(
 
 
 @pytest.mark.parametrize(
-    "attack", ["doubling by ~", "doubling a list", "many pieces", "many characters", "replacing"]
+    "attack",
+    [
+        "doubling by ~",
+        pytest.param("doubling a list", marks=pytest.mark.slow),
+        "many pieces",
+        "many characters",
+        pytest.param("replacing", marks=pytest.mark.slow),
+    ],
 )
 def test_a_template_that_makes_much_is_stopped_before_it_takes_memory(attack: str) -> None:
     tracemalloc.start()
