@@ -100,6 +100,7 @@ def test_what_a_killed_process_left_is_no_prepared_file_and_goes_with_the_next(
     check_whole(out, directory)
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_hurt_each_other(start: Start, out: Path, directory: Path) -> None:
     process = start(out)
     other = out.with_name(f"other{SUFFIX}")

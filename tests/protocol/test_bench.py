@@ -144,6 +144,7 @@ def expected(small_context: Path, text: Path) -> tuple[float, int]:
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_transformers_and_pads_change_nothing(
     main: Main, small_context: Path, text: Path, expected: tuple[float, int]
 ) -> None:

@@ -106,6 +106,7 @@ def test_a_worker_that_computes_slowly_is_named(tmp_path: Path) -> None:
     assert bottlenecks(path) == {"prefill": "worker compute", "decode": "worker compute"}
 
 
+@pytest.mark.slow
 def test_a_slow_link_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with (

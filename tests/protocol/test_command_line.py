@@ -105,6 +105,7 @@ def test_the_statistics_name_the_side_of_each_operation(answer: Result) -> None:
     assert expected.items() <= sides.items()
 
 
+@pytest.mark.slow
 def test_two_clients_of_one_worker_get_their_own_answers(commands: Commands, demo_ipc: str) -> None:
     running = [
         commands.start(*asking(demo_ipc, OTHER_QUESTION), "--json"),
@@ -115,6 +116,7 @@ def test_two_clients_of_one_worker_get_their_own_answers(commands: Commands, dem
     assert two.stdout == f"[1] {ANSWER}\n[2] {OTHER_ANSWER}\n"
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_the_answer_before_it(main: Main, demo_ipc: str) -> None:
     result = main(*asking(demo_ipc, QUESTION), "--json", "--stop", "never", "--stop", "Par")
     [output] = result.json["outputs"]
@@ -122,6 +124,7 @@ def test_a_stop_string_ends_the_answer_before_it(main: Main, demo_ipc: str) -> N
     assert output["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_tee_goes_on_with_a_plain_prompt_without_a_worker(
     commands: Commands, demo_path: Path
 ) -> None:
@@ -135,6 +138,7 @@ def test_tee_goes_on_with_a_plain_prompt_without_a_worker(
     assert result["rpc"]["calls"] == 0
 
 
+@pytest.mark.slow
 def test_without_ignore_eos_an_answer_ends_earlier(
     main: Main, demo_ipc: str, answer: Result
 ) -> None:

@@ -129,11 +129,12 @@ def together(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> Answers
 
 WHICH = pytest.mark.parametrize(
     ("numbers", "tokens"),
-    [(SHORT, SOME_TOKENS), pytest.param(EVERY, TOKENS, marks=pytest.mark.slow)],
+    [(SHORT, SOME_TOKENS), (EVERY, TOKENS)],
     ids=["short", "every"],
 )
 
 
+@pytest.mark.slow
 @WHICH
 def test_tee_gives_the_tokens_of_transformers(
     numbers: list[int], tokens: int, prompts: list[list[int]], reference: Reference
@@ -153,16 +154,17 @@ def test_tee_in_chunks_and_one_by_one_gives_the_tokens_of_transformers(
             assert together(llm, [prompts[number]], TOKENS) == reference([number], TOKENS)
 
 
+@pytest.mark.slow
 @WHICH
 @pytest.mark.parametrize(
     ("where", "shm", "prefill_chunk", "lanes", "alone"),
     [
-        pytest.param("inproc", True, 100, 2, [], marks=pytest.mark.slow),
-        pytest.param("ipc", True, 2048, 1, [], marks=pytest.mark.slow),
-        pytest.param("ipc", True, 100, 1, [LONG_PLAIN], marks=pytest.mark.slow),
-        pytest.param("ipc", False, 2048, 2, [], marks=pytest.mark.slow),
-        pytest.param("tcp", True, 2048, 1, [], marks=pytest.mark.slow),
-        pytest.param("tcp", False, 512, 1, [SHORT_CHAT], marks=pytest.mark.slow),
+        ("inproc", True, 100, 2, []),
+        ("ipc", True, 2048, 1, []),
+        ("ipc", True, 100, 1, [LONG_PLAIN]),
+        ("ipc", False, 2048, 2, []),
+        ("tcp", True, 2048, 1, []),
+        ("tcp", False, 512, 1, [SHORT_CHAT]),
     ],
 )
 def test_open_gives_the_tokens_of_transformers(

@@ -66,6 +66,7 @@ def test_what_is_hashed_is_what_the_tokenizer_uses(speaking: Path, tmp_path: Pat
         LLM(str(folder), privacy="tee", expect_model=llm.model_digest)
 
 
+@pytest.mark.slow
 def test_a_gguf_header_is_read_once(demo_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "demo.gguf"
     shutil.copy(demo_path, path)

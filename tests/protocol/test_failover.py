@@ -206,7 +206,7 @@ def test_the_start_fails_with_the_first_error_where_no_worker_is_there(
     "options",
     [
         {"field": "wide"},
-        {"privacy": "open", "pad_memory": None},
+        pytest.param({"privacy": "open", "pad_memory": None}, marks=pytest.mark.slow),
         {"privacy": "open", "attention": "gpu", "pad_memory": None},
     ],
     ids=["pad", "open", "keys and values on the worker"],

@@ -303,7 +303,9 @@ def test_a_worker_s_failure_leaves_nothing_behind(
         assert all(not channel._calls for channel in llm._channels)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize(
+    "lost", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_worker_that_does_not_answer_is_named(
     lost: int, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

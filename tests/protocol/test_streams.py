@@ -70,6 +70,7 @@ def test_a_whole_answer_without_standard_input_and_standard_error(commands: Comm
     assert len(json.loads(result.stdout)["outputs"][0]["token_ids"]) == 128
 
 
+@pytest.mark.slow
 def test_a_chat_without_standard_input_ends_at_once(commands: Commands, speaking: Path) -> None:
     result = commands.run("chat", speaking, "--privacy", "tee", before=shell("<&-"))
     assert (result.status, result.stdout) == (0, "")

@@ -148,6 +148,7 @@ def test_a_worker_in_another_mount_namespace_goes_inline(
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not may_mount(), reason="needs a user without rights")
+@pytest.mark.slow
 def test_shared_memory_without_permission_goes_inline(
     commands: Commands, expected: list[int]
 ) -> None:

@@ -26,7 +26,9 @@ def block_bytes(llm: LLM) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4 * KV_BLOCK
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [m if m != "shares" else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
+)
 def test_answers_make_way_for_each_other_and_stay_the_same(mode: str) -> None:
     options = {"dtype": "float32", **MODES[mode]}
     with LLM(MODEL, **options) as llm:

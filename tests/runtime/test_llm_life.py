@@ -265,7 +265,7 @@ def test_an_llm_that_is_dropped_after_a_conversation_ends_without_a_garbage_coll
     conversation.close()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupt_anywhere_leaves_a_session_that_answers_and_ends(threads: int) -> None:
     """At many opcodes of everything that pads, rows of one call, and turns go through."""
     prompt = list(range(1, 41))  # enough rows for two threads

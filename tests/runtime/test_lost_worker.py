@@ -43,7 +43,7 @@ class Taken:
     [
         pytest.param({"privacy": "open"}, marks=pytest.mark.slow),
         {"privacy": "pad", "field": "wide"},
-        {"privacy": "pad", "field": "lattice"},
+        pytest.param({"privacy": "pad", "field": "lattice"}, marks=pytest.mark.slow),
         pytest.param(
             {"privacy": "shares", "worker": ["local", "local"], "insecure_same_host": True},
             marks=pytest.mark.slow,

@@ -351,6 +351,7 @@ def test_the_real_model_knows_the_capital_of_france(real: Engine, tokenizer: Tok
     assert len(pieces) > 3
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_the_answer_before_it(real: Engine, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode(TEXTS[0])
     [whole] = generate(real, [prompt], SamplingParams(temperature=0, max_tokens=16))

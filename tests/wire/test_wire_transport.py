@@ -241,6 +241,7 @@ def _in_a_mount(folder: Path, options: str) -> list[str]:
     return run_in_a_mount(folder, options, program).splitlines()
 
 
+@pytest.mark.slow
 def test_in_a_full_folder_tensors_go_inline(tmp_path: Path) -> None:
     assert _in_a_mount(tmp_path, "size=64k") == [
         "inline",
@@ -249,6 +250,7 @@ def test_in_a_full_folder_tensors_go_inline(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_in_a_folder_that_may_not_be_written_tensors_go_inline(tmp_path: Path) -> None:
     assert _in_a_mount(tmp_path, "size=4m,ro") == [
         "inline",

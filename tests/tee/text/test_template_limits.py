@@ -166,6 +166,7 @@ def test_a_source_that_is_too_long_or_too_deep_is_refused(source: str) -> None:
         ChatTemplate(source, {})
 
 
+ALIKE = ("sums", "filters", "comparisons", "lists")
 HOSTILE_SOURCES = {
     "sums": "{{ 1" + "+1" * 60_000 + " }}",
     "attributes": "{{ x" + ".y" * 60_000 + " }}",
@@ -184,7 +185,14 @@ HOSTILE_SOURCES = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE_SOURCES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        # These do alike, and each takes a second or two.
+        pytest.param(kind, marks=pytest.mark.slow) if kind in ALIKE else kind
+        for kind in HOSTILE_SOURCES
+    ],
+)
 def test_the_parser_ends_soon_whatever_the_source(kind: str) -> None:
     with suppress(TokenizerError):
         ChatTemplate(HOSTILE_SOURCES[kind], {})
