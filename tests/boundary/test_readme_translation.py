@@ -1,7 +1,7 @@
 """README.zh-CN.md says what README.md says: the same commands, figures and links in each place.
 
-Words are not compared. Code blocks and tables must agree in order; in prose, where the order of words
-differs, each section must have the same code, numbers and link targets.
+Words are not compared. Code blocks and tables must agree in order. In prose the order of words
+differs: each section must have the same code, numbers and link targets.
 """
 
 import re
