@@ -30,10 +30,12 @@ class _ListsAsOnGitHub(Extension):
 
     def extendMarkdown(self, md: Markdown) -> None:
         md.tab_length = 2
+        md.build_parser()  # again: its parts have read the length
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    config.markdown_extensions.append(_ListsAsOnGitHub())  # type: ignore[arg-type]
+    # First, because it rebuilds what later ones add to.
+    config.markdown_extensions.insert(0, _ListsAsOnGitHub())  # type: ignore[arg-type]
     return config
 
 
