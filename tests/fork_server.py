@@ -236,7 +236,8 @@ def _status_of(arguments: list[str]) -> int:
 def _end(status: int) -> NoReturn:
     """End as an interpreter does, but without taking apart what was there before the fork.
 
-    That would copy most of the server's memory. What the program made ends as it always does.
+    That would copy most of the server's memory. Threads, exit functions and the names of the
+    program end as always; the modules that it imported are left as they are.
     """
     threading._shutdown()
     atexit._run_exitfuncs()

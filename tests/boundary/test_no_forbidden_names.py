@@ -69,7 +69,7 @@ def test_the_trusted_side_uses_no_weak_randomness_and_no_gpu() -> None:
     files = [path for path in FILES if path.is_relative_to(SOURCE / "tee")]
     assert len(files) > 10
     for path in files:
-        for name in names(path):
+        for name in all_names(path):
             forbidden = name in ("random", "numpy.random", "torch.cuda")
             assert not forbidden and not name.startswith("torch.rand"), (path, name)
 

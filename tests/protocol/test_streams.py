@@ -64,7 +64,7 @@ def test_messages_that_cannot_be_written_cost_no_answer(
 
 def test_a_whole_answer_without_standard_input_and_standard_error(commands: Commands) -> None:
     ids = write_ids(commands.folder / "ids.json", [1, 2, 3])
-    command = ["generate", "random:tiny", "--privacy", "tee", "--json"]
+    command = ["generate", "random:tiny", "--privacy", "open", "--worker", "local", "--json"]
     result = commands.run(*command, "--prompt-ids", ids, before=shell("<&- 2>&-"))
     assert result.status == 0
     assert len(json.loads(result.stdout)["outputs"][0]["token_ids"]) == 128

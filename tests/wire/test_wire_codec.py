@@ -214,7 +214,7 @@ def test_fields_of_the_wrong_type_are_refused(tag: str, fields: list[object]) ->
     reads_alike_or_not_at_all(frame(msgspec.msgpack.encode([tag, *fields])))
 
 
-@settings(max_examples=300)
+@settings(max_examples=1000)
 @given(from_tee | from_worker, st.data())
 def test_a_flipped_bit_is_refused_or_makes_another_valid_message(
     message: Message, data: st.DataObject
@@ -225,7 +225,7 @@ def test_a_flipped_bit_is_refused_or_makes_another_valid_message(
     reads_alike_or_not_at_all(bytes(flipped))
 
 
-@settings(max_examples=300)
+@settings(max_examples=1000)
 @given(from_tee | from_worker, st.data())
 def test_a_truncated_message_is_refused(message: Message, data: st.DataObject) -> None:
     whole = encode(message)

@@ -67,7 +67,7 @@ def call(input_offset: int = ROOM, output_offset: int = 2 * ROOM, count: int = 4
     return Call(Linear(0, "echo"), (refs[0],), (refs[1],))
 
 
-@settings(max_examples=300)
+@settings(max_examples=1000)
 @given(st.binary(max_size=64), st.integers(0, 2**32), st.lists(st.integers(0, 2**64 - 1)))
 def test_a_ring_of_anything_gives_bounded_frames_that_are_refused(
     seed: bytes, noise: int, lengths: list[int]
@@ -127,7 +127,7 @@ def lies(draw: st.DrawFn) -> list[Slot]:
     return slots
 
 
-@settings(max_examples=50, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(lies())
 @example([(1, 2**64 - 1, RESULT)])
 @example([(1 + SLOTS, len(RESULT), RESULT)])
@@ -377,7 +377,7 @@ calls = st.builds(
 anything = st.binary(max_size=MAX_FRAME) | calls | refused_frames
 
 
-@settings(max_examples=50, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(anything, st.none() | st.integers(0, 2**64 - 1)), max_size=20))
 def test_nothing_that_is_posted_disturbs_a_worker(
     worker: HelperProcess, shared_folder: Path, posts: list[tuple[bytes, int | None]]

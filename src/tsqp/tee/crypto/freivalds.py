@@ -15,6 +15,7 @@ from torch import Tensor
 from tsqp.algebra import digits
 from tsqp.algebra.int8_product import int8_product
 from tsqp.algebra.params import MAX_WIDTH, WIDE, Field
+from tsqp.checkpoint.memory import give_back
 from tsqp.errors import IntegrityError, LatticeError
 from tsqp.tee.crypto.rng import uniform_check
 
@@ -38,7 +39,9 @@ class CheckVectors:
     def draw(cls, weight_FD: Tensor) -> "CheckVectors":
         """[P6] for int8 weights in [-127, 127]."""
         k_2F = uniform_check((VECTORS, weight_FD.shape[0]))
-        return cls(k_2F, times(k_2F, weight_FD, WIDE))
+        checks = cls(k_2F, times(k_2F, weight_FD, WIDE))
+        give_back()  # blocks of the product: else the gaps that they leave add up over the groups
+        return checks
 
 
 def times(k_VF: NDArray[Any], weight_FD: Tensor, field: Field) -> NDArray[Any]:

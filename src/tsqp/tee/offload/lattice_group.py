@@ -16,7 +16,6 @@ from torch import Tensor
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import LATTICE
 from tsqp.algebra.residue_blocks import BLOCK, UInt32
-from tsqp.checkpoint.memory import give_back
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, LatticeError, NumericalError, UnsupportedModel
 from tsqp.model.linear_group import LinearGroup
@@ -126,7 +125,6 @@ class LatticeGroup:
         after = CheckVectors.draw(weight_FD)
         self._after_F = kernels.as_pairs(after.k_2F)[0]
         self._after_D = kernels.as_pairs(after.kw_2D)[0]
-        give_back()  # the products' blocks: else their gaps add up over the groups
 
     @property
     def row_bytes(self) -> int:

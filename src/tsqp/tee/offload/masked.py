@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from tsqp.algebra.fixed_point import Bounds
 from tsqp.algebra.params import Field
 from tsqp.algebra.residue_bytes import Int32
-from tsqp.checkpoint.memory import give_back
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.errors import IntegrityError, NumericalError, UnsupportedModel, WorkerLost
 from tsqp.model.config import ModelConfig
@@ -148,7 +147,6 @@ class MaskedGroup:
     def _draw_checks(self, weight_FD: Tensor) -> None:
         checks = CheckVectors.draw(weight_FD)
         self._k_2P, self._kw_2P = kernels.as_pairs(checks.k_2F), kernels.as_pairs(checks.kw_2D)
-        give_back()  # the products' blocks: else their gaps add up over the groups
 
     @property
     def row_bytes(self) -> int:
