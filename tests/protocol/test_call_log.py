@@ -1,5 +1,6 @@
 """`--rpc-log`: what is in the file, what is not, and what it does not disturb."""
 
+import itertools
 import json
 import resource
 import secrets
@@ -21,6 +22,7 @@ from tsqp.errors import RemoteError, UsageError
 from tsqp.gpu.worker import Worker
 from tsqp.report.phases import call_parts_us
 from tsqp.report.read import LogFile, read_file
+from tsqp.runtime.worker_sessions import WorkerSessions
 from tsqp.tee.call_lines import Phase, Stage
 from tsqp.wire.channel import InprocChannel
 
@@ -200,6 +202,21 @@ def test_calls_between_steps_are_not_those_of_the_next(tmp_path: Path) -> None:
         llm.generate([[1, 2, 3]], greedy(1))
     steps = Counter((call.step, call.phase) for call in read(path).calls)
     assert steps == {(0, "other"): 9, (1, "prefill"): 9}
+
+
+def test_a_processor_clock_that_goes_back_leaves_a_log_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = itertools.count(0, -0.01)
+    monkeypatch.setattr(WorkerSessions, "cpu_s", lambda sessions: next(readings))
+    path = tmp_path / "log"
+    with LLM(MODEL, worker="inproc", rpc_log=path) as llm:
+        llm.generate([[1, 2, 3]], greedy(2))
+        assert llm.stats.tee_cpu_s == 0
+    log = read_file(path)
+    assert isinstance(log, LogFile)
+    assert log.summary is not None
+    assert not log.notes
 
 
 @pytest.mark.fresh

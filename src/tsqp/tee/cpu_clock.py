@@ -1,5 +1,8 @@
 """Processor time of one thread and of the OpenMP threads that compute for it.
 
+A difference of such times, or of one and the process's own, is of clocks that are read one after
+another, and may be negative. `MonotonicClock` corrects that.
+
 OpenMP starts separate helper threads for each thread that uses it. On Linux a new thread inherits
 the name of the thread that starts it, so a unique name marks all of them.
 """
@@ -7,10 +10,23 @@ the name of the thread that starts it, so a unique name marks all of them.
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
 _THREAD_CPU_CLOCK = 6  # CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED in Linux
+
+
+class MonotonicClock:
+    """The largest reading of a clock so far, in seconds. Used by one thread."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        self._seconds = max(self._seconds, self._clock())
+        return self._seconds
 
 
 class ThreadClock:

@@ -132,7 +132,7 @@ class PadPool:
         parts += self._make_in_line(key, rows - ahead)
         self._stats.inline_rows += rows - ahead
         self._stats.inline_s += perf_counter() - began
-        self._stats.inline_cpu_s += self.other_cpu_s() - cpu_began
+        self._stats.inline_cpu_s += max(0.0, self.other_cpu_s() - cpu_began)
         return Pads.joined(parts)
 
     def _make_in_line(self, key: LinearGroup, rows: int) -> Iterator[Pads]:
@@ -155,7 +155,11 @@ class PadPool:
                 yield part
 
     def other_cpu_s(self) -> float:
-        """Processor time of this process, without the time to make pads ahead."""
+        """Processor time of this process, without the time to make pads ahead.
+
+        It may go back a little: the two clocks are not read at once, and a helper of the thread
+        counts from when it is found.
+        """
         return process_time() - self._clock.seconds()
 
     def fill(self) -> None:

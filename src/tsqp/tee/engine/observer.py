@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from time import monotonic, perf_counter, process_time
 
 from tsqp.tee.call_log import CallLog
+from tsqp.tee.cpu_clock import MonotonicClock
 from tsqp.tee.engine.sequence import Chunk
 from tsqp.tee.stats import Stats
 
@@ -40,7 +41,8 @@ class Observer:
 
     Args:
         stats: receives the times and numbers of tokens.
-        cpu_clock: returns the seconds of processor time that count as work of the steps.
+        cpu_clock: returns the seconds of processor time that count as work of the steps. A step in
+            which it goes back counts as none.
         call_log: notified of each step.
         clock: seconds, for the times of requests.
         on_chunks: called with the chunks of each step.
@@ -56,7 +58,7 @@ class Observer:
     ) -> None:
         self.now = clock
         self.stats = Stats() if stats is None else stats
-        self._cpu_clock = cpu_clock
+        self._cpu_clock = MonotonicClock(cpu_clock)
         self._call_log = call_log
         self._on_chunks = on_chunks
 
