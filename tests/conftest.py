@@ -2,11 +2,28 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 import processes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Let pytest-xdist's own processes be forks of one server, which starts all others, too."""
+    from execnet import gateway_io
+
+    def start(self: Any, command: Sequence[str], execmodel: Any) -> None:
+        interpreter, unbuffered, *arguments = command
+        assert unbuffered == "-u"
+        self.popen = processes.start(
+            [interpreter, *arguments], stdin=processes.PIPE, stdout=processes.PIPE
+        )
+        gateway_io.Popen2IO.__init__(self, self.popen.stdin, self.popen.stdout, execmodel)
+
+    gateway_io.Popen2IOMaster.__init__ = start
 
 
 def pytest_collection_finish() -> None:

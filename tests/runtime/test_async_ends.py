@@ -13,6 +13,7 @@ from protocol_helpers import Commands, eventually
 from tsqp import AsyncLLM, SamplingParams
 from tsqp.errors import IntegrityError, PromptTooLong, TSQPError, UsageError, WorkerLost
 from tsqp.runtime import engine_thread
+from tsqp.wire import client
 
 
 def test_close_fails_what_runs_and_ends_the_thread() -> None:
@@ -144,7 +145,7 @@ def test_a_lost_worker_is_started_again_under_running_requests(commands: Command
 
 
 def test_a_worker_that_stays_away_is_an_error_in_bounded_time_and_is_found_when_it_is_back(
-    commands: Commands,
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = commands.worker(MODEL, commands.ipc())
 
@@ -153,6 +154,7 @@ def test_a_worker_that_stays_away_is_an_error_in_bounded_time_and_is_found_when_
             MODEL, privacy="pad", worker=commands.ipc(), threads=1, reconnect_s=0.5, pad_memory=0
         ) as llm:
             expected = await complete(llm)
+            monkeypatch.setattr(client, "CONNECT_S", 0.5)
             worker.send(9)  # type: ignore[arg-type]
             await asyncio.to_thread(worker.ends)
             with pytest.raises(WorkerLost):
