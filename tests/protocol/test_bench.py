@@ -42,7 +42,7 @@ def small_context(speaking: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_every_mode_is_compared_unless_some_are_named(main: Main, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     result = main(
-        "bench", "random:tiny", "--rounds", 2, "--prompt-tokens", 20, "--new-tokens", 5,
+        "bench", "random:tiny", "--rounds", 1, "--prompt-tokens", 20, "--new-tokens", 5,
         "--out", out, "--device", "cpu",
     )  # fmt: skip
     assert result.status == 0, result.stderr
