@@ -88,7 +88,11 @@ def test_open_gives_the_logits_of_transformers(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    "field",
+    # compact differs from wide in its residues only, which tests/protocol/test_pad.py tests.
+    [pytest.param(name, marks=pytest.mark.slow if name == "compact" else ()) for name in FIELDS],
+)
 def test_pad_gives_the_answers_and_the_logits_of_fixed_point(
     name: str, field: str, written: dict[str, tuple[Path, Any]]
 ) -> None:
