@@ -234,7 +234,13 @@ def changed(hints: Polynomials, g: int, n: int, b: int, low: int, high: int) -> 
     return copy
 
 
-@pytest.mark.parametrize("place", [(0, 0, 0), (0, 2047, 31), (1, 1023, 7)])
+@pytest.mark.parametrize(
+    "place",
+    [
+        (0, 0, 0), (0, 2047, 31), (1, 1023, 7),
+        (1, 0, 8), (1, 2047, 31),  # where the block of the last feature has none
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("bits", [(1, 0), (2**31, 0), (0, 1), (0, 2**13)])
 def test_a_hint_with_one_wrong_bit_is_refused(
     layer: Layer, place: tuple[int, int, int], bits: tuple[int, int]

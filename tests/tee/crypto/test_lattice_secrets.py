@@ -169,6 +169,28 @@ def test_all_buffers_are_zero_afterwards(
     assert batches.alive == (error is None)
 
 
+def test_secrets_of_other_batches_are_erased_if_the_end_comes_while_one_is_given_up(
+    provider: LatticeProvider, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(CLASSES - 1):
+        make(provider, QKV, SHAPES[QKV])
+    [last] = provider._classes[QKV]
+    other = lattice._Batch(CLASSES)
+    provider._classes[QKV].appendleft((other, 0))
+    end = lattice._Batch.end_class
+
+    def ending(batch: lattice._Batch) -> None:
+        if batch is last[0]:
+            provider.forget()  # as another thread would, while `other` is in no list
+        end(batch)
+
+    monkeypatch.setattr(lattice._Batch, "end_class", ending)
+    other._to_end.clear()  # its other classes have been made
+    provider._give_up(QKV, last[0])
+    assert not provider._classes[QKV]
+    assert batches.alive == 0
+
+
 def test_after_a_failure_the_rest_of_the_batch_is_given_up_and_erased(
     provider: LatticeProvider, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,8 +38,15 @@ def check_hints(
         row_pool: its threads divide the roots among them.
 
     Raises:
-        HintsError: a value is not in [0, q), or they are not the hints of these weights.
+        HintsError: a value is not in [0, q), or not 0 where a block has no feature, or they are not
+            the hints of these weights.
     """
+    last = hints.count - (hints.low_GNB.shape[0] - 1) * BLOCK  # features in the last block
+    if hints.low_GNB[-1, :, last:].any() or hints.high_GNB[-1, :, last:].any():
+        raise HintsError(
+            f"The hints of {name} hold values where there is no feature: make them again with this "
+            "model."
+        )
     k_2F = uniform((VECTORS, hints.count), LATTICE)
     kw_2D = times(k_2F, weight_FD, LATTICE)
     found_2N = _combined(hints, k_2F, row_pool)

@@ -175,6 +175,8 @@ class LatticeProvider:
                 else:
                     kept.append((batch, row_class))
         self._classes[key].extend(kept)
+        if self._is_over and which is not None:  # `forget` did not see those that were kept
+            self._give_up(key, None)
 
     def _make(
         self,

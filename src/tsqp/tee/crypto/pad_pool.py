@@ -149,7 +149,7 @@ class PadPool:
                 self._make(key, pads, list(range(made)))
                 if made > rows:
                     part = pads.copy(slice(rows))
-                    pads.wipe(slice(None))
+                    pads.wipe()
             if part is not None:  # else another thread took all of them
                 rows -= len(part)
                 yield part
@@ -175,17 +175,19 @@ class PadPool:
     def discard(self) -> None:
         """Remove the pads in stock unused."""
         for stock in self._stocks.values():
-            while stock.take(DISCARDED_ROWS) is not None:
-                pass
+            while (taken := stock.take(DISCARDED_ROWS)) is not None:
+                taken.wipe()
         self._wake.put(None)
 
     def close(self) -> None:
         """Forget all pads and stop making any; safe to call twice, and from any thread."""
         self._closed = True
-        self._stocks = {}
+        stocks, self._stocks = self._stocks, {}
         self._wake.put(None)
         if self._pid == os.getpid() and self._thread is not threading.current_thread():
             self._thread.join()
+        for stock in stocks.values():
+            stock.end()
         self._provider.forget()
 
     def _remove(self, key: LinearGroup, rows: int) -> Pads | None:

@@ -87,7 +87,7 @@ class DirectProvider:
         residue_product(torch.from_numpy(r_ND), weight_FD, self.field, torch.from_numpy(u_NF))
         made = Pads(r_ND, u_NF)
         pads.put(place, made)
-        made.wipe(slice(None))
+        made.wipe()
 
     def forget(self) -> None:
         pass

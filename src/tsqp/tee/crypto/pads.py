@@ -4,7 +4,7 @@ Shape suffixes: N rows; D input and F output features of a group; G blocks of fe
 block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from tsqp.algebra.params import LATTICE, Field
 from tsqp.algebra.residue_blocks import WORDS, blocks
 
+Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]  # as np.empty
+
+ALL = slice(None)
 USED = -1  # overwrites a row that was given out; no residue has every bit set
 
 
@@ -33,9 +36,12 @@ class Pads:
     u_NF: NDArray[Any]
 
     @classmethod
-    def empty(cls, rows: int, width: int, features: int, field: Field) -> "Pads":
+    def empty(
+        cls, rows: int, width: int, features: int, field: Field, allocate: Allocate = np.empty
+    ) -> "Pads":
         """Memory for rows, with nothing in it yet."""
-        return cls(empty_rows(rows, width, field), empty_rows(rows, features, field))
+        r_ND, u_NF = (empty_rows(rows, each, field, allocate) for each in (width, features))
+        return cls(r_ND, u_NF)
 
     @classmethod
     def joined(cls, parts: Sequence["Pads"]) -> "Pads":
@@ -45,7 +51,7 @@ class Pads:
         r_ND = np.concatenate([part.r_ND for part in parts], axis=-2)
         joined = cls(r_ND, np.concatenate([part.u_NF for part in parts], axis=-2))
         for part in parts:
-            part.wipe(slice(None))
+            part.wipe()
         return joined
 
     def __len__(self) -> int:
@@ -59,8 +65,11 @@ class Pads:
         """Write rows."""
         self.r_ND[..., place, :], self.u_NF[..., place, :] = pads.r_ND, pads.u_NF
 
-    def wipe(self, place: list[int] | slice) -> None:
-        """Overwrite rows that must not be found again."""
+    def wipe(self, place: list[int] | slice = ALL) -> None:
+        """Overwrite rows that must not be found again.
+
+        Whoever finds one row of u of a lattice mask can solve for the secret of all its rows.
+        """
         self.r_ND[..., place, :] = self.u_NF[..., place, :] = self._used
 
     @property
@@ -77,11 +86,13 @@ class Pads:
         return np.array(USED).astype(self.r_ND.dtype)
 
 
-def empty_rows(rows: int, residues: int, field: Field) -> NDArray[Any]:
+def empty_rows(
+    rows: int, residues: int, field: Field, allocate: Allocate = np.empty
+) -> NDArray[Any]:
     """Memory for rows of masks, or of their products, with nothing in it yet."""
     if field is LATTICE:
-        return np.empty((blocks(residues), rows, WORDS), np.uint32)
-    return np.empty((rows, residues), np.int32)
+        return allocate((blocks(residues), rows, WORDS), np.uint32)
+    return allocate((rows, residues), np.int32)
 
 
 def row_bytes_in_stock(field: Field, *residues: int) -> int:

@@ -3,12 +3,20 @@
 Shape suffixes: D input and F output features of a group.
 """
 
+import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tsqp.algebra.params import WIDE, Field
 from tsqp.tee.crypto.pads import Pads
+
+MADV_WIPEONFORK = 18  # of Linux; Python has no name for it
 
 
 class Stock:
@@ -27,9 +35,10 @@ class Stock:
         self, numbers: Sequence[int], features: int, width: int, field: Field = WIDE
     ) -> None:
         """Make room for rows, whose numbers from 0 all stocks of a pool may share."""
-        self._pads = Pads.empty(len(numbers), width, features, field)
+        self._pads = Pads.empty(len(numbers), width, features, field, _wiped_on_fork)
         self._empty = deque(numbers)
         self._ready: deque[int] = deque()
+        self._is_over = False
 
     @property
     def ready(self) -> int:
@@ -56,6 +65,8 @@ class Stock:
             self._empty.extend(numbers)
             raise
         self._ready.extend(numbers)  # last: from here on they may be taken
+        if self._is_over:  # since it was begun
+            self.end()
         return True
 
     def take(self, rows: int) -> Pads | None:
@@ -72,6 +83,23 @@ class Stock:
         self._pads.wipe(place)
         self._empty.extend(numbers)
         return pads
+
+    def end(self) -> None:
+        """Wipe all rows that were not taken, for good; safe to call twice."""
+        self._is_over = True
+        if numbers := _pop(self._ready, len(self._ready)):
+            self._pads.wipe(_place(numbers))
+
+
+def _wiped_on_fork(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Like np.empty, in memory that a forked process finds empty: it would use pads twice."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, max(1, size), flags=private)
+    for advice in (MADV_WIPEONFORK, mmap.MADV_HUGEPAGE):  # the second as np.empty
+        with suppress(OSError):  # not every system has them; `PadPool` drops the stock, too
+            memory.madvise(advice)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 def _pop(numbers: deque[int], most: int) -> list[int]:

@@ -93,17 +93,22 @@ class PadLinear(Generic[Kept]):
             [Spec((rows, each * group.width), torch.uint8)],
             [Spec((rows, each * group.features), torch.uint8)],
         )
+        pads: Pads | None = None
         try:
             pads = self._pool.take(group.linear, rows)
             end_stage(slot.times, PADS)
             masked = group.mask(x_TD, pads.r_ND, slot.inputs[0], self._row_pool)
         except BaseException:
+            if pads is not None:
+                pads.wipe()
             self._channel.discard(slot)
             raise
         return _Block(self._channel.submit(slot), pads, masked)
 
     def receive(self, group: Group[Kept], block: _Block[Kept], y_TF: Tensor) -> float:
         """Wait for the answer, check it, and unmask it ([P5], [P7], or [P13], [P12]).
+
+        The pads are wiped in any case.
 
         Returns:
             the seconds spent waiting.
@@ -112,24 +117,28 @@ class PadLinear(Generic[Kept]):
             IntegrityError, LatticeError: a check failed; no worker is asked again.
         """
         began = time.monotonic()
-        with self._channel.wait(block.ticket, began + self._timeout) as reply:
-            waited_s = time.monotonic() - began
-            self._trust.check()
-            try:
-                group.check_and_unmask(
-                    reply.outputs[0],
-                    block.pads.u_NF,
-                    block.masked,
-                    y_TF,
-                    f"The worker at {self._channel.endpoint}",
-                    self._row_pool,
-                )
-            except (IntegrityError, LatticeError) as error:
-                # The worker, its pads and the check vectors are never used again [P7].
-                self._trust.end(error)
-                self.close()
-                raise
+        try:
+            with self._channel.wait(block.ticket, began + self._timeout) as reply:
+                waited_s = time.monotonic() - began
+                self._trust.check()
+                try:
+                    group.check_and_unmask(
+                        reply.outputs[0],
+                        block.pads.u_NF,
+                        block.masked,
+                        y_TF,
+                        f"The worker at {self._channel.endpoint}",
+                        self._row_pool,
+                    )
+                except (IntegrityError, LatticeError) as error:
+                    # The worker, its pads and the check vectors are never used again [P7].
+                    self._trust.end(error)
+                    self.close()
+                    raise
+        finally:
+            block.pads.wipe()
         return waited_s
 
     def cancel(self, block: _Block[Kept]) -> None:
+        block.pads.wipe()
         self._channel.cancel(block.ticket)
