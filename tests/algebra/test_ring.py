@@ -200,6 +200,31 @@ def test_the_largest_lazy_sums_are_exact() -> None:
         assert not found_MD[1:].any()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sum_of_products_before_a_reduction_is_exact(sign: int) -> None:
+    """`ring.LAZY` products, each of the largest size: the secret is given as the class needs it."""
+    transform = ClassTransform.of(Ring.of(Q, 2048), ring.LAZY)
+    largest = sign * (Q // 2)
+    values_ND = np.full((2048, 1), largest * pow(Q // 2, -1, Q) % Q, np.int64)
+    low_GNB, high_GNB = parts(values_ND)
+    out_GMW = np.zeros((1, transform.rows, WORDS), np.uint32)
+    ring.products_of_class(
+        low_GNB,
+        high_GNB,
+        np.full(2048, float(Q // 2)),
+        transform,
+        no_noise(transform),
+        ring.work_space(transform.rows),
+        out_GMW,
+        np.arange(transform.rows),
+        0,
+        1,
+    )
+    rows_MD = from_blocks(out_GMW, 1)
+    assert rows_MD[0, 0] == largest * ring.LAZY * transform.rows % Q
+    assert not rows_MD[1:].any()
+
+
 def test_the_noise_is_the_difference_of_the_numbers_of_ones() -> None:
     of = Ring.of(Q, 64)
     transform = ClassTransform.of(of)
