@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import zmq
-from wire_floods import FloodingWorker, flood_worker, memory_stays_below
+from wire_floods import EMPTY, FloodingWorker, flood_worker, memory_stays_below
 from wire_helpers import TIMEOUT, Echo, WorkerThread, begin, echoes, eventually, finish, hello
 from wire_peers import CountingProxy, LyingWorker, RawClient
 
@@ -162,6 +163,27 @@ def test_a_worker_hangs_up_on_a_client_that_floods_and_serves_on(
         for client in clients:
             client.join(TIMEOUT)
             assert not client.is_alive()  # it was hung up on
+
+
+def test_empty_frames_do_not_fill_the_memory(
+    shm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libzmq takes 32 times as much memory for them as there are bytes on the wire."""
+    before = psutil.Process().memory_info().rss
+    room = 400 * MIB
+    monkeypatch.setattr(
+        tsqp.wire.peers,
+        "available_bytes",
+        lambda: max(0, room - (psutil.Process().memory_info().rss - before)),
+    )
+    with (
+        WorkerThread("tcp://127.0.0.1:0", shm_folder=shm_folder) as worker,
+        memory_stays_below(2 * room),
+    ):
+        flood_worker(str(worker.endpoint), EMPTY)
+        channel = RemoteChannel(worker.endpoint, hello())
+        finish(channel, begin(channel, torch.ones(3)))
+        channel.close()
 
 
 class Busy(Echo):

@@ -6,8 +6,9 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -38,6 +39,7 @@ def test_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     """The one that brought most goes first, and only as many as must go."""
     listener = socket.create_server(("127.0.0.1", 0))
     peers = Peers()
+    monkeypatch.setattr(peers, "_measure", lambda: None)
     monkeypatch.setattr(peers, "_most", 5000)
     ends = []
     for count in (1000, 3000, 2000):
@@ -65,6 +67,35 @@ def test_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -
         for end in pair:
             end.close()
     listener.close()
+
+
+def test_when_memory_is_short_the_connection_that_brought_most_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = 100 * MIB
+    monkeypatch.setattr(tsqp.wire.peers, "available_bytes", lambda: free)
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        peers = stack.enter_context(closing(Peers()))
+        ends = []
+        for count in (SLACK, SLACK + 2, SLACK + 1):
+            ours = stack.enter_context(socket.create_connection(listener.getsockname()))
+            theirs = stack.enter_context(listener.accept()[0])
+            peers.add(theirs.fileno())
+            sender = threading.Thread(target=ours.sendall, args=(bytes(count),))
+            sender.start()
+            assert len(theirs.recv(count, socket.MSG_WAITALL)) == count
+            sender.join()
+            ends.append(ours)
+        peers.look()
+        assert len(peers) == 3
+        free = 24 * MIB  # less than a quarter of what was free before
+        for left, ended in ((2, ends[1]), (1, ends[2])):
+            peers.look()
+            assert len(peers) == left
+            assert ended.recv(1) == b""
+        peers.look()
+        assert len(peers) == 1, "it brought no more than anybody may"
 
 
 def test_what_waits_in_the_kernel_does_not_count(low_limit: None) -> None:

@@ -27,6 +27,10 @@ def frame(body: bytes, flags: int = 0) -> bytes:
     return struct.pack(">BQ", flags | LONG, len(body)) + body
 
 
+LARGE = frame(PART, MORE)
+EMPTY = bytes([MORE, 0]) * 1000  # as many frames
+
+
 def ready(kind: bytes) -> bytes:
     name, length = b"Socket-Type", struct.pack(">I", len(kind))
     return frame(b"\x05READY" + bytes([len(name)]) + name + length + kind, COMMAND)
@@ -59,9 +63,12 @@ def shake_hands(peer: socket.socket, kind: bytes) -> None:
     assert flags & COMMAND
 
 
-def flood(peer: socket.socket, most: float = math.inf) -> None:
-    """Send parts of one message until `most` bytes are sent or the other side hangs up."""
-    part = frame(PART, MORE)
+def flood(peer: socket.socket, most: float = math.inf, part: bytes = LARGE) -> None:
+    """Send parts of one message until `most` bytes are sent or the other side hangs up.
+
+    Args:
+        part: one frame or several.
+    """
     sent = 0
     try:
         while sent < most:
@@ -103,12 +110,12 @@ class FloodingWorker(TCPServer):
         flood(peer, self._most)
 
 
-def flood_worker(endpoint: str) -> None:
+def flood_worker(endpoint: str, part: bytes = LARGE) -> None:
     """Connect to a worker, and flood until it hangs up; run in a thread."""
     with connect(parse_endpoint(endpoint), time.monotonic() + 10) as peer:
         peer.settimeout(None)
         shake_hands(peer, b"DEALER")
-        flood(peer)
+        flood(peer, part=part)
 
 
 @contextmanager

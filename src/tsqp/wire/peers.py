@@ -5,7 +5,7 @@ import socket
 from contextlib import suppress
 
 from tsqp.checkpoint.memory import available_bytes
-from tsqp.wire.inflow import Inflow, duplicate, end_connection, is_trusted_user, shut_down
+from tsqp.wire.inflow import SLACK, Inflow, duplicate, end_connection, is_trusted_user, shut_down
 
 MAX_INFLOW = 2**30  # bytes of one connection that were not yet received as messages
 
@@ -23,7 +23,16 @@ class Peers:
         self._encrypted = encrypted
         self._connections: dict[int, socket.socket] = {}  # by descriptor of libzmq
         self._inflows: dict[int, Inflow] = {}
-        self._most = max(MAX_INFLOW, available_bytes() // 2)  # bytes, of all connections together
+        self._measure()
+
+    def _measure(self) -> None:
+        """Set the limits for all connections together, from the memory that is free without any.
+
+        libzmq takes far more memory for a message of small frames than there are bytes on the wire,
+        so the memory that is left counts, too.
+        """
+        free = available_bytes()
+        self._most, self._reserve = max(MAX_INFLOW, free // 2), free // 4
 
     def __len__(self) -> int:
         return len(self._inflows)
@@ -39,6 +48,8 @@ class Peers:
         this process anyway. A connection is also ended if no file descriptor is left to watch it.
         """
         self.remove(descriptor)  # an earlier connection whose end was not reported yet
+        if not self._connections:
+            self._measure()
         try:
             connection = duplicate(descriptor)
         except OSError as exc:
@@ -60,14 +71,21 @@ class Peers:
             connection.close()
 
     def look(self) -> None:
-        """End connections that brought too much, beginning with those that brought most."""
+        """End connections that brought too much, beginning with those that brought most.
+
+        If little memory is left, the one that brought most is ended in any case, unless it is
+        little.
+        """
         unread = {}
         for descriptor, connection in self._connections.items():
             with suppress(OSError):  # it has ended, or this system does not count
                 unread[descriptor] = self._inflows[descriptor].excess(connection=connection)
+        is_short = max(unread.values(), default=0) > SLACK and available_bytes() < self._reserve
         for descriptor in sorted(unread, key=unread.__getitem__, reverse=True):
-            if unread[descriptor] <= MAX_INFLOW and sum(unread.values()) <= self._most:
+            is_much = unread[descriptor] > MAX_INFLOW or sum(unread.values()) > self._most
+            if not is_much and not is_short:
                 return
+            is_short = False  # what was taken for this one is free again a little later
             shut_down(self._connections[descriptor])
             self.remove(descriptor)
             del unread[descriptor]
