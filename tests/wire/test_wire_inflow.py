@@ -39,7 +39,6 @@ def test_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     """The one that brought most goes first, and only as many as must go."""
     listener = socket.create_server(("127.0.0.1", 0))
     peers = Peers()
-    monkeypatch.setattr(peers, "_measure", lambda: None)
     monkeypatch.setattr(peers, "_most", 5000)
     ends = []
     for count in (1000, 3000, 2000):

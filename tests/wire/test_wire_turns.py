@@ -83,6 +83,9 @@ class Script:
         if peer not in self._turns:
             self._turns.append(peer)
 
+    def measure(self) -> None:
+        pass
+
     def receive(self, *_: object, wait: bool, spin: bool) -> tuple[bytes, memoryview] | None:
         assert not self._rest, "a message was taken in part"
         for _ in range(len(self._turns)):

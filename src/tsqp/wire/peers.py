@@ -23,10 +23,10 @@ class Peers:
         self._encrypted = encrypted
         self._connections: dict[int, socket.socket] = {}  # by descriptor of libzmq
         self._inflows: dict[int, Inflow] = {}
-        self._measure()
+        self.measure()
 
-    def _measure(self) -> None:
-        """Set the limits for all connections together, from the memory that is free without any.
+    def measure(self) -> None:
+        """Set the limits for all connections together, from the memory that is free now.
 
         libzmq takes far more memory for a message of small frames than there are bytes on the wire,
         so the memory that is left counts, too.
@@ -48,8 +48,6 @@ class Peers:
         this process anyway. A connection is also ended if no file descriptor is left to watch it.
         """
         self.remove(descriptor)  # an earlier connection whose end was not reported yet
-        if not self._connections:
-            self._measure()
         try:
             connection = duplicate(descriptor)
         except OSError as exc:

@@ -157,6 +157,7 @@ class Server:
         """
         self._service = service
         self._on_call = on_call
+        self._socket.measure()  # again: what is loaded now took memory
         looked = time.monotonic()
         looks = 0
         busy = False

@@ -68,6 +68,10 @@ class ServerSocket(BaseSocket):
             self.close()
             raise
 
+    def measure(self) -> None:
+        """Set the limits of memory for all peers: once more when everything is loaded."""
+        self._peers.measure()
+
     @property
     def address(self) -> str:
         """The endpoint in use, with the port that the system chose if port 0 was given."""

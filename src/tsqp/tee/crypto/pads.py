@@ -4,7 +4,7 @@ Shape suffixes: N rows; D input and F output features of a group; G blocks of fe
 block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from tsqp.algebra.params import LATTICE, Field
 from tsqp.algebra.residue_blocks import WORDS, blocks
-
-Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]  # as np.empty
 
 ALL = slice(None)
 USED = -1  # overwrites a row that was given out; no residue has every bit set
@@ -36,12 +34,9 @@ class Pads:
     u_NF: NDArray[Any]
 
     @classmethod
-    def empty(
-        cls, rows: int, width: int, features: int, field: Field, allocate: Allocate = np.empty
-    ) -> "Pads":
+    def empty(cls, rows: int, width: int, features: int, field: Field) -> "Pads":
         """Memory for rows, with nothing in it yet."""
-        r_ND, u_NF = (empty_rows(rows, each, field, allocate) for each in (width, features))
-        return cls(r_ND, u_NF)
+        return cls(empty_rows(rows, width, field), empty_rows(rows, features, field))
 
     @classmethod
     def joined(cls, parts: Sequence["Pads"]) -> "Pads":
@@ -86,13 +81,11 @@ class Pads:
         return np.array(USED).astype(self.r_ND.dtype)
 
 
-def empty_rows(
-    rows: int, residues: int, field: Field, allocate: Allocate = np.empty
-) -> NDArray[Any]:
+def empty_rows(rows: int, residues: int, field: Field) -> NDArray[Any]:
     """Memory for rows of masks, or of their products, with nothing in it yet."""
     if field is LATTICE:
-        return allocate((blocks(residues), rows, WORDS), np.uint32)
-    return allocate((rows, residues), np.int32)
+        return np.empty((blocks(residues), rows, WORDS), np.uint32)
+    return np.empty((rows, residues), np.int32)
 
 
 def row_bytes_in_stock(field: Field, *residues: int) -> int:

@@ -3,20 +3,12 @@
 Shape suffixes: D input and F output features of a group.
 """
 
-import math
-import mmap
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tsqp.algebra.params import WIDE, Field
 from tsqp.tee.crypto.pads import Pads
-
-MADV_WIPEONFORK = 18  # of Linux; Python has no name for it
 
 
 class Stock:
@@ -35,7 +27,7 @@ class Stock:
         self, numbers: Sequence[int], features: int, width: int, field: Field = WIDE
     ) -> None:
         """Make room for rows, whose numbers from 0 all stocks of a pool may share."""
-        self._pads = Pads.empty(len(numbers), width, features, field, _wiped_on_fork)
+        self._pads = Pads.empty(len(numbers), width, features, field)
         self._empty = deque(numbers)
         self._ready: deque[int] = deque()
         self._is_over = False
@@ -89,17 +81,6 @@ class Stock:
         self._is_over = True
         if numbers := _pop(self._ready, len(self._ready)):
             self._pads.wipe(_place(numbers))
-
-
-def _wiped_on_fork(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Like np.empty, in memory that a forked process finds empty: it would use pads twice."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, max(1, size), flags=private)
-    for advice in (MADV_WIPEONFORK, mmap.MADV_HUGEPAGE):  # the second as np.empty
-        with suppress(OSError):  # not every system has them; `PadPool` drops the stock, too
-            memory.madvise(advice)
-    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 def _pop(numbers: deque[int], most: int) -> list[int]:

@@ -103,7 +103,11 @@ class PadLinear(Generic[Kept]):
                 pads.wipe()
             self._channel.discard(slot)
             raise
-        return _Block(self._channel.submit(slot), pads, masked)
+        try:
+            return _Block(self._channel.submit(slot), pads, masked)
+        except BaseException:
+            pads.wipe()
+            raise
 
     def receive(self, group: Group[Kept], block: _Block[Kept], y_TF: Tensor) -> float:
         """Wait for the answer, check it, and unmask it ([P5], [P7], or [P13], [P12]).
