@@ -153,7 +153,7 @@ def test_a_call_that_is_interrupted_gives_back_its_memory_and_its_pads_are_gone(
 
     def noting(pool: PadPool, group: LinearGroup, rows: int) -> Pads:
         pads = take(pool, group, rows)
-        taken.append(pads.r_ND)
+        taken.append(pads.r_ND.copy())  # they are wiped afterwards
         return pads
 
     def interrupt(*_: object) -> None:

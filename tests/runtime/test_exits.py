@@ -53,6 +53,12 @@ def test_a_program_that_does_not_close_its_llm_ends_as_any_other(
         (name, STATUS.get(name, 0)) for name in names
     ], ended
     for name, _, said in ended:
-        assert said.strip().splitlines()[-1:] == SAID.get(name, []), said
+        last = said.strip().splitlines()[-1:]
+        if name == "daemon_that_generates" and last != SAID[name]:
+            # Python ends the thread wherever it is, also while it writes its traceback.
+            assert not said or said.startswith("Exception in thread Thread-1 (<lambda>):\n"), said
+            assert "Fatal" not in said and "Error" not in said, said
+            continue
+        assert last == SAID.get(name, []), said
     left = [each for each in commands.processes() if each.pid != os.getpid()]
     assert eventually(lambda: not any(each.is_running() for each in left))
