@@ -6,6 +6,7 @@ from tsqp.cli import (  # noqa: F401
     chat,
     digest,
     doctor,
+    encrypt,
     generate,
     keys,
     report,
