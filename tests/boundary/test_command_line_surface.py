@@ -46,6 +46,7 @@ COMMANDS = {
         --worker-key MODEL
     """,
     "verify": "--at --cacert --claims --collateral --debug --json --policy --quote --save URL",
+    "collateral": "--debug --out --pccs QUOTE",
     "proxy": """
         --api-key-file --cacert --collateral --debug --host --policy --port --reverify-seconds URL
     """,
