@@ -7,8 +7,8 @@ COMMANDS = {
     "generate": """
         --attention --chat --debug --device --dtype --expect-model --field --fixed-point
         --frequency-penalty --fuse --hints --ignore-eos --insecure --insecure-same-host --json
-        --kv-memory --logit-bias --logprobs --max-tokens --min-p --min-tokens --n --no-shm
-        --pad-memory
+        --kv-memory --logit-bias --logprobs --max-tokens --min-p --min-tokens --model-key-file
+        --n --no-shm --pad-memory
         --prefill-chunk --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs
         --prompts --quiet --repetition-penalty --rpc-log --seed --shm-name --split-special --stop
         --stop-token-id --temperature --threads --timeout --top-k --top-p --worker --worker-key
@@ -17,8 +17,8 @@ COMMANDS = {
     "chat": """
         --api-key --api-key-file --attention --cacert --debug --device --dtype --expect-model
         --field --fixed-point --frequency-penalty --fuse --hints --insecure --insecure-same-host
-        --kv-memory --logit-bias --max-tokens --min-p --no-shm --pad-memory --prefill-chunk
-        --presence-penalty --privacy --quiet
+        --kv-memory --logit-bias --max-tokens --min-p --model-key-file --no-shm --pad-memory
+        --prefill-chunk --presence-penalty --privacy --quiet
         --repetition-penalty --rpc-log --seed --shm-name --split-special --stop --stop-token-id
         --system --temperature --threads --timeout --top-k --top-p --url --worker --worker-key MODEL
     """,
@@ -26,23 +26,27 @@ COMMANDS = {
         --api-key --api-key-file --attention --attest --debug --device --dtype --expect-model
         --field --fixed-point --fuse --hints --host --insecure --insecure-same-host --kv-memory
         --max-connections --max-model-len
-        --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --no-shm --pad-memory --port
+        --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --model-key-file --no-shm
+        --pad-memory --port
         --prefill-chunk --privacy --quiet --receipts --root-path --rpc-log --served-model-name
         --shm-name --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads
         --timeout --tool-call-parser --uds --worker --worker-key MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions
-        --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --no-shm --quiet --record
-        --serve --shm-name --supervised --threads MODEL
+        --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --model-key-file --no-shm
+        --quiet --record --serve --shm-name --supervised --threads MODEL
     """,
     "prepare": "--debug --hints --quiet MODEL OUT",
-    "digest": "--debug --dtype --privacy --quiet MODEL",
+    "encrypt": "--debug --model-key-file --quiet MODEL OUT",
+    "digest": "--debug --dtype --model-key-file --privacy --quiet MODEL",
     "keygen": "--debug FOLDER",
     "doctor": """
-        --debug --dtype --insecure --json --shm-name --threads --worker --worker-key MODEL
+        --debug --dtype --insecure --json --model-key-file --shm-name --threads --worker
+        --worker-key MODEL
     """,
     "verify": "--at --cacert --claims --collateral --debug --json --policy --quote --save URL",
+    "collateral": "--debug --out --pccs QUOTE",
     "proxy": """
         --api-key-file --cacert --collateral --debug --host --policy --port --reverify-seconds URL
     """,

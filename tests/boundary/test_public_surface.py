@@ -69,6 +69,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "insecure_same_host",
         "microbatches",
         "expect_model",
+        "model_key_file",
         "hints",
         "rpc_log",
     ]

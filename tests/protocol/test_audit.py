@@ -19,6 +19,7 @@ from tsqp.audit.auditor import Auditor, Report
 from tsqp.audit.recording import open_recording
 from tsqp.audit.uniformity import Uniformity
 from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.safetensors_file import SafetensorsFile
 from tsqp.runtime.local_worker import LocalWorker
 
@@ -237,7 +238,7 @@ def test_whole_layers_are_recorded_and_not_audited(main: Main, tiny: Recorded, i
     layers = [line for line in lines if line["operation"] == "layer"]
     assert [line["rows"] for line in layers] == [40, 40, 1, 1, 1, 1, 1, 1]
     assert layers[1]["sequences"] == [[0, 0, 40]]
-    assert SafetensorsFile(folder / layers[1]["tensor"]).shape("input") == (40, 64)
+    assert SafetensorsFile(BinaryFile(folder / layers[1]["tensor"])).shape("input") == (40, 64)
     result = main(*auditing(folder, ids))
     assert (result.status, result.stdout) == (1, "")
     assert "holds calls of whole layers, which the worker reads completely" in result.error

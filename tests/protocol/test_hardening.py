@@ -18,7 +18,7 @@ from tsqp.runtime import hardening
 
 CANARY = "the-canary-of-this-prompt"
 CORES_ALLOWED = ["sh", "-c", 'ulimit -c unlimited; exec "$@"', "sh"]
-UNTRUSTED = {"digest", "worker", "prepare", "keygen", "report", "verify"}  # they see no prompt
+UNTRUSTED = {"collateral", "worker", "prepare", "keygen", "report", "verify"}  # they see no prompt
 NOBODY = 65534
 PROBE = """
 import ctypes, json, os, resource, subprocess, sys

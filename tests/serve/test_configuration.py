@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "insecure_same_host": {"insecure_same_host": True},
     "microbatches": {"microbatches": 2},
     "expect_model": {"expect_model": f"sha256:{'0' * 64}"},
+    "model_key_file": {"model_key_file": "model.key"},
     "hints": {"field": "lattice", "hints": "worker"},
     "rpc_log": {"rpc_log": "calls.jsonl"},
     "shm_name": {"worker": "ipc:///tmp/a", "shm_name": "tsqp"},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tsqp.algebra.params import FIELDS, Field
+from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.safetensors_file import SafetensorsFile
 from tsqp.checkpoint.weights import check_memory
 from tsqp.errors import CheckpointError, RecordingError, printable_path
@@ -217,7 +218,7 @@ def _read_tensor(path: Path, shape: tuple[int, int], stored: str, model: str) ->
     if not path.is_file():
         raise RecordingError(f"The recording lacks its file {path}; record again.")
     try:
-        file = SafetensorsFile(path)
+        file = SafetensorsFile(BinaryFile(path))
         try:
             if file.shape(TENSOR) != shape:
                 raise _other_model(path, model)

@@ -7,9 +7,11 @@ from typing import Protocol
 from torch import Tensor
 
 from tsqp.checkpoint import demo_model
+from tsqp.checkpoint.encrypted_folder import model_files
 from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.gguf_file import GGUFCheckpoint
 from tsqp.checkpoint.model_files import ModelFiles
+from tsqp.checkpoint.model_key import ModelKey
 from tsqp.checkpoint.random_weights import RandomCheckpoint
 from tsqp.checkpoint.safetensors_file import SafetensorsCheckpoint
 from tsqp.errors import CheckpointError, printable_path
@@ -63,16 +65,21 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(model: str, files: ModelFiles | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, files: ModelFiles | None = None, key: ModelKey | None = None
+) -> Checkpoint:
     """Open "demo", "random:NAME[:SEED]", a .gguf file, or a Hugging Face directory.
 
     Args:
         files: the files of a directory, if the tokenizer reads them too.
+        key: of an encrypted model.
 
     Raises:
         UnsupportedModel: a kind of model that TSQP does not implement.
         CheckpointError: something is missing, cut short, or contradicts the config.
     """
+    if key is not None and _is_built_in(model):
+        raise CheckpointError(f"{model} is not encrypted: leave --model-key-file out.")
     if model == "demo":
         return GGUFCheckpoint(demo_model.locate())
     if model.startswith("random:"):
@@ -80,7 +87,7 @@ def open_checkpoint(model: str, files: ModelFiles | None = None) -> Checkpoint:
     path = Path(model).expanduser()
     try:
         _check_path(path)
-        return _open_path(path, files)
+        return _open_path(path, files, key)
     except OSError as exc:
         raise _unreadable(path, exc) from exc
 
@@ -91,7 +98,7 @@ def check_exists(model: str) -> None:
     Raises:
         CheckpointError: there is none.
     """
-    if model == "demo" or model.startswith("random:"):
+    if _is_built_in(model):
         return
     path = Path(model).expanduser()
     try:
@@ -100,9 +107,13 @@ def check_exists(model: str) -> None:
         raise _unreadable(path, exc) from exc
 
 
-def _open_path(path: Path, files: ModelFiles | None) -> Checkpoint:
+def _is_built_in(model: str) -> bool:
+    return model == "demo" or model.startswith("random:")
+
+
+def _open_path(path: Path, files: ModelFiles | None, key: ModelKey | None) -> Checkpoint:
     if path.is_dir():
-        return SafetensorsCheckpoint(path, files)
+        return SafetensorsCheckpoint(path, model_files(path, key) if files is None else files)
     if path.name.endswith(".tsqp.safetensors"):
         raise CheckpointError(
             f"{path} is a prepared file, which only a worker of the private modes can use: give "
@@ -112,7 +123,7 @@ def _open_path(path: Path, files: ModelFiles | None) -> Checkpoint:
         raise CheckpointError(
             f"{path} is not a .gguf file: give a directory with config.json, or a .gguf file."
         )
-    return GGUFCheckpoint(path)
+    return GGUFCheckpoint(path, key)
 
 
 def _check_path(path: Path) -> None:

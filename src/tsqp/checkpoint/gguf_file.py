@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsqp.checkpoint.encrypted_file import open_file
 from tsqp.checkpoint.files import BinaryFile, check_shape
 from tsqp.checkpoint.gguf_config import ARCHITECTURES, ROPE_FREQS, read_config
 from tsqp.checkpoint.gguf_reader import GGUFHeader, StoredTensor, read_header
+from tsqp.checkpoint.model_key import ModelKey
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.config import ModelConfig, norm_shapes, tensor_shapes
 from tsqp.model.json_fields import show
@@ -20,13 +22,15 @@ class GGUFCheckpoint:
 
     Attributes:
         header: the header, from which the config was read. The tokenizer can be read from it too.
+        file: the open file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: ModelKey | None = None) -> None:
+        """Args: key: of an encrypted file."""
         self.name = str(path)
-        self._file = BinaryFile(path)
+        self.file = open_file(path, key)
         try:
-            self.header = header = read_header(self._file)
+            self.header = header = read_header(self.file)
             _check_whole(header, self.name)
             rope_freqs = header.tensors.get(ROPE_FREQS)
             self.config = read_config(
@@ -41,7 +45,7 @@ class GGUFCheckpoint:
     @property
     def sources(self) -> dict[str, BinaryFile]:
         """See `checkpoint.Checkpoint`."""
-        return dict.fromkeys(self._where, self._file)
+        return dict.fromkeys(self._where, self.file)
 
     def file_digests(self) -> dict[str, str]:
         """See `checkpoint.Checkpoint`."""
@@ -75,12 +79,12 @@ class GGUFCheckpoint:
 
     def _dequantize(self, stored: StoredTensor, first: int, count: int) -> Tensor:
         raw = np.empty((count, stored.row_bytes), dtype=np.uint8)
-        self._file.read_into(stored.offset + first * stored.row_bytes, raw.data.cast("B"))
+        self.file.read_into(stored.offset + first * stored.row_bytes, raw.data.cast("B"))
         with np.errstate(all="ignore"):  # values that are not finite are refused when they are used
             return torch.from_numpy(gguf.dequantize(raw, stored.encoding))
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 def _check_whole(header: GGUFHeader, name: str) -> None:

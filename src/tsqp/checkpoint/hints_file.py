@@ -20,6 +20,7 @@ from tsqp.algebra.hints import LABEL, SEED_BYTES, Polynomials, make_hints, publi
 from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.residue_blocks import BLOCK
 from tsqp.algebra.ring import Ring
+from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.new_file import new_file
 from tsqp.checkpoint.prepared import PreparedFile
 from tsqp.checkpoint.progress import Progress, silent
@@ -54,7 +55,7 @@ class HintsFile:
         """
         self._path = path
         try:
-            self._file = SafetensorsFile(path)
+            self._file = SafetensorsFile(BinaryFile(path))
         except CheckpointError as exc:
             raise _unusable(path, exc) from exc
         metadata = self._file.metadata

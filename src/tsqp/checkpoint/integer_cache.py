@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.demo_model import cache_folder
+from tsqp.checkpoint.encrypted_file import EncryptedFile
 from tsqp.checkpoint.files import BinaryFile
 from tsqp.checkpoint.prepared import (
     FORMAT,
@@ -103,11 +104,14 @@ def _place_all(
 def cached_file(checkpoint: Checkpoint, ending: str = SUFFIX) -> Path | None:
     """Where what is made of a checkpoint is kept, by its ending; a changed one has another place.
 
-    It depends on the files that are open, not on what their names lead to now.
+    It depends on the files that are open, not on what their names lead to now. None if nothing may
+    be kept.
     """
     sources = checkpoint.sources
     if not sources:
         return None  # made anew each time, and never written to disk
+    if any(isinstance(file, EncryptedFile) for file in sources.values()):
+        return None  # the disk may not see what these files hold
     try:
         states = {str(file.resolved_path): _state(file) for file in set(sources.values())}
         folder = cache_folder()

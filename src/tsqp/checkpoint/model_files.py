@@ -4,8 +4,11 @@ import hashlib
 import re
 from pathlib import Path
 
+from tsqp.checkpoint.encrypted_file import check_plain, open_plain
+from tsqp.checkpoint.files import BinaryFile
 from tsqp.errors import CheckpointError
 
+CONFIG = "config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -44,7 +47,7 @@ class ModelFiles:
             CheckpointError: it cannot be read, or is larger than MAX_FILE_BYTES.
         """
         if name not in self._read:
-            self._read[name] = _content(self.folder / name)
+            self._read[name] = self._content(name)
         return self._read[name]
 
     def names(self, folder: str) -> list[str]:
@@ -54,21 +57,59 @@ class ModelFiles:
             CheckpointError: it cannot be read.
         """
         if folder not in self._names:
-            path = self.folder / folder
-            try:
-                found = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
-            except OSError as exc:
-                raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
-            self._names[folder] = found
+            self._names[folder] = sorted(self._listing(folder))
         return self._names[folder]
 
+    def has(self, name: str) -> bool:
+        """Whether the folder has a file of this name."""
+        return (self.folder / name).is_file()
+
+    def open(self, name: str) -> BinaryFile:
+        """A large file, which is read piece by piece. The caller closes it.
+
+        Raises:
+            CheckpointError: it is missing, or cannot be read.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"The checkpoint lacks its file {path}: fetch it again.")
+        return open_plain(path)
+
+    def contents(self) -> dict[str, bytes]:
+        """Every file that was read so far, by name; absent files are left out."""
+        return {name: found for name, found in sorted(self._read.items()) if found is not None}
+
     def sha256(self) -> dict[str, str]:
-        """The SHA-256 of every file that was read so far, by name; absent files are left out."""
-        return {
-            name: hashlib.sha256(content).hexdigest()
-            for name, content in sorted(self._read.items())
-            if content is not None
-        }
+        """The SHA-256 of these files, by name."""
+        return {name: hashlib.sha256(found).hexdigest() for name, found in self.contents().items()}
+
+    def _content(self, name: str) -> bytes | None:
+        path = self.folder / name
+        try:
+            if path.exists() and not path.is_file():  # a pipe would block for ever
+                raise CheckpointError(f"Cannot read {path}: it is not a file.")
+            with path.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as exc:
+            raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
+        check_size(path, len(content))
+        check_plain(path, content)
+        return content
+
+    def _listing(self, folder: str) -> list[str]:
+        path = self.folder / folder
+        try:
+            return [each.name for each in path.iterdir()] if path.is_dir() else []
+        except OSError as exc:
+            raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raises CheckpointError if a small file is larger than MAX_FILE_BYTES."""
+    if size > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} is larger than the {MAX_FILE_BYTES} bytes TSQP accepts.")
 
 
 def read_tokenizer_files(files: ModelFiles) -> None:
@@ -92,18 +133,3 @@ def additional_templates(files: ModelFiles) -> dict[str, str]:
         folder = files.folder / TEMPLATES_FOLDER
         raise CheckpointError(f"{folder} holds more than {MAX_TEMPLATES} templates.")
     return {name.removesuffix(".jinja"): f"{TEMPLATES_FOLDER}/{name}" for name in names}
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        if path.exists() and not path.is_file():  # a pipe would block for ever
-            raise CheckpointError(f"Cannot read {path}: it is not a file.")
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as exc:
-        raise CheckpointError(f"Cannot read {path}: {exc.strerror}.") from exc
-    if len(content) > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path} is larger than the {MAX_FILE_BYTES} bytes TSQP accepts.")
-    return content

@@ -15,7 +15,8 @@ from pathlib import Path
 from tsqp.algebra.fixed_point import are_quantized_rows
 from tsqp.algebra.params import MAX_WIDTH
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tsqp.checkpoint.files import bytes_of
+from tsqp.checkpoint.encrypted_file import EncryptedModel
+from tsqp.checkpoint.files import BinaryFile, bytes_of
 from tsqp.checkpoint.new_file import new_file
 from tsqp.checkpoint.progress import Counter, Progress, silent
 from tsqp.checkpoint.quantize import (
@@ -50,7 +51,7 @@ class PreparedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = SafetensorsFile(path)
+        self._file = SafetensorsFile(BinaryFile(path))
         metadata = self._file.metadata
         if metadata.get("format") != FORMAT:
             self._file.close()
@@ -132,7 +133,7 @@ def prepare(model: str, path: Path, progress: Progress = silent) -> str:
         progress: called with the bytes done and their total.
 
     Raises:
-        UsageError: the path is taken, or has another ending.
+        UsageError: the path is taken or has another ending, or the model is encrypted.
         CheckpointError: the checkpoint cannot be used, or the file not be written.
     """
     if not path.name.endswith(SUFFIX):
@@ -142,7 +143,13 @@ def prepare(model: str, path: Path, progress: Progress = silent) -> str:
         )
     if path.exists():
         raise UsageError(f"{path} exists; name a new file, or remove it.")
-    checkpoint = open_checkpoint(model)
+    try:
+        checkpoint = open_checkpoint(model)
+    except EncryptedModel as exc:
+        raise UsageError(
+            f"{printable_path(model)} is encrypted, and a prepared file would hold its weights in "
+            "plain: prepare the model that it was made from."
+        ) from exc
     digest = WeightsDigest()
     try:
         write_prepared(checkpoint, path, quantize_all(checkpoint, progress), digest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tsqp.checkpoint.files import BinaryFile, bytes_of, check_shape, parse_json
-from tsqp.checkpoint.model_files import ModelFiles, read_tokenizer_files
+from tsqp.checkpoint.model_files import CONFIG, ModelFiles, read_tokenizer_files
 from tsqp.checkpoint.tensor_places import find_tensors
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.hf_config import WRAPPERS, from_hf
@@ -45,12 +45,13 @@ class _Index(msgspec.Struct):
 class SafetensorsFile:
     """One safetensors file: an 8-byte length, a JSON header, then the tensors' bytes."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = BinaryFile(path)
+    def __init__(self, file: BinaryFile) -> None:
+        """Read the header. The file is closed with this object, and after an error."""
+        self.file = file
         try:
-            self._start, self._entries, self.metadata = _read_header(self.file)
+            self._start, self._entries, self.metadata = _read_header(file)
         except CheckpointError:
-            self.file.close()
+            file.close()
             raise
 
     def names(self) -> list[str]:
@@ -128,7 +129,7 @@ def _corrupt(file: BinaryFile) -> CheckpointError:
     return CheckpointError(f"{file.path} is cut short or not a safetensors file: fetch it again.")
 
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -170,8 +171,8 @@ class SafetensorsCheckpoint:
 
     def _locate(self, directory: Path) -> dict[str, SafetensorsFile]:
         """Which file holds each tensor, by the name it has there."""
-        if (directory / WEIGHTS).is_file():
-            file = self._open(directory, WEIGHTS)
+        if self.model_files.has(WEIGHTS):
+            file = self._open(WEIGHTS)
             return dict.fromkeys(file.names(), file)
         text = self.model_files.read(INDEX)
         if text is None:
@@ -180,7 +181,7 @@ class SafetensorsCheckpoint:
         where: dict[str, SafetensorsFile] = {}
         # Tensors of a shard that the index does not list count too, as in transformers.
         for shard in sorted(set(weight_map.values())):
-            file = self._open(directory, shard)
+            file = self._open(shard)
             for name in file.names():
                 if name in where:
                     raise CheckpointError(
@@ -193,17 +194,18 @@ class SafetensorsCheckpoint:
                 raise CheckpointError(f"{directory / shard} lacks tensor {name[:200]!a}.")
         return where
 
-    def _open(self, directory: Path, name: str) -> SafetensorsFile:
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"The checkpoint lacks its file {path}: fetch it again.")
-        file = self._files[name] = SafetensorsFile(path)
+    def _open(self, name: str) -> SafetensorsFile:
+        file = self._files[name] = SafetensorsFile(self.model_files.open(name))
         return file
 
     @property
     def sources(self) -> dict[str, BinaryFile]:
         """See `checkpoint.Checkpoint`."""
         return {name: file.file for name, (file, _) in self._where.items()}
+
+    def open_files(self) -> dict[str, BinaryFile]:
+        """The files of the tensors, by their names in the folder."""
+        return {name: each.file for name, each in self._files.items()}
 
     def file_digests(self) -> dict[str, str]:
         """See `checkpoint.Checkpoint`; the index says only where tensors lie, and is left out."""

@@ -20,17 +20,18 @@ from tsqp.runtime.hardening import harden_process
 from tsqp.runtime.quiet import set_quiet
 from tsqp.runtime.tracebacks import without_foreign_messages
 
-# These commands hold prompts, answers or pads. A worker holds nothing that needs this protection.
+# These commands hold prompts, answers, pads or keys. A worker holds nothing that needs this
+# protection, unless it has the key of a model.
 TRUSTED = (
     "audit", "bench", "bench-accuracy", "bench-attention", "bench-kernels", "bench-scaling",
-    "bench-serve", "bench-transport", "chat", "demo", "doctor", "generate", "keys-fetch",
-    "keys-serve", "proxy", "serve", "verify-receipt",
+    "bench-serve", "bench-transport", "chat", "demo", "digest", "doctor", "encrypt", "generate",
+    "keys-fetch", "keys-serve", "proxy", "serve", "verify-receipt",
 )  # fmt: skip
 
 # The order in --help, as a newcomer meets the commands. Commands that are not listed come last.
 ORDER = (
-    "demo", "generate", "chat", "serve", "worker", "verify", "proxy", "keys-serve",
-    "keys-fetch", "prepare", "digest", "keygen", "doctor", "audit", "bench", "report",
+    "demo", "generate", "chat", "serve", "worker", "verify", "collateral", "proxy", "keys-serve",
+    "keys-fetch", "prepare", "digest", "encrypt", "keygen", "doctor", "audit", "bench", "report",
 )  # fmt: skip
 
 

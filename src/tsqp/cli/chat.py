@@ -114,10 +114,12 @@ def chat(
         if is_from_command_line(context, name):
             raise UsageError(f"--{name.replace('_', '-')} is for --url only; leave it out.")
     from tsqp.checkpoint.checkpoint import check_exists
+    from tsqp.checkpoint.model_key import read_model_key
     from tsqp.tee.text.tokenizer import Tokenizer
 
     check_exists(model)  # a model that is not there has no tokenizer either
-    tokenizer = Tokenizer(model)
+    key_file = options.model_key_file
+    tokenizer = Tokenizer(model, key=None if key_file is None else read_model_key(key_file))
     tokenizer.check_chat()  # before a worker is started needlessly
     with open_llm(model, options, tokenizer) as llm:
         from tsqp.cli.local_chat import LocalModel

@@ -1,6 +1,7 @@
 """`tsqp doctor`."""
 
 import logging
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from tsqp.cli.with_options import with_options
 
 
 @app.command()
-@with_options("dtype", "threads", "shm_name", "insecure")
+@with_options("dtype", "threads", "shm_name", "insecure", "model_key_file")
 def doctor(
     *,
     model: Annotated[
@@ -40,6 +41,7 @@ def doctor(
     threads: int | None,
     shm_name: str | None,
     insecure: bool,
+    model_key_file: Path | None,
     json_output: JsonOutput = False,
     debug: Debug = False,
 ) -> None:
@@ -61,6 +63,8 @@ def doctor(
         if model is None:
             targets.append(Unnamed(each, key))
         else:
-            targets.append(Target(model, each, key, dtype, threads, insecure, shm_name))
+            targets.append(
+                Target(model, each, key, dtype, threads, insecure, shm_name, model_key_file)
+            )
     if not print_checks(examine(threads, targets), json_output=json_output):
         raise typer.Exit(1)

@@ -22,6 +22,7 @@ from tsqp.checkpoint import demo_model
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.hints_file import write_hints
 from tsqp.checkpoint.model_digest import compute_digest
+from tsqp.checkpoint.model_key import read_model_key
 from tsqp.checkpoint.prepared import PreparedFile, prepare
 from tsqp.checkpoint.progress import Rate
 from tsqp.checkpoint.weights import parse_dtype
@@ -261,11 +262,15 @@ def fetch_demo_model() -> None:
         demo_model.fetch(progress)
 
 
-def print_digest(model: str, privacy: str, dtype: str) -> None:
+def print_digest(model: str, privacy: str, dtype: str, key_file: Path | None) -> None:
     """Compute and print a model's digest, with a progress bar."""
     if privacy not in PRIVACY_MODES:
         raise UsageError(f"There is no such privacy mode; choose {', '.join(PRIVACY_MODES)}.")
-    with loading_progress("Hashing") as hashing, closing(open_checkpoint(model)) as checkpoint:
+    key = None if key_file is None else read_model_key(key_file)
+    with (
+        loading_progress("Hashing") as hashing,
+        closing(open_checkpoint(model, key=key)) as checkpoint,
+    ):
         digest = compute_digest(
             checkpoint,
             checkpoint.file_digests(),

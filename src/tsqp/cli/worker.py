@@ -12,7 +12,7 @@ from tsqp.cli.with_options import with_options
 
 
 @app.command()
-@with_options("device", "dtype", "threads", "shm", "shm_name", "insecure")
+@with_options("device", "dtype", "threads", "shm", "shm_name", "insecure", "model_key_file")
 def worker(
     *,
     model: Model,
@@ -61,6 +61,7 @@ def worker(
             help="Secret key made by `tsqp keygen` (worker.key). Accept only encrypted links.",
         ),
     ] = None,
+    model_key_file: Path | None,
     insecure: bool,
     record: Annotated[
         Path | None,
@@ -73,8 +74,11 @@ def worker(
     """Serve a model's linear layers to TEE processes. Run it on the machine with the GPU."""
     from tsqp.cli.printing import loading_progress
     from tsqp.gpu.serve import serve as serve_model
+    from tsqp.runtime.hardening import harden_process
     from tsqp.wire.quotas import Quotas
 
+    if model_key_file is not None:
+        harden_process()
     with loading_progress() as loading:
         serve_model(
             model,
@@ -91,6 +95,7 @@ def worker(
             ),
             shm_name=shm_name,
             keyfile=keyfile,
+            model_key_file=model_key_file,
             insecure=insecure,
             record=record,
             supervised=supervised,

@@ -61,8 +61,8 @@ class Collateral:
         fitting = [e for e in self.intel if (e.platform, e.fmspc) == (platform, fmspc.upper())]
         if not fitting:
             raise AttestationError(
-                f"there is no collateral for {platform} on processors {fmspc}: fetch it from Intel "
-                "or a PCCS as docs/attestation.md shows, and give it with --collateral"
+                f"there is no collateral for {platform} on processors {fmspc}: fetch it with "
+                "`tsqp collateral`, and give it with --collateral"
             )
         return max(fitting, key=lambda each: each.issued)
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tsqp.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tsqp.checkpoint.model_key import read_model_key
 from tsqp.checkpoint.quantize import quantize_group
 from tsqp.checkpoint.weights import parse_dtype, read_bias, read_embedding, read_linear
 from tsqp.doctor.check import NOT_SERVED, Check, Skipped, Wrong, run_check
@@ -64,6 +66,7 @@ class Target:
     threads: int | None = None
     insecure: bool = False
     shm_name: str | None = None
+    model_key_file: Path | None = None
 
 
 def session_checks(target: Target) -> Iterator[Check]:
@@ -72,7 +75,9 @@ def session_checks(target: Target) -> Iterator[Check]:
         opened: list[Checkpoint] = []
 
         def open_model() -> str:
-            opened.append(open_checkpoint(target.model))
+            path = target.model_key_file
+            key = None if path is None else read_model_key(path)
+            opened.append(open_checkpoint(target.model, key=key))
             stack.callback(opened[0].close)
             config = opened[0].config
             return f"{opened[0].name}, {config.num_layers} layers of {config.hidden_size}"

@@ -12,6 +12,7 @@ import torch
 
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.footprint import worker_bytes
+from tsqp.checkpoint.model_key import ModelKey, read_model_key
 from tsqp.checkpoint.prepared import SUFFIX
 from tsqp.checkpoint.progress import Progress, Rate, part_of, silent
 from tsqp.checkpoint.quantize import integer_bytes
@@ -46,6 +47,7 @@ def serve(
     quotas: Quotas = DEFAULT_QUOTAS,
     shm_name: str | None = None,
     keyfile: Path | None = None,
+    model_key_file: Path | None = None,
     insecure: bool = False,
     record: Path | None = None,
     supervised: bool = False,
@@ -64,13 +66,14 @@ def serve(
         shm_name: where memory is shared with clients that map it at a fixed place only.
         keyfile: the file with the secret key made by `tsqp keygen`. With it, the worker accepts
             only encrypted links.
+        model_key_file: the file with the key of an encrypted model.
         insecure: listen on an address that other machines can reach, without encryption.
         record: a new or empty folder for everything that arrives; see `tsqp.gpu.record`.
         supervised: print "ready ADDRESS" on standard output, and stop at the end of standard input.
         progress: called while weights are loaded, with the bytes done and their total.
 
     Raises:
-        UsageError: a listening address that is not allowed, no such device, or no key in the file.
+        UsageError: a listening address that is not allowed, no such device, or no key in a file.
         ModelError: the checkpoint cannot be used.
         WorkerUnavailable: the endpoint cannot be served.
         RecordingError: the recording cannot be written, now or later.
@@ -79,6 +82,7 @@ def serve(
     place = None if shm_name is None else parse_place(shm_name)
     _check_listening(endpoint, insecure or keyfile is not None)
     secret_key = None if keyfile is None else read_secret_key(keyfile)
+    model_key = None if model_key_file is None else read_model_key(model_key_file)
     where = parse_device(device)
     recorder = None if record is None else Recorder(record)
     if threads is not None:
@@ -89,7 +93,7 @@ def serve(
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     loading = Rate(_until(stop, progress))
     shares = 1 if quotas.max_sessions == 1 else 2
-    load = _prepare_to_load(model, serve, dtype, backend_on(where), loading, shares)
+    load = _prepare_to_load(model, model_key, serve, dtype, backend_on(where), loading, shares)
     # Listening comes before loading, which may be long: an address in use shows at once.
     server = Server(endpoint, secret_key=secret_key, quotas=quotas, shm_place=place, log=log.info)
     try:
@@ -111,7 +115,13 @@ def serve(
 
 
 def _prepare_to_load(
-    model: str, serve: str, dtype: str, backend: Backend, progress: Progress, kv_shares: int
+    model: str,
+    key: ModelKey | None,
+    serve: str,
+    dtype: str,
+    backend: Backend,
+    progress: Progress,
+    kv_shares: int,
 ) -> Callable[[], Worker]:
     """Check the arguments; returns a function that loads the weights."""
     if serve not in SERVE:
@@ -119,8 +129,10 @@ def _prepare_to_load(
     if model.endswith(SUFFIX):
         if serve == "open":
             raise UsageError(f"{model} holds only integer weights; leave --serve open out.")
+        if key is not None:
+            raise UsageError(f"{model} is not encrypted; leave --model-key-file out.")
         return lambda: Worker(None, read_prepared(Path(model).expanduser(), backend, progress))
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, key=key)
     config = checkpoint.config
     loaded_dtype = parse_dtype(dtype, config)
 

@@ -28,6 +28,7 @@ from tsqp.api.key_release import (
     check_name,
     decode_secret,
 )
+from tsqp.checkpoint.secret_file import write_new_file
 from tsqp.client.attested_tls import KeyChanged, pinned_context
 from tsqp.errors import AttestationError, UsageError, printable_path
 from tsqp.runtime.environment import measured_variables
@@ -90,9 +91,7 @@ def write_secret(path: Path, secret: bytes) -> None:
         UsageError: the file exists, or cannot be written.
     """
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(file, "wb") as opened:
-            opened.write(secret)
+        write_new_file(path, secret)
     except OSError as error:
         raise UsageError(f"Cannot write {printable_path(path)}: {error.strerror}.") from None
 

@@ -11,6 +11,7 @@ import torch
 from tsqp import __version__
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.gguf_file import GGUFCheckpoint
+from tsqp.checkpoint.model_key import read_model_key
 from tsqp.checkpoint.progress import Progress, silent
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.checkpoint.weights_digest import WeightsDigest
@@ -77,14 +78,16 @@ class LoadedModel:
             worker_view: samples what workers receive.
 
         Raises:
-            UsageError: the call log exists.
+            UsageError: the call log exists, or the model's key cannot be read.
             ModelError: the checkpoint cannot be used, or is not the expected one.
             WorkerError: there is no worker that can be used.
         """
         self.options = options
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self.tokenizer = Tokenizer(model) if tokenizer is None else tokenizer
+        key_file = options.model_key_file
+        self._key = None if key_file is None else read_model_key(key_file)
+        self.tokenizer = Tokenizer(model, key=self._key) if tokenizer is None else tokenizer
         self._at_end = at_end
         self._call_log = None if options.rpc_log is None else CallLog(Path(options.rpc_log))
         if self._call_log is not None:
@@ -123,11 +126,17 @@ class LoadedModel:
         renew: Callable[[Renew], Offload] | None,
         worker_view: WorkerView | None,
     ) -> None:
-        options = self.options
+        options, key_file = self.options, self.options.model_key_file
         if options.privacy == "open":
             log.warning("privacy open: the worker reads every prompt and every answer")
+        if self._key is not None and options.privacy != "tee":
+            log.warning(
+                "privacy %s: workers hold the weights in plain, so encryption protects them in "
+                "files only",
+                options.privacy,
+            )
         # One reading of each file: what the tokenizer uses is what the digest covers.
-        checkpoint = open_checkpoint(model, self.tokenizer.files)
+        checkpoint = open_checkpoint(model, self.tokenizer.files, self._key)
         try:
             if isinstance(checkpoint, GGUFCheckpoint):
                 self.tokenizer.use_header(checkpoint.header)
@@ -135,7 +144,7 @@ class LoadedModel:
             self.dtype = parse_dtype(options.dtype, self.config)
             weights_dtype = torch.int8 if options.masked else self.dtype
             workers = [
-                WorkerProcess(link, model, weights_dtype, options.threads, options.device)
+                WorkerProcess(link, model, weights_dtype, options.threads, options.device, key_file)
                 for link in options.links
             ]
             together = options.privacy == "shares" or not workers

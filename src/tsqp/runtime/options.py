@@ -224,6 +224,14 @@ class Options:
             metavar="DIGEST",
         ),
     ] = None
+    model_key_file: Annotated[
+        str | Path | None,
+        Option(
+            "File with the key of an encrypted model. `tsqp encrypt` encrypts models.",
+            Path | None,
+            env=("TSQP_MODEL_KEY_FILE",),
+        ),
+    ] = None
     hints: Annotated[
         str | Path | None,
         Option(

@@ -3,6 +3,7 @@
 import logging
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -37,12 +38,13 @@ class WorkerProcess:
         dtype: torch.dtype,
         threads: int | None = None,
         device: str = "auto",
+        model_key_file: str | Path | None = None,
     ) -> None:
         """Does nothing yet.
 
         Args:
             dtype: dtype of the weights that the session needs; int8 for the private modes.
-            threads, device: for a local worker.
+            threads, device, model_key_file: for a local worker.
         """
         self._link = link
         self._dtype = dtype
@@ -53,6 +55,8 @@ class WorkerProcess:
         if dtype != torch.int8:
             arguments = [model, "--serve", "open", "--dtype", WEIGHTS_DTYPES[dtype]]
         arguments += [] if threads is None else ["--threads", str(threads)]
+        if model_key_file is not None:
+            arguments += ["--model-key-file", str(model_key_file)]
         if link.shm_place is not None:
             arguments += ["--shm-name", str(link.shm_place)]
         # Nobody else has a session there, so this one may have all memory for keys and values.

@@ -82,6 +82,7 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "worker_key": lambda _: LEFT_OUT,
     "shm_place": lambda _: LEFT_OUT,  # what `shm_name` means
     "hints": _hints,
+    "model_key_file": _is_given,
     "rpc_log": _is_given,
     "uds": _is_given,
     "ssl_certfile": _is_given,

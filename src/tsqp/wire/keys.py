@@ -6,11 +6,10 @@ of the key and the key itself.
 """
 
 import os
-import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from tsqp.checkpoint.secret_file import is_open_to_others, write_new_file
 from tsqp.errors import TSQPError, UsageError, printable_path
 from tsqp.wire.zmq import is_key, new_key_pair
 
@@ -86,14 +85,8 @@ def parse_public_key(text: str) -> str:
 
 
 def _write(path: Path, kind: Kind, key: str, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(_FILE.format(kind=kind, advice=_ADVICE[kind], key=key))
-    except BaseException:
-        with suppress(OSError):
-            path.unlink()
-        raise
+    content = _FILE.format(kind=kind, advice=_ADVICE[kind], key=key)
+    write_new_file(path, content.encode("ascii"), mode)
 
 
 def _read(path: Path, kind: Kind) -> str:
@@ -111,7 +104,7 @@ def _read(path: Path, kind: Kind) -> str:
     other: Kind = "public" if kind == "secret" else "secret"
     match words:
         case [[label, key]] if label == f"tsqp-{kind}-key" and is_key(key):
-            if kind == "secret" and _is_open_to_others(status):
+            if kind == "secret" and is_open_to_others(status):
                 raise UsageError(
                     f"Other users have access to the secret key in {path}; run `chmod 600 {path}`, "
                     "and make a new pair if anyone may have read it."
@@ -120,13 +113,3 @@ def _read(path: Path, kind: Kind) -> str:
         case [[label, _]] if label == f"tsqp-{other}-key":
             raise UsageError(f"{path} holds a {other} key; {_WRONG_KIND[kind]}.")
     raise UsageError(f"{path} holds no {kind} key of tsqp; make a pair with `tsqp keygen`.")
-
-
-def _is_open_to_others(status: os.stat_result) -> bool:
-    """Whether users whom nobody has chosen may read or change a file.
-
-    systemd and Kubernetes hand out secrets as files of root that a service's group may read.
-    """
-    is_handed_out = status.st_uid == 0 != os.geteuid()
-    others = 0o037 if is_handed_out else 0o077
-    return stat.S_ISREG(status.st_mode) and bool(status.st_mode & others)

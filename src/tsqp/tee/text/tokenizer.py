@@ -1,14 +1,17 @@
 """A model's tokenizer and chat template, from local files only."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tsqp.checkpoint import demo_model
-from tsqp.checkpoint.files import BinaryFile
+from tsqp.checkpoint.encrypted_file import open_file
+from tsqp.checkpoint.encrypted_folder import model_files
 from tsqp.checkpoint.gguf_reader import GGUFHeader, read_header
 from tsqp.checkpoint.model_files import ModelFiles
+from tsqp.checkpoint.model_key import ModelKey
 from tsqp.errors import CheckpointError, ModelError, TokenizerError
 from tsqp.tee.text.chat_messages import (
     check_messages,
@@ -37,7 +40,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, model: str, files: ModelFiles | None = None, header: GGUFHeader | None = None
+        self,
+        model: str,
+        files: ModelFiles | None = None,
+        header: GGUFHeader | None = None,
+        key: ModelKey | None = None,
     ) -> None:
         """Read nothing yet: some runs need no text.
 
@@ -45,12 +52,14 @@ class Tokenizer:
             model: as for `open_checkpoint`.
             files: those of the model's folder, if something else reads them too.
             header: the header of the model's GGUF file, if it has been read.
+            key: of an encrypted model.
         """
         self._model = model
+        self._key = key
         self._header = header
         self.header_sha256 = None if header is None else header.sha256
         path = Path(model).expanduser()
-        self.files = ModelFiles(path) if files is None and path.is_dir() else files
+        self.files = model_files(path, key) if files is None and path.is_dir() else files
 
     def use_header(self, header: GGUFHeader) -> None:
         """Take the header that the model's checkpoint has read from its GGUF file.
@@ -94,11 +103,8 @@ class Tokenizer:
                 f"{path} has no tokenizer that can be read: give a model's folder or a .gguf"
                 " file, or pass token ids with --prompt-ids."
             )
-        file = BinaryFile(path)
-        try:
+        with closing(open_file(path, self._key)) as file:
             return read_header(file)
-        finally:
-            file.close()
 
     @cached_property
     def _decoding(self) -> Decoding:
