@@ -34,7 +34,7 @@ COMMANDS = {
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions
         --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --no-shm --quiet --record
-        --serve --shm-name --supervised --threads MODEL
+        --serve --shard --shm-name --supervised --threads MODEL
     """,
     "prepare": "--debug --hints --quiet MODEL OUT",
     "digest": "--debug --dtype --privacy --quiet MODEL",

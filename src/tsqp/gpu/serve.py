@@ -21,7 +21,16 @@ from tsqp.gpu.backends import backend_on, parse_device
 from tsqp.gpu.backends.backend import Backend
 from tsqp.gpu.record import Recorder
 from tsqp.gpu.worker import Worker
-from tsqp.gpu.worker_weights import load_integers, load_weights, read_prepared
+from tsqp.gpu.worker_weights import (
+    IntegerModel,
+    Weights,
+    load_integers,
+    load_shard,
+    load_weights,
+    read_prepared,
+)
+from tsqp.model.config import linear_groups
+from tsqp.model.shard import WHOLE, Shard, check_divisible, parse_shard
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.fixed_segment import parse_place
 from tsqp.wire.keys import read_secret_key
@@ -42,6 +51,7 @@ def serve(
     device: str = "auto",
     serve: str = "all",
     dtype: str = "auto",
+    shard: str | None = None,
     threads: int | None = None,
     quotas: Quotas = DEFAULT_QUOTAS,
     shm_name: str | None = None,
@@ -60,6 +70,7 @@ def serve(
         device: "cpu", "cuda", "cuda:NUMBER", or "auto": CUDA if torch sees a device.
         serve: "private" holds integer weights, "open" floating-point ones, "all" both.
         dtype: dtype of the floating-point weights.
+        shard: "NUMBER/COUNT", the part of every group of linear layers to load; None for all.
         quotas: limits for clients.
         shm_name: where memory is shared with clients that map it at a fixed place only.
         keyfile: the file with the secret key made by `tsqp keygen`. With it, the worker accepts
@@ -70,7 +81,8 @@ def serve(
         progress: called while weights are loaded, with the bytes done and their total.
 
     Raises:
-        UsageError: a listening address that is not allowed, no such device, or no key in the file.
+        UsageError: a listening address that is not allowed, no such device or shard, or no key in
+            the file.
         ModelError: the checkpoint cannot be used.
         WorkerUnavailable: the endpoint cannot be served.
         RecordingError: the recording cannot be written, now or later.
@@ -89,7 +101,8 @@ def serve(
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     loading = Rate(_until(stop, progress))
     shares = 1 if quotas.max_sessions == 1 else 2
-    load = _prepare_to_load(model, serve, dtype, backend_on(where), loading, shares)
+    part = WHOLE if shard is None else parse_shard(shard)
+    load = _prepare_to_load(model, serve, dtype, part, backend_on(where), loading, shares)
     # Listening comes before loading, which may be long: an address in use shows at once.
     server = Server(endpoint, secret_key=secret_key, quotas=quotas, shm_place=place, log=log.info)
     try:
@@ -111,7 +124,13 @@ def serve(
 
 
 def _prepare_to_load(
-    model: str, serve: str, dtype: str, backend: Backend, progress: Progress, kv_shares: int
+    model: str,
+    serve: str,
+    dtype: str,
+    shard: Shard,
+    backend: Backend,
+    progress: Progress,
+    kv_shares: int,
 ) -> Callable[[], Worker]:
     """Check the arguments; returns a function that loads the weights."""
     if serve not in SERVE:
@@ -119,22 +138,28 @@ def _prepare_to_load(
     if model.endswith(SUFFIX):
         if serve == "open":
             raise UsageError(f"{model} holds only integer weights; leave --serve open out.")
-        return lambda: Worker(None, read_prepared(Path(model).expanduser(), backend, progress))
+        path = Path(model).expanduser()
+        return lambda: Worker(None, read_prepared(path, backend, progress, shard))
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
+    check_divisible(linear_groups(config), shard.count)
     loaded_dtype = parse_dtype(dtype, config)
 
     def load() -> Worker:
-        integers = weights = None
-        required = worker_bytes(config, loaded_dtype, serve)
+        integers: IntegerModel | None = None
+        weights: Weights | None = None
+        required = worker_bytes(config, loaded_dtype, serve, shard)
         # For both, before either is loaded.
         backend.check_room(required, f"The weights of {checkpoint.name}")
-        before = 0 if serve == "open" else integer_bytes(config)
+        before = 0 if serve == "open" else integer_bytes(config, shard)
         if serve != "open":
-            integers = load_integers(checkpoint, backend, part_of(progress, 0, required))
+            integers = load_integers(checkpoint, backend, part_of(progress, 0, required), shard)
         if serve != "private":
             then = part_of(progress, before, required)
-            weights = load_weights(checkpoint, loaded_dtype, backend, then)
+            if shard.is_whole:
+                weights = load_weights(checkpoint, loaded_dtype, backend, then)
+            else:
+                weights = load_shard(checkpoint, loaded_dtype, backend, shard, then)
         checkpoint.close()
         return Worker(weights, integers, kv_shares=kv_shares)
 
