@@ -1,9 +1,10 @@
 """One model over several workers, each with a shard of it."""
 
+import json
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tsqp.errors import (
 )
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.worker import Worker
-from tsqp.gpu.worker_weights import load_integers
+from tsqp.gpu.worker_weights import load_integers, load_shard
 from tsqp.model.shard import Shard
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
 from tsqp.wire.endpoint import parse_endpoint
@@ -44,6 +45,9 @@ MODES = {
     "lattice": {"field": "lattice"},
     "open": {"privacy": "open", "pad_memory": None},
 }
+
+Shards = Callable[[int], list[str]]
+Expected = Callable[[str], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected(model: str) -> Any:
+def expected(model: str) -> Expected:
     """The tokens of one worker, by mode."""
 
     @cache
@@ -85,21 +89,23 @@ def expected(model: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def shards(model: str, shared_commands: Commands) -> Any:
-    """Starts the workers of all shards; returns their endpoints."""
+def shards(
+    model: str, shared_commands: Commands, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shards]:
+    """Starts the workers of all shards, two of them as processes; returns their endpoints."""
+    with ExitStack() as stack:
 
-    @cache
-    def start(count: int) -> list[str]:
-        ends = [f"ipc://{shared_commands.folder}/{n}of{count}.sock" for n in range(1, count + 1)]
-        started = [
-            shared_commands.start("worker", model, "--listen", end, "--shard", f"{n}/{count}")
-            for n, end in enumerate(ends, 1)
-        ]
-        for running in started:
-            running.says("serving ")
-        return ends
+        @cache
+        def start(count: int) -> list[str]:
+            if count > 2:  # whose loops are compiled once
+                folder = tmp_path_factory.mktemp("shards")
+                return stack.enter_context(watching(folder, model, count, serve_open=True))[0]
+            ends = [f"ipc://{shared_commands.folder}/shard{n}.sock" for n in (1, 2)]
+            for n, end in enumerate(ends, 1):
+                shared_commands.worker(model, end, "--shard", f"{n}/2")
+            return ends
 
-    return start
+        yield start
 
 
 def begin(model: str, *endpoints: str, **options: Any) -> LLM:
@@ -119,11 +125,18 @@ class Watched(Worker):
     """
 
     def __init__(
-        self, model: str, shard: Shard, *, lies: bool, together: threading.Barrier | None
+        self,
+        model: str,
+        shard: Shard,
+        *,
+        lies: bool = False,
+        together: threading.Barrier | None = None,
+        serve_open: bool = False,
     ) -> None:
-        checkpoint = open_checkpoint(model)
-        super().__init__(None, load_integers(checkpoint, CpuBackend(), shard=shard))
-        checkpoint.close()
+        cpu = CpuBackend()
+        with closing(open_checkpoint(model)) as checkpoint:
+            weights = load_shard(checkpoint, torch.float32, cpu, shard) if serve_open else None
+            super().__init__(weights, load_integers(checkpoint, cpu, shard=shard))
         self.received: list[bytes] = []
         self._lies = lies
         self._together = together
@@ -141,7 +154,13 @@ class Watched(Worker):
 
 @contextmanager
 def watching(
-    folder: Path, model: str, count: int, *, liar: int = 0, meet: bool = False
+    folder: Path,
+    model: str,
+    count: int,
+    *,
+    liar: int = 0,
+    meet: bool = False,
+    serve_open: bool = False,
 ) -> Iterator[tuple[list[str], list[Watched]]]:
     """All shards in threads, and their endpoints."""
     stop, together = threading.Event(), threading.Barrier(count) if meet else None
@@ -150,7 +169,8 @@ def watching(
         for n in range(1, count + 1):
             server = Server(parse_endpoint(f"ipc://{folder}/{n}.sock"))
             stack.callback(server.close)
-            worker = Watched(model, Shard(n, count), lies=n == liar, together=together)
+            shard = Shard(n, count)
+            worker = Watched(model, shard, lies=n == liar, together=together, serve_open=serve_open)
             thread = threading.Thread(target=server.serve, args=(worker, stop.is_set))
             thread.start()
             stack.callback(thread.join)
@@ -163,7 +183,7 @@ def watching(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_tokens_of_shards_are_those_of_one_worker(
-    count: int, mode: str, model: str, shards: Any, expected: Any
+    count: int, mode: str, model: str, shards: Shards, expected: Expected
 ) -> None:
     first, *others = shards(count)
     with begin(model, *others, first, **MODES[mode]) as llm:  # in whatever order
@@ -171,28 +191,44 @@ def test_tokens_of_shards_are_those_of_one_worker(
         assert states(llm) == [("in use", None)] * count
 
 
-def test_shards_of_a_prepared_file_serve_too(model: str, expected: Any, commands: Commands) -> None:
+def test_shards_of_a_prepared_file_serve_too(
+    model: str, expected: Expected, commands: Commands
+) -> None:
     prepared = commands.folder / "model.tsqp.safetensors"
     prepare(model, prepared)
-    ends = [f"ipc://{commands.folder}/{n}.sock" for n in (1, 2, 3)]
+    ends = [f"ipc://{commands.folder}/{n}.sock" for n in (1, 2)]
     for n, end in enumerate(ends, 1):
-        commands.worker(prepared, end, "--shard", f"{n}/3")
+        commands.worker(prepared, end, "--shard", f"{n}/2")
     with begin(model, *ends) as llm:
         assert complete(llm, max_tokens=6) == expected("wide")
 
 
 def test_all_shards_of_a_call_get_the_same_bytes_and_masks_are_used_once(
-    model: str, expected: Any, tmp_path: Path
+    model: str, expected: Expected, tmp_path: Path
 ) -> None:
     with watching(tmp_path, model, 3) as (ends, workers), begin(model, *ends) as llm:
-        assert complete(llm, max_tokens=6) == expected("wide")
+        for _ in range(2):  # the same inputs again, which the same masks would not hide
+            assert complete(llm, max_tokens=6) == expected("wide")
         first, *others = (worker.received for worker in workers)
         assert len(first) > 20
         assert others == [first, first]
         assert len(set(first)) == len(first)
 
 
-def test_shards_compute_at_the_same_time(model: str, expected: Any, tmp_path: Path) -> None:
+def test_the_log_counts_the_masks_of_a_call_once(
+    model: str, shards: Shards, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.jsonl"
+    with begin(model, *shards(3), rpc_log=str(log)) as llm:
+        complete(llm)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    calls = [line for line in lines if line["line"] == "call"]
+    assert len(calls) > 30
+    assert {call["endpoint"] for call in calls} == {0, 1, 2}
+    assert {call["endpoint"] for call in calls if call["pads_us"]} == {0}
+
+
+def test_shards_compute_at_the_same_time(model: str, expected: Expected, tmp_path: Path) -> None:
     with watching(tmp_path, model, 4, meet=True) as (ends, _), begin(model, *ends) as llm:
         assert complete(llm, max_tokens=6) == expected("wide")
 
@@ -217,7 +253,7 @@ def test_a_lying_shard_is_named(
 
 @pytest.mark.parametrize("mode", ["wide", "open"])
 def test_a_killed_shard_ends_requests_and_is_taken_back(
-    mode: str, model: str, expected: Any, commands: Commands, gives_up_soon: None
+    mode: str, model: str, expected: Expected, commands: Commands, gives_up_soon: None
 ) -> None:
     ends = [f"ipc://{commands.folder}/{n}.sock" for n in (1, 2)]
     _, second = [commands.worker(model, end, "--shard", f"{n}/2") for n, end in enumerate(ends, 1)]
@@ -236,7 +272,7 @@ def test_a_killed_shard_ends_requests_and_is_taken_back(
 
 
 def test_shards_that_do_not_cover_the_model_once_are_refused(
-    model: str, shards: Any, commands: Commands
+    model: str, shards: Shards, commands: Commands, gives_up_soon: None
 ) -> None:
     one, two = shards(2)
     again = commands.ipc()
@@ -255,7 +291,7 @@ def test_shards_that_do_not_cover_the_model_once_are_refused(
         begin(model, one, f"{two}x")
 
 
-def test_a_shard_of_another_model_is_refused(shards: Any, commands: Commands) -> None:
+def test_a_shard_of_another_model_is_refused(shards: Shards, commands: Commands) -> None:
     ends = [f"ipc://{commands.folder}/{n}.sock" for n in (1, 2)]
     commands.worker("random:tiny", ends[0], "--shard", "1/2")
     commands.worker("random:tiny:7", ends[1], "--shard", "2/2")
@@ -264,7 +300,7 @@ def test_a_shard_of_another_model_is_refused(shards: Any, commands: Commands) ->
             begin("random:tiny", *ends, **options)
 
 
-def test_what_shards_cannot_do_is_refused(model: str, shards: Any) -> None:
+def test_what_shards_cannot_do_is_refused(model: str, shards: Shards) -> None:
     with pytest.raises(UsageError, match="--attention gpu"):
         begin(model, *shards(2), privacy="open", attention="gpu", pad_memory=None)
     with pytest.raises(UsageError, match="do not make hints"):
@@ -273,7 +309,7 @@ def test_what_shards_cannot_do_is_refused(model: str, shards: Any) -> None:
         begin(model, *shards(2), privacy="shares", insecure_same_host=True, pad_memory=None)
 
 
-def test_doctor_says_which_shard_a_worker_holds(model: str, shards: Any) -> None:
+def test_doctor_says_which_shard_a_worker_holds(model: str, shards: Shards) -> None:
     endpoint = shards(2)[1]
     asked = {check.name: check for check in greeting_checks(Unnamed(endpoint))}
     assert ", shard 2 of 2, in protocol version" in asked["pad: what is served"].found

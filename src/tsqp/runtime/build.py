@@ -69,6 +69,7 @@ class Builder:
     Attributes:
         options: as given; `build` replaces a field that is to be measured.
         model_digest: see `tsqp.checkpoint.model_digest`; empty until `build` knows it.
+        weights_digest: the digest of all weights that workers hold; the same.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Builder:
         self._read = WeightsDigest() if norms is None else norms
         self._progress = progress
         self._view = view
-        self.model_digest = ""
+        self.model_digest = self.weights_digest = ""
         self._shards = 1  # that the workers hold; 1 if each holds the whole model
         self._shard_digests: tuple[str, ...] = ()
 
@@ -365,6 +366,7 @@ class Builder:
 
     def _identify(self, weights: str, trusted: str | None = None) -> None:
         """Compute the model's digest, and refuse it if the options ask for another one."""
+        self.weights_digest = weights
         files = self._checkpoint.file_digests()
         self.model_digest = model_digest(files, self._dtype, weights, trusted)
         log.info("model digest %s", self.model_digest)

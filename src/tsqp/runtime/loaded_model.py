@@ -158,6 +158,7 @@ class LoadedModel:
             self._at_end(self.offload.close)
             self.options = builder.options  # with the field that was chosen
             self.model_digest = builder.model_digest
+            self._weights_digest = builder.weights_digest
             decoder = Decoder(
                 checkpoint, self.dtype, layers, self.offload.placement, self.offload.most_scores
             )
@@ -184,7 +185,7 @@ class LoadedModel:
         self._at_end(self.engine.close)
 
     def _begin_log(self, call_log: CallLog, model: str) -> None:
-        digest = self.channels[0].welcome.weights_digest if self.channels else None
+        digest = self._weights_digest if self.channels else None
         transport = self.sessions.transport
         header = run_header(
             __version__, model, self.options, self.config, self.dtype, transport, digest

@@ -31,7 +31,7 @@ from tsqp.tee.offload.masked import (
 )
 from tsqp.tee.offload.offload import Linear, Pending
 from tsqp.tee.placement import MASKED
-from tsqp.wire.call_times import PADS, end_stage
+from tsqp.wire.call_times import AWAY, PADS, end_stage
 from tsqp.wire.channel import Channel, Slot
 from tsqp.wire.messages import Product, place_of
 from tsqp.wire.tensors import Spec
@@ -149,10 +149,11 @@ class ShardsLinear(Generic[Kept]):
             for channel, shard in zip(self._channels, group.shards, strict=True):
                 slots.append(_reserve(channel, shard, len(x_TD)))
             pads = self._pool.take(group.linear, len(x_TD))
-            for slot in slots:
-                end_stage(slot.times, PADS)
+            end_stage(slots[0].times, PADS)
             c_TB, kept = group.mask(x_TD, pads, self._row_pool)
             for channel, slot in zip(self._channels, slots, strict=True):
+                if slot is not slots[0]:
+                    end_stage(slot.times, AWAY)  # masks count as time of the first call
                 slot.inputs[0].copy_(c_TB)
                 tickets.append(channel.submit(slot))
         except BaseException:
