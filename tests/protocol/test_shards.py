@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lying_sessions import complete
@@ -33,6 +34,8 @@ from tsqp.gpu.worker import Worker
 from tsqp.gpu.worker_weights import load_integers, load_shard
 from tsqp.model.shard import Shard
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
+from tsqp.tee.crypto.pad_pool import PadPool
+from tsqp.tee.crypto.pads import USED, Pads
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Operation
 from tsqp.wire.server import Server
@@ -213,6 +216,32 @@ def test_all_shards_of_a_call_get_the_same_bytes_and_masks_are_used_once(
         assert len(first) > 20
         assert others == [first, first]
         assert len(set(first)) == len(first)
+
+
+@pytest.mark.parametrize("field", ["wide", "lattice"])
+def test_pads_and_copies_of_them_are_wiped(
+    field: str, model: str, shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Pads] = []
+    copies: list[Any] = []
+    take, products = PadPool.take, Pads.products
+
+    def noting(pool: PadPool, key: Any, rows: int) -> Pads:
+        taken.append(take(pool, key, rows))
+        return taken[-1]
+
+    def copying(pads: Pads, columns: slice) -> Any:
+        copies.append(products(pads, columns))
+        return copies[-1]
+
+    monkeypatch.setattr(PadPool, "take", noting)
+    monkeypatch.setattr(Pads, "products", copying)
+    with begin(model, *shards(3), field=field) as llm:
+        complete(llm)
+    assert len(copies) == 3 * len(taken) > 30
+    for wiped in (array for pads in taken for array in (pads.r_ND, pads.u_NF)):
+        assert (wiped.view(np.int32) == USED).all()
+    assert all(np.isin(copy.view(np.int32), (0, USED)).all() for copy in copies)
 
 
 def test_the_log_counts_the_masks_of_a_call_once(

@@ -96,21 +96,24 @@ class Worker:
                 )
             device, digest = self._integers.backend.name, self._integers.digest
             can = (*PRIVATE_ABILITIES, LATTICE_ABILITY)
-            return self._welcome(hello, digest, can, device)
+            return self._welcome(hello, "int8", digest, can, device)
         if self._weights is None:
             raise HandshakeError(
                 "the worker serves private modes only; use one of them, or start it with "
                 "--serve open or all."
             )
-        abilities = (*OPEN_ABILITIES, *(SPLIT_ABILITIES if self._store else ()))
-        return self._welcome(hello, self._weights.digest, abilities, self._weights.backend.name)
+        dtype, device = WEIGHTS_DTYPES[self._weights.dtype], self._weights.backend.name
+        can = (*OPEN_ABILITIES, *(SPLIT_ABILITIES if self._store else ()))
+        return self._welcome(hello, dtype, self._weights.digest, can, device)
 
     def _welcome(
-        self, hello: Hello, digest: str, abilities: tuple[str, ...], device: str
+        self,
+        hello: Hello,
+        dtype: WeightsDtype,
+        digest: str,
+        abilities: tuple[str, ...],
+        device: str,
     ) -> Welcome:
-        dtype: WeightsDtype = "int8"
-        if hello.dtype != "int8":
-            dtype = WEIGHTS_DTYPES[self._open_weights.dtype]
         return Welcome(
             hello.nonce,
             digest,

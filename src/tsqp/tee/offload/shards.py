@@ -36,6 +36,8 @@ from tsqp.wire.channel import Channel, Slot
 from tsqp.wire.messages import Product, place_of
 from tsqp.wire.tensors import Spec
 
+ALL = slice(None)  # rows of pads
+
 
 def cut_groups(
     groups: Mapping[LinearGroup, MaskedGroup], weights_FD: Mapping[LinearGroup, Tensor], count: int
@@ -145,6 +147,7 @@ class ShardsLinear(Generic[Kept]):
         self._trust.check()
         slots: list[Slot] = []
         tickets: list[int] = []
+        pads: Pads | None = None
         try:
             for channel, shard in zip(self._channels, group.shards, strict=True):
                 slots.append(_reserve(channel, shard, len(x_TD)))
@@ -157,6 +160,8 @@ class ShardsLinear(Generic[Kept]):
                 slot.inputs[0].copy_(c_TB)
                 tickets.append(channel.submit(slot))
         except BaseException:
+            if pads is not None:
+                pads.wipe(ALL)
             self._cancel(tickets)
             for channel, slot in list(zip(self._channels, slots, strict=False))[len(tickets) :]:
                 channel.discard(slot)
@@ -166,6 +171,8 @@ class ShardsLinear(Generic[Kept]):
     def receive(self, group: ShardedGroup[Kept], block: _Block[Kept], y_TF: Tensor) -> float:
         """Wait for each answer in turn, check it, and unmask it into its columns of y.
 
+        The pads are wiped in any case.
+
         Returns:
             the seconds spent waiting.
 
@@ -174,31 +181,38 @@ class ShardsLinear(Generic[Kept]):
         """
         deadline = time.monotonic() + self._timeout
         waited_s = 0.0
-        for i, (channel, shard) in enumerate(zip(self._channels, group.shards, strict=True)):
-            began = time.monotonic()
-            with channel.wait(block.tickets[i], deadline) as reply:
-                waited_s += time.monotonic() - began
-                self._trust.check()
-                part_TF = torch.empty(len(y_TF), shard.features)
-                try:
-                    shard.check_and_unmask(
-                        reply.outputs[0],
-                        block.pads.products(group.columns[i]),
-                        block.kept[i],
-                        part_TF,
-                        f"The worker at {channel.endpoint}",
-                        self._row_pool,
-                    )
-                except (IntegrityError, LatticeError) as error:
-                    # These workers, their pads and check vectors are never used again [P7].
-                    self._trust.end(error)
-                    self.close()
-                    raise
-            y_TF[:, group.columns[i]] = part_TF
+        try:
+            for i, columns in enumerate(group.columns):
+                began = time.monotonic()
+                with self._channels[i].wait(block.tickets[i], deadline) as reply:
+                    waited_s += time.monotonic() - began
+                    y_TF[:, columns] = self._unmasked(group, i, block, reply.outputs[0])
+        finally:
+            block.pads.wipe(ALL)
         return waited_s
 
     def cancel(self, block: _Block[Kept]) -> None:
+        block.pads.wipe(ALL)
         self._cancel(block.tickets)
+
+    def _unmasked(
+        self, group: ShardedGroup[Kept], i: int, block: _Block[Kept], z_TB: Tensor
+    ) -> Tensor:
+        """The product of one shard, float32, once its answer has passed the check."""
+        self._trust.check()
+        shard, worker = group.shards[i], f"The worker at {self._channels[i].endpoint}"
+        u_TF = block.pads.products(group.columns[i])
+        part_TF = torch.empty(len(z_TB), shard.features)
+        try:
+            shard.check_and_unmask(z_TB, u_TF, block.kept[i], part_TF, worker, self._row_pool)
+        except (IntegrityError, LatticeError) as error:
+            # These workers, their pads and check vectors are never used again [P7].
+            self._trust.end(error)
+            self.close()
+            raise
+        finally:
+            u_TF.fill(0)  # it may be a copy
+        return part_TF
 
     def _cancel(self, tickets: Sequence[int]) -> None:
         for channel, ticket in zip(self._channels, tickets, strict=False):
