@@ -35,7 +35,7 @@ COMMANDS = {
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions
         --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --model-key-file --no-shm
-        --quiet --record --serve --shm-name --supervised --threads MODEL
+        --quiet --record --serve --shard --shm-name --supervised --threads MODEL
     """,
     "prepare": "--debug --hints --quiet MODEL OUT",
     "encrypt": "--debug --model-key-file --quiet MODEL OUT",

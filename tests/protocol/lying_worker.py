@@ -187,7 +187,8 @@ class LyingServer(Server):
         self._held: tuple[int, Call] | None = None
 
     def _begin(self, identity: bytes, hello: Hello) -> None:
-        self._asked.write(b".")
+        if hello.abilities:  # else it is a question, not a session
+            self._asked.write(b".")
         order = msgspec.json.decode(self._orders.read_bytes(), type=Order)
         self._last = liar = Liar(*self._workers, order, self._last)
         self._service = self._liars[identity] = liar

@@ -202,7 +202,7 @@ def test_a_worker_without_its_model_is_asked_what_it_serves(tiny_worker: str) ->
     assert checks["reach the worker"].found == f"{tiny_worker}, not encrypted"
     with closing(open_checkpoint("random:tiny")) as checkpoint:
         digest = load_integers(checkpoint, CpuBackend()).digest
-    said = f"it says int8 weights {digest[:12]}…, in protocol version 2"
+    said = f"it says int8 weights {digest[:12]}…, in protocol version 3"
     assert checks["pad: what is served"].found == said
     assert checks["open: what is served"].found.startswith("it says float32 weights ")
     assert checks["weights and products"].state == "skipped"

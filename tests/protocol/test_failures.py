@@ -141,7 +141,7 @@ def test_a_worker_that_accepts_and_never_answers_is_an_error(commands: Commands,
 def test_another_protocol_version_is_named_with_what_to_do(commands: Commands, ids: Path) -> None:
     with fake_worker(newer_version) as endpoint:
         reason = error(generate(commands, "random:tiny", endpoint, "--prompt-ids", ids), CONNECTING)
-    assert "protocol version 3 and this side 2; install the same" in reason
+    assert "protocol version 4 and this side 3; install the same" in reason
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,10 @@ def tokens(
     worker = Worker(load_weights(checkpoint, dtype, CpuBackend()))
     channel = kind(worker, Hello(bytes(32), digest, "float32", abilities, 0))
     channel.max_call_bytes = max_call_bytes
-    kv = [kv_in_blocks(config, dtype)] if split is OpenOffload else []
-    offload = split(channel, config, dtype, {}, 1.0, *kv)
+    if split is OpenOffload:
+        offload = split([channel], config, dtype, {}, 1.0, kv_in_blocks(config, dtype))
+    else:
+        offload = split(channel, config, dtype, {}, 1.0)
     decoder = Decoder(checkpoint, dtype, None, offload.placement, offload.most_scores)
     engine = Engine(decoder, offload, config, prefill_chunk=20, microbatches=lanes)
     return [completion.token_ids for completion in generate(engine, PROMPTS, GREEDY)]

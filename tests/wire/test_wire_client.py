@@ -140,10 +140,10 @@ def test_a_worker_of_something_else_is_refused_by_both_sides(
 
 def test_a_worker_of_another_version_is_refused() -> None:
     def greeting(nonce: bytes) -> list[bytes]:
-        return [b"TSQP\x03\x00" + bytes(14)]
+        return [b"TSQP\x04\x00" + bytes(14)]
 
     with (
         LyingWorker(greeting=greeting) as worker,
-        pytest.raises(HandshakeError, match="version 3 and this side 2; install the same"),
+        pytest.raises(HandshakeError, match="version 4 and this side 3; install the same"),
     ):
         RemoteChannel(worker.endpoint, hello())

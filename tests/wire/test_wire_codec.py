@@ -21,6 +21,7 @@ from tsqp.wire.codec import (
 )
 from tsqp.wire.mailbox import MAX_FRAME
 from tsqp.wire.messages import (
+    PROTOCOL_VERSION,
     Allocate,
     Attach,
     AttentionScores,
@@ -133,7 +134,13 @@ TEE = tee_decoder("ipc:///run/tsqp.sock")
 
 def frame(body: bytes, **changes: int | bytes) -> bytes:
     """`body` behind a header whose fields can be wrong."""
-    fields = {"magic": b"TSQP", "version": 2, "zero": 0, "ticket": 1, "length": len(body)} | changes
+    fields = {
+        "magic": b"TSQP",
+        "version": PROTOCOL_VERSION,
+        "zero": 0,
+        "ticket": 1,
+        "length": len(body),
+    } | changes
     return struct.pack("<4sHHQI", *fields.values()) + body
 
 
@@ -185,7 +192,7 @@ def test_a_call_with_a_seed_fits_into_a_mailbox() -> None:
 
 def test_a_frame_is_laid_out_as_the_module_says() -> None:
     body = b"\x94\xa6attach\xc3\xc2\xc2"  # ["attach", true, false, false] in msgpack
-    head = b"TSQP" + b"\x02\x00" + b"\x00\x00" + b"\x05" + b"\x00" * 7 + b"\x0b\x00\x00\x00"
+    head = b"TSQP" + b"\x03\x00" + b"\x00\x00" + b"\x05" + b"\x00" * 7 + b"\x0b\x00\x00\x00"
     assert encode(Attach(True, False), 5) == head + body
 
 
@@ -245,7 +252,7 @@ def test_bytes_behind_the_message_are_refused(message: Message, rest: bytes) -> 
             WORKER.decode(data)
 
 
-@given(from_tee, st.integers(0, 2**16 - 1).filter(lambda version: version != 1))
+@given(from_tee, st.integers(0, 2**16 - 1).filter(lambda version: version != PROTOCOL_VERSION))
 def test_another_version_is_named_with_what_to_do(message: Message, version: int) -> None:
     body = encode(message)[HEADER.size :]
     with pytest.raises(HandshakeError, match=f"version {version} .* same tsqp version"):

@@ -152,7 +152,7 @@ def test_a_client_of_another_version_is_told_both_versions(busy: WorkerThread) -
         client.send(b"TSQP" + struct.pack("<H", 7) + encode(hello())[6:])
         reply = client.receive()
         assert isinstance(reply, Failure)
-        assert "version 7 and this side 2" in reply.message
+        assert "version 7 and this side 3" in reply.message
 
 
 def test_a_client_that_reads_nothing_is_dropped(busy: WorkerThread) -> None:

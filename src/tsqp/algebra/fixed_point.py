@@ -118,7 +118,7 @@ class Bounds:
         return 2 * deviation * math.sqrt(2 * math.log(max(self.width, 2))) + 1
 
 
-def row_blocks(rows: int, width: int) -> list[slice]:
-    """Blocks of the rows of a matrix, of at most BLOCK_ELEMENTS elements or one row."""
+def row_blocks(rows: int, width: int, first: int = 0) -> list[slice]:
+    """Blocks of a matrix's rows from `first` on, of at most BLOCK_ELEMENTS elements or one row."""
     step = max(1, BLOCK_ELEMENTS // max(1, width))
-    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(first, rows, step)]

@@ -7,6 +7,7 @@ from tsqp.algebra.residue_blocks import BLOCK
 from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import embedding_bytes, linear_bytes
 from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.model.shard import WHOLE, Shard
 
 CHECK_BYTES = 8  # bytes of check vectors for each input and output feature of a group: two of int32
 LATTICE_CHECK_BYTES = (
@@ -54,10 +55,19 @@ def hint_bytes(config: ModelConfig) -> int:
     return HINT_BYTES * sum(-(-count // BLOCK) * BLOCK for count in polynomials)
 
 
-def worker_bytes(config: ModelConfig, dtype: torch.dtype, serve: str) -> int:
-    """Bytes of a model's weights on a worker that serves "private", "open" or "all"."""
-    integers = 0 if serve == "open" else integer_bytes(config)
-    return integers + (0 if serve == "private" else float_bytes(config, dtype))
+def worker_bytes(config: ModelConfig, dtype: torch.dtype, serve: str, shard: Shard = WHOLE) -> int:
+    """Bytes of a shard's weights on a worker that serves "private", "open" or "all"."""
+    integers = 0 if serve == "open" else integer_bytes(config, shard)
+    floats = float_bytes(config, dtype) if shard.is_whole else shard_bytes(config, dtype, shard)
+    return integers + (0 if serve == "private" else floats)
+
+
+def shard_bytes(config: ModelConfig, dtype: torch.dtype, shard: Shard) -> int:
+    """A shard in floating point: its features of every group, and its columns of the embedding."""
+    weights = sum(shard.size_of(group) * group.width for group in linear_groups(config))
+    columns = shard.rows(config.hidden_size)
+    embedding = config.vocab_size * int(columns.stop - columns.start)
+    return int(dtype.itemsize) * (weights + embedding)
 
 
 def float_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

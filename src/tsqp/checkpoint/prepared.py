@@ -29,6 +29,7 @@ from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.errors import CheckpointError, UsageError, printable_path
 from tsqp.model.config import linear_groups
 from tsqp.model.linear_group import LinearGroup
+from tsqp.model.shard import WHOLE, Shard
 
 FORMAT = "tsqp-prepared-1"
 SUFFIX = ".tsqp.safetensors"
@@ -82,10 +83,9 @@ class PreparedFile:
         """The number of layers in the file."""
         return len({group.layer for group in self.linear_groups()} - {None})
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return self._file.nbytes
+    def part_bytes(self, shard: Shard = WHOLE) -> int:
+        """Bytes of a shard's integers and scales."""
+        return sum(shard.size_of(group) * (group.width + 4) for group in self.linear_groups())
 
     def groups(self, progress: Progress = silent) -> Groups:
         """All groups. None may be used before the iterator has ended.
@@ -97,22 +97,38 @@ class PreparedFile:
             CheckpointError: the file is truncated or malformed, or its digest does not match.
         """
         digest = WeightsDigest()
-        done = Counter(self.nbytes, progress)
-        for group in self.linear_groups():
+        for group, weights in self.part(WHOLE, progress):
+            add_to_digest(digest, group, weights)
+            yield group, weights
+        if digest.hexdigest() != self.digest:
+            raise self._changed()
+
+    def part(self, shard: Shard, progress: Progress = silent) -> Groups:
+        """A shard's features of all groups; nothing else is read.
+
+        The digest in the header is of the whole file, so it is not verified. The caller must
+        compare the digest of what it reads with that of somebody who has the model.
+
+        Args:
+            progress: called after each group with the bytes done and their total.
+
+        Raises:
+            CheckpointError: the file is truncated or malformed.
+        """
+        groups = [(group, shard.rows_of(group)) for group in self.linear_groups()]
+        done = Counter(self.part_bytes(shard), progress)
+        for group, rows in groups:
             weight_name, scale_name = group.integer_names
-            weight_FD = self._file.read(weight_name, group.shape, stored="I8")
-            scale_F = self._file.read(scale_name, (group.features,), stored="F32")
+            weight_FD = self._file.read(weight_name, group.shape, stored="I8", rows=rows)
+            scale_F = self._file.read(scale_name, (group.features,), stored="F32", rows=rows)
             if not are_quantized_rows(weight_FD, scale_F):
                 raise CheckpointError(
                     f"{self._path} holds integers or scales for {weight_name} that TSQP does not"
                     " make; write it again with `tsqp prepare`."
                 )
             weights = IntegerWeights(weight_FD, scale_F)
-            add_to_digest(digest, group, weights)
             yield group, weights
             done.add(weights.nbytes)
-        if digest.hexdigest() != self.digest:
-            raise self._changed()
 
     def close(self) -> None:
         """Safe to call twice."""

@@ -150,12 +150,17 @@ def _read_into(
     with hashing(found) as add:
         for rows, block in read_blocks(checkpoint, name, shape, target.dtype):
             add(block)
-            if target.dim() == 2 and target.stride(0) == 1:  # whole pieces of columns
-                target.t()[:, rows].copy_(block.t().contiguous())
-            else:
-                target[rows].copy_(block)
+            place_rows(target, rows, block)
     if digest is not None and found is not None:
         digest.add(found)
+
+
+def place_rows(target: Tensor, rows: slice, block: Tensor) -> None:
+    """Copy rows to their place in a tensor, which may be in the order of `empty_matrix`."""
+    if target.dim() == 2 and target.stride(0) == 1:  # whole pieces of columns
+        target.t()[:, rows].copy_(block.t().contiguous())
+    else:
+        target[rows].copy_(block)
 
 
 def linear_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

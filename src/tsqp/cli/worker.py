@@ -31,6 +31,14 @@ def worker(
         ),
     ] = "all",
     dtype: str,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TSQP_SHARD",
+            metavar="NUMBER/COUNT",
+            help="Load only this part of every layer, such as 2/4. All parts must be served.",
+        ),
+    ] = None,
     threads: int | None,
     shm: bool,
     shm_name: str | None,
@@ -86,6 +94,7 @@ def worker(
             device=device,
             serve=serve,
             dtype=dtype,
+            shard=shard,
             threads=threads,
             quotas=Quotas(
                 max_sessions,

@@ -56,9 +56,13 @@ def greeting_checks(target: Unnamed) -> Iterator[Check]:
 
 def _serves(link: Link, dtype: WeightsDtype) -> str:
     try:
-        held, digest = ask_what_is_served(link.endpoint, link.key, dtype)
+        served = ask_what_is_served(link.endpoint, link.key, dtype)
     except HandshakeError as exc:
         if NOT_SERVED in str(exc):
             raise Skipped(exc) from exc
         raise
-    return f"it says {held} weights {digest}…, in protocol version {PROTOCOL_VERSION}"
+    part = "" if served.shard.is_whole else f", {served.shard}"
+    return (
+        f"it says {served.dtype} weights {served.digest}…{part}, in protocol version "
+        f"{PROTOCOL_VERSION}"
+    )

@@ -46,6 +46,7 @@ from tsqp.tee.offload.open_attention import OpenAttentionOffload
 from tsqp.tee.offload.pad import PadLinear
 from tsqp.wire.channel import Channel
 from tsqp.wire.endpoint import parse_endpoint
+from tsqp.wire.handshake import read_refusal
 
 TIMEOUT_S = 8.0
 FEW_ROWS, MANY_ROWS = 4, 512
@@ -158,6 +159,12 @@ class _Mode:
         except HandshakeError as exc:
             if NOT_SERVED in str(exc):
                 raise Skipped(exc) from exc
+            if not (shard := read_refusal(str(exc)).shard).is_whole:
+                raise Wrong(
+                    f"The worker holds {shard}, and its products can only be checked with the "
+                    "others: give --worker for each shard to `tsqp generate`, which checks all of "
+                    "them."
+                ) from exc
             raise
         self._stack.callback(self._offload.close)
         assert process.channel is not None

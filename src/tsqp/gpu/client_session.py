@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tsqp.errors import OutOfMemory, ProtocolError
 from tsqp.gpu.layer import FusedLayers
-from tsqp.gpu.worker_weights import Weights
+from tsqp.gpu.worker_weights import ModelWeights
 from tsqp.model.config import layer_groups
 from tsqp.model.macs import layer_macs
 from tsqp.nn.attention import Segment
@@ -46,7 +46,7 @@ class KvStore:
         o_FD: the weight of each layer's attention output.
     """
 
-    def __init__(self, weights: Weights, max_call_macs: int, shares: int) -> None:
+    def __init__(self, weights: ModelWeights, max_call_macs: int, shares: int) -> None:
         config = weights.config
         self.weights = weights
         self.backend = weights.backend

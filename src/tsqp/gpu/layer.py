@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tsqp.gpu.worker_weights import Weights
+from tsqp.gpu.worker_weights import ModelWeights
 from tsqp.model.config import layer_groups
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention, Segment
@@ -20,7 +20,7 @@ from tsqp.nn.layers import Tables
 class FusedLayers:
     """Runs layers of one model, on keys and values of whichever sequences the caller names."""
 
-    def __init__(self, weights: Weights, cache: KvCache) -> None:
+    def __init__(self, weights: ModelWeights, cache: KvCache) -> None:
         self._weights = weights
         layers = range(weights.config.num_layers)
         self._groups = [layer_groups(weights.config, layer) for layer in layers]

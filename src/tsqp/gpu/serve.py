@@ -22,7 +22,16 @@ from tsqp.gpu.backends import backend_on, parse_device
 from tsqp.gpu.backends.backend import Backend
 from tsqp.gpu.record import Recorder
 from tsqp.gpu.worker import Worker
-from tsqp.gpu.worker_weights import load_integers, load_weights, read_prepared
+from tsqp.gpu.worker_weights import (
+    IntegerModel,
+    Weights,
+    load_integers,
+    load_shard,
+    load_weights,
+    read_prepared,
+)
+from tsqp.model.config import linear_groups
+from tsqp.model.shard import WHOLE, Shard, check_divisible, parse_shard
 from tsqp.wire.endpoint import Endpoint, parse_endpoint
 from tsqp.wire.fixed_segment import parse_place
 from tsqp.wire.keys import read_secret_key
@@ -43,6 +52,7 @@ def serve(
     device: str = "auto",
     serve: str = "all",
     dtype: str = "auto",
+    shard: str | None = None,
     threads: int | None = None,
     quotas: Quotas = DEFAULT_QUOTAS,
     shm_name: str | None = None,
@@ -62,6 +72,7 @@ def serve(
         device: "cpu", "cuda", "cuda:NUMBER", or "auto": CUDA if torch sees a device.
         serve: "private" holds integer weights, "open" floating-point ones, "all" both.
         dtype: dtype of the floating-point weights.
+        shard: "NUMBER/COUNT", the part of every group of linear layers to load; None for all.
         quotas: limits for clients.
         shm_name: where memory is shared with clients that map it at a fixed place only.
         keyfile: the file with the secret key made by `tsqp keygen`. With it, the worker accepts
@@ -73,7 +84,8 @@ def serve(
         progress: called while weights are loaded, with the bytes done and their total.
 
     Raises:
-        UsageError: a listening address that is not allowed, no such device, or no key in a file.
+        UsageError: a listening address that is not allowed, no such device or shard, or no key in
+            a file.
         ModelError: the checkpoint cannot be used.
         WorkerUnavailable: the endpoint cannot be served.
         RecordingError: the recording cannot be written, now or later.
@@ -93,7 +105,10 @@ def serve(
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     loading = Rate(_until(stop, progress))
     shares = 1 if quotas.max_sessions == 1 else 2
-    load = _prepare_to_load(model, model_key, serve, dtype, backend_on(where), loading, shares)
+    part = WHOLE if shard is None else parse_shard(shard)
+    load = _prepare_to_load(
+        model, model_key, serve, dtype, part, backend_on(where), loading, shares
+    )
     # Listening comes before loading, which may be long: an address in use shows at once.
     server = Server(endpoint, secret_key=secret_key, quotas=quotas, shm_place=place, log=log.info)
     try:
@@ -119,6 +134,7 @@ def _prepare_to_load(
     key: ModelKey | None,
     serve: str,
     dtype: str,
+    shard: Shard,
     backend: Backend,
     progress: Progress,
     kv_shares: int,
@@ -131,22 +147,28 @@ def _prepare_to_load(
             raise UsageError(f"{model} holds only integer weights; leave --serve open out.")
         if key is not None:
             raise UsageError(f"{model} is not encrypted; leave --model-key-file out.")
-        return lambda: Worker(None, read_prepared(Path(model).expanduser(), backend, progress))
+        path = Path(model).expanduser()
+        return lambda: Worker(None, read_prepared(path, backend, progress, shard))
     checkpoint = open_checkpoint(model, key=key)
     config = checkpoint.config
+    check_divisible(linear_groups(config), shard.count)
     loaded_dtype = parse_dtype(dtype, config)
 
     def load() -> Worker:
-        integers = weights = None
-        required = worker_bytes(config, loaded_dtype, serve)
+        integers: IntegerModel | None = None
+        weights: Weights | None = None
+        required = worker_bytes(config, loaded_dtype, serve, shard)
         # For both, before either is loaded.
         backend.check_room(required, f"The weights of {checkpoint.name}")
-        before = 0 if serve == "open" else integer_bytes(config)
+        before = 0 if serve == "open" else integer_bytes(config, shard)
         if serve != "open":
-            integers = load_integers(checkpoint, backend, part_of(progress, 0, required))
+            integers = load_integers(checkpoint, backend, part_of(progress, 0, required), shard)
         if serve != "private":
             then = part_of(progress, before, required)
-            weights = load_weights(checkpoint, loaded_dtype, backend, then)
+            if shard.is_whole:
+                weights = load_weights(checkpoint, loaded_dtype, backend, then)
+            else:
+                weights = load_shard(checkpoint, loaded_dtype, backend, shard, then)
         checkpoint.close()
         return Worker(weights, integers, kv_shares=kv_shares)
 

@@ -9,7 +9,7 @@ from tsqp.algebra.params import FIELDS
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu.backends import residues
 from tsqp.gpu.client_session import KvSession, KvStore
-from tsqp.gpu.worker_weights import IntegerModel, Weights
+from tsqp.gpu.worker_weights import IntegerModel, ModelWeights, Weights
 from tsqp.model.linear_group import LinearGroup
 from tsqp.model.macs import dearest_row_macs
 from tsqp.wire.call_limit import call_macs, check_call, check_residues
@@ -22,6 +22,7 @@ from tsqp.wire.messages import (
     Product,
     SeedProduct,
     Stateless,
+    WeightsDtype,
     Welcome,
     place_of,
 )
@@ -59,9 +60,12 @@ class Worker:
         self._max_call_macs = max_call_macs or _default_call_macs(weights, integers)
         self._weights = weights
         self._integers = integers
-        held = [each.linear_FD for each in (weights, integers) if each is not None]
-        self._groups = {place_of(group): group for weights_FD in held for group in weights_FD}
-        self._store = None if weights is None else KvStore(weights, self._max_call_macs, kv_shares)
+        held = [each for each in (weights, integers) if each is not None]
+        [self._shard] = {each.shard for each in held}
+        self._groups = {place_of(group): group for each in held for group in each.linear_FD}
+        self._store: KvStore | None = None  # a shard has no whole layers
+        if isinstance(weights, ModelWeights):
+            self._store = KvStore(weights, self._max_call_macs, kv_shares)
         if integers is not None:
             integers.backend.prepare()
 
@@ -71,7 +75,7 @@ class Worker:
         return len({group.layer for group in self._groups.values()} - {None})
 
     def __str__(self) -> str:
-        served = []
+        served = [] if self._shard.is_whole else [str(self._shard)]
         if self._integers is not None:
             served.append(f"private modes (weights {self._integers.digest[:12]}…)")
         if self._weights is not None:
@@ -91,16 +95,36 @@ class Worker:
                     "the worker holds no integer weights; start it with --serve private or all."
                 )
             device, digest = self._integers.backend.name, self._integers.digest
-            macs, can = self._max_call_macs, (*PRIVATE_ABILITIES, LATTICE_ABILITY)
-            return Welcome(hello.nonce, digest, "int8", can, device, macs, None)
+            can = (*PRIVATE_ABILITIES, LATTICE_ABILITY)
+            return self._welcome(hello, "int8", digest, can, device)
         if self._weights is None:
             raise HandshakeError(
                 "the worker serves private modes only; use one of them, or start it with "
                 "--serve open or all."
             )
         dtype, device = WEIGHTS_DTYPES[self._weights.dtype], self._weights.backend.name
-        abilities, digest = (*OPEN_ABILITIES, *SPLIT_ABILITIES), self._weights.digest
-        return Welcome(hello.nonce, digest, dtype, abilities, device, self._max_call_macs, None)
+        can = (*OPEN_ABILITIES, *(SPLIT_ABILITIES if self._store else ()))
+        return self._welcome(hello, dtype, self._weights.digest, can, device)
+
+    def _welcome(
+        self,
+        hello: Hello,
+        dtype: WeightsDtype,
+        digest: str,
+        abilities: tuple[str, ...],
+        device: str,
+    ) -> Welcome:
+        return Welcome(
+            hello.nonce,
+            digest,
+            dtype,
+            abilities,
+            device,
+            self._max_call_macs,
+            None,
+            shard=self._shard.number,
+            shards=self._shard.count,
+        )
 
     def open(self) -> "WorkerSession":
         """A session for one client's calls."""
@@ -238,7 +262,9 @@ class WorkerSession:
         if isinstance(operation, Stateless):
             self._worker.check(operation, inputs, outputs)
         elif self._kv is None:
-            raise ProtocolError("This worker serves private modes only.")
+            raise ProtocolError(
+                "This worker keeps no keys and values: it serves private modes only, or a shard."
+            )
         else:
             self._kv.check(operation, inputs, outputs)
 

@@ -1,5 +1,6 @@
 """Groups of linear layers that share their input, which every side computes as one product."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,6 +50,15 @@ class LinearGroup:
         """(F, D), the shape of its weight."""
         return self.features, self.width
 
+    def pieces(self, rows: slice) -> Iterator[tuple[Part, slice]]:
+        """The parts that have some of the group's output features, and which of their own."""
+        start = 0
+        for part in self.parts:
+            stop = start + part.out_features
+            if rows.start < stop and start < rows.stop:
+                yield part, slice(max(rows.start, start) - start, min(rows.stop, stop) - start)
+            start = stop
+
     @property
     def has_bias(self) -> bool:
         """Whether any of its parts has a bias."""
@@ -63,6 +73,11 @@ class LinearGroup:
     def integer_names(self) -> tuple[str, str]:
         """The names of its integers and scales [P1] in digests and prepared files."""
         return f"{self.prefix}.weight", f"{self.prefix}.scale"
+
+    def integer_names_of(self, rows: slice) -> tuple[str, str]:
+        """The same of some output features, in the digest of a shard."""
+        weight, scale = self.integer_names
+        return f"{weight}[{rows.start}:{rows.stop}]", f"{scale}[{rows.start}:{rows.stop}]"
 
     @property
     def hint_names(self) -> tuple[str, str]:

@@ -1,11 +1,12 @@
 """Multiply-accumulates that one row of a model takes."""
 
 from tsqp.model.config import ModelConfig, layer_groups, linear_groups
+from tsqp.model.shard import WHOLE, Shard
 
 
-def widest_group_macs(config: ModelConfig) -> int:
-    """Multiplications of one row in the largest group of linear layers."""
-    return max(group.features * group.width for group in linear_groups(config))
+def widest_group_macs(config: ModelConfig, shard: Shard = WHOLE) -> int:
+    """Multiplications of one row in a shard of the largest group of linear layers."""
+    return max(shard.size_of(group) * group.width for group in linear_groups(config))
 
 
 def layer_macs(config: ModelConfig, layer: int) -> int:

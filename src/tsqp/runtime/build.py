@@ -3,36 +3,37 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from tsqp.algebra import digits
-from tsqp.algebra.params import LATTICE, WIDE
+from tsqp.algebra.params import LATTICE
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.footprint import trusted_bytes
-from tsqp.checkpoint.hints_file import HintsFile
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.model_digest import check_expected, model_digest
 from tsqp.checkpoint.progress import Counter, Progress, part_of, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
+from tsqp.checkpoint.shard_digests import ShardDigests, float_shard_digests
 from tsqp.checkpoint.weights import check_memory, embedding_bytes, read_bias, read_embedding
 from tsqp.checkpoint.weights_digest import WeightsDigest, weights_digest
-from tsqp.errors import HintsError
-from tsqp.gpu.worker import ATTENTION_ABILITY, LATTICE_ABILITY, LAYER_ABILITY
+from tsqp.gpu.worker import LATTICE_ABILITY
 from tsqp.model.config import linear_groups, trusted_shapes
 from tsqp.model.linear_group import LinearGroup
+from tsqp.model.shard import check_divisible
 from tsqp.nn.kv_cache import KvCache
 from tsqp.runtime.failover import Begin, Failover
-from tsqp.runtime.field_auto import cheaper_field
-from tsqp.runtime.hints_cache import hints_path, keep_hints
+from tsqp.runtime.field_auto import with_cheaper_field
+from tsqp.runtime.hints_cache import hints_path, keep_hints, load_with_hints
 from tsqp.runtime.hints_of_workers import add_with_hints_of_workers
 from tsqp.runtime.kv_memory import check_kv_memory, kv_cache
+from tsqp.runtime.open_sessions import begins_with_own_kv, begins_with_remote_kv
 from tsqp.runtime.options import WORKER_HINTS, Options
 from tsqp.runtime.segment_size import segment_bytes
+from tsqp.runtime.shard_layout import in_order_of_shards
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.freivalds import Trust, process_limit
@@ -46,10 +47,8 @@ from tsqp.tee.offload.lattice_load import LatticeLoad, compile_lattice_loops
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import Group, Kept, LinearPart, MaskedGroup, PrivateOffload
 from tsqp.tee.offload.offload import Offload
-from tsqp.tee.offload.open import OpenOffload
-from tsqp.tee.offload.open_attention import OpenAttentionOffload
-from tsqp.tee.offload.open_layers import OpenLayersOffload
 from tsqp.tee.offload.pad import PadLinear
+from tsqp.tee.offload.shards import ShardsLinear, cut_groups
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.tee.worker_view import WatchedOffload, WorkerView
 from tsqp.wire.channel import Channel
@@ -70,6 +69,7 @@ class Builder:
     Attributes:
         options: as given; `build` replaces a field that is to be measured.
         model_digest: see `tsqp.checkpoint.model_digest`; empty until `build` knows it.
+        weights_digest: the digest of all weights that workers hold; the same.
     """
 
     def __init__(
@@ -89,7 +89,9 @@ class Builder:
         self._read = WeightsDigest() if norms is None else norms
         self._progress = progress
         self._view = view
-        self.model_digest = ""
+        self.model_digest = self.weights_digest = ""
+        self._shards = 1  # that the workers hold; 1 if each holds the whole model
+        self._shard_digests: tuple[str, ...] = ()
 
     def build(self, failover: Failover) -> list[Begin]:
         """Read what the TEE needs; returns for each alternative what begins its sessions.
@@ -103,11 +105,17 @@ class Builder:
         workers = failover.workers
         if workers:
             process_limit.check()
+        if self.options.privacy != "shares" and len(failover.alternatives) == 1:
+            self._shards = max(1, len(workers))
+        check_divisible(linear_groups(self._config), self._shards)
+        check_sets = max(len(failover.alternatives), self._shards)
         if self.options.field == "auto" and self.options.masked:
-            self._decide_field(len(failover.alternatives))
+            needed, memory = self._lattice_bytes(check_sets), self._pad_memory()
+            name, shapes = self._checkpoint.name, self._shapes()
+            self.options = with_cheaper_field(self.options, name, needed, shapes, memory)
         options = self.options
         if options.lattice:
-            kept = self._lattice_bytes(len(failover.alternatives))
+            kept = self._lattice_bytes(check_sets)
             what = f"The hints of {self._checkpoint.name}, which --field wide does without,"
             check_memory(kept, what, "choose --field wide")
         else:
@@ -116,7 +124,7 @@ class Builder:
                 self._dtype,
                 options.privacy,
                 fixed_point=options.fixed_point,
-                alternatives=len(failover.alternatives),
+                alternatives=check_sets,
             )
             check_memory(kept, f"The weights of {self._checkpoint.name}")
         if options.kv_memory is not None:
@@ -138,25 +146,16 @@ class Builder:
             self._checkpoint, self._dtype, digest=self._read, progress=self._progress
         )
         self._identify(digest)
-        options, config, dtype = self.options, self._config, self._dtype
-        if not (options.fuse_layers or options.gpu_attention):
-            kv = self._kv_cache()
+        self._shard_digests = float_shard_digests(self._checkpoint, self._dtype, self._shards)
 
-            def begin_here(worker: WorkerProcess) -> tuple[Offload, None]:
-                channel = self._connect(worker, digest, dtype.itemsize)
-                return OpenOffload(channel, config, dtype, biases_F, options.timeout, kv), None
+        def connect(worker: WorkerProcess, abilities: Sequence[str]) -> Channel:
+            return self._connect(worker, digest, self._dtype.itemsize, abilities)
 
-            return [partial(begin_here, worker) for worker in workers]
-        kind: type[OpenAttentionOffload | OpenLayersOffload] = OpenAttentionOffload
-        abilities = [ATTENTION_ABILITY]
-        if options.fuse_layers:
-            kind, abilities = OpenLayersOffload, [LAYER_ABILITY]
-
-        def begin(worker: WorkerProcess) -> tuple[Offload, None]:
-            channel = self._connect(worker, digest, dtype.itemsize, abilities)
-            return kind(channel, config, dtype, biases_F, options.timeout), None
-
-        return [partial(begin, worker) for worker in workers]
+        given = self.options, self._config, self._dtype, biases_F
+        if self.options.fuse_layers or self.options.gpu_attention:
+            return begins_with_remote_kv(*given, workers, connect)
+        alternatives = [workers] if self._shards > 1 else [[worker] for worker in workers]
+        return begins_with_own_kv(*given, self._kv_cache(), alternatives, connect)
 
     def _masked(self, workers: Sequence[WorkerProcess]) -> list[Begin]:
         options, field = self.options, self.options.residues
@@ -197,6 +196,9 @@ class Builder:
         if options.privacy == "shares":
             return [begin_shares]
         direct = DirectProvider(weights_FD, field)
+        if self._shards > 1:
+            shards = cut_groups(groups, weights_FD, self._shards)
+            return self._begin_pad(workers, digest, shards, lambda _: direct, embedding_VD)
         others = [
             {group: each.with_own_checks(weights_FD[group]) for group, each in groups.items()}
             for _ in workers[1:]
@@ -209,7 +211,19 @@ class Builder:
         if self.options.hints == WORKER_HINTS:
             load, digest, embedding_VD = self._load_with_hints_of(failover)
         else:
-            load, digest, embedding_VD = self._load_with_hints(len(failover.workers))
+            new_load = partial(
+                LatticeLoad,
+                self._shapes(),
+                self._biases_F(),
+                workers=len(failover.workers),
+                sharded=self._shards > 1,
+            )
+            given = self.options.hints
+            path = hints_path(self._checkpoint, self._shapes()) if given is None else Path(given)
+            with closing(self._row_pool()) as row_pool:
+                load, (digest, embedding_VD) = load_with_hints(
+                    path, given is not None, new_load, self._load, row_pool
+                )
         return self._begin_pad(failover.workers, digest, load.groups, load.provider, embedding_VD)
 
     def _begin_pad(
@@ -223,23 +237,42 @@ class Builder:
         """Sessions of `pad`, each with pads of its own.
 
         Args:
-            groups_of: for each worker, with check vectors that are used with this worker only.
+            groups_of: for each worker, with check vectors that are used with this worker only; or
+                for each shard, in their order.
             provider: makes the provider of pads for a stock of this many bytes.
         """
         memory, lattice = self._pad_memory(), self.options.lattice
         private = self._private(embedding_VD)
 
+        def connect(worker: WorkerProcess) -> Channel:
+            itemsize = self.options.residues.residue_bytes
+            return self._connect(worker, digest, itemsize, [LATTICE_ABILITY] if lattice else [])
+
+        def session(
+            kind: Callable[..., LinearPart], channels: object, groups: object, trust: Trust
+        ) -> tuple[Offload, PadPool]:
+            pool = PadPool(provider(memory), self._shapes(), memory)
+            row_pool, timeout = self._row_pool(), self.options.timeout
+            return private(
+                kind(channels, groups, pool, self._dtype, timeout, row_pool, trust)
+            ), pool
+
         def begin(
             worker: WorkerProcess, watched: Mapping[LinearGroup, Group[Kept]], trust: Trust
         ) -> tuple[Offload, PadPool]:
             trust.check()
-            itemsize = self.options.residues.residue_bytes
-            channel = self._connect(worker, digest, itemsize, [LATTICE_ABILITY] if lattice else [])
-            pool = PadPool(provider(memory), self._shapes(), memory)
-            row_pool, timeout = self._row_pool(), self.options.timeout
-            pad = PadLinear(channel, watched, pool, self._dtype, timeout, row_pool, trust)
-            return private(pad), pool
+            return session(PadLinear, connect(worker), watched, trust)
 
+        def begin_shards(
+            shards: Sequence[Mapping[LinearGroup, Group[Kept]]], trust: Trust
+        ) -> tuple[Offload, PadPool]:
+            trust.check()
+            channels = in_order_of_shards([connect(worker) for worker in workers])
+            return session(ShardsLinear, channels, shards, trust)
+
+        if self._shards > 1:  # all get the same input, so one is watched
+            watched = [self._watched(groups_of[0]), *groups_of[1:]]
+            return [partial(begin_shards, watched, Trust(process_limit))]
         return [
             partial(begin, worker, self._watched(groups), Trust(process_limit))
             for worker, groups in zip(workers, groups_of, strict=True)
@@ -261,42 +294,8 @@ class Builder:
         """The groups, of which the view samples one."""
         return groups if self._view is None else self._view.watch(groups, self._config.num_layers)
 
-    def _load_with_hints(self, workers: int) -> tuple[LatticeLoad, str, torch.Tensor]:
-        """Load for lattice masks, with hints from a file or made here. See also `_load`.
-
-        Raises:
-            HintsError: the given file holds no hints of these weights.
-        """
-        given, shapes, biases_F = self.options.hints, self._shapes(), self._biases_F()
-        path = hints_path(self._checkpoint, shapes) if given is None else Path(given)
-        if given is not None or (path is not None and path.exists()):
-            assert path is not None
-            try:
-                with closing(HintsFile(path)) as file, closing(self._row_pool()) as row_pool:
-                    find = lambda group, _: file.read(group)  # noqa: E731
-                    load = LatticeLoad(
-                        shapes,
-                        biases_F,
-                        seed=file.seed,
-                        find=find,
-                        workers=workers,
-                        row_pool=row_pool,
-                    )
-                    digest, embedding_VD = self._load(load.add)
-                    file.check_digest(digest)
-                    return load, digest, embedding_VD
-            except HintsError as exc:
-                if given is not None:
-                    raise
-                log.warning("ignoring the hints in the cache: %s", exc)
-        load = LatticeLoad(shapes, biases_F, workers=workers)
-        digest, embedding_VD = self._load(load.add)
-        if path is not None:
-            keep_hints(path, load, digest)
-        return load, digest, embedding_VD
-
     def _load_with_hints_of(self, failover: Failover) -> tuple[LatticeLoad, str, torch.Tensor]:
-        """The same, with hints that a worker makes."""
+        """Load for lattice masks with hints that a worker makes; see also `_load`."""
         integers: dict[LinearGroup, IntegerWeights] = {}
         biases_F, shapes = self._biases_F(), self._shapes()
         to_make = integer_bytes(self._config)  # hints count as much as the weights
@@ -326,20 +325,6 @@ class Builder:
             needed += integer_bytes(self._config)  # until the hints are checked
         return needed
 
-    def _decide_field(self, alternatives: int) -> None:
-        """Replace the field `auto`."""
-        if self.options.privacy != "pad":
-            log.info("field wide: auto measures only with --privacy pad")
-            self.options = replace(self.options, field=WIDE.name)
-            return
-        needed, memory = self._lattice_bytes(alternatives), self._pad_memory()
-        field = cheaper_field(self._checkpoint.name, needed, self._shapes(), memory)
-        hints = self.options.hints
-        if field is WIDE and hints is not None:
-            log.info("the hints are not used")
-            hints = None
-        self.options = replace(self.options, field=field.name, hints=hints)
-
     def _load_bytes(self) -> int:
         """Bytes that `_load` reports."""
         return integer_bytes(self._config) + embedding_bytes(self._config, self._dtype)
@@ -354,7 +339,14 @@ class Builder:
         """
         done = self._load_bytes()
         total = done + more
-        digest = load_integers(self._checkpoint, place, part_of(self._progress, 0, total))
+        shards = ShardDigests(self._shards)
+
+        def add(group: LinearGroup, weights: IntegerWeights) -> None:
+            shards.add(group, weights)
+            place(group, weights)
+
+        digest = load_integers(self._checkpoint, add, part_of(self._progress, 0, total))
+        self._shard_digests = shards.hexdigests()
         embedding_VD = read_embedding(self._checkpoint, self._dtype, self._read)
         self._progress(done, total)
         trusted = weights_digest(
@@ -374,6 +366,7 @@ class Builder:
 
     def _identify(self, weights: str, trusted: str | None = None) -> None:
         """Compute the model's digest, and refuse it if the options ask for another one."""
+        self.weights_digest = weights
         files = self._checkpoint.file_digests()
         self.model_digest = model_digest(files, self._dtype, weights, trusted)
         log.info("model digest %s", self.model_digest)
@@ -401,4 +394,6 @@ class Builder:
     ) -> Channel:
         reason = self.options.no_shm_reason
         shm_bytes = 0 if reason else segment_bytes(self._config, self.options, itemsize)
-        return worker.connect(self._checkpoint, digest, shm_bytes, reason, abilities)
+        return worker.connect(
+            self._checkpoint, digest, shm_bytes, reason, abilities, self._shard_digests
+        )

@@ -1,7 +1,7 @@
 """Which workers a session is with: one alternative at a time, and another takes over after it.
 
-In `pad` and `open` every worker is an alternative of its own. In `shares` there is one alternative,
-which is all of the workers.
+In `pad` and `open` every worker is an alternative of its own, unless they hold shards of a model.
+With shards, and in `shares`, there is one alternative, which is all of the workers.
 """
 
 import logging
@@ -45,7 +45,7 @@ class WorkerStatus:
 
 
 class Alternative:
-    """The workers of one session: one worker, or all workers of `shares`.
+    """The workers of one session: one worker, all shards of a model, or all workers of `shares`.
 
     Attributes:
         workers: none in mode `tee`.

@@ -2,16 +2,36 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tsqp.algebra.params import LATTICE, WIDE, Field
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.model.linear_group import LinearGroup
+from tsqp.runtime.options import Options
 from tsqp.tee.offload.field_choice import measure_costs
 
 log = logging.getLogger("tsqp")
 
 
-def cheaper_field(
+def with_cheaper_field(
+    options: Options,
+    name: str,
+    needed: int,
+    shapes: Mapping[LinearGroup, tuple[int, int]],
+    pad_memory: int,
+) -> Options:
+    """The same options with the field that is used instead of `auto`; see `_cheaper_field`."""
+    if options.privacy != "pad":
+        log.info("field wide: auto measures only with --privacy pad")
+        return replace(options, field=WIDE.name)
+    field, hints = _cheaper_field(name, needed, shapes, pad_memory), options.hints
+    if field is WIDE and hints is not None:
+        log.info("the hints are not used")
+        hints = None
+    return replace(options, field=field.name, hints=hints)
+
+
+def _cheaper_field(
     name: str, needed: int, shapes: Mapping[LinearGroup, tuple[int, int]], pad_memory: int
 ) -> Field:
     """The cheaper of pads and lattice masks on this machine, if the hints fit into memory.

@@ -21,6 +21,7 @@ from tsqp.runtime.build import Builder
 from tsqp.runtime.failover import Failover
 from tsqp.runtime.options import Options
 from tsqp.runtime.run_header import run_header
+from tsqp.runtime.shard_layout import count_shards
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.runtime.worker_sessions import WorkerSessions
 from tsqp.tee.call_log import CallLog
@@ -153,6 +154,10 @@ class LoadedModel:
                 self._at_end(process.close)
             look_first = options.expect_model is None
             self.failover.attempt(lambda each: each.start(look_first=look_first))
+            reached = sorted(workers, key=lambda each: each not in self.failover.current.workers)
+            if count_shards(reached, options) > 1:
+                self.failover = Failover([workers])
+                self.failover.attempt(lambda each: each.start(look_first=look_first))
             if self.workers or self.tokenizer.files is not None:
                 self.tokenizer.preload()  # while the workers load, and before the digest is taken
             norms = WeightsDigest()  # read once: what is used is what is hashed
@@ -162,6 +167,7 @@ class LoadedModel:
             self._at_end(self.offload.close)
             self.options = builder.options  # with the field that was chosen
             self.model_digest = builder.model_digest
+            self._weights_digest = builder.weights_digest
             decoder = Decoder(
                 checkpoint, self.dtype, layers, self.offload.placement, self.offload.most_scores
             )
@@ -188,7 +194,7 @@ class LoadedModel:
         self._at_end(self.engine.close)
 
     def _begin_log(self, call_log: CallLog, model: str) -> None:
-        digest = self.channels[0].welcome.weights_digest if self.channels else None
+        digest = self._weights_digest if self.channels else None
         transport = self.sessions.transport
         header = run_header(
             __version__, model, self.options, self.config, self.dtype, transport, digest

@@ -77,8 +77,8 @@ class Options:
         Option(
             "Endpoint of the worker: ipc:///PATH, tcp://HOST:PORT, or local, which starts a worker "
             "on this machine. Repeat the option for several workers. With pad and open, one of "
-            "them is used at a time, and another takes over if it fails. With shares, all of them "
-            "are used.",
+            "them is used at a time, and another takes over if it fails. With shares, and if each "
+            "holds a shard of the model, all of them are used.",
             list[str] | None,
             env=("TSQP_WORKER", "LLAMA_IPC_PATH"),
         ),

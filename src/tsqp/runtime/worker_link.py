@@ -12,6 +12,7 @@ from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.worker import OPEN_ABILITIES, PRIVATE_ABILITIES, Worker
 from tsqp.gpu.worker_weights import load_integers, load_weights
 from tsqp.model.macs import dearest_row_macs, widest_group_macs
+from tsqp.model.shard import WHOLE, Shard
 from tsqp.runtime.links import Link
 from tsqp.runtime.local_worker import LocalWorker
 from tsqp.wire.call_limit import check_row_fits
@@ -19,6 +20,7 @@ from tsqp.wire.channel import Channel, InprocChannel
 from tsqp.wire.client import RemoteChannel, check_reachable
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Hello
+from tsqp.wire.query_worker import ask_what_is_served
 from tsqp.wire.tensors import WEIGHTS_DTYPES
 
 log = logging.getLogger("tsqp")
@@ -85,6 +87,17 @@ class WorkerProcess:
         if link.endpoint.scheme not in ("local", "inproc") and look_first:
             check_reachable(link.endpoint, link.key)
 
+    def held_shard(self) -> Shard:
+        """Ask the worker which part of the model it holds. The answer may be a lie.
+
+        Raises:
+            WorkerError: nobody answers, or the worker does not serve this kind of weights.
+        """
+        link = self._link
+        if link.endpoint.scheme in ("local", "inproc"):
+            return WHOLE
+        return ask_what_is_served(link.endpoint, link.key, WEIGHTS_DTYPES[self._dtype]).shard
+
     def connect(
         self,
         checkpoint: Checkpoint,
@@ -92,6 +105,7 @@ class WorkerProcess:
         shm_bytes: int,
         no_shm_reason: str,
         abilities: Sequence[str] = (),
+        shard_digests: Sequence[str] = (),
     ) -> Channel:
         """Shake hands. Starts a local worker unless it runs.
 
@@ -100,6 +114,7 @@ class WorkerProcess:
             shm_bytes: shared memory wanted, 0 for none.
             no_shm_reason: the reason, if shm_bytes is 0.
             abilities: abilities that this session needs, besides those that every session needs.
+            shard_digests: the digest of each shard, in their order, if the worker must hold one.
 
         Raises:
             WorkerError: the worker is gone, holds something else, or does too little in one call.
@@ -112,6 +127,7 @@ class WorkerProcess:
             abilities=(*(PRIVATE_ABILITIES if private else OPEN_ABILITIES), *abilities),
             shm_bytes=shm_bytes,
             fixed_shm=self._link.shm_place is not None,
+            shard_digests=tuple(shard_digests),
         )
         endpoint = self._link.endpoint
         if endpoint.scheme == "inproc":
@@ -130,7 +146,11 @@ class WorkerProcess:
             shm_path=None if self._link.shm_place is None else self._link.shm_place.path,
             no_shm_reason=no_shm_reason,
         )
-        row_macs = (widest_group_macs if private else dearest_row_macs)(checkpoint.config)
+        if private or shard_digests:
+            shard = Shard(channel.welcome.shard, channel.welcome.shards)
+            row_macs = widest_group_macs(checkpoint.config, shard)
+        else:
+            row_macs = dearest_row_macs(checkpoint.config)
         check_row_fits(row_macs, channel.welcome.max_call_macs, channel.endpoint)
         name = f"{endpoint} (encrypted link)" if self._link.key else endpoint
         log.info("worker at %s: transport %s (%s)", name, channel.transport, channel.reason)

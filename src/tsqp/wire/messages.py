@@ -12,8 +12,9 @@ from msgspec import Meta, Struct
 
 from tsqp.algebra.params import FieldName
 from tsqp.model.linear_group import LinearGroup
+from tsqp.model.shard import MAX_SHARDS
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_LAYERS = 4096
 MAX_DIMENSION = 2**31 - 1
@@ -29,6 +30,7 @@ LayerNumber = Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]
 SequenceNumber = Annotated[int, Meta(ge=0, lt=2**53)]
 Offset = Annotated[int, Meta(ge=-1, le=2**48)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+ShardNumber = Annotated[int, Meta(ge=1, le=MAX_SHARDS)]
 Name = Annotated[str, Meta(pattern=r"^[0-9a-z_:-]{1,64}\Z")]
 Sentence = Annotated[str, Meta(max_length=MAX_SENTENCE)]
 Traceback = Annotated[str, Meta(max_length=MAX_TRACEBACK)]
@@ -84,7 +86,8 @@ class Hello(Message, frozen=True, tag="hello"):
     """TEE → worker, the first message: the client's version and what it needs.
 
     `shm_bytes` is the wanted size of the segment, 0 for none. With `fixed_shm`, the client maps
-    memory only at the place of its `--shm-name`. `evidence` is for attestation later.
+    memory only at the place of its `--shm-name`. `evidence` is for attestation later. A client that
+    wants shards names the digest of each in `shard_digests`, in their order.
     """
 
     nonce: Nonce
@@ -94,13 +97,15 @@ class Hello(Message, frozen=True, tag="hello"):
     shm_bytes: Annotated[int, Meta(ge=0, le=2**40)]
     evidence: Evidence = b""
     fixed_shm: bool = False
+    shard_digests: Annotated[tuple[Digest, ...], Meta(max_length=MAX_SHARDS)] = ()
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
     """Worker → TEE: what the worker serves.
 
     `max_call_macs` is the maximum of multiply-accumulates in one call, see `tsqp.wire.call_limit`.
-    `reason` says why no segment is offered, or why it is not sealed.
+    `reason` says why no segment is offered, or why it is not sealed. The worker holds shard `shard`
+    of `shards`, and `weights_digest` is the digest of that shard.
     """
 
     nonce: Nonce
@@ -112,6 +117,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     segment: SealedRef | SegmentRef | FixedRef | None
     reason: Sentence = ""
     evidence: Evidence = b""
+    shard: ShardNumber = 1
+    shards: ShardNumber = 1
 
 
 class Attach(Message, frozen=True, tag="attach"):

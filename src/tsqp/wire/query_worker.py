@@ -6,8 +6,10 @@ says which weights the worker holds.
 
 import secrets
 import time
+from typing import NamedTuple
 
 from tsqp.errors import HandshakeError, ProtocolError
+from tsqp.model.shard import Shard
 from tsqp.wire.codec import encode, printable, tee_decoder
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.handshake import read_refusal
@@ -21,10 +23,24 @@ _DTYPES: dict[str, WeightsDtype] = {
 }  # fmt: skip
 
 
+class Served(NamedTuple):
+    """What a worker says that it holds.
+
+    Attributes:
+        dtype: of its weights.
+        digest: the first 12 digits of their digest.
+        shard: which part of the model they are.
+    """
+
+    dtype: WeightsDtype
+    digest: str
+    shard: Shard
+
+
 def ask_what_is_served(
     endpoint: Endpoint, worker_key: str | None, dtype: WeightsDtype, timeout: float = 5.0
-) -> tuple[WeightsDtype, str]:
-    """Ask for the dtype of the worker's weights and the first 12 digits of their digest.
+) -> Served:
+    """Ask a worker which weights it holds.
 
     Args:
         endpoint: ipc or tcp.
@@ -38,14 +54,14 @@ def ask_what_is_served(
         ProtocolError: the worker sent an unexpected answer.
     """
     reason = _refusal(endpoint, worker_key, dtype, timeout)
-    own_dtype, digest = read_refusal(reason)
-    if own_dtype is not None:
-        dtype = _DTYPES[own_dtype]
+    found = read_refusal(reason)
+    if found.dtype is not None:
+        dtype = _DTYPES[found.dtype]
         reason = _refusal(endpoint, worker_key, dtype, timeout)
-        _, digest = read_refusal(reason)
-    if digest is None:
+        found = read_refusal(reason)
+    if found.digest is None:
         raise HandshakeError(f"Refused by the worker at {endpoint}: {reason}")
-    return dtype, digest
+    return Served(dtype, found.digest, found.shard)
 
 
 def _refusal(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsqp.algebra.params import LATTICE, Field
-from tsqp.algebra.residue_blocks import WORDS, blocks
+from tsqp.algebra.residue_blocks import BLOCK, WORDS, blocks
 
 ALL = slice(None)
 USED = -1  # overwrites a row that was given out; no residue has every bit set
@@ -55,6 +55,13 @@ class Pads:
     def copy(self, place: list[int] | slice) -> "Pads":
         """Some rows, in memory of their own."""
         return Pads(self.r_ND[..., place, :].copy(), self.u_NF[..., place, :].copy())
+
+    def products(self, columns: slice) -> NDArray[Any]:
+        """u of some output features, contiguous. In the lattice field they begin with a block."""
+        if self.u_NF.ndim == 3:
+            assert columns.start % BLOCK == 0
+            return self.u_NF[columns.start // BLOCK : blocks(columns.stop)]
+        return np.ascontiguousarray(self.u_NF[:, columns])
 
     def put(self, place: list[int] | slice, pads: "Pads") -> None:
         """Write rows."""

@@ -117,6 +117,21 @@ class LatticeGroup:
         other._draw_checks(weight_FD)
         return other
 
+    def of_rows(self, rows: slice, weight_FD: Tensor) -> "LatticeGroup":
+        """A shard of the group: some output features, with check vectors of their own [P6], [P13].
+
+        The bounds stay those of the whole group, so that all shards get the same masked input.
+
+        Args:
+            weight_FD: the weights of this group, all of them.
+        """
+        shard = copy(self)
+        shard.features = rows.stop - rows.start
+        shard._scale_F = self._scale_F[rows]
+        shard._bias_F = None if self._bias_F is None else self._bias_F[rows]
+        shard._draw_checks(weight_FD[rows])
+        return shard
+
     def _draw_checks(self, weight_FD: Tensor) -> None:
         k_2F = uniform((VECTORS, self.features), LATTICE)
         self._k_22F = lattice_kernels.as_halves(k_2F)

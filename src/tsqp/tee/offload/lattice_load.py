@@ -13,6 +13,7 @@ from tsqp.algebra.params import DEGREE, LATTICE
 from tsqp.algebra.ring import ClassTransform, Ring
 from tsqp.checkpoint.quantize import IntegerWeights
 from tsqp.model.linear_group import LinearGroup
+from tsqp.model.shard import all_shards
 from tsqp.tee.crypto import hint_checks, lattice_kernels
 from tsqp.tee.crypto.hint_checks import check_hints, fresh_seed
 from tsqp.tee.crypto.lattice import LatticeProvider, rows_of_a_class
@@ -32,6 +33,7 @@ class LatticeLoad:
         find: finds the hints of a group, which are then checked; by default they are made here.
         row_pool: its threads check the hints.
         workers: how many there are, each with check vectors of its own.
+        sharded: whether each of them has one shard of every group, and not all of it.
 
     Attributes:
         groups: those that were added, one mapping for each worker.
@@ -47,6 +49,7 @@ class LatticeLoad:
         seed: bytes | None = None,
         find: Find | None = None,
         workers: int = 1,
+        sharded: bool = False,
         row_pool: RowPool | None = None,
     ) -> None:
         self._shapes = dict(shapes)
@@ -58,6 +61,7 @@ class LatticeLoad:
         self.seed = fresh_seed() if seed is None else seed
         self._public = public_polynomials(self._ring, self.seed, widest)
         self.hints: dict[LinearGroup, Polynomials] = {}
+        self._sharded = sharded
         self.groups: list[dict[LinearGroup, LatticeGroup]] = [{} for _ in range(workers)]
 
     def add(self, linear: LinearGroup, weights: IntegerWeights, find: Find | None = None) -> None:
@@ -71,8 +75,13 @@ class LatticeLoad:
             HintsError: the hints that were found do not belong to these weights.
         """
         first = LatticeGroup(linear, weights, self._biases_F.get(linear))
-        for number, groups in enumerate(self.groups):
-            groups[linear] = first.with_own_checks(weights.weight_FD) if number else first
+        weight_FD = weights.weight_FD
+        if self._sharded:
+            for shard, groups in zip(all_shards(len(self.groups)), self.groups, strict=True):
+                groups[linear] = first.of_rows(shard.rows_of(linear), weight_FD)
+        else:
+            for number, groups in enumerate(self.groups):
+                groups[linear] = first.with_own_checks(weight_FD) if number else first
         find = find or self._find
         if find is None:
             self.hints[linear] = make_hints(self._public, weights.weight_FD)

@@ -45,9 +45,17 @@ from tsqp.wire.channel import Channel
 
 Block = TypeVar("Block")  # what a mode keeps for rows that were sent
 Kept = TypeVar("Kept")  # what a group keeps for them
+Sent = TypeVar("Sent", bound="HasFeatures")  # a group, or all shards of one
+Sent_contra = TypeVar("Sent_contra", bound="HasFeatures", contravariant=True)
 
 BLOCK_ROWS = 128  # most rows of a call: the TEE unmasks one while the worker multiplies the next
 BLOCKS_IN_FLIGHT = 2
+
+
+class HasFeatures(Protocol):
+    """Something whose product has so many columns."""
+
+    features: int
 
 
 class Group(Protocol[Kept]):
@@ -144,6 +152,21 @@ class MaskedGroup:
         other._draw_checks(weight_FD)
         return other
 
+    def of_rows(self, rows: slice, weight_FD: Tensor) -> "MaskedGroup":
+        """A shard of the group: some output features, with check vectors of their own [P6].
+
+        The bounds stay those of the whole group, so that all shards get the same masked input.
+
+        Args:
+            weight_FD: the weights of this group, all of them.
+        """
+        shard = copy(self)
+        shard.features = rows.stop - rows.start
+        shard._scale_F = self._scale_F[rows]
+        shard._bias_F = None if self._bias_F is None else self._bias_F[rows]
+        shard._draw_checks(weight_FD[rows])
+        return shard
+
     def _draw_checks(self, weight_FD: Tensor) -> None:
         checks = CheckVectors.draw(weight_FD)
         self._k_2P, self._kw_2P = kernels.as_pairs(checks.k_2F), kernels.as_pairs(checks.kw_2D)
@@ -228,13 +251,13 @@ class MaskedGroup:
         )
 
 
-class Groups(Generic[Kept]):
+class Groups(Generic[Sent]):
     """The groups of one session. They are forgotten when it ends [P7]."""
 
-    def __init__(self, groups: Mapping[LinearGroup, Group[Kept]]) -> None:
+    def __init__(self, groups: Mapping[LinearGroup, Sent]) -> None:
         self._groups = dict(groups)
 
-    def of(self, request: Linear) -> Group[Kept]:
+    def of(self, request: Linear) -> Sent:
         """The group that a request asks for.
 
         Raises:
@@ -286,14 +309,14 @@ class PrivateOffload:
         self._linear.close()
 
 
-class _BlockSender(Protocol[Block, Kept]):
+class _BlockSender(Protocol[Block, Sent_contra]):
     """A masked mode's work on one block of rows."""
 
-    def rows_per_call(self, group: Group[Kept]) -> int: ...
+    def rows_per_call(self, group: Sent_contra) -> int: ...
 
-    def send(self, group: Group[Kept], x_TD: Tensor) -> Block: ...
+    def send(self, group: Sent_contra, x_TD: Tensor) -> Block: ...
 
-    def receive(self, group: Group[Kept], block: Block, y_TF: Tensor) -> float:
+    def receive(self, group: Sent_contra, block: Block, y_TF: Tensor) -> float:
         """Write the product, float32; the seconds spent waiting for it."""
         ...
 
@@ -303,7 +326,7 @@ class _BlockSender(Protocol[Block, Kept]):
 
 
 def start_in_blocks(
-    sender: _BlockSender[Block, Kept], group: Group[Kept], x_TD: Tensor, dtype: torch.dtype
+    sender: _BlockSender[Block, Sent], group: Sent, x_TD: Tensor, dtype: torch.dtype
 ) -> Pending:
     """Send the first blocks of rows; the others are sent as answers arrive."""
     return _Blocks(sender, group, x_TD.float().contiguous(), dtype)
@@ -315,13 +338,13 @@ def masked_rows_per_call(channel: Channel, group: Group[Any]) -> int:
     return max(1, min(by_work, channel.max_call_bytes // group.row_bytes))
 
 
-class _Blocks(Generic[Block, Kept]):
+class _Blocks(Generic[Block, Sent]):
     """An answer that is being computed. At most BLOCKS_IN_FLIGHT of its blocks are sent at once."""
 
     def __init__(
         self,
-        sender: _BlockSender[Block, Kept],
-        group: Group[Kept],
+        sender: _BlockSender[Block, Sent],
+        group: Sent,
         x_TD: Tensor,
         dtype: torch.dtype,
     ) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.model.linear_group import LinearGroup
+from tsqp.model.shard import all_shards
 from tsqp.nn.attention import CachedAttention
 from tsqp.nn.kv_cache import KvCache
 from tsqp.tee.offload.offload import Attention, Embedding, Kv, Linear, Pending, Request, attend_here
@@ -31,7 +32,7 @@ from tsqp.wire.tensors import Spec
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class Columns:
     """The worker behind `channel` computes the output features [start, stop) of a group."""
 
     channel: Channel
@@ -40,9 +41,10 @@ class Shard:
 
 
 class OpenLinear:
-    """Sends plain token ids and activations to one worker; attention is left to subclasses.
+    """Sends plain token ids and activations to workers; attention is left to subclasses.
 
     Args:
+        channels: to one worker, or to the workers of all shards in their order.
         biases_F: of the groups that have one.
         timeout: seconds that the worker may take for one call.
         kv: where keys and values are kept.
@@ -50,7 +52,7 @@ class OpenLinear:
 
     def __init__(
         self,
-        channel: Channel,
+        channels: Sequence[Channel],
         config: ModelConfig,
         dtype: torch.dtype,
         biases_F: Mapping[LinearGroup, Tensor],
@@ -58,14 +60,13 @@ class OpenLinear:
         kv: Kv,
     ) -> None:
         self.kv = kv
-        self._channel = channel
+        self._channels = tuple(channels)
+        self._channel = channels[0]
         self._dtype = dtype
-        # Which worker computes which features of a group: as yet, one computes all.
-        self._groups = {
-            group: (Shard(channel, 0, group.features),) for group in linear_groups(config)
-        }
+        # Which worker computes which features of a group.
+        self._groups = {group: self._cut(group.features) for group in linear_groups(config)}
         self._hidden_size = config.hidden_size
-        self._embedding = (Shard(channel, 0, config.hidden_size),)
+        self._embedding = self._cut(config.hidden_size)
         self._biases_F = biases_F
         self._timeout = timeout
 
@@ -77,10 +78,17 @@ class OpenLinear:
         return self._call(operation, request.x_TD, self._groups[group], self._biases_F.get(group))
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
+
+    def _cut(self, features: int) -> list[Columns]:
+        """Which worker computes which of so many features."""
+        rows = [shard.rows(features) for shard in all_shards(len(self._channels))]
+        pairs = zip(self._channels, rows, strict=True)
+        return [Columns(channel, each.start, each.stop) for channel, each in pairs]
 
     def _call(
-        self, operation: Operation, x: Tensor, shards: Sequence[Shard], bias_F: Tensor | None
+        self, operation: Operation, x: Tensor, shards: Sequence[Columns], bias_F: Tensor | None
     ) -> Pending:
         rows = len(x)
         block = min(_rows_per_call(x, shard, self._dtype) for shard in shards)
@@ -95,7 +103,7 @@ class OpenLinear:
         return SplitAnswer(partial(submit, part) for part in torch.split(x, block))
 
     def submit_to(
-        self, shard: Shard, operation: Operation, x: Tensor, bias_F: Tensor | None
+        self, shard: Columns, operation: Operation, x: Tensor, bias_F: Tensor | None
     ) -> "RemoteAnswer":
         output = Spec((len(x), shard.stop - shard.start), self._dtype)
         return self.submit(operation, (x,), output, bias_F, shard.channel)
@@ -124,7 +132,7 @@ class OpenOffload(OpenLinear):
 
     def __init__(
         self,
-        channel: Channel,
+        channels: Sequence[Channel],
         config: ModelConfig,
         dtype: torch.dtype,
         biases_F: Mapping[LinearGroup, Tensor],
@@ -132,7 +140,7 @@ class OpenOffload(OpenLinear):
         kv: KvCache,
     ) -> None:
         self._attention = CachedAttention(config, kv)
-        super().__init__(channel, config, dtype, biases_F, timeout, kv)
+        super().__init__(channels, config, dtype, biases_F, timeout, kv)
 
     def start(self, request: Request) -> Pending:
         if isinstance(request, Attention):
@@ -233,7 +241,7 @@ class SplitAnswer:
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
-def _rows_per_call(x: Tensor, shard: Shard, dtype: torch.dtype) -> int:
+def _rows_per_call(x: Tensor, shard: Columns, dtype: torch.dtype) -> int:
     """How many rows of `x` fit into one call, with their answers and the work they take."""
     features = shard.stop - shard.start
     row_bytes = x[0].nbytes + features * dtype.itemsize

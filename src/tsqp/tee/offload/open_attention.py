@@ -43,7 +43,7 @@ class OpenAttentionOffload(OpenLinear):
         timeout: float,
     ) -> None:
         kv = RemoteKv(channel, timeout)
-        super().__init__(channel, config, dtype, biases_F, timeout, kv)
+        super().__init__([channel], config, dtype, biases_F, timeout, kv)
         self._num_heads = config.num_heads
         layers = range(config.num_layers)
         self._o_biases_F = [biases_F.get(layer_groups(config, layer).o) for layer in layers]

@@ -39,7 +39,7 @@ class OpenLayersOffload(OpenLinear):
         timeout: float,
     ) -> None:
         kv = RemoteKv(channel, timeout)
-        super().__init__(channel, config, dtype, biases_F, timeout, kv)
+        super().__init__([channel], config, dtype, biases_F, timeout, kv)
         self._most_macs = channel.welcome.max_call_macs
         self._layer_macs = [layer_macs(config, layer) for layer in range(config.num_layers)]
         self._attention_macs = 2 * config.num_heads * config.head_dim  # of a row and a token

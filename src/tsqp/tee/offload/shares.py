@@ -68,7 +68,7 @@ class SharesLinear:
         assert len(channels) >= 2
         self._channels = tuple(channels)
         self._seeded, self._last = self._channels[:-1], self._channels[-1]
-        self._groups: Groups[Masked] = Groups(groups)
+        self._groups: Groups[Group[Masked]] = Groups(groups)
         self._dtype = dtype
         self._timeout = timeout
         self._row_pool = row_pool
