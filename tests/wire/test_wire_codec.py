@@ -196,13 +196,13 @@ def test_a_frame_is_laid_out_as_the_module_says() -> None:
     assert encode(Attach(True, False), 5) == head + body
 
 
-@settings(max_examples=2000)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(data: bytes) -> None:
     reads_alike_or_not_at_all(data)
 
 
-@settings(max_examples=2000)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 @example(b"\x91" * 100_000 + b"\x00")
 @example(msgspec.msgpack.encode(["failure", "error", "x"])[:-1] + b"\xff")
@@ -215,13 +215,13 @@ json_like = scalars | st.lists(scalars | st.lists(scalars, max_size=3), max_size
 tags = st.sampled_from(["hello", "attach", "call", "bye", "welcome", "result", "failure", "probe"])
 
 
-@settings(max_examples=500)
+@settings(max_examples=100)
 @given(tags, st.lists(json_like, max_size=4))
 def test_fields_of_the_wrong_type_are_refused(tag: str, fields: list[object]) -> None:
     reads_alike_or_not_at_all(frame(msgspec.msgpack.encode([tag, *fields])))
 
 
-@settings(max_examples=1000)
+@settings(max_examples=200)
 @given(from_tee | from_worker, st.data())
 def test_a_flipped_bit_is_refused_or_makes_another_valid_message(
     message: Message, data: st.DataObject
@@ -232,7 +232,7 @@ def test_a_flipped_bit_is_refused_or_makes_another_valid_message(
     reads_alike_or_not_at_all(bytes(flipped))
 
 
-@settings(max_examples=1000)
+@settings(max_examples=200)
 @given(from_tee | from_worker, st.data())
 def test_a_truncated_message_is_refused(message: Message, data: st.DataObject) -> None:
     whole = encode(message)
@@ -259,7 +259,7 @@ def test_another_version_is_named_with_what_to_do(message: Message, version: int
         WORKER.decode(frame(body, version=version))
 
 
-@settings(max_examples=500)
+@settings(max_examples=100)
 @given(st.integers(MAX_MESSAGE + 1, 2**22), st.sampled_from([WORKER, TEE]))
 def test_an_oversized_message_is_refused_whatever_its_header_says(
     length: int, decoder: Decoder[Message]
@@ -270,7 +270,7 @@ def test_an_oversized_message_is_refused_whatever_its_header_says(
         decoder.decode(memoryview(data))
 
 
-@settings(max_examples=500)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 9) | tickets, st.booleans()), max_size=30))
 def test_only_a_ticket_above_all_before_it_on_its_way_is_taken(
     calls: list[tuple[int, bool]],
