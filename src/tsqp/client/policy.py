@@ -1,8 +1,8 @@
 """What a user demands of a server, read from a TOML file.
 
 A policy that leaves something out does not demand it, and every verdict says so. The exception is
-the measurement of the code: a policy without all of it must say `any_measurement = true`. Guests and
-enclaves that can be debugged are always refused; no policy can allow them.
+the measurement of the code: a policy without all of it must say `any_measurement = true`. Guests
+and enclaves that can be debugged are always refused; no policy can allow them.
 """
 
 import re
