@@ -17,8 +17,9 @@ from test_life import write_certificate
 from tsqp.api.claims import Claims, report_data
 from tsqp.api.evidence import Evidence
 from tsqp.api.key_release import NO_MODEL, SUITE, ReleaseRequest, binding
-from tsqp.client import key_broker
-from tsqp.client.key_broker import Broker, Nonces
+from tsqp.client import clock, nonces
+from tsqp.client.key_broker import Broker
+from tsqp.client.nonces import Nonces
 from tsqp.client.run_broker import read_secrets
 from tsqp.errors import AttestationError, UsageError
 from tsqp.tee.attest.simulated import Simulated
@@ -153,17 +154,30 @@ def test_evidence_over_another_nonce_gets_nothing(broker: Broker) -> None:
         broker.release(ask(bytes(32)), b"\1" * 32)
 
 
-def test_a_nonce_is_good_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    nonces = Nonces()
-    nonce = nonces.new()
-    evidence = ask(nonce).evidence
-    assert nonces.take(evidence) == nonce
-    for found in (evidence, ask(bytes(32)).evidence):
-        with pytest.raises(AttestationError, match="not over a nonce"):
-            nonces.take(found)
-    monkeypatch.setattr(key_broker, "NONCE_S", -1.0)
-    with pytest.raises(AttestationError, match="not over a nonce"):
-        nonces.take(ask(nonces.new()).evidence)
+def test_a_nonce_is_good_once_and_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker, now = Nonces(), clock.seconds()
+    nonce, late = broker.new(), broker.new()
+    broker.take(nonce)
+    flipped = bytes([nonce[0] ^ 1]) + nonce[1:]  # another time
+    for wrong in (nonce, flipped, bytes(32), b"", nonce[:-1], nonce + b"\0", Nonces().new()):
+        with pytest.raises(AttestationError):
+            broker.take(wrong)
+    monkeypatch.setattr(clock, "seconds", lambda: now + nonces.NONCE_S + 1)
+    with pytest.raises(AttestationError, match="older than"):
+        broker.take(late)
+
+
+def test_a_flood_of_questions_displaces_no_nonce(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Nonces()
+    first = broker.new()
+    for _ in range(5000):
+        broker.new()
+    broker.take(first)
+    monkeypatch.setattr(nonces, "MAX_USED", 1)
+    with pytest.raises(AttestationError, match="Too many"):
+        broker.take(broker.new())
+    with pytest.raises(AttestationError, match="used before"):
+        broker.take(first)
 
 
 def test_a_request_survives_its_form_and_others_are_refused() -> None:
