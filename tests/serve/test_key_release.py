@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_a_tee_gets_the_secret(commands: Commands, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     assert "refuses" in commands.fails("keys", "fetch", url, "other", "--out", absent, *flags)
     assert not absent.exists()
+
+
+def test_the_unit_of_a_virtual_machine_gets_the_secret(commands: Commands, tmp_path: Path) -> None:
+    url, key = start_broker(commands, tmp_path, SIMULATED)
+    unit = Path(__file__).parents[2] / "deploy" / "systemd" / "tsqp-serve-secrets.conf"
+    line = next(each for each in unit.read_text().splitlines() if each.startswith("ExecStartPre="))
+    out = tmp_path / "out"
+    _, _, _, _, _, *words = line.split()  # python3 -P -s -m tsqp
+    command, flags = words[:2], words[4:]
+    mine = {"--out": str(out), "--broker-key": key}
+    flags = [mine.get(before, word) for before, word in pairwise(["", *flags])]
+    result = commands.run(*command, url, "weights", *flags, "--attest", "simulated")
+    assert result.status == 0, result
+    assert out.read_bytes() == SECRET
 
 
 def test_a_policy_can_demand_where_the_secret_is_written(
