@@ -72,7 +72,7 @@ COMMANDS = {
     """,
     "keys-fetch": "--attest --broker-key --debug --out NAME URL",
     "verify-receipt": """
-        --collateral --debug --evidence --json --key --policy --receipt --request --response
+        --at --collateral --debug --evidence --json --key --policy --receipt --request --response
     """,
     "report": "--against --debug --html --json --trace FILES",
 }

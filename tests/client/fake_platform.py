@@ -123,9 +123,9 @@ class FakePlatform:
         report[0x2A0:0x330] = r.to_bytes(72, "little") + s.to_bytes(72, "little")
         return bytes(report)
 
-    def table(self) -> bytes:
-        """The certificates in the form of the GHCB specification."""
-        ders = [each.public_bytes(Encoding.DER) for each in (self.vcek, self.ask, self.ark)]
+    def table(self, *more: x509.CertificateRevocationList) -> bytes:
+        """The certificates, and lists, in the form of the GHCB specification."""
+        ders = [each.public_bytes(Encoding.DER) for each in (self.vcek, self.ask, self.ark, *more)]
         head, body, begin = b"", b"", 24 * (len(ders) + 1)
         for number, der in enumerate(ders):
             head += struct.pack("<16sII", bytes([number + 1] * 16), begin + len(body), len(der))
@@ -133,13 +133,18 @@ class FakePlatform:
         return head + bytes(24) + body
 
     def crl(
-        self, *revoked: int, signer: str = "ark", end: datetime = NOW + timedelta(days=9)
+        self,
+        *revoked: int,
+        signer: str = "ark",
+        issuer: x509.Name | None = None,
+        issued: datetime = NOW - timedelta(days=3),
+        end: datetime = NOW + timedelta(days=9),
     ) -> x509.CertificateRevocationList:
         """A list of revoked certificates, three days old."""
         builder = (
             x509.CertificateRevocationListBuilder()
-            .issuer_name(self.ark.subject)
-            .last_update(NOW - timedelta(days=3))
+            .issuer_name(issuer or self.ark.subject)
+            .last_update(issued)
             .next_update(end)
         )
         for serial in revoked:

@@ -28,6 +28,8 @@ min_tcb_date = 2024-03-13
 
 [tdx]
 mr_td = ["{LONG}"]
+rtmr0 = ["{LONG}"]
+rtmr1 = ["{LONG}"]
 rtmr2 = ["{LONG}"]
 
 [sev-snp]
@@ -97,17 +99,36 @@ def test_a_wrong_policy_is_refused_with_a_sentence(tmp_path: Path, text: str, sa
     assert str(caught.value).endswith(".")
 
 
-@pytest.mark.parametrize("platform", ["sgx", "tdx", "sev-snp"])
-def test_a_policy_without_measurement_must_say_so(tmp_path: Path, platform: str) -> None:
+@pytest.mark.parametrize(
+    ("platform", "missing"),
+    [
+        ("sgx", "mr_enclave"),
+        ("tdx", "mr_td, rtmr0, rtmr1, rtmr2"),
+        ("sev-snp", "measurement"),
+    ],
+)
+def test_a_policy_without_measurement_must_say_so(
+    tmp_path: Path, platform: str, missing: str
+) -> None:
     text = f'platforms = ["{platform}"]\n'
-    with pytest.raises(AttestationError, match=f"no measurement for {platform}"):
+    with pytest.raises(AttestationError, match=f"has no {missing} for {platform}"):
         read_policy(write(tmp_path, text))
     assert read_policy(write(tmp_path, text + "any_measurement = true")).any_measurement
 
 
+@pytest.mark.parametrize("missing", ["mr_td", "rtmr0", "rtmr1", "rtmr2"])
+def test_a_policy_for_tdx_needs_every_register_that_measures_code(
+    tmp_path: Path, missing: str
+) -> None:
+    text = FULL.replace(f'{missing} = ["{LONG}"]\n', "")
+    with pytest.raises(AttestationError, match=f"has no {missing} for tdx"):
+        read_policy(write(tmp_path, text))
+    assert read_policy(write(tmp_path, "any_measurement = true\n" + text)).any_measurement
+
+
 def test_the_simulated_platform_needs_a_measurement_too(tmp_path: Path) -> None:
     text = "platforms = []\nallow_simulated = true\n"
-    with pytest.raises(AttestationError, match="no measurement for sev-snp"):
+    with pytest.raises(AttestationError, match="has no measurement for sev-snp"):
         read_policy(write(tmp_path, text))
     read_policy(write(tmp_path, text + "any_measurement = true"))
 

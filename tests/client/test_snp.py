@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.serialization import Encoding
-from fake_platform import BEGIN, END, MEASUREMENT, NOW, TCB, FakePlatform
+from fake_platform import BEGIN, END, MEASUREMENT, NOW, TCB, FakePlatform, name_of
 from samples import ANYTHING, failed
 
 from tsqp.api.evidence import Evidence
@@ -31,12 +31,14 @@ def judge(platform: FakePlatform, tmp_path: Path) -> Callable[..., Verdict]:
         policy: Policy = ANYTHING,
         at: object = NOW,
         crls: tuple[object, ...] = (),
+        table: bytes | None = None,
         **demands: object,
     ) -> Verdict:
         ark = tmp_path / "ark.pem"
         ark.write_bytes(by.ark.public_bytes(Encoding.PEM))
         snp = SnpPolicy(ark=str(ark), **demands)  # type: ignore[arg-type]
-        evidence = Evidence(platform="sev-snp", quote=quote, claims=b"", certificates=by.table())
+        table = by.table() if table is None else table
+        evidence = Evidence(platform="sev-snp", quote=quote, claims=b"", certificates=table)
         return verify_evidence(
             evidence,
             msgspec.structs.replace(policy, sev_snp=snp),
@@ -152,6 +154,27 @@ def test_a_list_of_revoked_certificates_may_not_be_too_old(
         policy = msgspec.structs.replace(ANYTHING, max_collateral_age_days=days)
         crls = (platform.crl(),)
         assert failed(judge(platform.report(), policy=policy, crls=crls)) == wrong
+
+
+def test_the_age_of_a_list_counts_only_after_its_signature(
+    platform: FakePlatform, judge: Judge
+) -> None:
+    """A list of anybody, with the name of another root, must not make an old one look new."""
+    policy = msgspec.structs.replace(ANYTHING, max_collateral_age_days=2.0)
+    forged = platform.crl(signer="another", issuer=name_of("another"), issued=NOW)
+    for crls in ((platform.crl(), forged), (platform.crl(signer="another", issued=NOW),), ()):
+        verdict = judge(platform.report(), policy=policy, crls=crls)
+        assert failed(verdict) & {"collateral", "collateral age"}
+
+
+def test_the_table_of_the_host_gives_certificates_only(
+    platform: FakePlatform, judge: Judge
+) -> None:
+    policy = msgspec.structs.replace(ANYTHING, max_collateral_age_days=7.0)
+    table = platform.table(platform.crl())  # well signed, but the host may have kept it
+    assert failed(judge(platform.report(), policy=policy, table=table)) == {"collateral"}
+    assert failed(judge(platform.report(), table=table, require_crl=True)) == {"revocation"}
+    assert judge(platform.report(), table=table).accepted
 
 
 @pytest.mark.parametrize(

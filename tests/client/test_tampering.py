@@ -1,5 +1,7 @@
 """One bit of a signed part is changed, and nothing of it is accepted any more."""
 
+import base64
+import json
 import struct
 from collections.abc import Iterator
 
@@ -137,3 +139,22 @@ def test_no_changed_claims_are_accepted(
         )
         verdict = verify_evidence(changed, ANYTHING, at=NOW)
         assert "claims" in {check.name for check in verdict.failures}
+
+
+def test_a_quote_of_ten_megabytes_is_refused_before_anything_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sample = IntelSample.read("tdx_quote")
+    quote = sample.quote + bytes(10_000_000)  # a genuine one, with what Linux may add
+    short = Evidence(platform="tdx", quote=sample.quote, claims=b"")
+    fields = json.loads(short.to_json()) | {"quote": base64.b64encode(quote).decode()}
+    for name in ("loads", "JSONDecoder"):
+        monkeypatch.setattr(json, name, None)
+    for read in (
+        lambda: Evidence(platform="tdx", quote=quote, claims=b""),
+        lambda: Evidence.from_json(json.dumps(fields).encode()),
+        lambda: Evidence.from_extension(short.to_extension() + quote, "tdx"),
+        lambda: sample.verdict(quote=quote),
+    ):
+        with pytest.raises(AttestationError, match=r"at most|more than"):
+            read()

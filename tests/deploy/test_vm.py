@@ -89,6 +89,16 @@ def test_the_root_is_read_only_and_verified() -> None:
     )
 
 
+def test_nothing_is_taken_from_partitions_or_tables_that_the_host_adds() -> None:
+    line = words("Content", "KernelCommandLine")
+    wanted = {"systemd.gpt_auto": "no", "systemd.swap": "no", "systemd.import_credentials": "no"}
+    settings = [each.partition("=")[::2] for each in line]
+    for name, value in wanted.items():
+        assert [found for key, found in settings if key.removeprefix("rd.") == name] == [value]
+    assert "noresume" in line
+    assert not {"root", "resume", "systemd.image_policy"} & {key for key, _ in settings}
+
+
 def test_the_image_holds_the_code_the_model_and_the_unit() -> None:
     trees = dict(each.split(":") for each in words("Content", "ExtraTrees"))
     unit = (DEPLOY / "systemd" / "tsqp-serve.service").read_text()

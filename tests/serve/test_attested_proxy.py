@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from attested_server import AttestedServer, begin_attested
 from openai import APIStatusError, OpenAI
-from protocol_helpers import Commands
+from protocol_helpers import Commands, eventually
+from recording_relay import RecordingRelay
 from serve_client import KEY
 
 POLICY = """
@@ -82,6 +83,43 @@ def test_a_server_with_another_model_or_mode_is_refused(
     result = commands.run("verify", f"https://127.0.0.1:{served.port}", "--policy", policy)
     assert result.status == 1
     assert result.stdout.count("FAIL") == 1
+
+
+def test_a_server_that_does_not_meet_the_policy_gets_nothing_of_a_prompt(
+    commands: Commands, served: AttestedServer, attested_server: AttestedServer, tmp_path: Path
+) -> None:
+    """Between a client and two real servers, one with another mode, stands somebody who records.
+
+    What he sees is encrypted, so he counts: fewer bytes than the prompt has leave the proxy.
+    """
+    prompt = "A secret. " * 6000
+    with RecordingRelay(served.port) as relay:
+        policy = write_policy(tmp_path, served)
+        running = commands.start(
+            "proxy", f"https://127.0.0.1:{relay.port}", "--port", 0, "--policy", policy,
+            "--reverify-seconds", 0.001,
+        ).says("forwarding http://")  # fmt: skip
+        [port] = re.findall(r"forwarding http://127\.0\.0\.1:(\d+)", running.stderr)
+        url = f"http://127.0.0.1:{port}/v1"
+        with OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+
+            def refusal() -> str:
+                with pytest.raises(APIStatusError) as caught:
+                    client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
+                return str(caught.value)
+
+            assert "not verified" not in refusal()  # the real server says that it is too long
+            assert len(relay.received) > len(prompt)
+            relay.received.clear()
+            relay.target = attested_server.port
+            assert "not verified. model digest: " in (told := refusal()), told
+            assert 'configuration.options.privacy: "tee"' in told
+            relay.target = served.port
+            write_policy(tmp_path, served, digest="sha256:" + "00" * 32)
+            assert eventually(lambda: "options.privacy" not in refusal())
+            assert "not verified. model digest: " in refusal()
+        assert b"secret" not in relay.received
+        assert 0 < len(relay.received) < len(prompt) / 2
 
 
 def test_the_simulated_platform_is_refused_by_default(

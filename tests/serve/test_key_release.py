@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from test_life import write_certificate
 from tsqp.api.claims import Claims, report_data
 from tsqp.api.evidence import Evidence
 from tsqp.api.key_release import NO_MODEL, SUITE, ReleaseRequest, binding
-from tsqp.client import key_broker
-from tsqp.client.key_broker import Broker, Nonces
+from tsqp.client import clock, nonces
+from tsqp.client.key_broker import Broker
+from tsqp.client.nonces import Nonces
 from tsqp.client.run_broker import read_secrets
 from tsqp.errors import AttestationError, UsageError
 from tsqp.tee.attest.simulated import Simulated
@@ -58,6 +60,20 @@ def test_a_tee_gets_the_secret(commands: Commands, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     assert "refuses" in commands.fails("keys", "fetch", url, "other", "--out", absent, *flags)
     assert not absent.exists()
+
+
+def test_the_unit_of_a_virtual_machine_gets_the_secret(commands: Commands, tmp_path: Path) -> None:
+    url, key = start_broker(commands, tmp_path, SIMULATED)
+    unit = Path(__file__).parents[2] / "deploy" / "systemd" / "tsqp-serve-secrets.conf"
+    line = next(each for each in unit.read_text().splitlines() if each.startswith("ExecStartPre="))
+    out = tmp_path / "out"
+    _, _, _, _, _, *words = line.split()  # python3 -P -s -m tsqp
+    command, flags = words[:2], words[4:]
+    mine = {"--out": str(out), "--broker-key": key}
+    flags = [mine.get(before, word) for before, word in pairwise(["", *flags])]
+    result = commands.run(*command, url, "weights", *flags, "--attest", "simulated")
+    assert result.status == 0, result
+    assert out.read_bytes() == SECRET
 
 
 def test_a_policy_can_demand_where_the_secret_is_written(
@@ -153,17 +169,30 @@ def test_evidence_over_another_nonce_gets_nothing(broker: Broker) -> None:
         broker.release(ask(bytes(32)), b"\1" * 32)
 
 
-def test_a_nonce_is_good_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    nonces = Nonces()
-    nonce = nonces.new()
-    evidence = ask(nonce).evidence
-    assert nonces.take(evidence) == nonce
-    for found in (evidence, ask(bytes(32)).evidence):
-        with pytest.raises(AttestationError, match="not over a nonce"):
-            nonces.take(found)
-    monkeypatch.setattr(key_broker, "NONCE_S", -1.0)
-    with pytest.raises(AttestationError, match="not over a nonce"):
-        nonces.take(ask(nonces.new()).evidence)
+def test_a_nonce_is_good_once_and_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker, now = Nonces(), clock.seconds()
+    nonce, late = broker.new(), broker.new()
+    broker.take(nonce)
+    flipped = bytes([nonce[0] ^ 1]) + nonce[1:]  # another time
+    for wrong in (nonce, flipped, bytes(32), b"", nonce[:-1], nonce + b"\0", Nonces().new()):
+        with pytest.raises(AttestationError):
+            broker.take(wrong)
+    monkeypatch.setattr(clock, "seconds", lambda: now + nonces.NONCE_S + 1)
+    with pytest.raises(AttestationError, match="older than"):
+        broker.take(late)
+
+
+def test_a_flood_of_questions_displaces_no_nonce(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Nonces()
+    first = broker.new()
+    for _ in range(5000):
+        broker.new()
+    broker.take(first)
+    monkeypatch.setattr(nonces, "MAX_USED", 1)
+    with pytest.raises(AttestationError, match="Too many"):
+        broker.take(broker.new())
+    with pytest.raises(AttestationError, match="used before"):
+        broker.take(first)
 
 
 def test_a_request_survives_its_form_and_others_are_refused() -> None:

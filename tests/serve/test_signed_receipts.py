@@ -28,7 +28,7 @@ def checked(server: AttestedServer, reply: Reply, request: bytes) -> Receipt:
     key = claims.public_key
     receipt = check_receipt(text, request=request, response=body, key=key)
     assert receipt.id == reply.headers["x-tsqp-receipt-id"]
-    check_claims(receipt, claims)
+    check_claims(receipt, claims, "simulated")
     for wrong in ({"request": request + b" "}, {"response": body[:-1]}, {"key": bytes(32)}):
         given: dict[str, Any] = {"request": request, "response": body, "key": key} | wrong
         with pytest.raises(AttestationError):
@@ -135,21 +135,28 @@ def test_the_command_checks_files(
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         flags += [f"--{name}", tmp_path / name]
-    result = commands.run("verify-receipt", *flags, "--json")
-    assert result.status == 0, result
-    assert result.json["valid"] is True
-    assert result.json["receipt"]["response"] == hashlib.sha256(reply.body).hexdigest()
-    assert any("SIMULATED" in each for each in result.json["warnings"])
-    assert any("No evidence was verified" in each for each in result.json["warnings"])
+    unverified = commands.run("verify-receipt", *flags)
+    assert (unverified.status, unverified.stdout) == (2, "")
+    assert "give --policy FILE" in unverified.stderr
     policy = tmp_path / "policy.toml"
-    for allow, status in ((True, 0), (False, 1)):
+    for allow, at, status in (
+        (True, (), 0),
+        (False, (), 1),
+        (True, ("--at", "1999-01-01"), 1),  # before the platform's certificates
+    ):
         policy.write_text(
             f'platforms = ["sgx"]\nany_measurement = true\nallow_simulated = {str(allow).lower()}\n'
         )
-        result = commands.run("verify-receipt", *flags, "--policy", policy, "--json")
+        result = commands.run("verify-receipt", *flags, "--policy", policy, *at, "--json")
         assert result.status == status, result
         assert "simulated: proves nothing" in result.stderr
-        assert not allow or len(result.json["warnings"]) == 1
+        if status == 0:
+            assert result.json["valid"] is True
+            hashed = hashlib.sha256(reply.body).hexdigest()
+            assert result.json["receipt"]["response"] == hashed
+            assert len(result.json["warnings"]) == 1 and "SIMULATED" in result.json["warnings"][0]
+    flags += ["--policy", policy]
+    policy.write_text(policy.read_text().replace("false", "true"))
     (tmp_path / "response").write_bytes(reply.body + b" ")
     assert "another response" in commands.fails("verify-receipt", *flags)
 
@@ -165,6 +172,7 @@ def test_the_command_checks_a_saved_stream_with_a_key(
     result = commands.run("verify-receipt", *flags, "--key", key)
     assert result.status == 0, result
     assert "The receipt is valid" in result.stdout and "SIMULATED" in result.stdout
+    assert "No evidence was verified" in result.stdout
     error = commands.fails("verify-receipt", *flags, "--key", "0" * 64)
     assert "another key" in error
     assert commands.run("verify-receipt", *flags).status == 2

@@ -79,7 +79,7 @@ def verify(
     else:
         _refuse("a URL", {"--cacert": cacert, "--save": save})
         assert quote is not None
-        verdict = _verify_file(quote, policy, collateral or [], claims, _time(at))
+        verdict = _verify_file(quote, policy, collateral or [], claims, time_of(at))
     print(verdict.text(), file=sys.stderr if json_output else sys.stdout)
     if json_output:
         print(verdict.json())
@@ -131,7 +131,7 @@ def _refuse(needed: str, given: dict[str, object]) -> None:
             raise UsageError(f"{name} needs {needed}.")
 
 
-def _time(text: str | None) -> datetime:
+def time_of(text: str | None) -> datetime:
     """The time that was given, in UTC unless it says otherwise; or now."""
     if text is None:
         return datetime.now(UTC)

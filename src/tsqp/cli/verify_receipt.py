@@ -12,7 +12,7 @@ import typer
 
 from tsqp.cli.app import app
 from tsqp.cli.flags import Debug, JsonOutput
-from tsqp.cli.verify import CollateralFiles
+from tsqp.cli.verify import CollateralFiles, time_of
 from tsqp.errors import UsageError, printable_path
 
 if TYPE_CHECKING:
@@ -47,9 +47,16 @@ def verify_receipt(
     ] = None,
     policy: Annotated[
         Path | None,
-        typer.Option(help="Also verify that evidence now, against this policy."),
+        typer.Option(help="TOML file of what the server must be; see docs/attestation.md."),
     ] = None,
     collateral: CollateralFiles = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            help="Judge --evidence at this time, for example 2025-07-04T00:00:00Z. The default is "
+            "now."
+        ),
+    ] = None,
     key: Annotated[
         str | None,
         typer.Option(
@@ -72,13 +79,15 @@ def verify_receipt(
 
     if (evidence is None) == (key is None):
         raise UsageError("Give either --evidence or --key: whose receipt it must be.")
-    if policy is not None and evidence is None:
-        raise UsageError("--policy needs --evidence.")
-    claims = None
+    for option, value in (("--policy", policy), ("--at", at)):
+        if value is not None and evidence is None:
+            raise UsageError(f"{option} needs --evidence.")
+    given = claims = None
     if evidence is not None:
+        if policy is None:
+            raise UsageError("Evidence is verified against a policy: give --policy FILE.")
         given = read_evidence(evidence, None)
-        if policy is not None:
-            _verify(given, policy, collateral or [])
+        _verify(given, policy, collateral or [], time_of(at))
         claims = Claims.decode(given.claims)
         digest = claims.public_key
     elif key is not None and re.fullmatch(r"(?:sha256:)?[0-9a-fA-F]{64}", key):
@@ -92,12 +101,12 @@ def verify_receipt(
         raise UsageError("The response has no receipt at its end: give it with --receipt.")
     asked = _read(request, MAX_BODY, "--request")
     checked = check_receipt(found, request=asked, response=body, key=digest)
-    if claims is not None:
-        check_claims(checked, claims)
-    _print(checked, policy is not None, json_output)
+    if given is not None and claims is not None:
+        check_claims(checked, claims, given.platform)
+    _print(checked, given is not None, json_output)
 
 
-def _verify(evidence: "Evidence", policy: Path, collateral: list[Path]) -> None:
+def _verify(evidence: "Evidence", policy: Path, collateral: list[Path], at: datetime) -> None:
     """Verify evidence, and end the command if it is refused."""
     from tsqp.client.collateral import read_collateral
     from tsqp.client.policy import read_policy
@@ -106,7 +115,7 @@ def _verify(evidence: "Evidence", policy: Path, collateral: list[Path]) -> None:
     demands = read_policy(policy)
     files = [*(Path(each) for each in demands.collateral), *collateral]
     known = read_collateral(files)
-    verdict = verify_evidence(evidence, demands, at=datetime.now(UTC), collateral=known)
+    verdict = verify_evidence(evidence, demands, at=at, collateral=known)
     print(verdict.text(), file=sys.stderr)
     verdict.require()
 
@@ -115,8 +124,8 @@ def _print(receipt: "Receipt", is_verified: bool, json_output: bool) -> None:
     warnings = [SIMULATED] if receipt.platform == "simulated" else []
     if not is_verified:
         warnings.append(
-            "No evidence was verified here, so this shows only which key signed: give --evidence "
-            "and --policy."
+            "No evidence was verified here, so this shows only that the key of --key signed: give "
+            "--evidence and --policy to learn whose key it is."
         )
     if json_output:
         print(json.dumps({"valid": True, "receipt": asdict(receipt), "warnings": warnings}))

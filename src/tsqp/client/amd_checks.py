@@ -39,9 +39,8 @@ def check_amd(
         checks.failed("measurement and TCB", "they cannot be checked: the report is not verified")
         return None
     failed_before = len(checks.failures)
-    verify_snp(report, material, roots, at, checks, require_crl=demands.require_crl)
+    issued = verify_snp(report, material, roots, at, checks, require_crl=demands.require_crl)
     is_genuine = len(checks.failures) == failed_before
-    issued = max((crl.last_update_utc for crl in material.crls), default=None)
     check_age(issued, policy, at, checks)
     check_debug(report.has_debug, "guest", checks)
     if report.has_migration_agent and not demands.allow_migration_agent:

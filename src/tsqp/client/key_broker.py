@@ -3,9 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import secrets
-import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,10 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tsqp.api.claims import Claims
-from tsqp.api.evidence import Evidence
 from tsqp.api.key_release import (
     MAX_REQUEST,
-    NONCE_BYTES,
     NONCE_PATH,
     RELEASE_PATH,
     SUITE,
@@ -29,14 +24,13 @@ from tsqp.api.key_release import (
     encode_secret,
 )
 from tsqp.client.collateral import read_collateral
+from tsqp.client.nonces import Nonces
 from tsqp.client.policy import read_policy
 from tsqp.client.verify import verify_evidence
 from tsqp.errors import AttestationError
 
 log = logging.getLogger("tsqp")
 
-NONCE_S = 60.0
-MAX_NONCES = 1024
 MAX_CHECKS = 2  # at the same time
 BODY_S = 10.0
 
@@ -91,7 +85,8 @@ def broker_app(broker: Broker) -> Starlette:
             async with asyncio.timeout(BODY_S):
                 body = await _body(request)
             asked = ReleaseRequest.from_json(body)
-            nonce = nonces.take(asked.evidence)
+            nonce = Claims.decode(asked.evidence.claims).nonce
+            nonces.take(nonce)
             async with checks:
                 ciphertext = await asyncio.to_thread(broker.release, asked, nonce)
         except (TimeoutError, ClientDisconnect):
@@ -108,32 +103,6 @@ def broker_app(broker: Broker) -> Starlette:
             Route(RELEASE_PATH, release, methods=["POST"]),
         ]
     )
-
-
-class Nonces:
-    """Nonces that were given out. Each is good once, and for a minute."""
-
-    def __init__(self) -> None:
-        self._given: OrderedDict[bytes, float] = OrderedDict()
-
-    def new(self) -> bytes:
-        """A new one. Of too many, the oldest are forgotten."""
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        self._given[nonce] = time.monotonic() + NONCE_S
-        while len(self._given) > MAX_NONCES:
-            self._given.popitem(last=False)
-        return nonce
-
-    def take(self, evidence: Evidence) -> bytes:
-        """The nonce that evidence claims to hold, if it was given out and not used.
-
-        Raises:
-            AttestationError: it was not.
-        """
-        nonce = Claims.decode(evidence.claims).nonce
-        if self._given.pop(nonce, 0.0) < time.monotonic():
-            raise AttestationError("The evidence is not over a nonce of this broker.")
-        return nonce
 
 
 async def _body(request: Request) -> bytes:

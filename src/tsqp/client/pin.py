@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import anyio
 import httpx2
 
+from tsqp.client import clock
 from tsqp.client.attested_tls import pinned_context
 from tsqp.client.fetch import CONNECT_S
 from tsqp.client.verdict import SIMULATED
@@ -27,14 +27,15 @@ class Pin:
 
     Attributes:
         public_key: SHA-256 of the key.
-        verified_at: when it was verified last, in seconds of `time.monotonic`.
+        verified_at: when the evidence of its last verification was asked for, in seconds of
+            `clock`. The evidence may be as old as that.
         users: number of requests that use it now.
         is_retired: no new request uses it.
     """
 
-    def __init__(self, found: Examined, cacert: Path | None) -> None:
+    def __init__(self, found: Examined, cacert: Path | None, verified_at: float) -> None:
         self.public_key = found.public_key
-        self.verified_at = time.monotonic()
+        self.verified_at = verified_at
         self.users = 0
         self.is_retired = False
         self._origin = found.origin
@@ -129,33 +130,34 @@ class Verifier:
         async with self._lock:  # one verification for all that wait for it
             if self._pin is not None and self._holds(self._pin):
                 return self._pin
-            if self._failure is not None and time.monotonic() - self._failure[0] < FAILED_S:
+            if self._failure is not None and clock.seconds() - self._failure[0] < FAILED_S:
                 raise self._failure[1]
+            asked_at = clock.seconds()
             try:
                 found = await self._look()
                 found.verdict.require()
             except TSQPError as exc:
                 log.error("not verified: %s", exc)
-                self._failure = (time.monotonic(), exc)
+                self._failure = (clock.seconds(), exc)
                 await self._retire()
                 raise
-            return await self._accept(found)
+            return await self._accept(found, asked_at)
 
-    async def _accept(self, found: Examined) -> Pin:
+    async def _accept(self, found: Examined, asked_at: float) -> Pin:
         note = f"; {SIMULATED}" if found.evidence.platform == "simulated" else ""
         log.info(
             "verified: platform %s, TLS key %s…%s",
             found.evidence.platform, found.public_key.hex()[:16], note,
         )  # fmt: skip
         if self._pin is not None and self._pin.public_key == found.public_key:
-            self._pin.verified_at = time.monotonic()
+            self._pin.verified_at = asked_at
             return self._pin
         await self._retire()
-        self._pin = Pin(found, self._cacert)
+        self._pin = Pin(found, self._cacert, asked_at)
         return self._pin
 
     def _holds(self, pin: Pin | None) -> bool:
-        return pin is not None and time.monotonic() - pin.verified_at < self._reverify_s
+        return pin is not None and clock.seconds() - pin.verified_at < self._reverify_s
 
     async def _retire(self) -> None:
         """Use the pin for no new request. Requests that were sent may end."""

@@ -1,8 +1,8 @@
 """What a user demands of a server, read from a TOML file.
 
 A policy that leaves something out does not demand it, and every verdict says so. The exception is
-the measurement of the code: a policy without one must say `any_measurement = true`. Guests and
-enclaves that can be debugged are always refused; no policy can allow them.
+the measurement of the code: a policy without all of it must say `any_measurement = true`. Guests
+and enclaves that can be debugged are always refused; no policy can allow them.
 """
 
 import re
@@ -50,9 +50,9 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """A table of the file, whose keys are the attributes' names."""
 
     @property
-    def has_measurement(self) -> bool:
-        """Whether only certain code is accepted."""
-        return False
+    def missing_measurements(self) -> tuple[str, ...]:
+        """Keys without which code that the user did not choose would be accepted."""
+        return ()
 
 
 class SgxPolicy(Table, frozen=True):
@@ -86,8 +86,8 @@ class SgxPolicy(Table, frozen=True):
             raise ValueError("sgx.product_id and sgx.min_svn need sgx.mr_signer.")
 
     @property
-    def has_measurement(self) -> bool:
-        return bool(self.mr_enclave or self.mr_signer)
+    def missing_measurements(self) -> tuple[str, ...]:
+        return () if self.mr_enclave or self.mr_signer else ("mr_enclave",)
 
 
 class TdxPolicy(Table, frozen=True):
@@ -114,8 +114,13 @@ class TdxPolicy(Table, frozen=True):
             _check_hex(f"tdx.{name}", getattr(self, name), 48)
 
     @property
-    def has_measurement(self) -> bool:
-        return bool(self.mr_td)
+    def missing_measurements(self) -> tuple[str, ...]:
+        # mr_td covers the firmware only. rtmr0 has what the host gives to it, such as ACPI tables,
+        # whose code the kernel runs; rtmr1 the kernel; rtmr2 its command line, which has the hash
+        # of the root file system, and the initrd.
+        return tuple(
+            name for name in ("mr_td", "rtmr0", "rtmr1", "rtmr2") if not getattr(self, name)
+        )
 
 
 class MinTcb(Table, frozen=True):
@@ -158,8 +163,8 @@ class SnpPolicy(Table, frozen=True):
             raise ValueError("sev-snp.max_vmpl must be from 0 to 3.")
 
     @property
-    def has_measurement(self) -> bool:
-        return bool(self.measurement)
+    def missing_measurements(self) -> tuple[str, ...]:
+        return () if self.measurement else ("measurement",)
 
 
 class Policy(Table, frozen=True, rename={"sev_snp": "sev-snp"}):
@@ -167,7 +172,7 @@ class Policy(Table, frozen=True, rename={"sev_snp": "sev-snp"}):
 
     Attributes:
         platforms: accepted platforms: sgx, tdx, sev-snp.
-        any_measurement: accept any code. Without it, each of `platforms` needs a measurement.
+        any_measurement: accept any code. Without it, each of `platforms` needs its measurements.
         allow_simulated: accept the simulated platform, which proves nothing.
         model_digest, privacy, field, version: accepted values of these claims.
         configuration: settings that the server must have; tables as in its configuration.
@@ -213,10 +218,10 @@ class Policy(Table, frozen=True, rename={"sev_snp": "sev-snp"}):
         # The simulated platform makes reports of SEV-SNP.
         accepted = {*self.platforms, *(("sev-snp",) if self.allow_simulated else ())}
         for name in () if self.any_measurement else sorted(accepted):
-            if not tables[name].has_measurement:
+            if missing := tables[name].missing_measurements:
                 raise ValueError(
-                    f"The policy has no measurement for {name}, so any code would be accepted: "
-                    f"add one to [{name}], or any_measurement = true."
+                    f"The policy has no {', '.join(missing)} for {name}, so it would accept code "
+                    f"that you did not choose: add to [{name}], or set any_measurement = true."
                 )
 
 

@@ -6,7 +6,9 @@ key in that evidence. If either fails, the client gets an error and nothing of i
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
+from urllib.parse import unquote, urlsplit
 
 import anyio
 import httpx2
@@ -27,6 +29,9 @@ _HOP_BY_HOP = {
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 }  # fmt: skip
 _SET_ANEW = {b"host", b"content-length"}
+# What browsers say of requests that no page of another site makes (the header Sec-Fetch-Site).
+_OWN_SITE = (b"same-origin", b"same-site", b"none")
+_MAX_ENCODINGS = 4
 
 _Headers = list[tuple[bytes, bytes]]
 
@@ -70,9 +75,10 @@ class Proxy:
         exchange = _Exchange(scope, receive, send)
         try:
             self._check_host(exchange)
+            self._check_site(exchange)
             if scope["path"] == "/health":
                 await exchange.answer(200 if self._verifier.is_verified else 503, {})
-            elif scope["path"].startswith("/v1/"):
+            elif is_below_v1(exchange.target.partition(b"?")[0]):
                 await self._forward(exchange)
             else:
                 raise ProxyError(404, "not_found", "The proxy forwards only what is under /v1.")
@@ -87,6 +93,20 @@ class Proxy:
         name = dict(exchange.headers).get(b"host", b"").decode("latin-1")
         if name.rpartition(":")[0] not in self._hosts and name not in self._hosts:
             raise ProxyError(421, "wrong_host", "Use the proxy by the address it listens on.")
+
+    def _check_site(self, exchange: "_Exchange") -> None:
+        """Refuse pages of other sites: a browser sends their requests, and some need no leave."""
+        own = self._hosts
+        if own is None:
+            host = dict(exchange.headers).get(b"host", b"").decode("latin-1")
+            own = frozenset({_host_of(f"//{host}")} - {""})
+        for name, value in exchange.headers:
+            if (name == b"sec-fetch-site" and value not in _OWN_SITE) or (
+                name == b"origin" and _host_of(value.decode("latin-1")) not in own
+            ):
+                raise ProxyError(
+                    403, "other_site", "The proxy does not serve pages of other sites."
+                )
 
     async def _forward(self, exchange: "_Exchange") -> None:
         body = await exchange.read_body()
@@ -142,6 +162,30 @@ class Proxy:
             kept = [each for each in kept if each[0].lower() != b"authorization"]
             kept.append((b"authorization", b"Bearer " + self._api_key.encode()))
         return kept
+
+
+def is_below_v1(path: bytes) -> bool:
+    """Whether a path is below /v1, whichever of its characters the server decodes."""
+    if not path.startswith(b"/v1/"):
+        return False
+    text = path.decode("latin-1")
+    for _ in range(_MAX_ENCODINGS):
+        if ".." in re.split(r"[/\\]", text):
+            return False
+        decoded = unquote(text, "latin-1")
+        if decoded == text:
+            return True
+        text = decoded
+    return False
+
+
+def _host_of(url: str) -> str:
+    """The host of a URL, an address of IPv6 in brackets; empty if there is none."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+    return f"[{host}]" if ":" in host else host
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> _Headers:

@@ -41,8 +41,11 @@ def check_receipt(text: str, *, request: bytes, response: bytes, key: bytes) -> 
     return receipt
 
 
-def check_claims(receipt: Receipt, claims: Claims) -> None:
+def check_claims(receipt: Receipt, claims: Claims, platform: str) -> None:
     """Check that a receipt says the same of the server as its evidence.
+
+    Args:
+        claims, platform: of the evidence.
 
     Raises:
         AttestationError: it does not.
@@ -50,6 +53,8 @@ def check_claims(receipt: Receipt, claims: Claims) -> None:
     for name in ("model_digest", "privacy", "field", "version"):
         if getattr(receipt, name) != getattr(claims, name):
             raise AttestationError(f"The receipt and the evidence differ in {name}.")
+    if receipt.platform != platform:
+        raise AttestationError("The receipt and the evidence differ in platform.")
     if receipt.configuration != claims.configuration.hex():
         raise AttestationError("The receipt and the evidence differ in configuration.")
 

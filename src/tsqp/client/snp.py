@@ -41,7 +41,7 @@ def verify_snp(
     checks: Checks,
     *,
     require_crl: bool = False,
-) -> None:
+) -> datetime | None:
     """Check that a genuine platform made a report.
 
     Args:
@@ -50,22 +50,33 @@ def verify_snp(
         at: the time at which certificates must be valid.
         checks: gets the results.
         require_crl: fail without a list of revoked certificates.
+
+    Returns:
+        when the newest list of revoked certificates was issued, of those that AMD signed and that
+        are valid; None if there is none, or if one of them is wrong.
     """
     try:
         chain = _find_chain(material.certificates, roots)
     except (AttestationError, ValueError) as exc:
         checks.failed("certificates", str(exc))
-        return
+        return None
     fingerprint = chain.ark.fingerprint(hashes.SHA256()).hex()
     checks.run("root", lambda: _check_root(fingerprint, roots))
     checks.run("certificates", lambda: _check_chain(chain, at))
+    issued: list[datetime] = []
+
+    def check_crls() -> str:
+        issued.append(_check_crls(chain, material.crls, at))
+        return f"the ASK is not revoked, as of {issued[0]:%Y-%m-%d}"
+
     if not material.crls and not require_crl:
         checks.not_required("revocation", "no list of revoked certificates was given")
     else:
-        checks.run("revocation", lambda: _check_crls(chain, material.crls, at))
+        checks.run("revocation", check_crls)
     checks.run("chip", lambda: _check_chip(chain.vcek, report))
     checks.run("key's TCB", lambda: _check_key_tcb(chain.vcek, report))
     checks.run("signature", lambda: _check_signature(chain.vcek, report))
+    return issued[0] if issued else None
 
 
 def _find_chain(certificates: Sequence[x509.Certificate], roots: dict[str, str]) -> Chain:
@@ -149,7 +160,10 @@ def _is_ca(certificate: x509.Certificate) -> bool:
         return False
 
 
-def _check_crls(chain: Chain, crls: Sequence[x509.CertificateRevocationList], at: datetime) -> str:
+def _check_crls(
+    chain: Chain, crls: Sequence[x509.CertificateRevocationList], at: datetime
+) -> datetime:
+    """When the newest list was issued, after all of this root were checked."""
     own = [each for each in crls if each.issuer == chain.ark.subject]
     if not own:
         raise AttestationError("there is no list of revoked certificates (CRL) of this root")
@@ -162,7 +176,7 @@ def _check_crls(chain: Chain, crls: Sequence[x509.CertificateRevocationList], at
             raise AttestationError("the list of revoked certificates is not valid at this time")
         if crl.get_revoked_certificate_by_serial_number(chain.ask.serial_number) is not None:
             raise AttestationError("AMD has revoked the ASK")
-    return f"the ASK is not revoked, as of {max(each.last_update_utc for each in own):%Y-%m-%d}"
+    return max(each.last_update_utc for each in own)
 
 
 def _check_chip(vcek: x509.Certificate, report: SnpReport) -> str:

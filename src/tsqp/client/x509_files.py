@@ -43,7 +43,9 @@ class Material:
     def add_table(self, table: bytes) -> None:
         """Add the certificates of a table as in the GHCB specification (AMD publication 56421).
 
-        The table's names of certificates are not used: what each is shows by itself.
+        The table's names of certificates are not used: what each is shows by itself. Lists of
+        revoked certificates are left out, because the host gives the table and would choose an old
+        one.
 
         Raises:
             AttestationError: the table is malformed, or holds something else.
@@ -55,7 +57,9 @@ class Material:
             _, offset, length = _ENTRY.unpack(entry.ljust(_ENTRY.size, b"\0"))
             if not length or offset + length > len(table):
                 break
-            self.add(table[offset : offset + length], "An entry of the platform's certificates")
+            given = Material()
+            given.add(table[offset : offset + length], "An entry of the platform's certificates")
+            self.certificates.extend(given.certificates)
         if table:
             raise AttestationError("The table of the platform's certificates is malformed.")
 

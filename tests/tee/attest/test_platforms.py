@@ -39,10 +39,31 @@ def test_without_a_platform_the_error_says_what_was_looked_for(tmp_path: Path) -
 
 def test_the_platform_is_the_one_that_is_there(tmp_path: Path) -> None:
     device, reports = tmp_path / "attestation", tmp_path / "report"
+    places = {"device": device, "reports": reports, "swaps": tmp_path / "swaps"}
     reports.mkdir()
-    assert isinstance(choose_provider("auto", device=device, reports=reports), ConfigfsTsm)
+    assert isinstance(choose_provider("auto", **places), ConfigfsTsm)
     device.mkdir()
-    assert isinstance(choose_provider("auto", device=device, reports=reports), Gramine)
+    assert isinstance(choose_provider("auto", **places), Gramine)
+
+
+def test_a_virtual_machine_that_swaps_to_a_disk_is_refused(tmp_path: Path) -> None:
+    swaps, reports = tmp_path / "swaps", tmp_path / "report"
+    reports.mkdir()
+    head = "Filename\tType\tSize\tUsed\tPriority\n"
+    for lines, is_refused in (
+        ("", False),
+        ("/dev/zram0 partition 1024 0 -2\n", False),
+        ("/dev/zram0 partition 1024 0 -2\n/dev/vda3 partition 1024 0 -3\n", True),
+        ("/swapfile file 1024 0 -2\n", True),
+    ):
+        swaps.write_text(head + lines)
+        arguments = {"device": tmp_path / "none", "reports": reports, "swaps": swaps}
+        if is_refused:
+            with pytest.raises(AttestationError, match="swaps to a disk"):
+                choose_provider("auto", **arguments)
+        else:
+            assert isinstance(choose_provider("auto", **arguments), ConfigfsTsm)
+        assert isinstance(choose_provider("simulated", **arguments), Simulated)
 
 
 def test_no_environment_variable_moves_the_platform(
