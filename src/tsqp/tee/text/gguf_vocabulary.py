@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
+from tsqp.checkpoint.gguf_end_tokens import END_TEXTS, FILL_TEXTS
 from tsqp.checkpoint.gguf_reader import GGUFHeader, StringArray
 from tsqp.errors import TokenizerError
 from tsqp.model.json_fields import show
@@ -29,17 +30,13 @@ _NAMED_IDS = {
 _SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # if the file has none
 
 # Texts that are control tokens whatever type the file gives them.
-_CONTROL_TEXTS = {
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
-    *("<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
-    *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>"),
-    *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>"),
-    *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>"),
-    *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>"),
-    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|code_prefix|>"),
-    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
-    *("<|code_suffix|>", "<|code_middle|>"),
-}
+_CONTROL_TEXTS = END_TEXTS.union(
+    *FILL_TEXTS.values(),
+    ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>"),
+    ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>"),
+    ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>"),
+    ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),
+)
 # Special tokens of Phi-3 take the whitespace after them, except these; no metadata says so.
 _PHI3_NAMES = ("phi-3", "phi3")
 _PHI3_EXCEPTIONS = {"<unk>", "<s>", "<|endoftext|>"}
