@@ -49,13 +49,17 @@ def test_code_in_a_folder_is_not_run_and_nothing_is_asked(
     monkeypatch.setattr("builtins.input", asked)
     monkeypatch.setattr("sys.stdin", None)
     tokenizer = Tokenizer(str(tmp_path))
-    assert tokenizer.encode("The sea") == backends["byte-level"].encode("The sea").ids
+    if named.get("tokenizer_class") == "RagTokenizer":
+        with pytest.raises(TokenizerError, match="class RagTokenizer"):
+            tokenizer.encode("The sea")
+    else:
+        assert tokenizer.encode("The sea") == backends["byte-level"].encode("The sea").ids
     assert not ran.exists()
 
 
 def test_text_needs_no_transformers(backends: dict[str, Backend], tmp_path: Path) -> None:
     """The whole run, in a process in which transformers cannot be imported and input ends it."""
-    write_folder(tmp_path, backends["byte-level"], "rag", {"tokenizer_class": "RagTokenizer"})
+    write_folder(tmp_path, backends["byte-level"], "llama", {"tokenizer_class": "GPT2Tokenizer"})
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         "import tsqp, tsqp.cli.printing, tsqp.cli.repl\n"
@@ -200,6 +204,8 @@ def test_templates_are_found_in_every_place(backends: dict[str, Backend], tmp_pa
     found = Tokenizer(str(tmp_path)).chat_template_source
     assert found == {"default": "a", "rag": "b"}
     (tmp_path / "chat_template.json").write_text('{"chat_template": "c"}')
+    assert Tokenizer(str(tmp_path)).chat_template_source == {"default": "a", "rag": "b"}
+    (tmp_path / "tokenizer_config.json").unlink()
     assert Tokenizer(str(tmp_path)).chat_template_source == "c"
     (tmp_path / "chat_template.jinja").write_text("d")
     tokenizer = Tokenizer(str(tmp_path))
