@@ -27,6 +27,11 @@ _NAMED_IDS = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
+# Keys of files of the type "llama", besides those that end in "_token_id".
+_SENTENCEPIECE_KEYS = {
+    *("model", "pre", "tokens", "scores", "token_type", "token_type_count", "merges"),
+    *("add_bos_token", "add_eos_token", "add_space_prefix", "suppress_tokens"),
+}
 _SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # if the file has none
 
 # Texts that are control tokens whatever type the file gives them.
@@ -81,11 +86,7 @@ def from_gguf(header: GGUFHeader) -> Vocabulary:
 
 
 def _sentencepiece(metadata: dict[str, Any], pieces: Pieces) -> tokenizers.Tokenizer:
-    if _flag(metadata, "remove_extra_whitespaces", False):
-        raise TokenizerError(
-            "The GGUF file has tokenizer.ggml.remove_extra_whitespaces, which TSQP does not support"
-            " in files of this type: pass token ids with --prompt-ids."
-        )
+    _check_keys(metadata)
     backend = bpe_backend(pieces)
     space_prefix = _flag(metadata, "add_space_prefix", True)
     finish(
@@ -96,6 +97,18 @@ def _sentencepiece(metadata: dict[str, Any], pieces: Pieces) -> tokenizers.Token
         strips_right=_strips_right(metadata, pieces),
     )
     return backend
+
+
+def _check_keys(metadata: dict[str, Any]) -> None:
+    """Refuse options of a file of the type "llama" that are not known; false turns one off."""
+    for key, value in metadata.items():
+        name = key.removeprefix(_START)
+        is_known = name in _SENTENCEPIECE_KEYS or name.endswith(("_token_id", "_token_ids"))
+        if key.startswith(_START) and not is_known and value is not False:
+            raise TokenizerError(
+                f"The GGUF file has {show(key)}, which TSQP does not support in files of the type"
+                " llama: pass token ids with --prompt-ids."
+            )
 
 
 def _byte_level(
