@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from text_helpers import Json, write_folder
 from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import PromptError, TokenizerError
-from tsqp.tee.text import hf_folder
+from tsqp.tee.text import hf_folder, hf_tokens
 from tsqp.tee.text.tokenizer import Tokenizer
 
 AUTO_MAP = {"AutoTokenizer": [None, "evil.Evil"]}
@@ -187,6 +187,18 @@ def test_a_vocabulary_without_end_is_refused(
     monkeypatch.setattr(hf_folder, "MAX_TOKENS", 100)
     write_folder(tmp_path, backends["byte-level"], "llama", {})
     with pytest.raises(TokenizerError, match="vocabulary of more than 100"):
+        Tokenizer(str(tmp_path)).encode("x")
+
+
+def test_added_tokens_without_end_are_refused(
+    backends: dict[str, Backend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_tokens, "MAX_ADDED", 100)
+    write_folder(tmp_path, backends["byte-level"], "llama", {})
+    assert Tokenizer(str(tmp_path)).encode("x")
+    added = {str(number): {"content": f"<{number}>"} for number in range(500, 601)}
+    write_folder(tmp_path, backends["byte-level"], "llama", {"added_tokens_decoder": added})
+    with pytest.raises(TokenizerError, match="adds more than 100 tokens"):
         Tokenizer(str(tmp_path)).encode("x")
 
 

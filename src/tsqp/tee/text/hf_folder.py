@@ -3,11 +3,11 @@
 Nothing that the folder names is imported or run.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import tokenizers
 from tokenizers import AddedToken, models
 
@@ -128,7 +128,8 @@ def _byte_level(vocabulary: bytes, merges: bytes) -> tokenizers.Tokenizer:
     """From the two files that there were before tokenizer.json."""
     lines = [line for line in merges.decode().split("\n") if line and line[:8] != "#version"]
     pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-    return tokenizers.Tokenizer(models.BPE(vocab=json.loads(vocabulary), merges=pairs))
+    vocab = msgspec.json.decode(vocabulary, type=dict[str, int])
+    return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
 
 
 def _unreadable(files: ModelFiles) -> str:
