@@ -1,6 +1,7 @@
 """Small checkpoints, written by transformers and by llama.cpp's own writer."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -35,6 +36,9 @@ def sharded(model: LlamaForCausalLM, tmp_path: Path) -> Path:
     return tmp_path / "sharded"
 
 
+NAMED = ("bos", "eos", "eot")  # the tokens 1, 2 and 3, if the metadata names no others
+
+
 @pytest.fixture
 def write_gguf(tmp_path: Path) -> WriteGGUF:
     """Writes a transformers model as llama.cpp's converter does."""
@@ -45,7 +49,7 @@ def write_gguf(tmp_path: Path) -> WriteGGUF:
         quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
         architecture: str = "llama",
         leave_out: tuple[str, ...] = (),
-        metadata: dict[str, int | float | str] | None = None,
+        metadata: dict[str, Any] | None = None,
         tensors: dict[str, np.ndarray] | None = None,
         tokens: list[str] | None = None,
     ) -> Path:
@@ -64,16 +68,16 @@ def write_gguf(tmp_path: Path) -> WriteGGUF:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
         writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_eot_token_id(3)
         if tokens is not None:
             writer.add_token_list(tokens)
-        for key, value in (metadata or {}).items():
+        ids = {f"tokenizer.ggml.{key}_token_id": place for place, key in enumerate(NAMED, 1)}
+        for key, value in (ids | (metadata or {})).items():
             add = {
                 bool: writer.add_bool,
                 int: writer.add_uint32,
                 float: writer.add_float32,
                 str: writer.add_string,
+                list: writer.add_array,
             }
             add[type(value)](key, value)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from model_helpers import make_model
 from tsqp.checkpoint.checkpoint import open_checkpoint
+from tsqp.checkpoint.files import BinaryFile
+from tsqp.checkpoint.safetensors_file import SafetensorsFile
 from tsqp.errors import CheckpointError, UnsupportedModel
 
 NORM = "model.norm.weight"
@@ -122,6 +125,12 @@ def test_unreadable_json_is_named(directory: Path, text: bytes) -> None:
         open_checkpoint(str(directory))
 
 
+def test_a_config_larger_than_any_is_refused(directory: Path) -> None:
+    edit_json(directory / "config.json", padding="x" * 2**23)
+    with pytest.raises(CheckpointError, match=r"config\.json is larger than"):
+        open_checkpoint(str(directory))
+
+
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     next(sharded.glob("model-00002-*")).unlink()
     with pytest.raises(CheckpointError, match=r"lacks its file .*model-00002-"):
@@ -198,6 +207,30 @@ def test_a_header_that_contradicts_the_file_is_refused(
     edit_header(directory / "model.safetensors", **changes)
     with pytest.raises(CheckpointError, match="cut short or not a safetensors file"):
         open_checkpoint(str(directory))
+
+
+@pytest.mark.parametrize(
+    "header", [b'{"x": [' + b"{}," * 100_000 + b"{}]}", b'{"__metadata__": {"a": [' + b"[]," * 100_000]
+)
+def test_a_header_of_other_types_ends_before_it_fills_the_memory(
+    header: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"not a safetensors file"):
+        SafetensorsFile(BinaryFile(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * len(header)  # twice the bytes; the objects would be twenty times as much
+
+
+def test_metadata_may_have_the_names_of_fields(directory: Path, model: Any) -> None:
+    path = directory / "model.safetensors"
+    save_file(load_file(path), path, {"shape": "x", "dtype": "y", "data_offsets": "z"})
+    checkpoint = open_checkpoint(str(directory))
+    assert torch.equal(checkpoint.read(NORM, (32,)), model.state_dict()[NORM])
+    checkpoint.close()
 
 
 def test_a_tensor_whose_bytes_do_not_fill_its_shape_is_refused(directory: Path) -> None:

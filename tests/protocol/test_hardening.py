@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import typer
 from protocol_helpers import Commands, Main
+from tokenizers import AddedToken, normalizers
 
+from text_helpers import sentencepiece_like
 from tsqp import harden_process
 from tsqp.cli.app import TRUSTED, app
 from tsqp.runtime import hardening
@@ -119,6 +122,33 @@ def test_a_crash_that_holds_a_prompt_leaves_nothing_of_it(
     assert "Fatal Python error" in result.stderr  # where it was, without any value
     assert CANARY not in result.stdout + result.stderr
     assert [path.name for path in commands.folder.iterdir()] == ["prompt.txt"]
+
+
+@pytest.fixture
+def panicking(small_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer panics, because it looks for spaces where it has cut the text."""
+    folder = tmp_path_factory.mktemp("panicking")
+    shutil.copytree(small_llama, folder, dirs_exist_ok=True)
+    tokenizer = sentencepiece_like()
+    tokenizer.normalizer = normalizers.Strip()
+    tokenizer.add_special_tokens([AddedToken(" ", lstrip=True, normalized=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_panic_of_a_library_shows_nothing_of_the_prompt(
+    panicking: Path, commands: Commands
+) -> None:
+    prompt = commands.folder / "prompt.txt"
+    prompt.write_text("my passwörd x")
+    arguments = ["generate", panicking, "--privacy", "tee", "--prompt", "-"]
+    result = commands.run(*arguments, stdin=prompt)
+    assert result.error == "The model's tokenizer failed on this text; pass token ids instead."
+    assert "panicked" not in result.stderr
+    assert "ö" not in result.stderr
+    shown = commands.run(*arguments, "--debug", stdin=prompt).stderr
+    assert "panicked" in shown
+    assert "'ö'" in shown  # that is what has to be hidden
 
 
 @linux

@@ -11,12 +11,17 @@ from torch import Tensor
 from tsqp.errors import CheckpointError, printable_path
 
 
+MAX_JSON_BYTES = 2**23  # ten times the largest; as Python objects they may take thirty times as much
+
+
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """The JSON object in `text`; `path` is for the message only.
 
     Raises:
-        CheckpointError: not JSON, or not an object.
+        CheckpointError: not JSON, not an object, or larger than MAX_JSON_BYTES.
     """
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than the {MAX_JSON_BYTES} bytes TSQP accepts.")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError

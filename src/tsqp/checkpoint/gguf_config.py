@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tsqp.checkpoint.files import check_shape
+from tsqp.checkpoint.gguf_end_tokens import end_token_ids
 from tsqp.checkpoint.gguf_reader import GGUFHeader
 from tsqp.checkpoint.gguf_rope import with_scaling
 from tsqp.errors import CheckpointError, UnsupportedModel
@@ -59,7 +60,6 @@ _SPELLED_ELSEWHERE = {
     "attention.sliding_window_pattern",
     "rope.scaling.finetuned",  # says where the scaling comes from, and changes no number
 }
-_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 # The largest of each, by their layers, scale attention by hidden_size / heads, and no file says so.
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}
@@ -123,16 +123,13 @@ def _spelled(architecture: str, own: dict[str, Any]) -> dict[str, Any]:
 def _of_file(header: GGUFHeader) -> dict[str, Any]:
     """Values from the tensors and the tokenizer, under Hugging Face's names."""
     embedding = header.tensors[EMBEDDING]
-    tokenizer = {
-        key: header.metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", *_END_TOKENS)
-    }
     return {
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": HEAD not in header.tensors,
         "attention_bias": _has_bias(header, ".attn_"),
         "mlp_bias": _has_bias(header, ".ffn_"),
-        "bos_token_id": tokenizer.pop("bos_token_id"),
-        "eos_token_id": list(tokenizer.values()),
+        "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": end_token_ids(header),
         "dtype": {"F16": "float16", "BF16": "bfloat16"}.get(embedding.encoding.name, "float32"),
     }
 

@@ -6,6 +6,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import hashlib
 import math
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,19 @@ class StringArray:
             start = at + 8
             at = start + int.from_bytes(data[at:start], "little")
             found.append(data[start:at].decode())
+        return found
+
+    def find(self, wanted: Collection[str]) -> dict[int, str]:
+        """The places of the strings that are among `wanted`, with the strings."""
+        texts = {text.encode(): text for text in wanted}
+        longest = max(map(len, texts), default=0)
+        data, at, found = self._data, 0, {}
+        length_at = struct.Struct("<Q").unpack_from
+        for place in range(self.count):
+            start = at + 8
+            at = start + length_at(data, at)[0]
+            if at - start <= longest and (raw := data[start:at]) in texts:
+                found[place] = texts[raw]
         return found
 
 

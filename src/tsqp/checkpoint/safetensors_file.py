@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -14,7 +14,9 @@ from tsqp.checkpoint.tensor_places import find_tensors
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.hf_config import WRAPPERS, from_hf
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# The format allows 100 MB. A file of 100,000 tensors has a header of 15 MB, and reading a header may
+# take ten times its size.
+MAX_HEADER_BYTES = 2**25
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"F64": torch.float64}  # which every use rounds, as transformers does
@@ -32,10 +34,27 @@ _STORED = {
 _Dimension = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
-class _Entry(msgspec.Struct):
+class _Entry(NamedTuple):
     dtype: str
-    shape: list[_Dimension]
-    data_offsets: tuple[int, int]
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class _Written(msgspec.Struct):
+    """An entry of a header, or its metadata, whose values are all texts.
+
+    It is decoded with these types, so that the first value of another type ends it: as Python
+    objects, 100 bytes of JSON may take thousands.
+    """
+
+    dtype: str = ""
+    shape: list[_Dimension] | str = ""
+    data_offsets: tuple[int, int] | str = ""
+
+
+class _Metadata(msgspec.Struct):
+    texts: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
 
 
 class _Index(msgspec.Struct):
@@ -66,7 +85,7 @@ class SafetensorsFile:
         return self.file.size - self._start
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entry(name).shape)
+        return self._entry(name).shape
 
     def read(
         self, name: str, shape: tuple[int, ...], stored: str = "", rows: slice | None = None
@@ -74,7 +93,7 @@ class SafetensorsFile:
         """One tensor, or rows of it. Its dtype is a checkpoint's, or exactly `stored` if given."""
         entry = self._entry(name)
         where = str(self.file.path)
-        check_shape(where, name, tuple(entry.shape), shape)
+        check_shape(where, name, entry.shape, shape)
         if stored and entry.dtype != stored:
             raise CheckpointError(f"Tensor {name} of {where} is not {stored}: fetch it again.")
         dtype = _STORED[stored] if stored else _DTYPES.get(entry.dtype)
@@ -83,8 +102,8 @@ class SafetensorsFile:
                 f"Tensor {name} of {where} has dtype {entry.dtype[:40]!a}, but TSQP reads"
                 f" {', '.join(_DTYPES)}."
             )
-        begin, end = entry.data_offsets
-        if end - begin != math.prod(shape) * dtype.itemsize:
+        begin = entry.begin
+        if entry.end - begin != math.prod(shape) * dtype.itemsize:
             raise _corrupt(self.file)
         if rows is not None:
             begin += rows.start * math.prod(shape[1:]) * dtype.itemsize
@@ -111,18 +130,25 @@ def _read_header(file: BinaryFile) -> tuple[int, dict[str, _Entry], dict[str, st
     start = 8 + length
     if length > MAX_HEADER_BYTES or start > file.size:
         raise _corrupt(file)
-    header = parse_json(file.read(8, length), file.path)
-    metadata = header.pop("__metadata__", None)
+    text = file.read(8, length)
     try:
-        entries = msgspec.convert(header, dict[str, _Entry])
-        metadata = msgspec.convert(metadata or {}, dict[str, str])
-    except msgspec.ValidationError as exc:
+        metadata = msgspec.json.decode(text, type=_Metadata).texts
+        written = msgspec.json.decode(text, type=dict[str, _Written])
+    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         raise _corrupt(file) from exc
-    for entry in entries.values():
-        begin, end = entry.data_offsets
-        if not 0 <= begin <= end <= file.size - start:
-            raise _corrupt(file)
+    written.pop("__metadata__", None)
+    entries = {name: _checked(file, each, start) for name, each in written.items()}
     return start, entries, metadata
+
+
+def _checked(file: BinaryFile, written: _Written, start: int) -> _Entry:
+    shape, offsets = written.shape, written.data_offsets
+    if isinstance(shape, str) or isinstance(offsets, str):
+        raise _corrupt(file)
+    begin, end = offsets
+    if not 0 <= begin <= end <= file.size - start:
+        raise _corrupt(file)
+    return _Entry(written.dtype, tuple(shape), begin, end)
 
 
 def _corrupt(file: BinaryFile) -> CheckpointError:
@@ -226,8 +252,8 @@ class SafetensorsCheckpoint:
 
 def _weight_map(text: bytes, path: Path) -> dict[str, str]:
     try:
-        index = msgspec.convert(parse_json(text, path), _Index)
-    except msgspec.ValidationError as exc:
+        index = msgspec.json.decode(text, type=_Index)
+    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} has no valid weight_map: fetch it again.") from exc
     for shard in index.weight_map.values():
         if not shard.endswith(".safetensors") or not _is_inside(shard):

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from tsqp.cli import system_errors, usage
 from tsqp.cli.settings import read_settings
-from tsqp.cli.streams import open_streams
+from tsqp.cli.streams import hide_native_messages, open_streams
 from tsqp.errors import RemoteError, TSQPError, UsageError
 from tsqp.runtime.hardening import harden_process
 from tsqp.runtime.quiet import set_quiet
@@ -72,6 +72,7 @@ def _begin(
 ) -> None:
     if context.invoked_subcommand in TRUSTED:
         harden_process()  # before anything reads a prompt
+        hide_native_messages()
 
 
 def main() -> None:

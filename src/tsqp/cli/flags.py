@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from tsqp.cli.streams import show_native_messages
 from tsqp.runtime.quiet import set_quiet
 
 Model = Annotated[
@@ -107,6 +108,8 @@ Out = Annotated[Path | None, typer.Option(help="Also write the JSON result to th
 
 def _note_debug(context: typer.Context, value: bool) -> bool:
     context.ensure_object(dict)["debug"] = value
+    if value:
+        show_native_messages()
     return value
 
 

@@ -6,6 +6,7 @@ cannot be written to standard error are dropped, because the answer matters more
 
 import codecs
 import errno
+import faulthandler
 import os
 import sys
 from contextlib import suppress
@@ -41,6 +42,41 @@ def open_streams() -> None:
         sys.stdout = _Answers(sys.stdout)
     if not isinstance(sys.stderr, _Messages):
         sys.stderr = _Messages(sys.stderr)
+
+
+def hide_native_messages() -> None:
+    """Drop what libraries in C and Rust write to descriptor 2. `sys.stderr` goes on as before.
+
+    When code in Rust panics, as that of a tokenizer can, its runtime writes a message there before
+    Python sees the exception, and the message may quote the text that was being encoded.
+    `faulthandler`, which prints no values, keeps its place.
+    """
+    if not isinstance(sys.stderr, _Messages) or _number(sys.stderr) != 2:
+        return  # hidden already, or standard error is not the process's
+    sys.stderr.flush()
+    kept = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding,  # noqa: SIM115
+                errors="backslashreplace")  # fmt: skip
+    sys.stderr.replace(kept)
+    sys.__stderr__ = kept
+    if faulthandler.is_enabled():
+        faulthandler.enable(kept)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
+
+
+def show_native_messages() -> None:
+    """Undo `hide_native_messages`."""
+    if isinstance(sys.stderr, _Messages) and _number(sys.stderr) not in (2, None):
+        os.dup2(sys.stderr.fileno(), 2)
+
+
+def _number(stream: Any) -> int | None:
+    """A stream's descriptor; None if it has none."""
+    try:
+        return int(stream.fileno())
+    except (OSError, ValueError):
+        return None
 
 
 class _Wrapped:
@@ -86,6 +122,10 @@ class _Answers(_Wrapped):
 
 class _Messages(_Wrapped):
     """Standard error."""
+
+    def replace(self, stream: TextIOWrapper) -> None:
+        """Write to another stream from now on."""
+        self._stream = stream
 
     def write(self, text: str) -> int:
         with suppress(OSError):

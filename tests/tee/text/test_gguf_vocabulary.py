@@ -368,6 +368,7 @@ def test_the_checkpoints_header_is_the_one_that_is_used(
         ({"scores": [1.0]}, "not one number for each token"),
         ({"add_space_prefix": 1}, "add_space_prefix 1, which is not a flag"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
+        ({"normalizer_lowercase": 1}, r"tokenizer\.ggml\.normalizer_lowercase.*--prompt-ids"),
         ({"scores": [float("nan")] * 264}, "not a finite number"),
     ],
 )
@@ -376,6 +377,12 @@ def test_damaged_metadata_is_named(values: dict[str, Any], message: str, tmp_pat
     path = write_gguf(tmp_path / "m.gguf", TINY, kinds_of(264), **(defaults | values))
     with pytest.raises(TokenizerError, match=message):
         Tokenizer(str(path)).encode("x")
+
+
+def test_keys_without_effect_are_read(tmp_path: Path) -> None:
+    values = {"scores": [0.0] * 264, "eot_token_id": 2, "add_padding_token": False}
+    path = write_gguf(tmp_path / "m.gguf", TINY, kinds_of(264), model="llama", **values)
+    assert Tokenizer(str(path)).encode("x")
 
 
 def test_two_tokens_of_one_text_are_refused(tmp_path: Path) -> None:

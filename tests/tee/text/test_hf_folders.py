@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from text_helpers import TEXTS, Json, split, write_folder
 from tsqp.checkpoint.model_files import ModelFiles, read_tokenizer_files
 from tsqp.errors import TokenizerError
+from tsqp.tee.text.hf_classes import find_class
 from tsqp.tee.text.tokenizer import Tokenizer
 
 LLAMA3_SPLIT = (
@@ -256,9 +259,52 @@ def test_a_decoder_that_cannot_be_streamed_is_named(
         tokenizer.decode([1])
 
 
-def test_a_patch_of_the_pattern_is_refused_by_name(
-    backends: dict[str, Backend], tmp_path: Path
+FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+REFUSED: dict[str, tuple[str, Json]] = {
+    "fix_mistral_regex": ("byte-level", {"fix_mistral_regex": True}),
+    "fast_tokenizer_files": (
+        "byte-level",
+        {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json"]},
+    ),
+    "clean_up_tokenization_spaces": ("unigram", {"clean_up_tokenization_spaces": True}),
+    "sets clean_up_": ("byte-level", {"clean_up_tokenization_spaces": True, FORCED: True}),
+    "class XLMRobertaTokenizer": ("unigram", {"tokenizer_class": "XLMRobertaTokenizer"}),
+    "class GPTNeoXTokenizer": ("byte-level", {"tokenizer_class": "GPTNeoXTokenizerFast"}),
+    "no BPE model": ("unigram", {"tokenizer_class": "LlamaTokenizer"}),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_would_give_other_ids_or_text_is_refused_by_name(
+    words: str, backends: dict[str, Backend], tmp_path: Path
 ) -> None:
-    write_folder(tmp_path, backends["byte-level"], "mistral", {"fix_mistral_regex": True})
-    with pytest.raises(TokenizerError, match="fix_mistral_regex"):
+    backend, settings = REFUSED[words]
+    write_folder(tmp_path, backends[backend], "llama", settings)
+    with pytest.raises(TokenizerError, match=rf"{words}.*--prompt-ids"):
         Tokenizer(str(tmp_path)).encode("x")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"fast_tokenizer_files": ["tokenizer.json"]}, {"clean_up_tokenization_spaces": True}],
+)
+def test_settings_that_change_nothing_are_read(
+    settings: Json, backends: dict[str, Backend], tmp_path: Path
+) -> None:
+    write_folder(tmp_path, backends["byte-level"], "llama", {"tokenizer_class": FAST, **settings})
+    ours, theirs = Tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs(" the sea .")["input_ids"]
+    assert ours.encode(" the sea .") == ids
+    assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_every_class_of_transformers_is_implemented_or_refused() -> None:
+    names = {each for each in TOKENIZER_MAPPING_NAMES.values() if each}
+    names |= {each for each in dir(transformers) if each.endswith(("Tokenizer", "TokenizerFast"))}
+    assert len(names) > 100
+    for name in names - {"AutoTokenizer", "PreTrainedTokenizer", FAST, "TokenizersBackend"}:
+        try:
+            assert find_class("llama", name, b"") is not None, name
+        except TokenizerError:
+            continue
+    assert find_class("llama", "ATokenizerOfItsOwn", b"") is None

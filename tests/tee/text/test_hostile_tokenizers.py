@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from text_helpers import Json, write_folder
 from tsqp.checkpoint.model_files import ModelFiles
 from tsqp.errors import PromptError, TokenizerError
-from tsqp.tee.text import hf_folder
+from tsqp.tee.text import hf_folder, hf_tokens
 from tsqp.tee.text.tokenizer import Tokenizer
 
 AUTO_MAP = {"AutoTokenizer": [None, "evil.Evil"]}
@@ -49,13 +49,17 @@ def test_code_in_a_folder_is_not_run_and_nothing_is_asked(
     monkeypatch.setattr("builtins.input", asked)
     monkeypatch.setattr("sys.stdin", None)
     tokenizer = Tokenizer(str(tmp_path))
-    assert tokenizer.encode("The sea") == backends["byte-level"].encode("The sea").ids
+    if named.get("tokenizer_class") == "RagTokenizer":
+        with pytest.raises(TokenizerError, match="class RagTokenizer"):
+            tokenizer.encode("The sea")
+    else:
+        assert tokenizer.encode("The sea") == backends["byte-level"].encode("The sea").ids
     assert not ran.exists()
 
 
 def test_text_needs_no_transformers(backends: dict[str, Backend], tmp_path: Path) -> None:
     """The whole run, in a process in which transformers cannot be imported and input ends it."""
-    write_folder(tmp_path, backends["byte-level"], "rag", {"tokenizer_class": "RagTokenizer"})
+    write_folder(tmp_path, backends["byte-level"], "llama", {"tokenizer_class": "GPT2Tokenizer"})
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         "import tsqp, tsqp.cli.printing, tsqp.cli.repl\n"
@@ -186,6 +190,18 @@ def test_a_vocabulary_without_end_is_refused(
         Tokenizer(str(tmp_path)).encode("x")
 
 
+def test_added_tokens_without_end_are_refused(
+    backends: dict[str, Backend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_tokens, "MAX_ADDED", 100)
+    write_folder(tmp_path, backends["byte-level"], "llama", {})
+    assert Tokenizer(str(tmp_path)).encode("x")
+    added = {str(number): {"content": f"<{number}>"} for number in range(500, 601)}
+    write_folder(tmp_path, backends["byte-level"], "llama", {"added_tokens_decoder": added})
+    with pytest.raises(TokenizerError, match="adds more than 100 tokens"):
+        Tokenizer(str(tmp_path)).encode("x")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_that_may_not_be_read_is_named(backends: dict[str, Backend], tmp_path: Path) -> None:
     write_folder(tmp_path, backends["byte-level"], "llama", {})
@@ -200,6 +216,8 @@ def test_templates_are_found_in_every_place(backends: dict[str, Backend], tmp_pa
     found = Tokenizer(str(tmp_path)).chat_template_source
     assert found == {"default": "a", "rag": "b"}
     (tmp_path / "chat_template.json").write_text('{"chat_template": "c"}')
+    assert Tokenizer(str(tmp_path)).chat_template_source == {"default": "a", "rag": "b"}
+    (tmp_path / "tokenizer_config.json").unlink()
     assert Tokenizer(str(tmp_path)).chat_template_source == "c"
     (tmp_path / "chat_template.jinja").write_text("d")
     tokenizer = Tokenizer(str(tmp_path))

@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
+from tsqp.checkpoint.gguf_end_tokens import END_TEXTS, FILL_TEXTS
 from tsqp.checkpoint.gguf_reader import GGUFHeader, StringArray
 from tsqp.errors import TokenizerError
 from tsqp.model.json_fields import show
@@ -26,20 +27,21 @@ _NAMED_IDS = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
+# Keys of files of the type "llama", besides those that end in "_token_id".
+_SENTENCEPIECE_KEYS = {
+    *("model", "pre", "tokens", "scores", "token_type", "token_type_count", "merges"),
+    *("add_bos_token", "add_eos_token", "add_space_prefix", "suppress_tokens"),
+}
 _SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # if the file has none
 
 # Texts that are control tokens whatever type the file gives them.
-_CONTROL_TEXTS = {
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
-    *("<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
-    *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>"),
-    *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>"),
-    *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>"),
-    *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>"),
-    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|code_prefix|>"),
-    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
-    *("<|code_suffix|>", "<|code_middle|>"),
-}
+_CONTROL_TEXTS = END_TEXTS.union(
+    *FILL_TEXTS.values(),
+    ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>"),
+    ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>"),
+    ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>"),
+    ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),
+)
 # Special tokens of Phi-3 take the whitespace after them, except these; no metadata says so.
 _PHI3_NAMES = ("phi-3", "phi3")
 _PHI3_EXCEPTIONS = {"<unk>", "<s>", "<|endoftext|>"}
@@ -84,11 +86,7 @@ def from_gguf(header: GGUFHeader) -> Vocabulary:
 
 
 def _sentencepiece(metadata: dict[str, Any], pieces: Pieces) -> tokenizers.Tokenizer:
-    if _flag(metadata, "remove_extra_whitespaces", False):
-        raise TokenizerError(
-            "The GGUF file has tokenizer.ggml.remove_extra_whitespaces, which TSQP does not support"
-            " in files of this type: pass token ids with --prompt-ids."
-        )
+    _check_keys(metadata)
     backend = bpe_backend(pieces)
     space_prefix = _flag(metadata, "add_space_prefix", True)
     finish(
@@ -99,6 +97,18 @@ def _sentencepiece(metadata: dict[str, Any], pieces: Pieces) -> tokenizers.Token
         strips_right=_strips_right(metadata, pieces),
     )
     return backend
+
+
+def _check_keys(metadata: dict[str, Any]) -> None:
+    """Refuse options of a file of the type "llama" that are not known; false turns one off."""
+    for key, value in metadata.items():
+        name = key.removeprefix(_START)
+        is_known = name in _SENTENCEPIECE_KEYS or name.endswith(("_token_id", "_token_ids"))
+        if key.startswith(_START) and not is_known and value is not False:
+            raise TokenizerError(
+                f"The GGUF file has {show(key)}, which TSQP does not support in files of the type"
+                " llama: pass token ids with --prompt-ids."
+            )
 
 
 def _byte_level(

@@ -2,7 +2,8 @@
 
 Some classes take the vocabulary, the merges and the post-processor from the file, and put their own
 normalizer, pre-tokenizer and decoder in the place of the file's. The class is one of a fixed list
-here, and nothing of that name is imported. Any other class reads the file as it is.
+here, and nothing of that name is imported. Other classes of transformers are refused. A class that
+transformers does not know either, such as one of a model's own code, reads the file as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +12,9 @@ from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from tsqp.errors import TokenizerError
+from tsqp.tee.text.hf_other_classes import OTHER_CLASSES
 
 # The class that transformers takes for each family: None if the model's own choice counts, and
 # AS_WRITTEN if the file counts.
@@ -58,6 +62,9 @@ def find_class(model_type: object, named: object, raw: bytes) -> TokenizerClass 
         model_type: of config.json.
         named: the class that tokenizer_config.json names, or config.json; None if neither does.
         raw: tokenizer.json.
+
+    Raises:
+        TokenizerError: TSQP does not implement the class.
     """
     own = named.removesuffix("Fast") if isinstance(named, str) else None
     family = _FAMILY_CLASSES.get(model_type) if isinstance(model_type, str) else None
@@ -67,6 +74,11 @@ def find_class(model_type: object, named: object, raw: bytes) -> TokenizerClass 
         return None  # a file of Llama 3 under the class of Llama 2
     if own is None or (family is not None and model_type in _NEVER_OWN_CHOICE):
         own = family
+    if own in OTHER_CLASSES:
+        raise TokenizerError(
+            f"The tokenizer has the class {own}, which TSQP does not support: pass token ids with"
+            " --prompt-ids."
+        )
     return _CLASSES.get(own or "")
 
 

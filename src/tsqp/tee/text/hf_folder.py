@@ -3,11 +3,11 @@
 Nothing that the folder names is imported or run.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import tokenizers
 from tokenizers import AddedToken, models
 
@@ -18,6 +18,9 @@ from tsqp.tee.text.hf_templates import read_templates
 from tsqp.tee.text.hf_tokens import add_tokens, read_object
 from tsqp.tee.text.sentencepiece_file import read_sentencepiece
 from tsqp.tee.text.vocabulary import MAX_TOKENS, Vocabulary, add_ends, rust_errors
+
+# Without it, transformers ignores clean_up_tokenization_spaces for BPE models.
+_FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,7 @@ def from_folder(files: ModelFiles) -> Vocabulary:
         CheckpointError: a file cannot be read, or is not JSON where it should be.
     """
     settings = read_object(files, "tokenizer_config.json")
-    if settings.get("fix_mistral_regex"):
-        raise TokenizerError(
-            f"{files.folder / 'tokenizer_config.json'} sets fix_mistral_regex, which TSQP does not"
-            " support: remove it, or pass token ids with --prompt-ids."
-        )
+    _check_settings(files, settings)
     with rust_errors(_unreadable(files)):
         read = _read(files, settings)
         backend = read.backend
@@ -72,6 +71,22 @@ def from_folder(files: ModelFiles) -> Vocabulary:
     return Vocabulary(backend, named, template, read.prepare)
 
 
+def _check_settings(files: ModelFiles, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that change the ids or the text, and that are not implemented."""
+    if settings.get("fix_mistral_regex"):
+        raise _refused(files, "fix_mistral_regex")
+    # transformers takes the file for its own version instead of tokenizer.json.
+    if settings.get("fast_tokenizer_files", ["tokenizer.json"]) != ["tokenizer.json"]:
+        raise _refused(files, "fast_tokenizer_files with other files than tokenizer.json")
+
+
+def _refused(files: ModelFiles, what: str) -> TokenizerError:
+    return TokenizerError(
+        f"{files.folder / 'tokenizer_config.json'} sets {what}, which TSQP does not support: remove"
+        " it, or pass token ids with --prompt-ids."
+    )
+
+
 def _read(files: ModelFiles, settings: Mapping[str, Any]) -> _Read:
     config = read_object(files, "config.json")
     named_class = settings.get("tokenizer_class") or config.get("tokenizer_class")
@@ -80,8 +95,17 @@ def _read(files: ModelFiles, settings: Mapping[str, Any]) -> _Read:
     if raw is not None:
         written = tokenizers.Tokenizer.from_buffer(raw)
         listed = written.get_added_tokens_decoder()
+        is_bpe = isinstance(written.model, models.BPE)
+        if settings.get("clean_up_tokenization_spaces") and (not is_bpe or settings.get(_FORCED)):
+            raise _refused(files, "clean_up_tokenization_spaces")
         if kind is None:
             return _Read(written, {}, listed=listed)
+        if not is_bpe:
+            raise TokenizerError(
+                f"{files.folder / 'tokenizer.json'} holds no BPE model, which its tokenizer class"
+                " needs: correct tokenizer_class in tokenizer_config.json, or pass token ids with"
+                " --prompt-ids."
+            )
         backend = tokenizers.Tokenizer(written.model)  # its added tokens are chosen anew
         backend.post_processor = written.post_processor
         kind.rebuild(backend, settings)
@@ -104,7 +128,8 @@ def _byte_level(vocabulary: bytes, merges: bytes) -> tokenizers.Tokenizer:
     """From the two files that there were before tokenizer.json."""
     lines = [line for line in merges.decode().split("\n") if line and line[:8] != "#version"]
     pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-    return tokenizers.Tokenizer(models.BPE(vocab=json.loads(vocabulary), merges=pairs))
+    vocab = msgspec.json.decode(vocabulary, type=dict[str, int])
+    return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
 
 
 def _unreadable(files: ModelFiles) -> str:

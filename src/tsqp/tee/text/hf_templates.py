@@ -10,7 +10,8 @@ from tsqp.errors import TokenizerError
 def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str] | None:
     """A folder's chat template, or several by name; None if there is none.
 
-    Files of their own count before what tokenizer_config.json holds, as in transformers.
+    Files in Jinja count before what tokenizer_config.json holds, as in transformers. Older models of
+    images keep theirs in chat_template.json only.
 
     Args:
         configured: "chat_template" of tokenizer_config.json.
@@ -25,11 +26,11 @@ def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str
         for name, path in ({"default": "chat_template.jinja"} | found).items()
         if (raw := files.read(path)) is not None
     }
-    if not templates and (raw := files.read("chat_template.json")) is not None:
+    if templates:
+        return templates["default"] if templates.keys() == {"default"} else templates
+    if configured is None and (raw := files.read("chat_template.json")) is not None:
         configured = parse_json(raw, files.folder / "chat_template.json").get("chat_template")
-    if not templates:
-        return _configured(configured)
-    return templates["default"] if templates.keys() == {"default"} else templates
+    return _configured(configured)
 
 
 def _configured(value: object) -> str | dict[str, str] | None:

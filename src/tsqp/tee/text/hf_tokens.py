@@ -12,8 +12,10 @@ from tokenizers import AddedToken
 
 from tsqp.checkpoint.files import parse_json
 from tsqp.checkpoint.model_files import ModelFiles
+from tsqp.errors import TokenizerError
 from tsqp.tee.text.vocabulary import NAMED_TOKENS
 
+MAX_ADDED = 2**16  # several times those of any model; each text is searched for all of them
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _Named = dict[str, str | AddedToken]
 
@@ -34,6 +36,9 @@ def add_tokens(
 
     Returns:
         the texts of the tokens with a name.
+
+    Raises:
+        TokenizerError: there are more than MAX_ADDED.
     """
     named: _Named = {**defaults, **_named_in(settings)}
     extra = _extra(settings)
@@ -58,6 +63,11 @@ def add_tokens(
     if isinstance(extra, dict):
         named |= {str(name): _special(token) for name, token in extra.items()}
         extra = []
+    if len(listed) + len(numbered) + len(named) + len(extra) > MAX_ADDED:
+        raise TokenizerError(
+            f"{files.folder} adds more than {MAX_ADDED} tokens to its vocabulary: correct its"
+            " tokenizer files."
+        )
     by_text = {token.content: token for token in numbered.values()}
     named = {name: by_text.get(str(token), token) for name, token in named.items()}
     known = dict(backend.get_added_tokens_decoder())
