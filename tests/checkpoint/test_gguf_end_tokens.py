@@ -10,7 +10,7 @@ from tsqp.errors import UnsupportedModel
 
 
 def ends(model: Any, write_gguf: WriteGGUF, texts: str = "", **keys: Any) -> list[str]:
-    """The texts of the end tokens of a file with <s>, </s> and `texts`; its keys name </s>, twice."""
+    """The texts of the end tokens of a file with <s>, </s> and `texts`; its keys name </s>."""
     tokens = ["a", "<s>", "</s>", *texts.split()]
     keys = {"model": "gpt2", "eot_token_id": 2, **keys}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
@@ -43,9 +43,7 @@ def test_tokens_with_certain_texts_end_an_answer(
 
 
 @pytest.mark.parametrize("key", ["eot_token_id", "eom_token_id", "fim_pad_token_id"])
-def test_tokens_that_a_key_names_end_an_answer(
-    key: str, model: Any, write_gguf: WriteGGUF
-) -> None:
+def test_tokens_that_a_key_names_end_an_answer(key: str, model: Any, write_gguf: WriteGGUF) -> None:
     found = ends(model, write_gguf, "x <PAD>", **{key: 3})
     assert found == ["</s>", "x"] + ["<PAD>"] * (key != "fim_pad_token_id")
 

@@ -210,7 +210,8 @@ def test_a_header_that_contradicts_the_file_is_refused(
 
 
 @pytest.mark.parametrize(
-    "header", [b'{"x": [' + b"{}," * 100_000 + b"{}]}", b'{"__metadata__": {"a": [' + b"[]," * 100_000]
+    "header",
+    [b'{"x": [' + b"{}," * 100_000 + b"{}]}", b'{"__metadata__": {"a": [' + b"[]," * 100_000],
 )
 def test_a_header_of_other_types_ends_before_it_fills_the_memory(
     header: bytes, tmp_path: Path

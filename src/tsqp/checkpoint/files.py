@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tsqp.errors import CheckpointError, printable_path
 
-
-MAX_JSON_BYTES = 2**23  # ten times the largest; as Python objects they may take thirty times as much
+MAX_JSON_BYTES = (
+    2**23
+)  # ten times the largest; as Python objects they may take thirty times as much
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from tsqp.checkpoint.tensor_places import find_tensors
 from tsqp.errors import CheckpointError, UnsupportedModel
 from tsqp.model.hf_config import WRAPPERS, from_hf
 
-# The format allows 100 MB. A file of 100,000 tensors has a header of 15 MB, and reading a header may
-# take ten times its size.
+# The format allows 100 MB. A file of 100,000 tensors has a header of 15 MB, and reading a header
+# may take ten times its size.
 MAX_HEADER_BYTES = 2**25
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

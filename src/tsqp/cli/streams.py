@@ -54,10 +54,10 @@ def hide_native_messages() -> None:
     if not isinstance(sys.stderr, _Messages) or _number(sys.stderr) != 2:
         return  # hidden already, or standard error is not the process's
     sys.stderr.flush()
-    kept = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding,  # noqa: SIM115
-                errors="backslashreplace")  # fmt: skip
+    kept = open(  # noqa: PTH123, SIM115
+        os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace"
+    )
     sys.stderr.replace(kept)
-    sys.__stderr__ = kept
     if faulthandler.is_enabled():
         faulthandler.enable(kept)
     nothing = os.open(os.devnull, os.O_WRONLY)

@@ -10,8 +10,8 @@ from tsqp.errors import TokenizerError
 def read_templates(files: ModelFiles, configured: object) -> str | dict[str, str] | None:
     """A folder's chat template, or several by name; None if there is none.
 
-    Files in Jinja count before what tokenizer_config.json holds, as in transformers. Older models of
-    images keep theirs in chat_template.json only.
+    Files in Jinja count before what tokenizer_config.json holds, as in transformers. Older
+    models of images keep theirs in chat_template.json only.
 
     Args:
         configured: "chat_template" of tokenizer_config.json.
