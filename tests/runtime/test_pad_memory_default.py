@@ -70,11 +70,11 @@ def test_a_stock_that_memory_limits_is_told_with_its_rows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = stocks(monkeypatch)
-    for free, pad_memory in ((WHOLE, None), (5 * WHOLE, None), (WHOLE, 2**20)):
+    for free, wanted in ((WHOLE, None), (5 * WHOLE, None), (WHOLE, 2**20)):
         set_free(monkeypatch, free)
         with caplog.at_level(logging.INFO, "tsqp"):
-            LLM("random:tiny", worker="inproc", field="lattice", pad_memory=pad_memory).close()
-        limited = free == WHOLE and pad_memory is None
+            LLM("random:tiny", worker="inproc", field="lattice", pad_memory=wanted).close()
+        limited = free == WHOLE and wanted is None
         told = f"{WHOLE // 4} bytes, so 512 rows are made at once"
         assert (told in caplog.text) is limited
         assert ("the stock of lattice masks" in caplog.text) is limited

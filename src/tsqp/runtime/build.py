@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tsqp.algebra import digits
-from tsqp.algebra.params import LATTICE, Field
+from tsqp.algebra.params import LATTICE
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.footprint import trusted_bytes
 from tsqp.checkpoint.integer_cache import load_integers
