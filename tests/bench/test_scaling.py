@@ -36,7 +36,7 @@ from tsqp.bench.scaling import ScalingResult, draw
 figures = {width: Figure.of([1e-6 * width]) for width in (64, 128)}
 modes = ("tee", "pad", "lattice", "pads", "lattice masks")
 times, slopes = dict.fromkeys(modes, figures), dict.fromkeys(modes, 1.0)
-draw(ScalingResult([64, 128], 1, 1, 1, times, slopes, {}), Path("plot.svg"))
+draw(ScalingResult([64, 128], 1, 1, 1, times, slopes, {}, {}), Path("plot.svg"))
 print(Path("plot.svg").read_text(), _draw("x", 2.0, lambda axes: axes.plot([1, 2])))
 """
 
@@ -59,5 +59,11 @@ def test_a_real_run_has_figures_for_every_width_and_a_plot(tmp_path: Path) -> No
     assert list(result.cpu_s_per_token) == NAMES
     for figures in result.cpu_s_per_token.values():
         assert all(figures[width].least > 0 for width in (64, 128))
+    # Two batches of 2,048 rows of two layers of d and 4d, in 6 bytes a residue.
+    assert {width: stock.pad_memory for width, stock in result.lattice_stock.items()} == {
+        width: 4096 * 6 * (2 * (4 * width + 2 * width + 9 * width + 5 * width) + width + 512)
+        for width in (64, 128)
+    }
+    assert {stock.classes for stock in result.lattice_stock.values()} == {1}
     draw(result, tmp_path / "plot.svg")
     assert ElementTree.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from tsqp.runtime import hints_cache
 from tsqp.tee.offload import lattice_load
 from tsqp.tee.offload.lattice_load import LatticeLoad
 
+NOBODY = 65534
 MODEL, OTHER = "random:tiny", "random:tiny:1"
 QKV = LinearGroup(0, "qkv", 5, 64)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -152,6 +155,37 @@ def test_what_is_no_hints_file_is_told_with_the_command_that_makes_one(
         path.symlink_to("/dev/zero")
     with pytest.raises(HintsError, match=r"; make it again with `tsqp prepare --hints`\.$"):
         HintsFile(path)
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """As a user who may read only what everybody may, also if root runs the tests."""
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(NOBODY)
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_file_that_may_not_be_read_is_told_with_what_to_change(what: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "inner" / "some.tsqp.hints"
+        path.parent.mkdir()
+        path.touch()
+        (path if what == "file" else path.parent).chmod(0)
+        try:
+            with without_rights(), pytest.raises(HintsError) as caught:
+                HintsFile(path)
+        finally:
+            path.parent.chmod(0o700)
+    assert str(caught.value) == (
+        f"Cannot use the hints in {path}: Cannot open {path}: Permission denied; let this user "
+        "read it."
+    )
 
 
 def test_a_file_that_names_other_weights_is_refused(hints: Path, tmp_path: Path) -> None:

@@ -96,6 +96,16 @@ def test_what_crosses_is_counted_for_each_run(field: str, residue_bytes: int, ma
         assert found["tensor_bytes"][mode]["median"] == residue_bytes * residues
     assert list(found["stock_rows"]) == ["pad"]
     assert found["stock_rows"]["pad"] >= rows
+    stocks, row_bytes = found["lattice_stock"], 6 * (2 * (qkv + others) + head)
+    assert (
+        stocks == {}
+        if field == "wide"
+        else stocks
+        == {
+            "pad-inline": {"pad_memory": 0, "classes": 64},
+            "pad": {"pad_memory": 4096 * row_bytes, "classes": 1},
+        }
+    )
     assert found["sustained"]["pad"]["tokens"] == 70
     assert found["sustained"]["pad"]["pads_cpu_s_per_token"] > 0
     assert 0 <= found["sustained"]["pad"]["ahead"] <= 1

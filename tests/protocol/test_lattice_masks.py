@@ -1,10 +1,13 @@
 """`pad --field lattice`: what the trusted side keeps, and what a session asks of a worker."""
 
+import errno
 import gc
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -262,8 +265,19 @@ def test_masks_made_ahead_give_the_tokens_of_fixed_point() -> None:
         assert llm.pads is not None and llm.pads.ahead_rows > 0
 
 
-def test_hints_that_prepare_wrote_are_used_and_a_cut_file_is_one_sentence(
-    main: Main, tmp_path: Path, ids: Path
+def refusing(opening: Callable[..., int], refused: Path) -> Callable[..., int]:
+    """`os.open` of a user who may not read one file; root may read all."""
+
+    def opened(path: object, *arguments: Any, **more: Any) -> int:
+        if path == refused:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opening(path, *arguments, **more)
+
+    return opened
+
+
+def test_hints_that_prepare_wrote_are_used_and_a_file_that_cannot_be_is_one_sentence(
+    main: Main, tmp_path: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared, hints = tmp_path / "tiny.tsqp.safetensors", tmp_path / "tiny.tsqp.hints"
     result = main("prepare", MODEL, prepared, "--hints", hints)
@@ -277,5 +291,10 @@ def test_hints_that_prepare_wrote_are_used_and_a_cut_file_is_one_sentence(
     result = main(*command)
     assert (result.status, result.stdout) == (1, "")
     assert f"Cannot use the hints in {hints}" in result.error
+    monkeypatch.setattr(os, "open", refusing(os.open, hints))
+    result = main(*command)
+    assert (result.status, result.stdout) == (1, "")
+    assert result.error.endswith(f"Cannot open {hints}: Permission denied; let this user read it.")
+    monkeypatch.undo()
     result = main("prepare", MODEL, tmp_path / "again.tsqp.safetensors", "--hints", hints)
     assert f"{hints} exists; name a new file" in result.error

@@ -9,7 +9,6 @@ from tsqp import LLM, SamplingParams
 from tsqp.errors import UsageError
 
 ROW_BYTES = 4 * (2 * (64 + 128 + 64 + 64 + 64 + 256 + 128 + 64) + 64 + 512)  # of random:tiny
-BUDGET = 400 * ROW_BYTES
 SEQUENCES = 25
 
 
@@ -39,13 +38,20 @@ def test_a_budget_that_is_no_number_of_bytes_is_refused(size: float) -> None:
         LLM("random:tiny", worker="inproc", pad_memory=size)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tokens", [100, pytest.param(400, marks=pytest.mark.slow)])
-def test_thousands_of_tokens_take_no_more_memory_than_the_budget_of_pads(tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("field", "tokens"),
+    [("wide", 100), ("lattice", 100), pytest.param("wide", 400, marks=pytest.mark.slow)],
+)
+def test_thousands_of_tokens_take_no_more_memory_than_the_budget_of_pads(
+    field: str, tokens: int
+) -> None:
+    row_bytes = ROW_BYTES * 6 // 4 if field == "lattice" else ROW_BYTES
+    budget = 400 * row_bytes
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    leak = SEQUENCES * tokens * ROW_BYTES // 4  # less than what keeping every pad would take
+    leak = SEQUENCES * tokens * row_bytes // 4  # less than what keeping every pad would take
     prompts = [[number] for number in range(SEQUENCES)]
     process = psutil.Process()
-    with LLM("random:tiny", worker="inproc", pad_memory=BUDGET) as llm:
+    with LLM("random:tiny", worker="inproc", field=field, pad_memory=budget) as llm:
         llm.fill_pads()
         warm_up = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
         llm.generate(prompts, warm_up)
@@ -58,5 +64,5 @@ def test_thousands_of_tokens_take_no_more_memory_than_the_budget_of_pads(tokens:
     assert pads is not None
     assert pads.ahead_rows > 1000  # the stock was used, and made again
     assert len(watch.seen) > 100
-    assert BUDGET // 4 < max(watch.seen) <= BUDGET
+    assert budget // 4 < max(watch.seen) <= budget
     assert grown < leak

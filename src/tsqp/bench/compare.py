@@ -17,7 +17,7 @@ from tsqp.bench.hardware_limits import (
 )
 from tsqp.bench.host import describe_machine
 from tsqp.bench.lower_bounds import LowerBound, lower_bound
-from tsqp.bench.modes import MODES, LlmRunner, Runner, Sample, Setting
+from tsqp.bench.modes import MODES, LatticeStock, LlmRunner, Runner, Sample, Setting
 from tsqp.bench.startup import Start, measure_starts
 from tsqp.bench.sustained import Sustained, sustain
 from tsqp.checkpoint.checkpoint import open_checkpoint
@@ -35,6 +35,7 @@ class Result:
     Attributes:
         figures: for each quantity of `Sample`, its figure by mode.
         stock_rows: pads of each group in stock before a run, for each mode that has a stock.
+        lattice_stock: how lattice masks are made, for each mode that has them.
         device_ceilings: None if the workers compute on the CPU.
     """
 
@@ -44,6 +45,7 @@ class Result:
     prefill_ratio: dict[str, Figure]
     decode_ratio: dict[str, Figure]
     stock_rows: dict[str, int]
+    lattice_stock: dict[str, LatticeStock]
     sustained: dict[str, Sustained]
     starts: list[Start]
     ceilings: HardwareLimits
@@ -98,6 +100,11 @@ def compare(
             if isinstance(runner, LlmRunner) and runner.stock_rows
         }
         stock_rows = {mode: runner.stock_rows for mode, runner in with_stock.items()}
+        lattice_stock = {
+            mode: runner.lattice_stock
+            for mode, runner in runners.items()
+            if isinstance(runner, LlmRunner) and runner.lattice_stock is not None
+        }
         going_on = {
             mode: sustain(runner, sustained) for mode, runner in with_stock.items() if sustained
         }
@@ -112,6 +119,7 @@ def compare(
         prefill_ratio=ratios(_values(samples, "prefill_s")),
         decode_ratio=ratios(_values(samples, "decode_s_per_token")),
         stock_rows=stock_rows,
+        lattice_stock=lattice_stock,
         sustained=going_on,
         starts=list(measure_starts(modes, setting)) if starts else [],
         ceilings=limits,

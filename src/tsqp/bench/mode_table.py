@@ -42,6 +42,11 @@ def notes(result: Result) -> Iterator[str]:
         yield f"{mode}: pads for {rows} tokens are ready before each run."
         if rows < result.setting.forwards:
             yield f"A run takes {result.setting.forwards}: there was not enough memory for more."
+    for mode, stock in result.lattice_stock.items():
+        yield (
+            f"{mode}: lattice masks are made in {stock.classes} classes, for a stock of "
+            f"{stock.pad_memory / MB:.0f} MB."
+        )
 
 
 def _times(result: Result) -> Table:

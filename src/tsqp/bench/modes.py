@@ -16,6 +16,7 @@ from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.gpu.backends import parse_device
 from tsqp.model.config import ModelConfig, linear_groups
+from tsqp.tee.crypto.lattice import LatticeProvider
 from tsqp.tee.crypto.pads import row_bytes_in_stock
 
 TIMEOUT_S = 60.0  # per call; the machine may be busy
@@ -80,6 +81,19 @@ class Sample:
     socket_bytes: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class LatticeStock:
+    """How lattice masks are made, on which their cost depends.
+
+    Attributes:
+        pad_memory: bytes for the stock.
+        classes: k, in how many classes the rows of each group's batches are made [P14].
+    """
+
+    pad_memory: int
+    classes: int
+
+
 class Runner(Protocol):
     """A model loaded in one mode."""
 
@@ -98,6 +112,7 @@ class LlmRunner:
     Attributes:
         stock_rows: pads of each group in stock before a run.
         field: field of the residues, in the private modes.
+        lattice_stock: how lattice masks are made; None without them.
     """
 
     def __init__(self, setting: Setting, *, stocked: bool = False, **options: Any) -> None:
@@ -115,6 +130,7 @@ class LlmRunner:
             device=setting.device if "worker" in options else "auto",
             **options,
         )
+        self.lattice_stock = _lattice_stock(self.llm, pad_memory)
 
     def run(self, prompt_ids: Sequence[int], new_tokens: int) -> Sample:
         """Generate one greedy answer from a full stock of pads, then refill the stock."""
@@ -237,6 +253,13 @@ def _stock(setting: Setting) -> tuple[int, int]:
         rows = 2 * DEGREE
     memory = min(rows * row_bytes, available_bytes() // 2)
     return memory // row_bytes, memory
+
+
+def _lattice_stock(llm: LLM, pad_memory: int) -> LatticeStock | None:
+    provider = None if llm._pads is None else llm._pads._provider
+    if isinstance(provider, LatticeProvider):
+        return LatticeStock(pad_memory, provider.classes)
+    return None
 
 
 def _count(llm: LLM) -> dict[str, float]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tsqp.algebra.params import FieldName
 from tsqp.bench.figures import Figure
 from tsqp.bench.host import describe_machine
-from tsqp.bench.modes import MODES, Sample, Setting
+from tsqp.bench.modes import MODES, LatticeStock, LlmRunner, Sample, Setting
 from tsqp.bench.numbers import parse_numbers
 from tsqp.bench.output import new_table
 from tsqp.errors import UsageError
@@ -47,6 +47,7 @@ class ScalingResult:
     Attributes:
         cpu_s_per_token: by name and width. Each name of COMPARED is without the work done ahead;
             that work has a name of its own, and "… in all" is the sum of both.
+        lattice_stock: how lattice masks are made, by width.
         slopes: slope of log(time) over log(width), by least squares, for each name.
     """
 
@@ -56,6 +57,7 @@ class ScalingResult:
     rounds: int
     cpu_s_per_token: dict[str, dict[int, Figure]]
     slopes: dict[str, float]
+    lattice_stock: dict[int, LatticeStock]
     machine: dict[str, str]
 
     def as_json(self) -> dict[str, object]:
@@ -80,8 +82,9 @@ def measure_scaling(
 ) -> ScalingResult:
     """Run a prompt through models of two layers, of each width, in each mode."""
     found: dict[str, dict[int, Figure]] = {name: {} for name in NAMES}
+    stocks: dict[int, LatticeStock] = {}
     for width in widths:
-        samples = _samples(width, prompt_tokens, rounds, threads)
+        samples, stocks[width] = _samples(width, prompt_tokens, rounds, threads)
         for name in COMPARED:
             times = [sample[name].prefill_cpu_s_per_token for sample in samples]
             found[name][width] = Figure.of(times)
@@ -97,6 +100,7 @@ def measure_scaling(
         rounds=rounds,
         cpu_s_per_token=found,
         slopes={name: slope(figures) for name, figures in found.items()},
+        lattice_stock=stocks,
         machine=describe_machine(),
     )
 
@@ -152,8 +156,11 @@ def _cell(figure: Figure) -> str:
     return f"{1e6 * figure.median:.0f} ({1e6 * figure.least:.0f}–{1e6 * figure.most:.0f})"
 
 
-def _samples(width: int, prompt_tokens: int, rounds: int, threads: int) -> list[dict[str, Sample]]:
-    """A sample of each mode for each round, without the warm-up round."""
+def _samples(
+    width: int, prompt_tokens: int, rounds: int, threads: int
+) -> tuple[list[dict[str, Sample]], LatticeStock]:
+    """A sample of each mode for each round, without the warm-up round, and the lattice masks."""
+    lattice_stock: LatticeStock | None = None
     prompt_ids = [n % VOCABULARY for n in range(prompt_tokens)]
     samples: list[dict[str, Sample]] = [{} for _ in range(rounds + 1)]
     with tempfile.TemporaryDirectory(prefix="tsqp-bench-") as folder:
@@ -164,7 +171,10 @@ def _samples(width: int, prompt_tokens: int, rounds: int, threads: int) -> list[
             with closing(MODES[mode](setting)) as runner:
                 for sample in samples:
                     sample[name] = runner.run(prompt_ids, NEW_TOKENS)
-    return samples[1:]
+                if isinstance(runner, LlmRunner) and runner.lattice_stock is not None:
+                    lattice_stock = runner.lattice_stock
+    assert lattice_stock is not None  # COMPARED has lattice masks
+    return samples[1:], lattice_stock
 
 
 def _write_model(folder: Path, width: int, positions: int) -> None:

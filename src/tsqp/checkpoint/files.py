@@ -42,9 +42,9 @@ class BinaryFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
-        if not path.is_file():
-            raise CheckpointError(f"There is no file {printable_path(path, 'of that name')}.")
         try:
+            if not path.is_file():
+                raise CheckpointError(f"There is no file {printable_path(path, 'of that name')}.")
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as exc:
             raise CheckpointError(f"Cannot open {printable_path(path)}: {exc.strerror}.") from exc

@@ -106,9 +106,10 @@ class HintsFile:
 
 def _unusable(path: Path, error: CheckpointError) -> HintsError:
     reason = str(error).removesuffix(".").removesuffix(": fetch it again")
-    return HintsError(
-        f"Cannot use the hints in {path}: {reason}; make it again with `tsqp prepare --hints`."
-    )
+    advice = "make it again with `tsqp prepare --hints`"
+    if isinstance(error.__cause__, PermissionError):
+        advice = "let this user read it"
+    return HintsError(f"Cannot use the hints in {path}: {reason}; {advice}.")
 
 
 class HintsWriter:

@@ -13,7 +13,6 @@ from tsqp.algebra.params import LATTICE
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.footprint import trusted_bytes
 from tsqp.checkpoint.integer_cache import load_integers
-from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.model_digest import check_expected, model_digest
 from tsqp.checkpoint.progress import Counter, Progress, part_of, silent
 from tsqp.checkpoint.quantize import IntegerWeights, integer_bytes
@@ -32,6 +31,7 @@ from tsqp.runtime.hints_of_workers import add_with_hints_of_workers
 from tsqp.runtime.kv_memory import check_kv_memory, kv_cache
 from tsqp.runtime.open_sessions import begins_with_own_kv, begins_with_remote_kv
 from tsqp.runtime.options import WORKER_HINTS, Options
+from tsqp.runtime.pad_memory import pad_memory, say_if_limited
 from tsqp.runtime.segment_size import segment_bytes
 from tsqp.runtime.shard_layout import in_order_of_shards
 from tsqp.runtime.worker_link import WorkerProcess
@@ -54,8 +54,6 @@ from tsqp.tee.worker_view import WatchedOffload, WorkerView
 from tsqp.wire.channel import Channel
 
 log = logging.getLogger("tsqp")
-
-MAX_PAD_MEMORY = 2 * 2**30  # without --pad-memory
 
 
 class Builder:
@@ -90,6 +88,7 @@ class Builder:
         self._progress = progress
         self._view = view
         self.model_digest = self.weights_digest = ""
+        self._pad_memory: int | None = None  # with which `--field auto` decided for lattice masks
         self._shards = 1  # that the workers hold; 1 if each holds the whole model
         self._shard_digests: tuple[str, ...] = ()
 
@@ -110,9 +109,12 @@ class Builder:
         check_divisible(linear_groups(self._config), self._shards)
         check_sets = max(len(failover.alternatives), self._shards)
         if self.options.field == "auto" and self.options.masked:
-            needed, memory = self._lattice_bytes(check_sets), self._pad_memory()
+            needed = self._lattice_bytes(check_sets)
             name, shapes = self._checkpoint.name, self._shapes()
+            memory = pad_memory(self.options.pad_memory, LATTICE, shapes, needed)
             self.options = with_cheaper_field(self.options, name, needed, shapes, memory)
+            if self.options.lattice:
+                self._pad_memory = memory
         options = self.options
         if options.lattice:
             kept = self._lattice_bytes(check_sets)
@@ -241,7 +243,11 @@ class Builder:
                 for each shard, in their order.
             provider: makes the provider of pads for a stock of this many bytes.
         """
-        memory, lattice = self._pad_memory(), self.options.lattice
+        options, lattice, memory = self.options, self.options.lattice, self._pad_memory
+        if memory is None:
+            memory = pad_memory(options.pad_memory, options.residues, self._shapes())
+        if lattice and options.pad_memory is None:
+            say_if_limited(self._shapes(), memory)
         private = self._private(embedding_VD)
 
         def connect(worker: WorkerProcess) -> Channel:
@@ -381,13 +387,6 @@ class Builder:
 
     def _kv_cache(self, to_read: int = 0) -> KvCache:
         return kv_cache(self._config, self._dtype, self.options.kv_memory, to_read)
-
-    def _pad_memory(self) -> int:
-        wanted = self.options.pad_memory
-        if wanted is None:
-            return min(MAX_PAD_MEMORY, available_bytes() // 4)
-        check_memory(wanted, "The stock of pads", "choose a smaller --pad-memory")
-        return wanted
 
     def _connect(
         self, worker: WorkerProcess, digest: str, itemsize: int, abilities: Sequence[str] = ()

@@ -129,7 +129,8 @@ class Options:
         int | None,
         Option(
             "Memory for pads that are made ahead of time, in GiB (in Python, in bytes). 0 makes no "
-            "pads ahead. The default is at most 2 GiB.",
+            "pads ahead. The default is a quarter of the free memory: at most 2 GiB, and with "
+            "lattice masks at most what 4096 tokens take.",
             float | None,
             env=("TSQP_PAD_MEMORY",),
             unit=("GiB", 2**30),

@@ -203,6 +203,45 @@ def test_a_wrong_product_of_a_mask_is_another_error_and_ends_all_lattice_offload
         layer.mask(rows_of(4, layer.group.width), layer.take(4))
 
 
+def test_a_wrong_answer_has_no_other_verdict_if_the_mask_is_wrong_too(
+    layer: Layer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch = Switch()
+    monkeypatch.setattr(layer.group, "_switch", switch)
+    masks = layer.take(4)
+    masked, c_TD = layer.mask(rows_of(4, layer.group.width), masks)
+    halves(masks.u_NF)[0, 2, 2 * BLOCK + 5] ^= 1
+    z_TF = layer.answer(c_TD)
+    lie_TF = z_TF.clone()
+    lie_TF[2, 7] = (lie_TF[2, 7] + 1) % Q
+    with pytest.raises(IntegrityError, match="wrong product"):
+        layer.unmask(lie_TF, masks, masked)
+    switch.check()  # a worker cannot end lattice offload
+    with pytest.raises(LatticeError, match="The worker did not cause this"):
+        layer.unmask(z_TF, masks, masked)
+
+
+def test_features_and_rows_of_zeros_have_as_much_noise_as_all_others() -> None:
+    diagonal = Layer(IntegerWeights(127 * torch.eye(40, dtype=torch.int8), torch.ones(40)))
+    masks = diagonal.make()
+    x_TD = rows_of(len(masks), 40)
+    x_TD[:, [7, 39]] = x_TD[-16:] = 0
+    masked, c_TD = diagonal.mask(x_TD, masks)
+    one, noise = pow(127, -1, Q), []  # u is 127 · a · s
+    for x_D, unit, c_D, u_F in zip(
+        x_TD.double().tolist(), masked.unit_T, c_TD.tolist(), diagonal.products(masks), strict=True
+    ):
+        xq_D = [round(x / unit) if x else 0 for x in x_D]
+        sent = zip(c_D, xq_D, u_F, strict=True)
+        rests = [(c - diagonal.group.delta * xq - one * u) % Q for c, xq, u in sent]
+        noise.append([(rest + Q // 2) % Q - Q // 2 for rest in rests])
+    noise_TD = torch.tensor(noise).double()
+    assert noise_TD.abs().max() <= 16
+    squares_TD = noise_TD.square()  # whose mean is 8; six deviations of it for 256 and 640 numbers
+    assert (squares_TD.mean(0) - 8).abs().max() < 48 * (2 / len(masks)) ** 0.5
+    assert abs(float(squares_TD[-16:].mean()) - 8) < 48 * (2 / 640) ** 0.5
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_noise_just_below_half_of_delta_rounds_right(layer: Layer, sign: int) -> None:
     masks = layer.take(2)

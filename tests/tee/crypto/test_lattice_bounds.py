@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +208,24 @@ def test_an_input_that_changes_in_shared_memory_changes_no_verdict() -> None:
     expected = crossing.product(crossing.z_TF)
     crossing.c_TB.zero_()
     assert torch.equal(crossing.product(crossing.z_TF), expected)
+
+
+def test_an_answer_that_changes_in_shared_memory_after_its_check_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crossing = Crossing()
+    expected, shared_TB = crossing.product(crossing.z_TF), crossing.exact.pack(crossing.z_TF)
+    verify = lattice_kernels.verify
+
+    def then_change(*arguments: Any) -> int:
+        found = verify(*arguments)
+        shared_TB[:] = 0
+        return found
+
+    monkeypatch.setattr(lattice_kernels, "verify", then_change)
+    monkeypatch.setattr(crossing.exact, "pack", lambda _: shared_TB)
+    assert torch.equal(crossing.product(crossing.z_TF), expected)
+    assert not shared_TB.any()
 
 
 def sizes(delta: int) -> list[int]:

@@ -122,6 +122,11 @@ class LatticeProvider:
         self._classes: dict[LinearGroup, deque[tuple[_Batch, int]]]
         self._classes = {key: deque() for key in hints}
 
+    @property
+    def classes(self) -> int:
+        """k: in how many classes the rows of a batch are made [P14]."""
+        return self._transform.classes
+
     def stock_rows(self, memory_rows: int) -> int:
         """Whole classes, and at least one: the rest of a class made when needed is kept."""
         rows = self._transform.rows
