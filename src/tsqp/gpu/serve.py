@@ -20,6 +20,7 @@ from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
 from tsqp.gpu.backends import backend_on, parse_device
 from tsqp.gpu.backends.backend import Backend
+from tsqp.gpu.ready import READY
 from tsqp.gpu.record import Recorder
 from tsqp.gpu.worker import Worker
 from tsqp.gpu.worker_weights import (
@@ -42,7 +43,6 @@ from tsqp.wire.zmq import public_key_of
 log = logging.getLogger("tsqp")
 
 SERVE = ("all", "private", "open")
-READY = "ready"  # a supervised worker prints this and its address on standard output
 
 
 def serve(
