@@ -206,7 +206,7 @@ def test_up_takes_over_workers_that_run_and_refuses_other_ones(place: Place) -> 
 def test_a_worker_that_cannot_start_ends_up_and_leaves_nothing(place: Place) -> None:
     wrong = place.command("up", "random:none", "--insecure", "--name", "wrong")
     done = place.run(wrong)
-    assert done.returncode == 1 and "shard1-replica1 on 127.0.0.1: " in done.stderr
+    assert done.returncode == 1 and "shard1-replica1 on " in done.stderr
     status = place.run(place.command("status", "--name", "wrong"))
     assert (status.returncode, status.stdout) == (1, "no workers\n")
 
