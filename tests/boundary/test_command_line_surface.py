@@ -48,8 +48,8 @@ COMMANDS = {
     "digest": "--debug --dtype --model-key-file --privacy --quiet MODEL",
     "keygen": "--debug FOLDER",
     "doctor": """
-        --debug --dtype --insecure --json --model-key-file --shm-name --threads --worker
-        --worker-key MODEL
+        --debug --dtype --insecure --json --model-key-file --only-workers --shm-name --threads
+        --worker --worker-key MODEL
     """,
     "verify": "--at --cacert --claims --collateral --debug --json --policy --quote --save URL",
     "collateral": "--debug --out --pccs QUOTE",

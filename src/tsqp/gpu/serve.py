@@ -88,6 +88,7 @@ def serve(
             a file.
         ModelError: the checkpoint cannot be used.
         WorkerUnavailable: the endpoint cannot be served.
+        IntegrityError: the device multiplies wrongly.
         RecordingError: the recording cannot be written, now or later.
     """
     endpoint = parse_endpoint(listen)
@@ -116,6 +117,7 @@ def serve(
             log.info("accepting only encrypted links; public key: %s", public_key_of(secret_key))
         log.info("loading %s …", model)
         worker = load()
+        worker.check_device()
         log.info("%s", loading.describe(worker.layers))
         log.info("serving %s on %s at %s: %s", model, where, server.address, worker)
         if supervised:
