@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tsqp.cluster.actor import Report
 from tsqp.cluster.plan import Plan
-from tsqp.cluster.ray_cluster import RayCluster, start
+from tsqp.cluster.ray_cluster import RayCluster, find, start
 from tsqp.cluster.workers_file import records, replace
 from tsqp.errors import ClusterError
 
@@ -26,8 +26,8 @@ def bring_up(plan: Plan, stop: threading.Event, say: Say) -> tuple[RayCluster, d
         ClusterError: a worker could not start, or `stop` was set; nothing is left behind, unless
             the cluster ran before.
     """
+    ran_before = len(find()) > 0
     cluster = start(plan)
-    ran_before = False
     try:
         serving = -1
         while True:
@@ -36,13 +36,13 @@ def bring_up(plan: Plan, stop: threading.Event, say: Say) -> tuple[RayCluster, d
             if len(endpoints) != serving:
                 serving = len(endpoints)
                 say(f"{serving} of {len(cluster)} workers serve")
-            ran_before = ran_before or len(endpoints) == len(cluster)
             cluster.check(plan, reports)
             if len(endpoints) == len(cluster):
                 return cluster, endpoints
-            _check_started(reports)
+            if not ran_before:
+                _check_started(reports)
             if stop.wait(POLL_S):
-                raise ClusterError("Interrupted before all workers served; they were stopped.")
+                raise ClusterError("Interrupted before all workers served.")
     except ClusterError:
         if not ran_before:
             cluster.stop()
