@@ -58,8 +58,8 @@ class RayCluster:
                 found[name] = ray.get(answer, timeout=0)
             except ActorDiedError as exc:
                 raise ClusterError(
-                    f"Ray has no {name} any more; `tsqp cluster down` may have ended it, or its "
-                    "node lacks the same version of tsqp[ray]."
+                    f"Ray has no {name} any more: Ray or `tsqp cluster down` ended it, or its node "
+                    "does not have the same version of tsqp[ray]; run `tsqp cluster up` again."
                 ) from exc
             except (GetTimeoutError, RayActorError, RayTaskError):
                 found[name] = None
