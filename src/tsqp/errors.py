@@ -19,6 +19,7 @@
     ├── RecordingError             a recording of what a worker received cannot be written or read
     ├── ReportError                a file is neither a call log nor a result of a benchmark
     ├── ServerError                a server of `tsqp chat --url` cannot be reached, or fails
+    ├── ClusterError               a Ray cluster cannot be reached, or cannot run the workers
     ├── AttestationError           evidence cannot be made or read, or does not meet a policy
     └── WorkerError                something failed between this process and a worker
         ├── WorkerUnavailable      nobody serves the endpoint, or it cannot be served
@@ -136,6 +137,10 @@ class ReportError(TSQPError):
 
 class ServerError(TSQPError):
     """A server cannot be reached, refuses to answer, or sends something that is not an answer."""
+
+
+class ClusterError(TSQPError):
+    """A Ray cluster cannot be reached, or cannot run the workers."""
 
 
 class AttestationError(TSQPError):

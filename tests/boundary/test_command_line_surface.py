@@ -37,13 +37,19 @@ COMMANDS = {
         --max-sessions-per-client --max-shm-bytes --max-total-shm-bytes --model-key-file --no-shm
         --quiet --record --serve --shard --shm-name --supervised --threads MODEL
     """,
+    "cluster-up": """
+        --address --debug --device --dtype --insecure --keys --name --quiet --replicas --resource
+        --serve --shards --threads --workers-file MODEL
+    """,
+    "cluster-status": "--address --debug --json --name",
+    "cluster-down": "--address --debug --name --quiet",
     "prepare": "--debug --hints --quiet MODEL OUT",
     "encrypt": "--debug --model-key-file --quiet MODEL OUT",
     "digest": "--debug --dtype --model-key-file --privacy --quiet MODEL",
     "keygen": "--debug FOLDER",
     "doctor": """
-        --debug --dtype --insecure --json --model-key-file --shm-name --threads --worker
-        --worker-key MODEL
+        --debug --dtype --insecure --json --model-key-file --only-workers --shm-name --threads
+        --worker --worker-key MODEL
     """,
     "verify": "--at --cacert --claims --collateral --debug --json --policy --quote --save URL",
     "collateral": "--debug --out --pccs QUOTE",

@@ -9,7 +9,7 @@ from wire_mounts import run_in_a_mount
 
 from tsqp.errors import TSQPError, UsageError
 from tsqp.wire.keys import parse_public_key, read_secret_key, write_key_pair
-from tsqp.wire.zmq import public_key_of
+from tsqp.wire.zmq import is_key, public_key_of
 
 
 def refusal(read: object, what: object) -> str:
@@ -190,3 +190,14 @@ def test_a_folder_or_nothing_in_the_place_of_a_key_file_is_named(tmp_path: Path)
     assert f"Cannot read a key from {tmp_path}: Is a dir" in refusal(read_secret_key, tmp_path)
     missing = tmp_path / "worker.key"
     assert f"Cannot read a key from {missing}: No such" in refusal(read_secret_key, missing)
+
+
+def test_a_path_that_looks_like_a_key_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "k" * 40
+    assert is_key(name)
+    _, public_path, public = write_key_pair(tmp_path)
+    public_path.rename(name)
+    assert parse_public_key(name) == public

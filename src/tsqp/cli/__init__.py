@@ -4,6 +4,7 @@ from tsqp.cli import (  # noqa: F401
     audit,
     bench,
     chat,
+    cluster,
     collateral,
     digest,
     doctor,

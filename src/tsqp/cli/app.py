@@ -30,7 +30,8 @@ TRUSTED = (
 
 # The order in --help, as a newcomer meets the commands. Commands that are not listed come last.
 ORDER = (
-    "demo", "generate", "chat", "serve", "worker", "verify", "collateral", "proxy", "keys-serve",
+    "demo", "generate", "chat", "serve", "worker", "cluster-up", "cluster-status", "cluster-down",
+    "verify", "collateral", "proxy", "keys-serve",
     "keys-fetch", "prepare", "digest", "encrypt", "keygen", "doctor", "audit", "bench", "report",
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ import typer
 from tsqp.cli.app import app
 from tsqp.cli.flags import Debug, JsonOutput
 from tsqp.cli.with_options import with_options
+from tsqp.errors import UsageError
 
 
 @app.command()
@@ -37,6 +38,9 @@ def doctor(
             "the option in the order of --worker."
         ),
     ] = None,
+    only_workers: Annotated[
+        bool, typer.Option("--only-workers", help="Do not check this machine and its transports.")
+    ] = False,
     dtype: str,
     threads: int | None,
     shm_name: str | None,
@@ -54,6 +58,8 @@ def doctor(
 
     logging.getLogger("tsqp").setLevel(logging.WARNING)  # each check prints its own line
     workers, keys = worker or [], worker_key or []
+    if only_workers and not workers:
+        raise UsageError("--only-workers needs --worker.")
     check_number_of_keys(len(workers), len(keys))
     if model is not None and not workers:
         say(f"{model} was not checked: give the --worker that serves it.")
@@ -66,5 +72,7 @@ def doctor(
             targets.append(
                 Target(model, each, key, dtype, threads, insecure, shm_name, model_key_file)
             )
-    if not print_checks(examine(threads, targets), json_output=json_output):
+    if not print_checks(
+        examine(threads, targets, only_workers=only_workers), json_output=json_output
+    ):
         raise typer.Exit(1)

@@ -20,14 +20,17 @@ CALLS = 200
 MARKS = {"ok": "[green]✓[/]", "bad": "[red]✗[/]", "skipped": "[dim]–[/]"}
 
 
-def examine(threads: int | None, targets: Sequence[Target | Unnamed]) -> Iterator[Check]:
-    """Check the machine, its transports, and each of the workers.
+def examine(
+    threads: int | None, targets: Sequence[Target | Unnamed], *, only_workers: bool = False
+) -> Iterator[Check]:
+    """Check the machine and its transports, unless `only_workers`, and each of the workers.
 
     If there are several workers, the names of their checks begin with the number of the worker.
     """
-    for name, check in machine_checks(threads):
-        yield run_check(name, check)
-    yield from transport_checks()
+    if not only_workers:
+        for name, check in machine_checks(threads):
+            yield run_check(name, check)
+        yield from transport_checks()
     for number, target in enumerate(targets, 1):
         of_worker = (
             session_checks(target) if isinstance(target, Target) else greeting_checks(target)

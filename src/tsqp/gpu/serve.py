@@ -20,6 +20,7 @@ from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
 from tsqp.gpu.backends import backend_on, parse_device
 from tsqp.gpu.backends.backend import Backend
+from tsqp.gpu.ready import READY
 from tsqp.gpu.record import Recorder
 from tsqp.gpu.worker import Worker
 from tsqp.gpu.worker_weights import (
@@ -42,7 +43,6 @@ from tsqp.wire.zmq import public_key_of
 log = logging.getLogger("tsqp")
 
 SERVE = ("all", "private", "open")
-READY = "ready"  # a supervised worker prints this and its address on standard output
 
 
 def serve(
@@ -88,6 +88,7 @@ def serve(
             a file.
         ModelError: the checkpoint cannot be used.
         WorkerUnavailable: the endpoint cannot be served.
+        IntegrityError: the device multiplies wrongly.
         RecordingError: the recording cannot be written, now or later.
     """
     endpoint = parse_endpoint(listen)
@@ -116,6 +117,7 @@ def serve(
             log.info("accepting only encrypted links; public key: %s", public_key_of(secret_key))
         log.info("loading %s …", model)
         worker = load()
+        worker.check_device()
         log.info("%s", loading.describe(worker.layers))
         log.info("serving %s on %s at %s: %s", model, where, server.address, worker)
         if supervised:

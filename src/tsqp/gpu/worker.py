@@ -9,6 +9,7 @@ from tsqp.algebra.params import FIELDS
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu.backends import residues
 from tsqp.gpu.client_session import KvSession, KvStore
+from tsqp.gpu.self_test import check_device
 from tsqp.gpu.worker_weights import IntegerModel, ModelWeights, Weights
 from tsqp.model.linear_group import LinearGroup
 from tsqp.model.macs import dearest_row_macs
@@ -68,6 +69,11 @@ class Worker:
             self._store = KvStore(weights, self._max_call_macs, kv_shares)
         if integers is not None:
             integers.backend.prepare()
+
+    def check_device(self) -> None:
+        """Raise IntegrityError unless the device multiplies the integer weights rightly."""
+        if self._integers is not None:
+            check_device(self._integers)
 
     @property
     def layers(self) -> int:

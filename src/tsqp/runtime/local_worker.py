@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from tsqp.errors import WorkerUnavailable
-from tsqp.gpu.serve import READY
+from tsqp.gpu.ready import READY
 
 STOP_S = 5.0
 
@@ -94,13 +94,14 @@ class LocalWorker:
             if ready == READY:
                 self.endpoint, self._is_ready = endpoint, True
                 return
-        self._process.wait()
+        raise WorkerUnavailable(f"The local worker {self.wait()}")
+
+    def wait(self) -> str:
+        """Wait until the worker ends; returns its exit status and the last line of its output."""
+        status = self._process.wait()
         self._listener.join(STOP_S)
         reason = self._last_words[-1] if self._last_words else "it said nothing"
-        raise WorkerUnavailable(
-            f"The local worker ended with exit status {self._process.returncode}: "
-            f"{reason.removeprefix('error: ')}"
-        )
+        return f"ended with exit status {status}: {reason.removeprefix('error: ')}"
 
     def _listen(self) -> None:
         """Read the child's output, so that its pipe does not fill up, and keep the last lines."""

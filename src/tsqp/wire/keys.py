@@ -81,7 +81,17 @@ def parse_public_key(text: str) -> str:
     Raises:
         UsageError: `text` is neither.
     """
-    return text if is_key(text) else _read(Path(text), "public")
+    # A path of 40 characters may look like a key.
+    return text if is_key(text) and not Path(text).is_file() else read_public_key(Path(text))
+
+
+def read_public_key(path: Path) -> str:
+    """Read a public key from its file.
+
+    Raises:
+        UsageError: there is no such file, or it holds no public key.
+    """
+    return _read(path, "public")
 
 
 def _write(path: Path, kind: Kind, key: str, mode: int) -> None:
