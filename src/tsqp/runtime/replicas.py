@@ -257,15 +257,12 @@ class Replicas(Alternative):
         if linear is None or linear.is_closed or not away or monotonic() < member.next_try:
             return
         member.busy = True
-        if member.process.is_remote:
-            self._attempts = [each for each in self._attempts if each.is_alive()]
-            thread = threading.Thread(
-                target=self._attempt, args=(member, linear), name="tsqp-reach", daemon=True
-            )
-            self._attempts.append(thread)
-            thread.start()
-        else:
-            self._attempt(member, linear)
+        self._attempts = [each for each in self._attempts if each.is_alive()]
+        thread = threading.Thread(
+            target=self._attempt, args=(member, linear), name="tsqp-reach", daemon=True
+        )
+        self._attempts.append(thread)
+        thread.start()
 
     def _attempt(self, member: _Member, linear: ShardsLinear[Any]) -> None:
         try:

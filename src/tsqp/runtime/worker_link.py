@@ -70,11 +70,6 @@ class WorkerProcess:
         return self._link
 
     @property
-    def is_remote(self) -> bool:
-        """Whether somebody else started it."""
-        return self._link.endpoint.scheme not in ("local", "inproc")
-
-    @property
     def endpoint(self) -> str:
         """The endpoint as given."""
         return str(self._link.endpoint)
