@@ -93,8 +93,8 @@ def probe(
     """
     linear = secrets.choice(list(replica.groups))
     group, row_pool = replica.groups[linear], RowPool(1)
-    random = bytearray(secrets.token_bytes(group.width))
-    x_TD = torch.frombuffer(random, dtype=torch.uint8).float()[None] - 127.5
+    row = bytearray(secrets.token_bytes(group.width))
+    x_TD = torch.frombuffer(row, dtype=torch.uint8).float()[None] - 127.5
     y_TF: Tensor = torch.empty(1, group.features)
     slot = replica.reserve(linear, 1)
     pads = pool.take(linear, 1)
