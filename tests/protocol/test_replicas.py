@@ -125,6 +125,7 @@ def test_a_replica_that_returns_and_lies_is_not_taken_back(
     assert limit._left == MAX_FAILURES - 1
 
 
+@pytest.mark.slow
 def test_a_killed_replica_loses_no_request_and_the_last_one_ends_them(commands: Commands) -> None:
     ends = [f"ipc://{commands.folder}/{n}.sock" for n in range(3)]
     running = [
