@@ -12,6 +12,7 @@ COMMANDS = {
         --prefill-chunk --presence-penalty --privacy --prompt --prompt-ids --prompt-logprobs
         --prompts --quiet --repetition-penalty --rpc-log --seed --shm-name --split-special --stop
         --stop-token-id --temperature --threads --timeout --top-k --top-p --worker --worker-key
+        --workers-file
         MODEL
     """,
     "chat": """
@@ -20,7 +21,8 @@ COMMANDS = {
         --kv-memory --logit-bias --max-tokens --min-p --model-key-file --no-shm --pad-memory
         --prefill-chunk --presence-penalty --privacy --quiet
         --repetition-penalty --rpc-log --seed --shm-name --split-special --stop --stop-token-id
-        --system --temperature --threads --timeout --top-k --top-p --url --worker --worker-key MODEL
+        --system --temperature --threads --timeout --top-k --top-p --url --worker --worker-key
+        --workers-file MODEL
     """,
     "serve": """
         --api-key --api-key-file --attention --attest --debug --device --dtype --expect-model
@@ -30,7 +32,7 @@ COMMANDS = {
         --pad-memory --port
         --prefill-chunk --privacy --quiet --receipts --root-path --rpc-log --served-model-name
         --shm-name --show-worker-view --shutdown-timeout --ssl-certfile --ssl-keyfile --threads
-        --timeout --tool-call-parser --uds --worker --worker-key MODEL
+        --timeout --tool-call-parser --uds --worker --worker-key --workers-file MODEL
     """,
     "worker": """
         --debug --device --dtype --insecure --keyfile --listen --max-sessions

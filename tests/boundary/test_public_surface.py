@@ -52,6 +52,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "privacy",
         "worker",
         "worker_key",
+        "workers_file",
         "attention",
         "fuse",
         "field",

@@ -83,7 +83,7 @@ def pad_linear(
         row_bytes = sum(row_bytes_in_stock(LATTICE, *shape) for shape in SHAPES.values())
         memory = stock_rows * row_bytes
         pool = PadPool(load.provider(memory), SHAPES, memory)
-        return PadLinear(channel, load.groups[0], pool, torch.float32, TIMEOUT_S, rows, trust)
+        return PadLinear(channel, load.groups[0][0], pool, torch.float32, TIMEOUT_S, rows, trust)
     weights_FD = {key: weights.weight_FD for key, weights in WEIGHTS.items()}
     pool = PadPool(DirectProvider(weights_FD, field), SHAPES, stock_rows * ROW_BYTES)
     return PadLinear(channel, _groups(field), pool, torch.float32, TIMEOUT_S, rows, trust)

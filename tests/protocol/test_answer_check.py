@@ -41,7 +41,7 @@ class Checked:
         if field is LATTICE:
             load = LatticeLoad({linear: linear.shape}, {})
             load.add(linear, weights)
-            self.group = load.groups[0][linear]
+            self.group = load.groups[0][0][linear]
             self._provider: PadProvider = load.provider(0)
         else:
             self.group = MaskedGroup(linear, weights, None, field)

@@ -237,7 +237,7 @@ class _Layer:
         if field is LATTICE:
             load = LatticeLoad({linear: shape}, {})
             load.add(linear, integers)
-            self.group = load.groups[0][linear]
+            self.group = load.groups[0][0][linear]
             memory = 2 * DEGREE * row_bytes_in_stock(field, *shape)  # whole batches
             self.provider: PadProvider = load.provider(memory)
         else:

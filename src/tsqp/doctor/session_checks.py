@@ -26,7 +26,7 @@ from tsqp.model.config import layer_groups
 from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import Segment
 from tsqp.runtime.build import Builder
-from tsqp.runtime.failover import Failover
+from tsqp.runtime.failover import Alternative, Failover
 from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto.freivalds import Trust, process_limit
@@ -154,7 +154,7 @@ class _Mode:
         self._stack.callback(process.close)
         builder = Builder(self._options(), self._checkpoint, self._dtype)
         try:
-            [begin] = builder.build(Failover([[process]]))
+            [begin] = builder.build(Failover([Alternative([process])]))
             self._offload, _ = begin()
         except HandshakeError as exc:
             if NOT_SERVED in str(exc):
@@ -199,7 +199,7 @@ class _Mode:
         with closing(PadPool(load.provider(0), shapes, 0)) as pool, closing(RowPool(1)) as rows:
             offload = PadLinear(
                 self._channel,
-                load.groups[0],
+                load.groups[0][0],
                 pool,
                 self._dtype,
                 TIMEOUT_S,

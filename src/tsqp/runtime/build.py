@@ -24,6 +24,7 @@ from tsqp.model.config import linear_groups, trusted_shapes
 from tsqp.model.linear_group import LinearGroup
 from tsqp.model.shard import check_divisible
 from tsqp.nn.kv_cache import KvCache
+from tsqp.runtime.check_sets import SPARE_SETS, CheckSets
 from tsqp.runtime.failover import Begin, Failover
 from tsqp.runtime.field_auto import with_cheaper_field
 from tsqp.runtime.hints_cache import hints_path, keep_hints, load_with_hints
@@ -32,8 +33,9 @@ from tsqp.runtime.kv_memory import check_kv_memory, kv_cache
 from tsqp.runtime.open_sessions import begins_with_own_kv, begins_with_remote_kv
 from tsqp.runtime.options import WORKER_HINTS, Options
 from tsqp.runtime.pad_memory import pad_memory, say_if_limited
+from tsqp.runtime.pad_sessions import PadSessions
+from tsqp.runtime.replicas import Replicas
 from tsqp.runtime.segment_size import segment_bytes
-from tsqp.runtime.shard_layout import in_order_of_shards
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto import lattice_kernels
 from tsqp.tee.crypto.freivalds import Trust, process_limit
@@ -47,8 +49,7 @@ from tsqp.tee.offload.lattice_load import LatticeLoad, compile_lattice_loops
 from tsqp.tee.offload.local import LocalOffload
 from tsqp.tee.offload.masked import Group, Kept, LinearPart, MaskedGroup, PrivateOffload
 from tsqp.tee.offload.offload import Offload
-from tsqp.tee.offload.pad import PadLinear
-from tsqp.tee.offload.shards import ShardsLinear, cut_groups
+from tsqp.tee.offload.shards import cut_groups
 from tsqp.tee.offload.shares import SharesLinear
 from tsqp.tee.worker_view import WatchedOffload, WorkerView
 from tsqp.wire.channel import Channel
@@ -89,6 +90,7 @@ class Builder:
         self._view = view
         self.model_digest = self.weights_digest = ""
         self._pad_memory: int | None = None  # with which `--field auto` decided for lattice masks
+        self._replicas: Replicas | None = None
         self._shards = 1  # that the workers hold; 1 if each holds the whole model
         self._shard_digests: tuple[str, ...] = ()
 
@@ -104,10 +106,14 @@ class Builder:
         workers = failover.workers
         if workers:
             process_limit.check()
-        if self.options.privacy != "shares" and len(failover.alternatives) == 1:
+        self._replicas = failover.current if isinstance(failover.current, Replicas) else None
+        check_sets = len(failover.alternatives)
+        if self._replicas is not None:
+            self._shards = self._replicas.count
+            check_sets = self._sets_of_a_shard(workers)
+        elif self.options.privacy == "open" and check_sets == 1:
             self._shards = max(1, len(workers))
         check_divisible(linear_groups(self._config), self._shards)
-        check_sets = max(len(failover.alternatives), self._shards)
         if self.options.field == "auto" and self.options.masked:
             needed = self._lattice_bytes(check_sets)
             name, shapes = self._checkpoint.name, self._shapes()
@@ -198,14 +204,15 @@ class Builder:
         if options.privacy == "shares":
             return [begin_shares]
         direct = DirectProvider(weights_FD, field)
-        if self._shards > 1:
-            shards = cut_groups(groups, weights_FD, self._shards)
-            return self._begin_pad(workers, digest, shards, lambda _: direct, embedding_VD)
+        sessions = self._pad_sessions(digest, lambda _: direct, embedding_VD)
+        if self._replicas is not None:
+            sets = CheckSets(self._shards, [], lambda of: cut_groups(groups, weights_FD, of))
+            return sessions.together(self._replicas, sets)
         others = [
             {group: each.with_own_checks(weights_FD[group]) for group, each in groups.items()}
             for _ in workers[1:]
         ]
-        return self._begin_pad(workers, digest, [groups, *others], lambda _: direct, embedding_VD)
+        return sessions.one_at_a_time(workers, [groups, *others])
 
     def _lattice(self, failover: Failover) -> list[Begin]:
         process_switch.check()
@@ -217,8 +224,8 @@ class Builder:
                 LatticeLoad,
                 self._shapes(),
                 self._biases_F(),
-                workers=len(failover.workers),
-                sharded=self._shards > 1,
+                workers=self._sets_of_a_shard(failover.workers),
+                shards=self._shards,
             )
             given = self.options.hints
             path = hints_path(self._checkpoint, self._shapes()) if given is None else Path(given)
@@ -226,63 +233,41 @@ class Builder:
                 load, (digest, embedding_VD) = load_with_hints(
                     path, given is not None, new_load, self._load, row_pool
                 )
-        return self._begin_pad(failover.workers, digest, load.groups, load.provider, embedding_VD)
+        sessions = self._pad_sessions(digest, load.provider, embedding_VD)
+        if self._replicas is not None:
+            return sessions.together(self._replicas, CheckSets(self._shards, load.groups))
+        [each_worker] = load.groups
+        return sessions.one_at_a_time(failover.workers, each_worker)
 
-    def _begin_pad(
-        self,
-        workers: Sequence[WorkerProcess],
-        digest: str,
-        groups_of: Sequence[Mapping[LinearGroup, Group[Kept]]],
-        provider: Callable[[int], PadProvider],
-        embedding_VD: torch.Tensor,
-    ) -> list[Begin]:
-        """Sessions of `pad`, each with pads of its own.
+    def _pad_sessions(
+        self, digest: str, provider: Callable[[int], PadProvider], embedding_VD: torch.Tensor
+    ) -> PadSessions:
+        """What begins sessions of `pad`.
 
         Args:
-            groups_of: for each worker, with check vectors that are used with this worker only; or
-                for each shard, in their order.
             provider: makes the provider of pads for a stock of this many bytes.
         """
-        options, lattice, memory = self.options, self.options.lattice, self._pad_memory
+        options, shapes, memory = self.options, self._shapes(), self._pad_memory
         if memory is None:
-            memory = pad_memory(options.pad_memory, options.residues, self._shapes())
-        if lattice and options.pad_memory is None:
-            say_if_limited(self._shapes(), memory)
-        private = self._private(embedding_VD)
+            memory = pad_memory(options.pad_memory, options.residues, shapes)
+        if options.lattice and options.pad_memory is None:
+            say_if_limited(shapes, memory)
+        abilities = [LATTICE_ABILITY] if options.lattice else []
 
         def connect(worker: WorkerProcess) -> Channel:
-            itemsize = self.options.residues.residue_bytes
-            return self._connect(worker, digest, itemsize, [LATTICE_ABILITY] if lattice else [])
+            return self._connect(worker, digest, options.residues.residue_bytes, abilities)
 
-        def session(
-            kind: Callable[..., LinearPart], channels: object, groups: object, trust: Trust
-        ) -> tuple[Offload, PadPool]:
-            pool = PadPool(provider(memory), self._shapes(), memory)
-            row_pool, timeout = self._row_pool(), self.options.timeout
-            return private(
-                kind(channels, groups, pool, self._dtype, timeout, row_pool, trust)
-            ), pool
-
-        def begin(
-            worker: WorkerProcess, watched: Mapping[LinearGroup, Group[Kept]], trust: Trust
-        ) -> tuple[Offload, PadPool]:
-            trust.check()
-            return session(PadLinear, connect(worker), watched, trust)
-
-        def begin_shards(
-            shards: Sequence[Mapping[LinearGroup, Group[Kept]]], trust: Trust
-        ) -> tuple[Offload, PadPool]:
-            trust.check()
-            channels = in_order_of_shards([connect(worker) for worker in workers])
-            return session(ShardsLinear, channels, shards, trust)
-
-        if self._shards > 1:  # all get the same input, so one is watched
-            watched = [self._watched(groups_of[0]), *groups_of[1:]]
-            return [partial(begin_shards, watched, Trust(process_limit))]
-        return [
-            partial(begin, worker, self._watched(groups), Trust(process_limit))
-            for worker, groups in zip(workers, groups_of, strict=True)
-        ]
+        return PadSessions(
+            connect,
+            list(shapes),
+            lambda: PadPool(provider(memory), shapes, memory),
+            self._row_pool,
+            self._private(embedding_VD),
+            self._watched,
+            self._dtype,
+            options.timeout,
+            process_limit,
+        )
 
     def _private(self, embedding_VD: torch.Tensor) -> Callable[[LinearPart], PrivateOffload]:
         """Makes the offload of each session; all of them use the same KV cache."""
@@ -321,6 +306,11 @@ class Builder:
         if path is not None and not path.exists():
             keep_hints(path, load, digest)
         return load, digest, embedding_VD
+
+    def _sets_of_a_shard(self, workers: Sequence[WorkerProcess]) -> int:
+        """For how many workers of each shard there must be check vectors."""
+        later = 0 if self.options.workers_file is None else SPARE_SETS
+        return len(workers) - self._shards + 1 + later
 
     def _lattice_bytes(self, alternatives: int) -> int:
         """Bytes that the TEE needs while it loads for lattice masks."""

@@ -1,7 +1,8 @@
 """Which workers a session is with: one alternative at a time, and another takes over after it.
 
 In `pad` and `open` every worker is an alternative of its own, unless they hold shards of a model.
-With shards, and in `shares`, there is one alternative, which is all of the workers.
+With shards, and in `shares`, there is one alternative, which is all of the workers. Shards in
+`pad`, and workers from a file, are a `tsqp.runtime.replicas.Replicas`.
 """
 
 import logging
@@ -11,8 +12,10 @@ from typing import Literal, TypeVar
 
 from tsqp.errors import IntegrityError, ProtocolError, TSQPError, WorkerError
 from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.tee.call_log import CallLog
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.offload.offload import Offload
+from tsqp.wire.channel import Channel, Counters
 
 log = logging.getLogger("tsqp")
 
@@ -75,6 +78,33 @@ class Alternative:
         self.start()
         return self.begin()
 
+    @property
+    def statuses(self) -> list[WorkerStatus]:
+        """One for each worker."""
+        name = None if self.error is None else type(self.error).__name__
+        return [WorkerStatus(worker.endpoint, self.state, name) for worker in self.workers]
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The present sessions."""
+        return [worker.channel for worker in self.workers if worker.channel is not None]
+
+    @property
+    def rpc(self) -> Counters:
+        """The traffic of the present sessions."""
+        return Counters.total(channel.counters for channel in self.channels)
+
+    @property
+    def integrity_failures(self) -> int:
+        """How many wrong products were detected."""
+        return int(isinstance(self.error, IntegrityError))
+
+    def record(self, call_log: CallLog, first: int) -> None:
+        """Record the calls of the present sessions; `first` is the number of the first worker."""
+        for number, worker in enumerate(self.workers, first):
+            if worker.channel is not None:
+                worker.channel.on_times = call_log.taker(number, worker.channel.transport)
+
     def end(self, error: TSQPError) -> None:
         """Remember why there is no session, and stop local workers. A quarantine never ends."""
         if self.state != "quarantined":
@@ -103,8 +133,9 @@ class Failover:
         current: the one that is used, or was used last.
     """
 
-    def __init__(self, alternatives: Sequence[Sequence[WorkerProcess]]) -> None:
-        self.alternatives = tuple(map(Alternative, alternatives))
+    def __init__(self, alternatives: Sequence[Alternative]) -> None:
+        """The first alternative is used until it fails."""
+        self.alternatives = tuple(alternatives)
         self.current = self.alternatives[0]
 
     @property
@@ -115,17 +146,18 @@ class Failover:
     @property
     def statuses(self) -> list[WorkerStatus]:
         """One for each worker, in the order given. Any thread may ask."""
-        found = []
-        for each in self.alternatives:
-            state, error = each.state, each.error
-            name = None if error is None else type(error).__name__
-            found += [WorkerStatus(worker.endpoint, state, name) for worker in each.workers]
-        return found
+        return [status for each in self.alternatives for status in each.statuses]
 
     @property
     def integrity_failures(self) -> int:
         """How often a wrong product was detected. Any thread may ask."""
-        return sum(isinstance(each.error, IntegrityError) for each in self.alternatives)
+        return sum(each.integrity_failures for each in self.alternatives)
+
+    def record(self, call_log: CallLog) -> None:
+        """Record the calls of the current sessions."""
+        workers = self.workers
+        first = workers.index(self.current.workers[0]) if self.current.workers else 0
+        self.current.record(call_log, first)
 
     def end(self, error: TSQPError) -> None:
         """Tell that the session with the current alternative ended with this error."""

@@ -34,7 +34,7 @@ class Link:
 def check_links(
     privacy: str,
     workers: Sequence[str],
-    keys: Sequence[str],
+    keys: Sequence[str | None],
     *,
     insecure: bool,
     insecure_same_host: bool,
@@ -42,11 +42,15 @@ def check_links(
 ) -> tuple[Link, ...]:
     """The links to the workers of a mode, in the order given.
 
+    Args:
+        keys: one for each worker, None for a link that is not encrypted; or none at all.
+
     Raises:
         UsageError: too few or too many workers or keys, or links that do not suit this mode.
     """
     _check_numbers(privacy, len(workers), len(keys))
-    each_key = [parse_public_key(key) for key in keys] if keys else [None] * len(workers)
+    each_key = [None if key is None else parse_public_key(key) for key in keys]
+    each_key = each_key or [None] * len(workers)
     links = tuple(
         Link(parse_endpoint(worker), key, shm_place)
         for worker, key in zip(workers, each_key, strict=True)

@@ -18,8 +18,10 @@ from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.errors import TSQPError
 from tsqp.nn.layers import Layers
 from tsqp.runtime.build import Builder
-from tsqp.runtime.failover import Failover
+from tsqp.runtime.failover import Alternative, Failover
+from tsqp.runtime.links import Link
 from tsqp.runtime.options import Options
+from tsqp.runtime.replicas import Replicas
 from tsqp.runtime.run_header import run_header
 from tsqp.runtime.shard_layout import count_shards
 from tsqp.runtime.worker_link import WorkerProcess
@@ -116,7 +118,7 @@ class LoadedModel:
     @property
     def rpc(self) -> Counters:
         """See `LLM.rpc`."""
-        return Counters.total(channel.counters for channel in self.channels)
+        return self.failover.current.rpc
 
     def _load(
         self,
@@ -144,20 +146,13 @@ class LoadedModel:
             self.config = checkpoint.config
             self.dtype = parse_dtype(options.dtype, self.config)
             weights_dtype = torch.int8 if options.masked else self.dtype
-            workers = [
-                WorkerProcess(link, model, weights_dtype, options.threads, options.device, key_file)
-                for link in options.links
-            ]
-            together = options.privacy == "shares" or not workers
-            self.failover = Failover([workers] if together else [[each] for each in workers])
-            for process in workers:
-                self._at_end(process.close)
-            look_first = options.expect_model is None
-            self.failover.attempt(lambda each: each.start(look_first=look_first))
-            reached = sorted(workers, key=lambda each: each not in self.failover.current.workers)
-            if count_shards(reached, options) > 1:
-                self.failover = Failover([workers])
-                self.failover.attempt(lambda each: each.start(look_first=look_first))
+
+            def process_of(link: Link) -> WorkerProcess:
+                given = options.threads, options.device, key_file
+                return WorkerProcess(link, model, weights_dtype, *given)
+
+            workers = [process_of(link) for link in options.links]
+            self.failover = self._arranged(workers, process_of)
             if self.workers or self.tokenizer.files is not None:
                 self.tokenizer.preload()  # while the workers load, and before the digest is taken
             norms = WeightsDigest()  # read once: what is used is what is hashed
@@ -192,6 +187,29 @@ class LoadedModel:
             rebuild=partial(_rebuild, self.sessions, renew) if self.workers else None,
         )
         self._at_end(self.engine.close)
+
+    def _arranged(
+        self, workers: list[WorkerProcess], process_of: Callable[[Link], WorkerProcess]
+    ) -> Failover:
+        """Find a worker, and arrange which of them are used together."""
+        options = self.options
+        look_first = options.expect_model is None
+        for process in workers:
+            self._at_end(process.close)
+        together = options.privacy == "shares" or not workers
+        groups = [workers] if together else [[each] for each in workers]
+        failover = Failover(list(map(Alternative, groups)))
+        failover.attempt(lambda each: each.start(look_first=look_first))
+        reached = sorted(workers, key=lambda each: each not in failover.current.workers)
+        shards = count_shards(reached, options)
+        if options.privacy == "pad" and (shards > 1 or options.workers_file is not None):
+            replicas = Replicas(workers, shards, options, process_of)
+            self._at_end(replicas.stop)
+            return Failover([replicas])
+        if shards > 1:
+            failover = Failover([Alternative(workers)])
+            failover.attempt(lambda each: each.start(look_first=look_first))
+        return failover
 
     def _begin_log(self, call_log: CallLog, model: str) -> None:
         digest = self._weights_digest if self.channels else None

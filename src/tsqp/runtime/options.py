@@ -92,6 +92,15 @@ class Options:
             env=("TSQP_WORKER_KEY",),
         ),
     ] = None
+    workers_file: Annotated[
+        str | Path | None,
+        Option(
+            "File with the workers, one a line: NAME ENDPOINT [KEY], instead of --worker. With "
+            "pad, it is read again when it changes, and workers are added and removed.",
+            Path | None,
+            env=("TSQP_WORKERS_FILE",),
+        ),
+    ] = None
     attention: Annotated[
         str | None,
         Option(
@@ -289,10 +298,11 @@ class Options:
                 f"timeout is {_number(self.timeout)}; it must be a number of seconds above 0."
             )
         self._set(timeout=seconds)
+        workers, keys = self._workers()
         links = check_links(
             self.privacy,
-            _several(self.worker),
-            _several(self.worker_key),
+            workers,
+            keys,
             insecure=self.insecure,
             insecure_same_host=self.insecure_same_host,
             shm_place=check_shm_name(self.shm_name, self.privacy, self.shm),
@@ -310,6 +320,28 @@ class Options:
             )
         if self.expect_model is not None:
             self._set(expect_model=check_digest(self.expect_model))
+
+    def _workers(self) -> tuple[Sequence[str], Sequence[str | None]]:
+        """Endpoints and keys of the workers, as given or from the file."""
+        from tsqp.runtime.workers_file import read_workers_file
+
+        given, keys = _several(self.worker), _several(self.worker_key)
+        if self.workers_file is None:
+            return given, keys
+        if given or keys:
+            raise UsageError(
+                "--workers-file names the workers and their keys; leave --worker and --worker-key "
+                "out."
+            )
+        if self.privacy == "tee":
+            raise UsageError("--privacy tee has no workers; leave --workers-file out.")
+        if self.hints == WORKER_HINTS or self.shm_name is not None:
+            raise UsageError(
+                "--hints worker and --shm-name are for one worker that stays; leave them or "
+                "--workers-file out."
+            )
+        entries = read_workers_file(Path(self.workers_file))
+        return [each.endpoint for each in entries], [each.key for each in entries]
 
     @property
     def residues(self) -> "Field":

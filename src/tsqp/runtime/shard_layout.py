@@ -18,6 +18,7 @@ def count_shards(workers: Sequence[WorkerProcess], options: Options) -> int:
         HandshakeError: there are not as many workers as shards.
         UsageError: the options do not allow shards.
     """
+    may_replicate = options.privacy == "pad"
     if options.privacy not in ("pad", "open") or len(workers) < 2:
         return 1
     for worker in workers:
@@ -27,10 +28,16 @@ def count_shards(workers: Sequence[WorkerProcess], options: Options) -> int:
             continue
         if shard.is_whole:
             return 1
-        if shard.count != len(workers):
+        if shard.count > len(workers):
+            raise HandshakeError(
+                f"The worker at {worker.endpoint} holds {shard}, but {len(workers)} workers are "
+                f"given; give one or more for each of the {shard.count} shards."
+            )
+        if shard.count != len(workers) and not may_replicate:
             raise HandshakeError(
                 f"The worker at {worker.endpoint} holds {shard}, but {len(workers)} --worker are "
-                f"given; give one worker for each of the {shard.count} shards."
+                "given; --privacy open takes one worker for each shard, because only pad notices "
+                "a replica that computes wrongly."
             )
         _check_options(options)
         return shard.count

@@ -65,6 +65,11 @@ class WorkerProcess:
         self._arguments = [*arguments, "--device", device, "--max-sessions", "1"]
 
     @property
+    def link(self) -> Link:
+        """The link to it."""
+        return self._link
+
+    @property
     def endpoint(self) -> str:
         """The endpoint as given."""
         return str(self._link.endpoint)

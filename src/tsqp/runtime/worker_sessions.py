@@ -38,8 +38,7 @@ class WorkerSessions:
     @property
     def channels(self) -> list[Channel]:
         """Those of the alternative that is used."""
-        workers = self._failover.current.workers
-        return [worker.channel for worker in workers if worker.channel is not None]
+        return self._failover.current.channels
 
     @property
     def transport(self) -> str:
@@ -54,9 +53,7 @@ class WorkerSessions:
     def record(self, call_log: CallLog) -> None:
         """Record the calls of these sessions, and of those that replace them."""
         self._call_log = call_log
-        for number, worker in enumerate(self._failover.workers):
-            if worker.channel is not None and worker in self._failover.current.workers:
-                worker.channel.on_times = call_log.taker(number, worker.channel.transport)
+        self._failover.record(call_log)
 
     def end(self, error: TSQPError) -> None:
         """Tell with which error the present sessions ended."""

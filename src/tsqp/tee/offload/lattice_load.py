@@ -32,11 +32,11 @@ class LatticeLoad:
         seed: public, of hints that were made before; by default a fresh one.
         find: finds the hints of a group, which are then checked; by default they are made here.
         row_pool: its threads check the hints.
-        workers: how many there are, each with check vectors of its own.
-        sharded: whether each of them has one shard of every group, and not all of it.
+        workers: for how many workers of each shard check vectors are drawn, each with its own.
+        shards: how many shards there are.
 
     Attributes:
-        groups: those that were added, one mapping for each worker.
+        groups: those that were added: for each shard, one mapping for each worker.
         hints: of these groups.
         seed: public.
     """
@@ -49,7 +49,7 @@ class LatticeLoad:
         seed: bytes | None = None,
         find: Find | None = None,
         workers: int = 1,
-        sharded: bool = False,
+        shards: int = 1,
         row_pool: RowPool | None = None,
     ) -> None:
         self._shapes = dict(shapes)
@@ -61,8 +61,9 @@ class LatticeLoad:
         self.seed = fresh_seed() if seed is None else seed
         self._public = public_polynomials(self._ring, self.seed, widest)
         self.hints: dict[LinearGroup, Polynomials] = {}
-        self._sharded = sharded
-        self.groups: list[dict[LinearGroup, LatticeGroup]] = [{} for _ in range(workers)]
+        self.groups: list[list[dict[LinearGroup, LatticeGroup]]] = [
+            [{} for _ in range(workers)] for _ in range(shards)
+        ]
 
     def add(self, linear: LinearGroup, weights: IntegerWeights, find: Find | None = None) -> None:
         """Take what is needed of one group; what counts is the last call for it.
@@ -76,12 +77,12 @@ class LatticeLoad:
         """
         first = LatticeGroup(linear, weights, self._biases_F.get(linear))
         weight_FD = weights.weight_FD
-        if self._sharded:
-            for shard, groups in zip(all_shards(len(self.groups)), self.groups, strict=True):
-                groups[linear] = first.of_rows(shard.rows_of(linear), weight_FD)
-        else:
-            for number, groups in enumerate(self.groups):
-                groups[linear] = first.with_own_checks(weight_FD) if number else first
+        for shard, sets in zip(all_shards(len(self.groups)), self.groups, strict=True):
+            for number, groups in enumerate(sets):
+                if not shard.is_whole:
+                    groups[linear] = first.of_rows(shard.rows_of(linear), weight_FD)
+                else:
+                    groups[linear] = first.with_own_checks(weight_FD) if number else first
         find = find or self._find
         if find is None:
             self.hints[linear] = make_hints(self._public, weights.weight_FD)
