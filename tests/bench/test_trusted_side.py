@@ -8,13 +8,8 @@ import torch
 from tsqp import LLM, SamplingParams
 from tsqp.bench.replay_backend import NAME, ReplayBackend
 from tsqp.bench.replay_session import ReplayProcess
-from tsqp.bench.trusted_side import (
-    MODES,
-    Floor,
-    at_depth,
-    measure_trusted_side,
-    parse_modes,
-)
+from tsqp.bench.trusted_side import MODES, measure_trusted_side, parse_modes
+from tsqp.bench.trusted_side_figures import Floor, at_depth
 from tsqp.bench.zero_model import ZeroCheckpoint
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.integer_cache import load_integers
@@ -30,6 +25,7 @@ PRIVATE = [mode for mode in MODES if mode != "open"]
 MANY = {
     "dtype": "float32",
     "layers": None,
+    "gpu": None,
     "prompt_tokens": 5,
     "new_tokens": 3,
     "rounds": 1,
@@ -49,7 +45,8 @@ def endpoint() -> Iterator[str]:
 
 
 def test_answers_of_a_replay_worker_pass_the_checks_of_every_mode() -> None:
-    result = measure_trusted_side("random:tiny", list(MODES), **MANY)  # type: ignore[arg-type]
+    given = MANY | {"gpu": "h100-pcie"}
+    result = measure_trusted_side("random:tiny", list(MODES), **given)  # type: ignore[arg-type]
     assert result.layers == [2]
     assert not result.is_extrapolated
     for mode, floor in result.floors.items():
@@ -57,6 +54,11 @@ def test_answers_of_a_replay_worker_pass_the_checks_of_every_mode() -> None:
         assert 0 < floor.prefill_wait_s < floor.prefill_s
         assert 0 < floor.decode_wait_s < floor.decode_s
         assert (floor.masks_cpu_s > 0) == (mode != "open")
+    assert result.prediction is not None
+    for mode, simulated in result.prediction.simulated.items():  # no call ends before its time
+        device = result.prediction.device[mode]
+        assert simulated.prefill_s > device.prefill_s > 9 * 18e-6
+        assert simulated.decode_s > device.decode_s > 9 * 18e-6
 
 
 @pytest.mark.parametrize("field", PRIVATE)

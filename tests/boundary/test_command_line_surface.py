@@ -62,7 +62,7 @@ COMMANDS = {
     "bench-kernels": "--debug --out --quiet --widths",
     "bench-transport": "--calls --debug --out --quiet",
     "bench-trusted-side": """
-        --debug --dtype --layers --modes --new-tokens --out --prompt-tokens --quiet --rounds
+        --debug --dtype --gpu --layers --modes --new-tokens --out --prompt-tokens --quiet --rounds
         --threads MODEL
     """,
     "bench-scaling": "--debug --out --plot --prompt-tokens --quiet --rounds --threads --widths",

@@ -1,16 +1,20 @@
 """A replay worker, for benchmarks only: it answers every call with zeros and multiplies nothing.
 
+It answers at once, or after the time that a simulated GPU would take.
+
 Zeros are the right answer if the weights are zeros (`zero_model`), so the trusted side masks and
 checks as it always does. With other weights, the checks refuse them. No option of `tsqp worker`
 starts a replay worker, and its digest is that of a model of zeros, which no other session accepts.
 """
 
 from collections.abc import Sequence
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from tsqp.algebra.params import Field
+from tsqp.bench.simulated_gpu import Gpu, wait_until
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.memory import available_bytes
@@ -27,11 +31,18 @@ NAME = "replay"  # the device that a replay worker announces
 
 
 class ReplayBackend:
-    """A `tsqp.gpu.backends.backend.Backend` that writes zeros. Its weights have only a shape."""
+    """A `tsqp.gpu.backends.backend.Backend` that writes zeros. Its weights have only a shape.
+
+    Args:
+        gpu: whose times it takes; None to take no more time than it needs.
+    """
 
     name = NAME
     device = torch.device("cpu")
     takes_memory_at_once = False
+
+    def __init__(self, gpu: Gpu | None = None) -> None:
+        self._gpu = gpu
 
     def prepare(self) -> None:
         pass
@@ -43,10 +54,10 @@ class ReplayBackend:
         check_memory(required, what)
 
     def linear(self, x_TD: Tensor, weight_FD: Tensor, out_TF: Tensor) -> None:
-        out_TF.zero_()
+        self._answer(weight_FD, x_TD.nbytes, None, out_TF)
 
     def embed(self, token_ids_T: Tensor, table_VD: Tensor, out_TD: Tensor) -> None:
-        out_TD.zero_()
+        self._answer(table_VD[:0], token_ids_T.nbytes, None, out_TD)  # which multiplies nothing
 
     def attention_scores(self, q_THK: Tensor, k_JSK: Tensor, out_HTS: Tensor) -> None:
         raise NotImplementedError("a replay worker keeps no keys and values")
@@ -63,10 +74,18 @@ class ReplayBackend:
     def residue_product(
         self, c_TB: Tensor, weight_FD: Tensor, field: Field, out_TB: Tensor
     ) -> None:
-        out_TB.zero_()
+        self._answer(weight_FD, c_TB.nbytes, field, out_TB)
 
     def seed_product(self, seed: bytes, weight_FD: Tensor, field: Field, out_TB: Tensor) -> None:
-        out_TB.zero_()
+        self._answer(weight_FD, len(seed), field, out_TB)
+
+    def _answer(self, weight_FD: Tensor, sent_bytes: int, field: Field | None, out: Tensor) -> None:
+        began = perf_counter()
+        out.zero_()
+        if self._gpu is not None:
+            crossing = sent_bytes + out.nbytes
+            features, width = weight_FD.shape
+            wait_until(began + self._gpu.product_s(len(out), features, width, crossing, field))
 
 
 def replay_worker(checkpoint: Checkpoint, dtype: torch.dtype, backend: ReplayBackend) -> Worker:

@@ -33,9 +33,14 @@ class ReplayProcess(LocalWorker):
 
     PROGRAM = ("-m", "tsqp.bench.serve_replay")
 
-    def __init__(self, model: ZeroCheckpoint, dtype: str) -> None:
-        """Start it; `await_ready` says when it serves."""
-        super().__init__([model.random.name, "--layers", str(model.layers), "--dtype", dtype])
+    def __init__(self, model: ZeroCheckpoint, dtype: str, gpu: str | None = None) -> None:
+        """Start it; `await_ready` says when it serves.
+
+        Args:
+            gpu: one of `simulated_gpu.GPUS`, whose times it takes; None to answer at once.
+        """
+        arguments = [model.random.name, "--layers", str(model.layers), "--dtype", dtype]
+        super().__init__([*arguments, *([] if gpu is None else ["--gpu", gpu])])
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,22 @@ depths, from which the figures are extrapolated to all layers.
 """
 
 import secrets
-import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from time import perf_counter, process_time
-from typing import Self
 
-from tsqp.algebra.params import DEGREE, LATTICE, FieldName
+from tsqp.algebra.params import DEGREE, FIELDS, LATTICE, FieldName
+from tsqp.bench.gpu_prediction import alone, device_times
 from tsqp.bench.host import describe_machine
 from tsqp.bench.modes import TIMEOUT_S, stock_bytes
 from tsqp.bench.replay_session import ReplayModel, ReplayProcess, ReplaySession
+from tsqp.bench.simulated_gpu import Gpu, find_gpu, waiting_error_s
+from tsqp.bench.trusted_side_figures import Floor, Prediction, TrustedSideResult, at_depth
 from tsqp.bench.zero_model import ZeroCheckpoint
 from tsqp.checkpoint.footprint import trusted_bytes
 from tsqp.checkpoint.memory import available_bytes
+from tsqp.checkpoint.quantize import integer_bytes
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
 from tsqp.model.config import ModelConfig, linear_groups
@@ -33,83 +35,9 @@ MODES: dict[str, FieldName | None] = {  # the field of residues; None in `open`
     "lattice": "lattice",
 }
 LATTICE_ROWS = 2 * DEGREE  # two whole batches: one is used while the other is made
+CHUNK = 512  # tokens of a step, as by default
+WAITS_US = (50, 200, 1000)
 FREE_PART = 0.6  # of the free memory, which a model may take
-
-
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """Costs of the trusted side in one mode; seconds.
-
-    Attributes:
-        prefill_s: wall time of the prompt, with masks made ahead.
-        prefill_wait_s: the part of it spent waiting for answers, which is the transport's.
-        prefill_cpu_s: processor time of the trusted side for the prompt.
-        decode_s, decode_wait_s, decode_cpu_s: the same for each new token.
-        masks_s: wall time to make one row of masks of every group, ahead of time, while nothing
-            else runs; 0 in `open`.
-        masks_cpu_s: the same in processor time.
-        calls: calls to the worker for each new token.
-    """
-
-    prefill_s: float
-    prefill_wait_s: float
-    prefill_cpu_s: float
-    decode_s: float
-    decode_wait_s: float
-    decode_cpu_s: float
-    masks_s: float
-    masks_cpu_s: float
-    calls: float
-
-    @classmethod
-    def median(cls, floors: Sequence[Self]) -> Self:
-        """The median of each figure."""
-        return cls(*(statistics.median(_values(floors, name)) for name in _NAMES))
-
-    def extrapolated(self, layers: int, other: "Floor", others: int, wanted: int) -> "Floor":
-        """The figures of `wanted` layers, on the line through those of two depths."""
-        times = (wanted - layers) / (others - layers)
-        pairs = ((getattr(self, name), getattr(other, name)) for name in _NAMES)
-        return Floor(*(one + times * (two - one) for one, two in pairs))
-
-
-_NAMES = tuple(each.name for each in fields(Floor))
-
-
-def _values(floors: Sequence[Floor], name: str) -> list[float]:
-    return [getattr(each, name) for each in floors]
-
-
-@dataclass(frozen=True, slots=True)
-class TrustedSideResult:
-    """The figures of one geometry.
-
-    Attributes:
-        all_layers: number of layers of the geometry.
-        layers: depths that were measured; one or two.
-        measured: by mode and depth.
-        floors: by mode, for all layers; extrapolated unless all layers were measured.
-    """
-
-    model: str
-    dtype: str
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int
-    threads: int
-    all_layers: int
-    layers: list[int]
-    measured: dict[str, dict[int, Floor]]
-    floors: dict[str, Floor]
-    machine: dict[str, str]
-
-    @property
-    def is_extrapolated(self) -> bool:
-        return self.layers != [self.all_layers]
-
-    def as_json(self) -> dict[str, object]:
-        """Ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +62,7 @@ def measure_trusted_side(
     *,
     dtype: str,
     layers: Sequence[int] | None,
+    gpu: str | None,
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
@@ -147,6 +76,7 @@ def measure_trusted_side(
         dtype: may be "auto".
         layers: the depths to measure: one or two. None: all layers if they fit into memory, and
             otherwise two depths that do.
+        gpu: one of `simulated_gpu.GPUS`, to predict runs with it; None for the floor only.
         rounds: number of measured runs, after one that is not counted.
 
     Raises:
@@ -154,6 +84,7 @@ def measure_trusted_side(
         WorkerError: the replay worker does not start.
     """
     whole = ZeroCheckpoint.parse(model)
+    predicted = None if gpu is None else find_gpu(gpu)
     name = str(parse_dtype(dtype, whole.config)).removeprefix("torch.")
     setting = Setting(name, prompt_tokens, new_tokens, rounds, threads)
     if prompt_tokens + new_tokens > whole.config.max_positions:
@@ -164,14 +95,18 @@ def measure_trusted_side(
     depths = _depths(whole, modes, setting) if layers is None else sorted(set(layers))
     _check_depths(depths, whole.layers)
     measured: dict[str, dict[int, Floor]] = {mode: {} for mode in modes}
+    simulated: dict[str, dict[int, Floor]] = {mode: {} for mode in modes}
     for depth in depths:
         checkpoint = ZeroCheckpoint.parse(model, depth)
         with ExitStack() as stack:
-            worker = ReplayProcess(checkpoint, name)
-            stack.callback(worker.close)
-            worker.await_ready()
+            workers = [ReplayProcess(checkpoint, name, each) for each in dict.fromkeys((None, gpu))]
+            for worker in workers:
+                stack.callback(worker.close)
+                worker.await_ready()
             for mode in modes:
-                measured[mode][depth] = _measure(checkpoint, mode, setting, worker.endpoint)
+                endpoints = [worker.endpoint for worker in workers]
+                found = _measure(checkpoint, mode, setting, endpoints)
+                measured[mode][depth], simulated[mode][depth] = found[0], found[-1]
     return TrustedSideResult(
         model=model,
         dtype=name,
@@ -182,17 +117,36 @@ def measure_trusted_side(
         all_layers=whole.layers,
         layers=depths,
         measured=measured,
-        floors={mode: at_depth(found, whole.layers) for mode, found in measured.items()},
+        floors=_at_depth(measured, whole.layers),
+        prediction=None
+        if predicted is None
+        else _predict(predicted, _at_depth(simulated, whole.layers), whole.config, setting),
         machine=describe_machine(),
     )
 
 
-def at_depth(measured: Mapping[int, Floor], layers: int) -> Floor:
-    """The figures of so many layers: measured, or extrapolated from those of two depths."""
-    if layers in measured:
-        return measured[layers]
-    (first, one), (second, two) = measured.items()
-    return one.extrapolated(first, two, second, layers)
+def _at_depth(measured: Mapping[str, Mapping[int, Floor]], layers: int) -> dict[str, Floor]:
+    return {mode: at_depth(found, layers) for mode, found in measured.items()}
+
+
+def _predict(
+    gpu: Gpu, simulated: dict[str, Floor], config: ModelConfig, setting: Setting
+) -> Prediction:
+    itemsize = parse_dtype(setting.dtype, config).itemsize
+    fields_of = {
+        mode: None if (name := MODES[mode]) is None else FIELDS[name] for mode in simulated
+    }
+    return Prediction(
+        gpu=gpu,
+        simulated=simulated,
+        device={
+            mode: device_times(gpu, config, field, setting.prompt_tokens, CHUNK, itemsize)
+            for mode, field in fields_of.items()
+        },
+        weight_bytes=integer_bytes(config),
+        gpu_alone=alone(gpu, config, setting.prompt_tokens),
+        waiting_errors={us: waiting_error_s(us * 1e-6) for us in WAITS_US},
+    )
 
 
 def parse_modes(text: str) -> list[str]:
@@ -235,19 +189,31 @@ def _bytes(config: ModelConfig, mode: str, setting: Setting) -> int:
     return weights + stock_bytes(config, setting.forwards, field)
 
 
-def _measure(checkpoint: ZeroCheckpoint, mode: str, setting: Setting, endpoint: str) -> Floor:
-    model = ReplayModel(checkpoint, _options(checkpoint.config, mode, setting, endpoint))
+def _measure(
+    checkpoint: ZeroCheckpoint, mode: str, setting: Setting, endpoints: Sequence[str]
+) -> list[Floor]:
+    """The figures with each of some replay workers."""
+    model = ReplayModel(checkpoint, _options(checkpoint.config, mode, setting, endpoints))
     prompt_ids = [secrets.randbelow(checkpoint.config.vocab_size)] * setting.prompt_tokens
-    with model.session(0) as session:
-        runs = [_run(session, prompt_ids, setting.new_tokens) for _ in range(setting.rounds + 1)]
-        masks_s, masks_cpu_s = _masks(session.pads, checkpoint.config)
-    return replace(Floor.median(runs[1:]), masks_s=masks_s, masks_cpu_s=masks_cpu_s)
+    floors: list[Floor] = []
+    masks = 0.0, 0.0
+    for number in range(len(endpoints)):
+        with model.session(number) as session:
+            runs = [
+                _run(session, prompt_ids, setting.new_tokens) for _ in range(setting.rounds + 1)
+            ]
+            if number == 0:  # they are the same with any worker
+                masks = _masks(session.pads, checkpoint.config)
+        floor = Floor.median(runs[1:])
+        floors.append(replace(floor, masks_s=masks[0], masks_cpu_s=masks[1]))
+    return floors
 
 
-def _options(config: ModelConfig, mode: str, setting: Setting, endpoint: str) -> Options:
+def _options(config: ModelConfig, mode: str, setting: Setting, endpoints: Sequence[str]) -> Options:
     common = Options(
         privacy="open",
-        worker=endpoint,
+        worker=tuple(endpoints),
+        prefill_chunk=CHUNK,
         dtype=setting.dtype,
         threads=setting.threads,
         timeout=TIMEOUT_S,

@@ -176,6 +176,12 @@ def bench_trusted_side(
             "is all layers if they fit into memory."
         ),
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Also predict runs with a simulated GPU: h100-pcie or h100-sxm.",
+        ),
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt, in tokens.")] = (
         1024
     ),
@@ -201,6 +207,7 @@ def bench_trusted_side(
         parse_modes(modes),
         dtype=dtype,
         layers=None if layers is None else parse_numbers(layers, "--layers", 1000),
+        gpu=gpu,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
