@@ -63,6 +63,6 @@ def test_a_wait_is_never_too_short(seconds: float) -> None:
 
 
 def test_a_gpu_without_figures_is_refused_with_the_choices() -> None:
-    with pytest.raises(UsageError, match="choose h100-pcie or h100-sxm"):
+    with pytest.raises(UsageError, match="choose h100-pcie, h100-sxm, h200-sxm"):
         find_gpu("h300")
     assert find_gpu("h100-sxm") is GPUS["h100-sxm"]

@@ -58,14 +58,15 @@ class Gpu:
         return self.call_s + (bound_s + sent_bytes / self.link_bytes_per_s) / self.efficiency
 
 
-# NVIDIA's data sheet of the H100 (2023) has the rates of memory and of tensor cores; those are with
-# sparsity, and half of them without. PCIe 5.0 x16 transfers 64 GB/s in each direction. A copy takes
-# 5 to 7 µs to start (Wu et al., 2026, arXiv:2602.21548, section 5.2), and there are two. That a
-# launch takes 6 µs, and that programs reach 0.7 of each rate, are assumptions.
+# NVIDIA's data sheets of the H100 and H200 have the rates of memory and of tensor cores; those are
+# with sparsity, and half of them without. PCIe 5.0 x16 transfers 64 GB/s in each direction. A copy
+# takes 5 to 7 µs to start (Wu et al., 2026, arXiv:2602.21548, section 5.2), and there are two. That
+# a launch takes 6 µs, and that programs reach 0.7 of each rate, are assumptions.
 _CALL_S, _EFFICIENCY, _LINK = 18e-6, 0.7, 64e9
 GPUS = {
     "h100-pcie": Gpu("H100 PCIe", 80e9, 2.0e12, 1513e12, 756e12, _LINK, _CALL_S, _EFFICIENCY),
     "h100-sxm": Gpu("H100 SXM", 80e9, 3.35e12, 1979e12, 989e12, _LINK, _CALL_S, _EFFICIENCY),
+    "h200-sxm": Gpu("H200 SXM", 141e9, 4.8e12, 1979e12, 989e12, _LINK, _CALL_S, _EFFICIENCY),
 }
 
 
@@ -76,7 +77,7 @@ def find_gpu(name: str) -> Gpu:
         UsageError: there is none.
     """
     if name not in GPUS:
-        raise UsageError(f"There is no such simulated GPU; choose {' or '.join(GPUS)}.")
+        raise UsageError(f"There is no such simulated GPU; choose {', '.join(GPUS)}.")
     return GPUS[name]
 
 

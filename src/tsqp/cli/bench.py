@@ -179,7 +179,7 @@ def bench_trusted_side(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="Also predict runs with a simulated GPU: h100-pcie or h100-sxm.",
+            help="Also predict runs with a simulated GPU: h100-pcie, h100-sxm or h200-sxm.",
         ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt, in tokens.")] = (
