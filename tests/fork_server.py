@@ -28,7 +28,7 @@ NOT_PRELOADED = (
     "tsqp.cli.local_chat", "tsqp.cli.remote_chat",
     "tsqp.gpu.backends.triton_product",  # Triton complains at the end of each fork
 )  # fmt: skip
-PROGRAMS = ("tsqp.__main__", "tsqp.bench.start_once")
+PROGRAMS = ("tsqp.__main__", "tsqp.bench.serve_replay", "tsqp.bench.start_once")
 # What commands import late.
 PRELOADED = ("gguf", "rich._emoji_codes", "rich.progress", "transformers", "typer._adapters",
              "typer.rich_utils", "zmq")  # fmt: skip

@@ -56,7 +56,7 @@ def test_a_rehearsal_leaves_one_file_whatever_ends_badly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = [step("print('{}')"), step("raise SystemExit(1)"), step("print('{\"b\": 2}')")]
-    monkeypatch.setattr(gpu_check, "steps", lambda device: some)
+    monkeypatch.setattr(gpu_check, "steps", lambda device, gpu_name: some)
     out = tmp_path / "result.json"
     with pytest.raises(SystemExit) as end:
         main(["--device", "cpu", "--out", str(out)])
@@ -65,6 +65,48 @@ def test_a_rehearsal_leaves_one_file_whatever_ends_badly(
     assert [each["state"] for each in found["steps"]] == ["done", "failed", "done"]
     assert found["steps"][2]["result"] == {"b": 2}
     assert found["command"] == "scripts/gpu-check --device cpu"
+    assert found["beside_predictions"] == []
+
+
+def test_figures_of_a_gpu_lie_beside_the_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {
+        "prefill_s": {"tee": {"median": 9}, "pad": {"median": 2}},
+        "decode_s_per_token": {"tee": {"median": 9}, "pad": {"median": 0.2}},
+    }
+    simulated = {"open": {}, "wide": {"prefill_s": 1, "decode_s": 0.1}}
+    predicted = {"prediction": {"simulated": simulated}}
+    results = {gpu_check.MEASURED: measured, gpu_check.PREDICTED: predicted}
+    some = [
+        Step(name, ("-c", f"print({json.dumps(result)!r})"), LONG_S)
+        for name, result in results.items()
+    ]
+    monkeypatch.setattr(gpu_check, "steps", lambda device, gpu_name: some)
+    main(["--device", "cpu", "--out", str(tmp_path / "result.json")])
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["beside_predictions"] == [
+        {
+            "mode": "pad",
+            "prefill_s": 2,
+            "predicted_prefill_s": 1,
+            "decode_s": 0.2,
+            "predicted_decode_s": 0.1,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "simulated"),
+    [
+        ("NVIDIA H200", "h200-sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+    ],
+)
+def test_predictions_are_for_a_gpu_like_the_one_that_is_there(name: str, simulated: str) -> None:
+    [step] = [each for each in steps("cuda", name) if each.name == gpu_check.PREDICTED]
+    assert simulated in step.command
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -73,6 +115,7 @@ def test_every_step_has_a_limit_and_the_tests_of_devices_come_first(device: str)
     assert found[0].command[-1].endswith("tests/gpu")
     assert Path(found[0].command[-1]).is_dir()
     names = {each.name for each in found}
+    assert gpu_check.PREDICTED in names
     assert {"tests", "doctor", "transport", "hints of the worker", "smollm2-135m lattice"} < names
     assert all(0 < each.limit_s < BUDGET_S < 8 * 60 for each in found)
 

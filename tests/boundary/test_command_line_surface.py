@@ -69,6 +69,10 @@ COMMANDS = {
     """,
     "bench-kernels": "--debug --out --quiet --widths",
     "bench-transport": "--calls --debug --out --quiet",
+    "bench-trusted-side": """
+        --debug --dtype --gpu --layers --modes --new-tokens --out --prompt-tokens --quiet --rounds
+        --threads MODEL
+    """,
     "bench-scaling": "--debug --out --plot --prompt-tokens --quiet --rounds --threads --widths",
     "bench-serve": """
         --api-key-file --debug --long-tokens --new-tokens --out --prompt-tokens --quiet --rounds

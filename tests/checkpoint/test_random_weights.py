@@ -79,6 +79,7 @@ def test_a_geometry_has_the_parameters_its_name_claims(name: str) -> None:
         "llama-3.2-1b": 1_235_814_400,
         "llama-3.2-3b": 3_212_749_824,
         "llama-3.1-8b": 8_030_261_248,
+        "llama-3.1-70b": 70_553_706_496,
         "qwen2.5-0.5b": 494_032_768,
         "qwen3-0.6b": 596_049_920,
         "gemma-3-270m": 268_098_176,

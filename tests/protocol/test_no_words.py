@@ -37,6 +37,7 @@ FAILING: dict[str, list[str]] = {
     "bench-transport": ["--calls", "0"],
     "bench-scaling": ["--widths", "0"],
     "bench-kernels": ["--widths", "0"],
+    "bench-trusted-side": ["random:tiny", "--modes", "nothing"],
     "bench-attention": ["random:tiny", "--tokens", "0"],
     "bench-accuracy": ["random:tiny", "--text", "nowhere"],
     "report": ["nowhere"],

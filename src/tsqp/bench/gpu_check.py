@@ -15,11 +15,14 @@ from time import perf_counter
 
 import torch
 
+from tsqp.bench.beside_predictions import Beside, closest_gpu, lay_beside
 from tsqp.bench.host import describe_machine
 
 BUDGET_S = 460.0
 LEAST_S = 5.0  # a step with less time left is skipped
 TESTS = Path(__file__).parents[3] / "tests" / "gpu"
+GEOMETRY = "random:llama-3.2-1b"  # whose figures are predicted, and measured on a GPU
+MEASURED, PREDICTED = "llama-3.2-1b bfloat16", "predictions"
 MODES = "transformers,tee,open,open-gpu-attention,open-fused,pad,shares"
 
 
@@ -66,8 +69,12 @@ class Outcome:
     result: object
 
 
-def steps(device: str) -> list[Step]:
-    """All steps, the most informative first."""
+def steps(device: str, gpu_name: str = "") -> list[Step]:
+    """All steps, the most informative first.
+
+    Args:
+        gpu_name: name of the GPU; a similar one is simulated for the predictions.
+    """
     tsqp = ("-m", "tsqp")
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", str(TESTS))
     bench = (*tsqp, "bench", "--device", device)
@@ -75,6 +82,11 @@ def steps(device: str) -> list[Step]:
     large = ("--prompt-tokens", "1024", "--new-tokens", "9", "--rounds", "2")
     if device == "cpu":  # a trial run of this script
         small = ("--prompt-tokens", "64", "--new-tokens", "3", "--rounds", "1")
+    # A trial run predicts a small model, as most of its time is for others.
+    geometry, layers = ("random:smollm2-135m", "1,2") if device == "cpu" else (GEOMETRY, "4,8")
+    lengths = small if device == "cpu" else large
+    chosen = ("--modes", "open,wide", "--layers", layers, "--gpu", closest_gpu(gpu_name))
+    predict = (*tsqp, "bench", "trusted-side", geometry, "--dtype", "bfloat16", *chosen, *lengths)
     found = [
         Step("tests", tests, 150, is_json=False),
         Step("doctor", (*tsqp, "doctor", "--json"), 60),
@@ -86,8 +98,9 @@ def steps(device: str) -> list[Step]:
     ]
     if device != "cpu":
         modes = "tee,open,pad"
-        arguments = ("random:llama-3.2-1b", "--dtype", "bfloat16", "--modes", modes, *large)
-        found.append(Step("llama-3.2-1b bfloat16", (*bench, *arguments), 240))
+        arguments = (GEOMETRY, "--dtype", "bfloat16", "--modes", modes, *large)
+        found.append(Step(MEASURED, (*bench, *arguments), 240))
+    found.append(Step(PREDICTED, predict, 120))
     lattice = ("--dtype", "float32", "--field", "lattice", "--modes", "tee,pad")
     found += [
         Step("hints of the worker", ("-c", HINTS_PROGRAM, "random:smollm2-135m", device), 120),
@@ -136,23 +149,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("torch sees no CUDA device here; rehearse with --device cpu")
     began = perf_counter()
     outcomes = []
-    for step in steps(options.device):
+    gpu_name = torch.cuda.get_device_name() if options.device == "cuda" else ""
+    for step in steps(options.device, gpu_name):
         print(f"{step.name} …", file=sys.stderr, flush=True)
         outcome = run_step(step, BUDGET_S - (perf_counter() - began))
         outcomes.append(outcome)
         print(f"{step.name}: {outcome.state}, {outcome.seconds:.0f} s", file=sys.stderr, flush=True)
-        _write(options.out, options.device, outcomes)  # a crash loses no results
+        _write(options.out, options.device, gpu_name, outcomes)  # a crash loses no results
+    for each in _beside(outcomes):
+        print(each, file=sys.stderr)
     if any(outcome.state != "done" for outcome in outcomes):
         sys.exit(1)
 
 
-def _write(out: Path, device: str, outcomes: Sequence[Outcome]) -> None:
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+def _beside(outcomes: Sequence[Outcome]) -> list[Beside]:
+    """Measured figures beside predictions, if both steps were done."""
+    results = {
+        each.name: each.result
+        for each in outcomes
+        if each.state == "done" and isinstance(each.result, dict)
+    }
+    if MEASURED not in results or PREDICTED not in results:
+        return []
+    return list(lay_beside(results[MEASURED], results[PREDICTED]))
+
+
+def _write(out: Path, device: str, gpu_name: str, outcomes: Sequence[Outcome]) -> None:
     result = {
         "command": f"scripts/gpu-check --device {device}",
-        "gpu": gpu,
+        "gpu": gpu_name or None,
         "machine": describe_machine(),
         "steps": [asdict(outcome) for outcome in outcomes],
+        "beside_predictions": [asdict(each) for each in _beside(outcomes)],
     }
     out.write_text(json.dumps(result, indent=1) + "\n")
 

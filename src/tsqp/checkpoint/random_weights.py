@@ -93,6 +93,11 @@ GEOMETRIES = {
         head_dim=128, max_positions=131_072, theta=500_000.0, tied=False, dtype="bfloat16",
         scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
     ),
+    "llama-3.1-70b": _geometry(
+        vocab=128_256, hidden=8192, intermediate=28_672, layers=80, heads=64, kv_heads=8,
+        head_dim=128, max_positions=131_072, theta=500_000.0, tied=False, dtype="bfloat16",
+        scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
+    ),
     "qwen2.5-0.5b": _geometry(
         vocab=151_936, hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2,
         head_dim=64, max_positions=32_768, theta=1_000_000.0, tied=True, dtype="bfloat16",

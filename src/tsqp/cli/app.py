@@ -24,8 +24,8 @@ from tsqp.runtime.tracebacks import without_foreign_messages
 # protection, unless it has the key of a model.
 TRUSTED = (
     "audit", "bench", "bench-accuracy", "bench-attention", "bench-kernels", "bench-scaling",
-    "bench-serve", "bench-transport", "chat", "demo", "digest", "doctor", "encrypt", "generate",
-    "keys-fetch", "keys-serve", "proxy", "serve", "verify-receipt",
+    "bench-serve", "bench-transport", "bench-trusted-side", "chat", "demo", "digest", "doctor",
+    "encrypt", "generate", "keys-fetch", "keys-serve", "proxy", "serve", "verify-receipt",
 )  # fmt: skip
 
 # The order in --help, as a newcomer meets the commands. Commands that are not listed come last.

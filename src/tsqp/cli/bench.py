@@ -48,7 +48,8 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the modes. Also: bench accuracy, attention, kernels, scaling, serve, transport."""
+    """Measure the modes. Also: bench accuracy, attention, kernels, scaling, serve, transport,
+    trusted-side."""
     from tsqp.bench import output
 
     output.check_out(out)
@@ -154,6 +155,64 @@ def bench_transport(
     from tsqp.bench.transports import measure_transports, notes, tables
 
     result = measure_transports(calls)
+    output.print_result(result.as_json(), tables(result), notes(result), out)
+
+
+@app.command("bench-trusted-side")
+@with_options("dtype")
+def bench_trusted_side(
+    *,
+    model: Annotated[
+        str, typer.Argument(help="Geometry of the model: random:NAME.", show_default=False)
+    ],
+    modes: Annotated[
+        str, typer.Option(help="Modes to measure, separated by commas: open, or the field of pad.")
+    ] = "open,wide,compact,lattice",
+    dtype: str,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure two numbers of layers, such as 2,4, and extrapolate to all. The default "
+            "is all layers if they fit into memory."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Also predict runs with a simulated GPU: h100-pcie, h100-sxm or h200-sxm.",
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt, in tokens.")] = (
+        1024
+    ),
+    new_tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to generate.")] = 33,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of measured rounds, after a warm-up.")
+    ] = 3,
+    threads: BenchThreads = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the TEE's own time, with a replay worker that answers at once."""
+    from tsqp.bench import output
+
+    output.check_out(out)
+    from tsqp.bench.numbers import parse_numbers
+    from tsqp.bench.trusted_side import measure_trusted_side, parse_modes
+    from tsqp.bench.trusted_side_table import notes, tables
+
+    result = measure_trusted_side(
+        model,
+        parse_modes(modes),
+        dtype=dtype,
+        layers=None if layers is None else parse_numbers(layers, "--layers", 1000),
+        gpu=gpu,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads or os.cpu_count() or 1,
+    )
     output.print_result(result.as_json(), tables(result), notes(result), out)
 
 

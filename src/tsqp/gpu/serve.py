@@ -103,7 +103,7 @@ def serve(
     stop = threading.Event()
     _stop_on_signals(stop)
     if supervised:
-        threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
+        threading.Thread(target=stop_at_end_of_input, args=(stop,), daemon=True).start()
     loading = Rate(_until(stop, progress))
     shares = 1 if quotas.max_sessions == 1 else 2
     part = WHOLE if shard is None else parse_shard(shard)
@@ -200,7 +200,7 @@ def _until(stop: threading.Event, progress: Progress) -> Progress:
     return report
 
 
-def _stop_at_end_of_input(stop: threading.Event) -> None:
+def stop_at_end_of_input(stop: threading.Event) -> None:
     """Stop at the end of standard input, which ends with the parent process in any case."""
     sys.stdin.read()
     stop.set()

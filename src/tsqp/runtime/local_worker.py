@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from tsqp.errors import WorkerUnavailable
 from tsqp.gpu.ready import READY
@@ -35,8 +36,11 @@ class LocalWorker:
     process ends. Only this process controls it; a forked process cannot.
 
     Attributes:
+        PROGRAM: what Python runs. A benchmark has another one.
         endpoint: where it listens. If the system chooses the port, it is known once it is ready.
     """
+
+    PROGRAM: ClassVar[tuple[str, ...]] = ("-m", "tsqp", "worker")
 
     def __init__(self, arguments: Sequence[str], listen: str | None = None) -> None:
         """Start a worker. It loads its weights while this process loads its own.
@@ -48,7 +52,7 @@ class LocalWorker:
         self._is_ready = False
         self.endpoint = listen or f"ipc://@tsqp-{secrets.token_hex(16)}"
         # -P: the current folder, which may be a downloaded model's, is not a place to import from.
-        command = [sys.executable, "-P", "-m", "tsqp", "worker", *arguments]
+        command = [sys.executable, "-P", *self.PROGRAM, *arguments]
         self._process = subprocess.Popen(
             [*command, "--listen", self.endpoint, "--supervised"],
             stdin=subprocess.PIPE,

@@ -90,7 +90,7 @@ class OpenLinear:
     def _call(
         self, operation: Operation, x: Tensor, shards: Sequence[Columns], bias_F: Tensor | None
     ) -> Pending:
-        rows = len(x)
+        rows = x.shape[0]
         block = min(_rows_per_call(x, shard, self._dtype) for shard in shards)
         if len(shards) == 1 and rows <= block:
             return self.submit_to(shards[0], operation, x, bias_F)
@@ -105,7 +105,7 @@ class OpenLinear:
     def submit_to(
         self, shard: Columns, operation: Operation, x: Tensor, bias_F: Tensor | None
     ) -> "RemoteAnswer":
-        output = Spec((len(x), shard.stop - shard.start), self._dtype)
+        output = Spec((x.shape[0], shard.stop - shard.start), self._dtype)
         return self.submit(operation, (x,), output, bias_F, shard.channel)
 
     def submit(

@@ -87,7 +87,7 @@ class PadLinear(Generic[Kept]):
     def send(self, group: Group[Kept], x_TD: Tensor) -> _Block[Kept]:
         """[P4], [P5], [P12]: take fresh pads, mask, and submit."""
         self._trust.check()
-        rows, each = len(x_TD), group.field.residue_bytes
+        rows, each = x_TD.shape[0], group.field.residue_bytes
         slot = self._channel.reserve(
             Product(*place_of(group.linear), group.field.name),
             [Spec((rows, each * group.width), torch.uint8)],
