@@ -15,7 +15,7 @@ from tsqp.bench.zero_model import ZeroCheckpoint
 from tsqp.checkpoint.weights_digest import WeightsDigest
 from tsqp.nn.layers import Layers
 from tsqp.runtime.build import Builder
-from tsqp.runtime.failover import Begin, Failover
+from tsqp.runtime.failover import Alternative, Begin, Failover
 from tsqp.runtime.generate import generate
 from tsqp.runtime.local_worker import LocalWorker
 from tsqp.runtime.options import Options
@@ -87,7 +87,10 @@ class ReplayModel:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._failover = Failover(
-            [[WorkerProcess(link, checkpoint.name, weights_dtype)] for link in options.links]
+            [
+                Alternative([WorkerProcess(link, checkpoint.name, weights_dtype)])
+                for link in options.links
+            ]
         )
         norms = WeightsDigest()
         self._layers = Layers(checkpoint, self._dtype, norms)

@@ -9,7 +9,8 @@ from tsqp.bench.replay_backend import ReplayBackend, replay_worker
 from tsqp.bench.simulated_gpu import find_gpu
 from tsqp.bench.zero_model import ZeroCheckpoint
 from tsqp.checkpoint.weights import parse_dtype
-from tsqp.gpu.serve import READY, stop_at_end_of_input
+from tsqp.gpu.ready import READY
+from tsqp.gpu.serve import stop_at_end_of_input
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.server import Server
 
