@@ -242,8 +242,8 @@ def test_variables_of_a_local_model_have_no_effect(commands: Commands, plain: Pl
 
 @pytest.mark.fresh
 def test_a_chat_with_a_server_starts_without_torch() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "tsqp", "chat", "--url"]
-    result = subprocess.run(
+    command = [sys.executable, "-X", "importtime", "-m", "tsqp", "chat", "--debug", "--url"]
+    result = subprocess.run(  # --debug shows what Python itself prints
         [*command, "http://127.0.0.1:1"], capture_output=True, text=True, timeout=100, check=False
     )
     assert "Connection refused" in result.stderr
