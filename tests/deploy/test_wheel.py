@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = {"audit", "bench", "client", "cuda", "dev", "docs", "serve"}
+EXTRAS = {"audit", "bench", "client", "cuda", "dev", "docs", "ray", "serve"}
 
 
 @pytest.fixture(scope="module")

@@ -236,7 +236,7 @@ def test_the_command_takes_a_worker_without_its_model(
 ) -> None:
     asked: list[object] = []
     monkeypatch.setattr(
-        "tsqp.doctor.diagnose.examine", lambda threads, target: asked.append(target) or []
+        "tsqp.doctor.diagnose.examine", lambda threads, target, **_: asked.append(target) or []
     )
     assert main("doctor", "--worker", "ipc:///nowhere", env={"TSQP_MODEL": ""}).status == 0
     assert asked == [[Unnamed("ipc:///nowhere")]]
@@ -249,7 +249,7 @@ def test_cores_are_those_that_this_process_may_use() -> None:
 def test_a_model_without_its_worker_is_said_to_be_passed_over(
     main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqp.doctor.diagnose.examine", lambda threads, target: [])
+    monkeypatch.setattr("tsqp.doctor.diagnose.examine", lambda threads, target, **_: [])
     result = main("doctor", "random:tiny")
     assert result.status == 0
     assert "random:tiny was not checked: give the --worker that serves it" in result.stderr

@@ -21,7 +21,10 @@ from tsqp.runtime import hardening
 
 CANARY = "the-canary-of-this-prompt"
 CORES_ALLOWED = ["sh", "-c", 'ulimit -c unlimited; exec "$@"', "sh"]
-UNTRUSTED = {"collateral", "worker", "prepare", "keygen", "report", "verify"}  # they see no prompt
+UNTRUSTED = {  # they see no prompt
+    *("collateral", "worker", "prepare", "keygen", "report", "verify"),
+    *("cluster-up", "cluster-status", "cluster-down"),
+}
 NOBODY = 65534
 PROBE = """
 import ctypes, json, os, resource, subprocess, sys

@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "privacy": {"privacy": "open", "worker": "local"},
     "worker": {"worker": "tcp://10.0.0.1:5555"},
     "worker_key": {"worker": "tcp://10.0.0.1:5555", "worker_key": "KEY"},
+    "workers_file": {"worker": None, "workers_file": "FILE"},
     "attention": {"privacy": "open", "worker": "local", "attention": "gpu"},
     "fuse": {"privacy": "open", "worker": "local", "fuse": "layer"},
     "field": {"field": "compact"},
@@ -103,9 +104,14 @@ def test_another_value_of_an_option_of_the_run_changes_the_hash(name: str, tmp_p
     given = dict(OPTIONS[name])
     if given.get("worker_key") == "KEY":
         given["worker_key"] = write_key_pair(tmp_path)[2]
+    if given.get("workers_file") == "FILE":
+        given["workers_file"] = tmp_path / "workers"
+        given["workers_file"].write_text("a ipc:///a\n")
     base = {key: value for key, value in given.items() if key == "worker" and key != name}
     if name == "fixed_point":
         base["privacy"] = "tee"
+    if name == "workers_file":
+        base["worker"] = "ipc:///a"  # the same link
     assert configuration_digest(configure(given)) != configuration_digest(configure(base))
 
 

@@ -275,7 +275,10 @@ class Replicas(Alternative):
             linear.adopt(replica)
             if self._closing or member not in self._members:
                 replica.leaving = True
-        except TSQPError as error:
+        except Exception as error:
+            if not isinstance(error, TSQPError):  # a fault of this program
+                log.error("an unexpected %s while a worker was reached", type(error).__name__)
+                error = WorkerLost(f"The worker at {member.process.endpoint} was not reached.")
             self._ended(member, error)
             if member.process.channel is not None:
                 member.process.channel.close()

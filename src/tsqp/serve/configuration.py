@@ -80,6 +80,7 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "links": _links,
     "worker": lambda _: LEFT_OUT,  # both are in `links`
     "worker_key": lambda _: LEFT_OUT,
+    "workers_file": _is_given,  # whether workers come and go; the first ones are in `links`
     "shm_place": lambda _: LEFT_OUT,  # what `shm_name` means
     "hints": _hints,
     "model_key_file": _is_given,
