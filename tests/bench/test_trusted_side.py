@@ -1,5 +1,6 @@
 """A replay worker answers a model of zeros, which passes all checks, and no other model."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from tsqp.bench.replay_backend import NAME, ReplayBackend
 from tsqp.bench.replay_session import ReplayProcess
 from tsqp.bench.trusted_side import MODES, measure_trusted_side, parse_modes
 from tsqp.bench.trusted_side_figures import Floor, at_depth
+from tsqp.bench.trusted_side_table import _cell
 from tsqp.bench.zero_model import ZeroCheckpoint
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.integer_cache import load_integers
@@ -119,3 +121,11 @@ def test_what_cannot_be_measured_is_refused(
 def test_modes_without_a_worker_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--modes takes some of open, wide"):
         parse_modes(text)
+
+
+def test_a_figure_that_does_not_grow_with_the_layers_is_left_out() -> None:
+    two, four = Floor(*range(1, 10)), Floor(0.5, *range(4, 20, 2))
+    found = at_depth({2: two, 4: four}, 32)
+    assert math.isnan(found.prefill_s)
+    assert found.prefill_wait_s == 32.0
+    assert _cell(found.prefill_s, 1) == "–"

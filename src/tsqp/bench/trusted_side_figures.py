@@ -1,5 +1,6 @@
 """The figures of `tsqp bench trusted-side`."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -40,10 +41,18 @@ class Floor:
         return cls(*(statistics.median(_values(floors, name)) for name in _NAMES))
 
     def extrapolated(self, layers: int, other: "Floor", others: int, wanted: int) -> "Floor":
-        """The figures of `wanted` layers, on the line through those of two depths."""
+        """The figures of `wanted` layers, on the line through those of two depths.
+
+        More layers cannot take less. A figure that says so shows only noise, and is NaN here.
+        """
         times = (wanted - layers) / (others - layers)
         pairs = ((getattr(self, name), getattr(other, name)) for name in _NAMES)
-        return Floor(*(one + times * (two - one) for one, two in pairs))
+        return Floor(
+            *(
+                one + times * (two - one) if (two - one) * (others - layers) >= 0 else math.nan
+                for one, two in pairs
+            )
+        )
 
 
 _NAMES = tuple(each.name for each in fields(Floor))
@@ -105,8 +114,14 @@ class TrustedSideResult:
         return self.all_layers not in self.layers
 
     def as_json(self) -> dict[str, object]:
-        """Ready for JSON."""
-        return asdict(self)
+        """Ready for JSON, which has no NaN."""
+        return {name: _without_nan(value) for name, value in asdict(self).items()}
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def at_depth(measured: Mapping[int, Floor], layers: int) -> Floor:

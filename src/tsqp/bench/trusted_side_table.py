@@ -1,5 +1,6 @@
 """Tables of `tsqp bench trusted-side`."""
 
+import math
 from collections.abc import Iterator
 
 from rich.table import Table
@@ -9,6 +10,10 @@ from tsqp.bench.trusted_side_figures import Prediction, TrustedSideResult
 
 US = 1e-6
 MS = 1e-3
+
+
+def _cell(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def tables(result: TrustedSideResult) -> Iterator[Table]:
@@ -22,13 +27,13 @@ def tables(result: TrustedSideResult) -> Iterator[Table]:
     for mode, floor in result.floors.items():
         table.add_row(
             mode,
-            f"{floor.prefill_s:.3f}",
-            f"{floor.prefill_cpu_s:.3f}",
-            f"{floor.decode_s / MS:.2f}",
-            f"{floor.decode_cpu_s / MS:.2f}",
-            f"{floor.calls:.0f}",
-            f"{floor.decode_s / floor.calls / US:.0f}",
-            f"{floor.decode_wait_s / floor.calls / US:.0f}",
+            _cell(floor.prefill_s, 3),
+            _cell(floor.prefill_cpu_s, 3),
+            _cell(floor.decode_s / MS, 2),
+            _cell(floor.decode_cpu_s / MS, 2),
+            _cell(floor.calls, 0),
+            _cell(floor.decode_s / floor.calls / US, 0),
+            _cell(floor.decode_wait_s / floor.calls / US, 0),
         )
     yield table
     table = new_table(
@@ -39,10 +44,10 @@ def tables(result: TrustedSideResult) -> Iterator[Table]:
         if floor.masks_s:
             table.add_row(
                 mode,
-                f"{floor.masks_s / MS:.2f}",
-                f"{floor.masks_cpu_s / MS:.2f}",
-                f"{floor.prefill_s + result.prompt_tokens * floor.masks_s:.3f}",
-                f"{(floor.decode_s + floor.masks_s) / MS:.2f}",
+                _cell(floor.masks_s / MS, 2),
+                _cell(floor.masks_cpu_s / MS, 2),
+                _cell(floor.prefill_s + result.prompt_tokens * floor.masks_s, 3),
+                _cell((floor.decode_s + floor.masks_s) / MS, 2),
             )
     yield table
     if result.prediction is not None:
@@ -61,14 +66,14 @@ def _predicted(result: TrustedSideResult, prediction: Prediction) -> Table:
         masks_s = floor.masks_s
         table.add_row(
             mode,
-            f"{simulated.prefill_s:.3f}",
-            f"{longest:.3f} to {floor.prefill_s + device.prefill_s:.3f}",
-            f"{1 / simulated.decode_s:.1f}",
-            f"{1 / (floor.decode_s + device.decode_s):.1f}",
-            f"{1 / (simulated.decode_s + masks_s):.1f}" if masks_s else "",
+            _cell(simulated.prefill_s, 3),
+            f"{_cell(longest, 3)} to {_cell(floor.prefill_s + device.prefill_s, 3)}",
+            _cell(1 / simulated.decode_s, 1),
+            _cell(1 / (floor.decode_s + device.decode_s), 1),
+            _cell(1 / (simulated.decode_s + masks_s), 1) if masks_s else "",
         )
     alone = prediction.gpu_alone
-    table.add_row("GPU alone", "", f"{alone.prefill_s:.3f}", "", f"{1 / alone.decode_s:.1f}", "")
+    table.add_row("GPU alone", "", _cell(alone.prefill_s, 3), "", _cell(1 / alone.decode_s, 1), "")
     return table
 
 
@@ -84,7 +89,8 @@ def notes(result: TrustedSideResult) -> Iterator[str]:
         few, many = result.layers
         yield (
             f"Assumption: {few} and {many} layers were measured, and every figure grows with the "
-            f"number of layers on a straight line to all {result.all_layers}."
+            f"number of layers on a straight line to all {result.all_layers}. A figure that does "
+            "not grow from one depth to the other is left out: measure depths farther apart."
         )
     if (prediction := result.prediction) is not None:
         gpu = prediction.gpu
