@@ -100,10 +100,10 @@ def shards(
 
         @cache
         def start(count: int) -> list[str]:
+            folder = tmp_path_factory.mktemp("shards")
             if count > 2:  # whose loops are compiled once
-                folder = tmp_path_factory.mktemp("shards")
                 return stack.enter_context(watching(folder, model, count, serve_open=True))[0]
-            ends = [f"ipc://{shared_commands.folder}/shard{n}.sock" for n in (1, 2)]
+            ends = [f"ipc://{folder}/{n}.sock" for n in (1, 2)]
             for n, end in enumerate(ends, 1):
                 shared_commands.worker(model, end, "--shard", f"{n}/2")
             return ends
