@@ -211,9 +211,9 @@ def test_a_liar_that_is_named_again_is_not_asked_again(tmp_path: Path) -> None:
             assert complete(llm) == right_tokens()
             write(path, ends[1])
             assert eventually(lambda: len(states(llm)) == 1)
+            asked = len(workers[0].received)
             write(path, *ends)
             assert eventually(lambda: states(llm)[1:] == [LIED])
-            asked = len(workers[0].received)
             assert complete(llm) == right_tokens()
             assert len(workers[0].received) == asked
 
