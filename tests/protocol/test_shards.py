@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tsqp.errors import (
     HandshakeError,
     IntegrityError,
     UsageError,
+    WorkerError,
     WorkerLost,
     WorkerUnavailable,
 )
@@ -38,6 +39,7 @@ from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.crypto.pads import USED, Pads
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.messages import Operation
+from tsqp.wire.query_worker import ask_what_is_served
 from tsqp.wire.server import Server
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -322,6 +324,19 @@ def test_shards_that_do_not_cover_the_model_once_are_refused(
         begin(model, one)
     with pytest.raises(WorkerUnavailable, match=f"{two}x"):
         begin(model, one, f"{two}x")
+
+
+def test_workers_that_all_load_are_not_taken_for_those_of_a_whole_model(
+    model: str, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon = partial(ask_what_is_served, timeout=0.3)
+    monkeypatch.setattr("tsqp.runtime.worker_link.ask_what_is_served", soon)
+    ends = [f"ipc://{commands.folder}/{n}.sock" for n in (1, 2)]
+    with ExitStack() as stack:
+        for end in ends:  # each listens, and does not serve yet
+            stack.enter_context(closing(Server(parse_endpoint(end))))
+        with pytest.raises(WorkerError, match=f"{ends[0]} .*loading"):
+            begin(model, *ends)
 
 
 def test_a_shard_of_another_model_is_refused(shards: Shards, commands: Commands) -> None:

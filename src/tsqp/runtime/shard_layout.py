@@ -11,20 +11,22 @@ from tsqp.wire.channel import Channel
 def count_shards(workers: Sequence[WorkerProcess], options: Options) -> int:
     """How many shards the model is cut into; 1 if each worker holds the whole model.
 
-    The first worker that answers decides, and its session checks what it says. A worker that does
-    not answer is taken for one of the whole model.
+    The first worker that answers decides, and its session checks what it says.
 
     Raises:
+        WorkerError: none answers, for example because all of them still load their model.
         HandshakeError: there are not as many workers as shards.
         UsageError: the options do not allow shards.
     """
     may_replicate = options.privacy == "pad"
     if options.privacy not in ("pad", "open") or len(workers) < 2:
         return 1
+    unanswered: WorkerError | None = None
     for worker in workers:
         try:
             shard = worker.held_shard()
-        except WorkerError:
+        except WorkerError as error:
+            unanswered = unanswered or error
             continue
         if shard.is_whole:
             return 1
@@ -41,7 +43,8 @@ def count_shards(workers: Sequence[WorkerProcess], options: Options) -> int:
             )
         _check_options(options)
         return shard.count
-    return 1
+    assert unanswered is not None
+    raise unanswered
 
 
 def in_order_of_shards(channels: Sequence[Channel]) -> list[Channel]:

@@ -20,7 +20,6 @@ from tsqp.errors import (
     RemoteError,
     WorkerError,
     WorkerLost,
-    WorkerUnavailable,
 )
 from tsqp.wire.call_times import (
     AWAY,
@@ -36,7 +35,7 @@ from tsqp.wire.call_times import (
 from tsqp.wire.channel import Counters, Slot, kind_of
 from tsqp.wire.codec import encode, printable, tee_decoder
 from tsqp.wire.endpoint import Endpoint
-from tsqp.wire.handshake import check_agreement
+from tsqp.wire.handshake import check_agreement, no_answer
 from tsqp.wire.mailbox import CAN_POLL, MAILBOX_BYTES, MAX_FRAME, SLOTS, Mailbox
 from tsqp.wire.messages import (
     INLINE,
@@ -331,10 +330,7 @@ class RemoteChannel:
         try:
             _, message = self._decoder.decode(self._next(deadline))
         except WorkerLost as exc:
-            raise WorkerUnavailable(
-                f"The worker at {self.endpoint} accepts connections but does not answer; "
-                "wait if it is still loading its model, else look at its output."
-            ) from exc
+            raise no_answer(self.endpoint) from exc
         self._receive_inline([])
         if isinstance(message, Failure):
             reason = printable(message.message)

@@ -4,7 +4,7 @@ import hmac
 import re
 from typing import NamedTuple
 
-from tsqp.errors import HandshakeError
+from tsqp.errors import HandshakeError, WorkerUnavailable
 from tsqp.model.shard import MAX_SHARDS, WHOLE, Shard
 from tsqp.wire.messages import Hello, Welcome
 
@@ -13,6 +13,14 @@ _OTHER_WEIGHTS = re.compile(
     r"the worker holds (?:other weights|shard ([0-9]{1,2}) of ([0-9]{1,2})) "
     r"\(digest ([0-9a-f]{12})…"
 )
+
+
+def no_answer(endpoint: object) -> WorkerUnavailable:
+    """The error for a worker that does not answer the first message."""
+    return WorkerUnavailable(
+        f"The worker at {endpoint} accepts connections but does not answer; "
+        "wait if it is still loading its model, else look at its output."
+    )
 
 
 class Refusal(NamedTuple):

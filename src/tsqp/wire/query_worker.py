@@ -8,11 +8,11 @@ import secrets
 import time
 from typing import NamedTuple
 
-from tsqp.errors import HandshakeError, ProtocolError
+from tsqp.errors import HandshakeError, ProtocolError, WorkerLost
 from tsqp.model.shard import Shard
 from tsqp.wire.codec import encode, printable, tee_decoder
 from tsqp.wire.endpoint import Endpoint
-from tsqp.wire.handshake import read_refusal
+from tsqp.wire.handshake import no_answer, read_refusal
 from tsqp.wire.messages import Failure, Hello, WeightsDtype
 from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import ClientSocket
@@ -73,8 +73,11 @@ def _refusal(
     try:
         socket.send([encode(hello)])
         deadline = time.monotonic() + timeout
-        while (frame := socket.receive(deadline, NO_WAKEUP)) is None:
-            pass
+        try:
+            while (frame := socket.receive(deadline, NO_WAKEUP)) is None:
+                pass
+        except WorkerLost as exc:
+            raise no_answer(endpoint) from exc
         _, message = tee_decoder(str(endpoint)).decode(frame)
         socket.receive_exactly([], name)
     finally:

@@ -5,7 +5,6 @@ G blocks of features; W words of a block.
 """
 
 import math
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +23,7 @@ from tsqp.tee.crypto.freivalds import VECTORS, CheckVectors, times
 from tsqp.tee.crypto.kernels import ALL_ROWS
 from tsqp.tee.crypto.rng import uniform
 from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.offload.checked_group import CheckedGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Switch:
 process_switch = Switch()  # for all sessions of the process
 
 
-class LatticeGroup:
+class LatticeGroup(CheckedGroup):
     """Check vectors, scales and bounds of one group; the weights themselves are not kept.
 
     Attributes:
@@ -106,31 +106,6 @@ class LatticeGroup:
         self._scale_F = weights.scale_F.double().numpy()
         self._bias_F = None if bias_F is None else bias_F.float()
         self._draw_checks(weights.weight_FD)
-
-    def with_own_checks(self, weight_FD: Tensor) -> "LatticeGroup":
-        """The same group for another worker: its check vectors are its own [P6], [P13].
-
-        Args:
-            weight_FD: the weights of this group.
-        """
-        other = copy(self)
-        other._draw_checks(weight_FD)
-        return other
-
-    def of_rows(self, rows: slice, weight_FD: Tensor) -> "LatticeGroup":
-        """A shard of the group: some output features, with check vectors of their own [P6], [P13].
-
-        The bounds stay those of the whole group, so that all shards get the same masked input.
-
-        Args:
-            weight_FD: the weights of this group, all of them.
-        """
-        shard = copy(self)
-        shard.features = rows.stop - rows.start
-        shard._scale_F = self._scale_F[rows]
-        shard._bias_F = None if self._bias_F is None else self._bias_F[rows]
-        shard._draw_checks(weight_FD[rows])
-        return shard
 
     def _draw_checks(self, weight_FD: Tensor) -> None:
         k_2F = uniform((VECTORS, self.features), LATTICE)

@@ -6,7 +6,6 @@ Shape suffixes: T tokens; D input and F output features of a group; V vocabulary
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -30,6 +29,7 @@ from tsqp.nn.kv_cache import KvCache
 from tsqp.tee.crypto import kernels
 from tsqp.tee.crypto.freivalds import CheckVectors
 from tsqp.tee.crypto.row_pool import RowPool
+from tsqp.tee.offload.checked_group import CheckedGroup
 from tsqp.tee.offload.offload import (
     Attention,
     Embedding,
@@ -110,7 +110,7 @@ class Masked:
     expected_T2: NDArray[np.int64]
 
 
-class MaskedGroup:
+class MaskedGroup(CheckedGroup):
     """One group of linear layers: its integers, and the secret vectors that check products.
 
     Attributes:
@@ -141,31 +141,6 @@ class MaskedGroup:
         self._scale_F = weights.scale_F.double().numpy()
         self._bias_F = None if bias_F is None else bias_F.float()
         self._draw_checks(weights.weight_FD)
-
-    def with_own_checks(self, weight_FD: Tensor) -> "MaskedGroup":
-        """The same group for another worker: its check vectors are its own [P6].
-
-        Args:
-            weight_FD: the weights of this group.
-        """
-        other = copy(self)
-        other._draw_checks(weight_FD)
-        return other
-
-    def of_rows(self, rows: slice, weight_FD: Tensor) -> "MaskedGroup":
-        """A shard of the group: some output features, with check vectors of their own [P6].
-
-        The bounds stay those of the whole group, so that all shards get the same masked input.
-
-        Args:
-            weight_FD: the weights of this group, all of them.
-        """
-        shard = copy(self)
-        shard.features = rows.stop - rows.start
-        shard._scale_F = self._scale_F[rows]
-        shard._bias_F = None if self._bias_F is None else self._bias_F[rows]
-        shard._draw_checks(weight_FD[rows])
-        return shard
 
     def _draw_checks(self, weight_FD: Tensor) -> None:
         checks = CheckVectors.draw(weight_FD)
