@@ -1,4 +1,4 @@
-"""For every test: how processes start (see `processes`), and that nothing is left unclosed."""
+"""For every test: how processes start (`processes`), no time limits, and nothing left unclosed."""
 
 import contextlib
 import gc
@@ -6,8 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import processes
+
+# A busy machine makes no test fail.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.hookimpl(optionalhook=True)

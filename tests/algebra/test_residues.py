@@ -83,7 +83,7 @@ def test_residues_around_every_edge_are_their_digits(field: Field) -> None:
 
 @EACH
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_joined_products_are_the_sum_mod_p(field: Field, data: st.DataObject) -> None:
     columns = data.draw(
         st.lists(st.lists(INT32, min_size=field.digits, max_size=field.digits), min_size=1)

@@ -47,7 +47,7 @@ MODULI = pytest.mark.parametrize("q", [Q, SMALL_Q])
 
 
 @MODULI
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_product_is_exact_and_as_small_as_stated(q: int, data: st.DataObject) -> None:
     x = data.draw(st.integers(-LARGEST, LARGEST) | st.integers(-q, q))
@@ -65,7 +65,7 @@ def test_products_at_the_extremes_are_exact(q: int) -> None:
             assert (product(x, w, q) - x * w) % q == 0, (x, w)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(-LARGEST, LARGEST))
 def test_reduced_sums_are_the_residues(x: int) -> None:
     out_N = np.empty(1)

@@ -116,7 +116,7 @@ def plain_attention(
     return y.flatten(1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 20),
     past=st.integers(0, 30),
@@ -145,7 +145,7 @@ def test_attention_over_several_blocks_is_causal() -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 20),
     past=st.integers(0, 30),

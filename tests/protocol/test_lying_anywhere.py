@@ -30,9 +30,7 @@ def test_every_group_is_checked_and_named(
     assert f"wrong product for {name(layer, group)};" in message
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     target=st.sampled_from(GROUPS),
     bit=st.integers(0, 2**20),

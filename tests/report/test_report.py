@@ -241,7 +241,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.dictionaries(st.text(), JSON))
 def test_any_object_with_a_command_is_printed(values: dict[str, object]) -> None:
     file = BenchFile("any", {"command": "x"} | values)

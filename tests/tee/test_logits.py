@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -25,7 +25,6 @@ rows = st.lists(st.floats(-30, 30, width=32), min_size=V, max_size=V, unique=Tru
 some_ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=30)
 
 
-@settings(deadline=None)
 @given(rows, some_ids, st.floats(0.1, 5))
 def test_the_repetition_penalty_is_that_of_transformers(
     row: list[float], ids: list[int], penalty: float
@@ -51,7 +50,6 @@ def test_presence_and_frequency_follow_their_formula(
     )
 
 
-@settings(deadline=None)
 @given(
     rows,
     st.floats(0.2, 3),
@@ -93,7 +91,6 @@ def test_a_bias_of_100_forces_a_token_and_of_minus_100_forbids_it(temperature: f
     assert drawn == ({2, 5} if temperature else {5})
 
 
-@settings(deadline=None)
 @given(
     st.lists(rows, min_size=4, max_size=8),
     st.lists(st.integers(0, V - 1), min_size=1, max_size=5),

@@ -102,7 +102,7 @@ def test_a_sequence_may_be_removed_twice_and_wherever_it_is() -> None:
     assert scheduler.find(0) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8),
     chunk=st.integers(1, 20),
@@ -131,7 +131,7 @@ def test_every_token_is_computed_once_in_order_and_within_the_budget(
     assert steps <= sum(length + 4 for length in lengths)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=1, max_size=6),
     microbatches=st.integers(1, 4),
@@ -212,7 +212,7 @@ def test_tenants_take_turns_with_their_prompts() -> None:
     assert [step(scheduler)[0][0] for _ in range(6)] == [0, 4, 1, 4, 2, 3]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 50), st.sampled_from("abc")), min_size=1, max_size=9),
     chunk=st.integers(1, 20),

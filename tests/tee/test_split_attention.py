@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from open_helpers import Side, make_worker
 from transformers import LlamaForCausalLM
@@ -19,7 +19,6 @@ def scores(segment: Segment, heads: int) -> int:
     return heads * segment.length * (segment.start + segment.length)
 
 
-@settings(deadline=None)
 @given(lengths, st.integers(1, 8), st.integers(1, 10**6))
 def test_pieces_are_the_segments_in_order_and_fit(
     places: list[tuple[int, int]], heads: int, most: int

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from wire_helpers import (
     SHARED,
     HelperProcess,
@@ -28,9 +27,6 @@ import tsqp.wire.peers
 from tsqp.wire.client import RemoteChannel
 
 SHM = Path("/dev/shm")
-
-settings.register_profile("untimed", deadline=None)  # a busy machine makes no test fail
-settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

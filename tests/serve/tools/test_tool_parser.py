@@ -147,7 +147,7 @@ PARTS = [
     st.sampled_from(sorted(STYLES)),
     st.integers(0, 40),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_hostile_text_is_never_an_error_and_never_lost(text: str, name: str, place: int) -> None:
     style = STYLES[name]
     content, calls = parse(style, text)
@@ -215,7 +215,7 @@ def accepts(text: str) -> bool:
     st.integers(0, 60),
     st.sampled_from('{}[]",:\\ux0-.eE+ tn\n\x01'),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_an_object_is_accepted_exactly_if_json_accepts_it(
     value: dict[str, Any], place: int, changed: str
 ) -> None:

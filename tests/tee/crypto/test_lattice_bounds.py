@@ -131,7 +131,7 @@ def test_the_widest_group_there_may_be() -> None:
         Exact(torch.full((1, 131_072), 127))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     features=st.integers(1, 9),
     width=st.integers(1, 40),

@@ -60,7 +60,7 @@ def pool(kind: Kind) -> Iterator[PadPool]:
 
 
 @KINDS
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     takes=st.lists(st.tuples(st.sampled_from(list(SHAPES)), st.integers(1, 90)), max_size=80),
     memory_rows=st.integers(0, 150),

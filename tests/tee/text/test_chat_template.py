@@ -123,7 +123,7 @@ def test_what_fails_in_jinja_fails(source: str) -> None:
         max_size=3,
     )
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_text_is_rendered_as_transformers_does(messages: Conversation) -> None:
     for source in STYLES.values():
         assert found(source, messages) == expected(source, messages, add_generation_prompt=True)

@@ -84,7 +84,7 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=3)
 TEXTS = st.lists(st.sampled_from(PIECES) | ANY, max_size=8).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3))
 def test_no_text_makes_a_control_token(texts: list[str], backend: tokenizers.Tokenizer) -> None:
     for style in ("chatml", "phi", "gemma", "granite"):
@@ -98,7 +98,7 @@ def test_no_text_makes_a_control_token(texts: list[str], backend: tokenizers.Tok
             assert model.text(ids) == model.render(conversation)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(st.sampled_from("aé漢 \n<|>[]/INTh"), max_size=20))
 @pytest.mark.parametrize("style", STYLES)
 def test_text_without_control_tokens_has_the_ids_that_it_always_has(

@@ -48,7 +48,7 @@ METHODS["splitlines"] += [lambda _: (True,)]
 
 @pytest.mark.parametrize("name", METHODS)
 @given(plain=TEXTS, data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_methods_give_what_python_gives_with_the_origin_in_place(
     name: str, plain: str, data: st.DataObject
 ) -> None:
