@@ -69,7 +69,7 @@ def compare(
         setting: its dtype may be "auto".
         modes: some of MODES.
         rounds: number of rounds, after one warm-up round that is not counted.
-        sustained: number of tokens to generate after the stock of pads is used up; 0 for none.
+        sustained: number of tokens to generate from an empty stock of pads; 0 for none.
         starts: whether to measure start-up too, in a new process for each mode.
 
     Raises:

@@ -99,7 +99,7 @@ def _work(result: Result) -> Table:
 
 def _sustained(result: Result) -> Table:
     table = new_table(
-        "Once the stock of pads is used up",
+        "Pads made meanwhile, from an empty stock",
         "", "tokens", "tokens per second", "processor, ms per token", "of it pads", "pads ahead",
         "stock, tokens",
     )  # fmt: skip

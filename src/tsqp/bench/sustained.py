@@ -1,12 +1,10 @@
-"""The speed of a mode after the stock of pads is used up."""
+"""The speed of a mode when its pads are made meanwhile."""
 
 from dataclasses import dataclass
 from time import process_time
 
 from tsqp import SamplingParams
 from tsqp.bench.modes import LlmRunner, stock_bytes
-
-PROMPTS = 5  # maximum number of prompts that use up the stock
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +30,11 @@ class Sustained:
 
 
 def sustain(runner: LlmRunner, tokens: int) -> Sustained:
-    """Use up the stock, then generate `tokens` tokens, in as many answers as the context needs."""
+    """Empty the stock, then generate `tokens` tokens, in as many answers as the context needs."""
     llm = runner.llm
     context = llm.config.max_positions
-    _use_up(runner)
+    assert llm._pads is not None
+    llm._pads.discard()
     llm.stats.reset()
     before, cpu_began = llm.pads, process_time()
     row_bytes = stock_bytes(llm.config, 1, runner.field)
@@ -60,15 +59,3 @@ def sustain(runner: LlmRunner, tokens: int) -> Sustained:
         stock_rows_before=before.stock_bytes / row_bytes,
         stock_rows_after=after.stock_bytes / row_bytes,
     )
-
-
-def _use_up(runner: LlmRunner) -> None:
-    """Run prompts until one has to wait for pads, or PROMPTS times: some machines never wait."""
-    llm = runner.llm
-    prompt = [1] * min(runner.stock_rows, llm.config.max_positions - 1)
-    for _ in range(PROMPTS):
-        began = llm.pads
-        llm.generate([prompt], SamplingParams(0, max_tokens=1))
-        assert began is not None and llm.pads is not None
-        if llm.pads.inline_rows > began.inline_rows:
-            return

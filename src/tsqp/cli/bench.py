@@ -35,7 +35,7 @@ def bench(
         int,
         typer.Option(
             min=0,
-            help="Also generate this many tokens with an empty stock of pads. 0 skips this.",
+            help="Also generate this many tokens from an empty stock of pads. 0 skips this.",
         ),
     ] = 0,
     starts: Annotated[
