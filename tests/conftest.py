@@ -43,9 +43,13 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _collect() -> Iterator[None]:
-    """Collect after each file, so that what it left unclosed fails its own tests, no others."""
+    """Collect after each file, so that what it left unclosed fails its own tests, no others.
+
+    What is left then is in use, and later collections need not look at it.
+    """
     yield
     gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
