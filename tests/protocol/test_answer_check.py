@@ -173,7 +173,7 @@ def test_what_is_checked_is_what_is_used_while_memory_changes(field: Field) -> N
     refused = taken = 0
     end = time.monotonic() + DEADLINE_S
     try:
-        while min(refused, taken) < 20 and time.monotonic() < end:
+        while min(refused, taken) < 6 and time.monotonic() < end:
             try:
                 y_1F = checked.product()
             except IntegrityError:
