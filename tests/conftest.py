@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ settings.load_profile("untimed")
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes() -> None:
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
     """Let pytest-xdist's own processes be forks of one server, which starts all others, too."""
     from execnet import gateway_io
 
@@ -29,6 +30,23 @@ def pytest_xdist_setupnodes() -> None:
         gateway_io.Popen2IO.__init__(self, self.popen.stdin, self.popen.stdout, execmodel)
 
     gateway_io.Popen2IOMaster.__init__ = start
+    processes.server()
+    if not sys.dont_write_bytecode:
+        _rewrite(config)  # while the server loads
+
+
+def _rewrite(config: pytest.Config) -> None:
+    """Write what pytest makes of files of tests, so that its processes need not make it again."""
+    from _pytest.assertion import rewrite
+
+    state = config.stash[rewrite.assertstate_key]
+    for argument in config.args:
+        named = config.invocation_params.dir / argument.partition("::")[0]
+        for path in [named] if named.is_file() else named.rglob("test_*.py"):
+            written = rewrite.get_cache_dir(path) / (path.name[:-3] + rewrite.PYC_TAIL)
+            if rewrite._read_pyc(path, written) is None and rewrite.try_makedirs(written.parent):
+                source_hash, code = rewrite._rewrite_test(path, config)
+                rewrite._write_pyc(state, code, source_hash, written)
 
 
 def pytest_collection_finish() -> None:
@@ -43,9 +61,13 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _collect() -> Iterator[None]:
-    """Collect after each file, so that what it left unclosed fails its own tests, no others."""
+    """Collect after each file, so that what it left unclosed fails its own tests, no others.
+
+    What is left then is in use, and later collections need not look at it.
+    """
     yield
     gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -140,6 +140,8 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
         _mount(request["mounts"])
     if os.environ.pop("TESTS_GIVE_UP_SOON", ""):
         _give_up_soon()
+    for number in request["closed"]:
+        os.close(number)
     _renew_streams()
     _end(_status_of(request["arguments"]))
 
@@ -190,10 +192,13 @@ def _renew_streams() -> None:
     """Make the objects for the standard streams as an interpreter does when it starts."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         old = getattr(sys, name)
-        new = open(  # noqa: SIM115
-            number, mode, encoding=old.encoding, errors=old.errors, closefd=False
-        )
-        if number:
+        try:
+            new = open(  # noqa: SIM115
+                number, mode, encoding=old.encoding, errors=old.errors, closefd=False
+            )
+        except OSError:  # it is closed
+            new = None
+        if number and new is not None:
             at_once = number == 2 or new.isatty()
             new.reconfigure(line_buffering=at_once, write_through=old.write_through)
         for each in (name, f"__{name}__"):

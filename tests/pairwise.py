@@ -1,4 +1,4 @@
-"""Products of settings, cut down to what shows whether any two of them disturb each other."""
+"""Products of settings, cut down: to each pair of values, or to each value."""
 
 from collections.abc import Sequence
 from itertools import combinations, product
@@ -25,6 +25,18 @@ def pairs(*axes: Sequence[Any]) -> list[Any]:
             marks=() if row in chosen else pytest.mark.slow,
         )
         for row in numbers
+    ]
+
+
+def turns(many: Sequence[Any], few: Sequence[Any]) -> list[Any]:
+    """The product of two axes for `pytest.mark.parametrize`.
+
+    Each of `many` comes with one of `few`, in turn. The other rows are marked slow.
+    """
+    return [
+        pytest.param(one, other, marks=() if number % len(few) == place else pytest.mark.slow)
+        for number, one in enumerate(many)
+        for place, other in enumerate(few)
     ]
 
 

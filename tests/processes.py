@@ -26,6 +26,7 @@ import fork_server
 import tsqp  # noqa: F401  before torch: it tells OpenMP not to spin, in the environment below
 
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
+CLOSED = -4  # a standard stream that a shell closes, as by 2>&-; forks only
 Stream = int | IO[Any] | None
 Command = Sequence[str]
 TAG = "LC_TESTS_TAG"  # whose a process is; local workers inherit LC_*
@@ -105,9 +106,11 @@ def start(
             "session": start_new_session,
             "terminal": terminal,
             "mounts": mounts,
+            "closed": [n for n, each in enumerate((stdin, stdout, stderr)) if each == CLOSED],
             "name": fork_name(env[TAG]) if TAG in env else "",
         }
         return Fork(command, request, stdin, stdout, stderr)
+    assert CLOSED not in (stdin, stdout, stderr)
     if terminal:
         command = [sys.executable, "-c", TAKE_TERMINAL, *command]
     if mounts:
@@ -209,7 +212,7 @@ def _stream(
         ours, other = os.pipe() if number else os.pipe()[::-1]
         theirs.callback(os.close, other)
         return open(ours, "r" if number else "w", encoding="utf-8"), other  # noqa: PTH123
-    if wanted == DEVNULL:
+    if wanted in (DEVNULL, CLOSED):
         return None, theirs.enter_context(Path(os.devnull).open("r+b")).fileno()
     if wanted is None:
         return None, number

@@ -155,7 +155,11 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [[], ["yaml"]], ids=["first", "yaml is there already"])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param([], marks=pytest.mark.slow), ["yaml"]],
+    ids=["first", "yaml is there already"],
+)
 def test_settings_of_numba_have_no_effect_wherever_they_are(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,12 +175,12 @@ def test_settings_of_numba_have_no_effect_wherever_they_are(
     assert [path.name for path in tmp_path.iterdir()] == [".numba_config.yaml"]
 
 
-@pytest.mark.parametrize(("privacy", "worker"), [("tee", None), ("open", "inproc")])
-def test_modes_without_residues_do_not_import_numba(privacy: str, worker: str | None) -> None:
+def test_modes_without_residues_do_not_import_numba() -> None:
     code = (
         "import sys; from tsqp import LLM\n"
-        f"with LLM('random:tiny', privacy={privacy!r}, worker={worker!r}) as llm:\n"
-        "    assert llm.generate([1, 2, 3])\n"
+        "for privacy, worker in (('tee', None), ('open', 'inproc')):\n"
+        "    with LLM('random:tiny', privacy=privacy, worker=worker) as llm:\n"
+        "        assert llm.generate([1, 2, 3])\n"
         "print({'numba', 'matplotlib', 'sympy', 'pandas'} & set(sys.modules))"
     )
     result = subprocess.run(

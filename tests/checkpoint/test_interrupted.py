@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import processes
 from tsqp.checkpoint.checkpoint import open_checkpoint
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
@@ -31,31 +31,30 @@ def progress(done, total):
 prepare(sys.argv[1], Path(sys.argv[2]), progress)
 """
 
-Start = Callable[[Path], "subprocess.Popen[str]"]
+Start = Callable[[Path], processes.Process]
 
 
 @pytest.fixture
 def start(directory: Path) -> Iterator[Start]:
     """Prepares in another process, which stops half-way until it is told to go on."""
-    running: list[subprocess.Popen[str]] = []
+    running: list[processes.Process] = []
 
-    def begin(out: Path) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+    def begin(out: Path) -> processes.Process:
+        process = processes.start(
             [sys.executable, "-c", PAUSED, str(directory), str(out)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdin=processes.PIPE,
+            stdout=processes.PIPE,
         )
         running.append(process)
         assert process.stdout is not None
-        assert process.stdout.readline() == "half\n", process.communicate()[1]
+        assert process.stdout.readline() == "half\n"
         return process
 
     yield begin
     for process in running:
         process.kill()
-        process.communicate(timeout=DEADLINE_S)
+        with process:
+            process.wait(DEADLINE_S)
 
 
 def names(folder: Path) -> set[str]:
@@ -81,8 +80,7 @@ def test_ctrl_c_leaves_nothing(start: Start, out: Path) -> None:
     process = start(out)
     assert len(names(out.parent)) == 1
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=DEADLINE_S)
-    assert process.returncode != 0
+    assert process.wait(DEADLINE_S) != 0
     assert names(out.parent) == set()
 
 
@@ -106,8 +104,9 @@ def test_two_at_once_do_not_hurt_each_other(start: Start, out: Path, directory: 
     other = out.with_name(f"other{SUFFIX}")
     prepare(str(directory), other)
     prepare(str(directory), out)
-    process.communicate("\n" * 100, timeout=DEADLINE_S)
-    assert process.returncode == 0
+    assert process.stdin is not None
+    print("\n" * 100, file=process.stdin, flush=True)
+    assert process.wait(DEADLINE_S) == 0
     assert names(out.parent) == {out.name, other.name}
     check_whole(out, directory)
     check_whole(other, directory)

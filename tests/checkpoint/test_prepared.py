@@ -4,7 +4,6 @@ import json
 import math
 import os
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import accumulate
@@ -21,6 +20,7 @@ from prepared_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+import processes
 from tsqp.checkpoint.prepared import SUFFIX, PreparedFile, prepare
 from tsqp.checkpoint.quantize import IntegerWeights, add_to_digest
 from tsqp.checkpoint.weights_digest import WeightsDigest
@@ -176,10 +176,10 @@ def test_a_full_disk_is_named_and_nothing_is_left(directory: Path, tmp_path: Pat
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "prepare(sys.argv[1], Path(sys.argv[2]))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program, str(directory), str(out)], capture_output=True, text=True
-    )
-    assert f"WriteError: Cannot write {out}: File too large" in run.stderr
+    command = [sys.executable, "-c", program, str(directory), str(out)]
+    with processes.start(command, stderr=processes.PIPE) as run:
+        assert run.stderr is not None
+        assert f"WriteError: Cannot write {out}: File too large" in run.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
 
 

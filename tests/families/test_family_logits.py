@@ -16,6 +16,7 @@ from family_models import (
     write_model,
 )
 
+from pairwise import turns
 from tsqp import LLM, SamplingParams
 from tsqp.algebra.params import FIELDS
 from tsqp.checkpoint.checkpoint import open_checkpoint
@@ -87,12 +88,7 @@ def test_open_gives_the_logits_of_transformers(
             )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(
-    "field",
-    # compact differs from wide in its residues only, which tests/protocol/test_pad.py tests.
-    [pytest.param(name, marks=pytest.mark.slow if name == "compact" else ()) for name in FIELDS],
-)
+@pytest.mark.parametrize(("name", "field"), turns(FAMILIES, list(FIELDS)))
 def test_pad_gives_the_answers_and_the_logits_of_fixed_point(
     name: str, field: str, written: dict[str, tuple[Path, Any]]
 ) -> None:

@@ -17,9 +17,14 @@ HERE = Path(__file__).parent
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may take
 
 
-def test_interpreted_kernels_give_the_products_of_big_integers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shapes", "cases"), [([], 20), pytest.param(["--all"], 30, marks=pytest.mark.slow)]
+)
+def test_interpreted_kernels_give_the_products_of_big_integers(
+    shapes: list[str], cases: int, tmp_path: Path
+) -> None:
     result = subprocess.run(
-        [sys.executable, HERE / "interpreted_kernels.py"],
+        [sys.executable, HERE / "interpreted_kernels.py", *shapes],
         env=os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -27,7 +32,7 @@ def test_interpreted_kernels_give_the_products_of_big_integers(tmp_path: Path) -
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(result.stdout) == {"cases": 30, "wrong": []}
+    assert json.loads(result.stdout) == {"cases": cases, "wrong": []}
 
 
 @pytest.mark.parametrize(

@@ -201,13 +201,12 @@ def liar(shared_commands: Commands) -> Iterator[LyingWorker]:
 
 
 @pytest.fixture(scope="module")
-def _began(liar: LyingWorker) -> Iterator[None]:
+def _began(liar: LyingWorker) -> None:
     """What stays after the first session of a process is there: pyzmq's collector of buffers."""
     with private(liar, shm=False) as llm:
         complete(llm)
+    gc.collect()
     gc.freeze()  # what torch made at its import need not be looked at after each test
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

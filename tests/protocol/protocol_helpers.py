@@ -104,6 +104,7 @@ class Running:
         self._readers = [
             threading.Thread(target=self._read, args=pipe, daemon=True)
             for pipe in ((process.stdout, self._out), (process.stderr, self._err))
+            if pipe[0] is not None
         ]
         for reader in self._readers:
             reader.start()
@@ -194,21 +195,24 @@ class Commands:
         env: Mapping[str, str] | None = None,
         before: Sequence[str] = (),
         stdin: Path = Path(os.devnull),
+        streams: Mapping[str, processes.Stream] | None = None,
     ) -> Running:
         """Start `tsqp ARGUMENTS`; `before` is a command that runs it, as unshare does.
 
-        With GIVES_UP_SOON in `env`, it does not wait for a lost worker to come back.
+        `streams` replaces standard streams, by the names that subprocess.Popen has for them. With
+        GIVES_UP_SOON in `env`, the command does not wait for a lost worker to come back.
         """
         kept = {name: value for name, value in os.environ.items() if not is_setting(name)}
         mounts = ""
         if tuple(before[:4]) == processes.WITH_MOUNTS and before[5:] == ["sh"]:
             mounts, before = before[4], []
+        streams, pipe = streams or {}, processes.PIPE
         with stdin.open("rb") as stream:
             process = processes.start(
                 [*before, sys.executable, "-m", "tsqp", *map(str, arguments)],
-                stdin=stream,
-                stdout=processes.PIPE,
-                stderr=processes.PIPE,
+                stdin=streams.get("stdin", stream),
+                stdout=streams.get("stdout", pipe),
+                stderr=streams.get("stderr", pipe),
                 cwd=self.folder,
                 env=kept | PLAIN_OUTPUT | self.tag | dict(env or {}),
                 mounts=mounts,
@@ -223,9 +227,11 @@ class Commands:
         env: Mapping[str, str] | None = None,
         before: Sequence[str] = (),
         stdin: Path = Path(os.devnull),
+        streams: Mapping[str, processes.Stream] | None = None,
     ) -> Result:
         """Run `tsqp ARGUMENTS` to its end."""
-        return self.start(*arguments, env=env, before=before, stdin=stdin).ends(START_S)
+        running = self.start(*arguments, env=env, before=before, stdin=stdin, streams=streams)
+        return running.ends(START_S)
 
     def fails(self, *arguments: object, stdin: Path = Path(os.devnull)) -> str:
         """The error of `tsqp ARGUMENTS`, which fails soon, with exit status 1 and no output."""

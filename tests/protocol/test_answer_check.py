@@ -160,8 +160,8 @@ def test_none_of_a_hundred_thousand_flipped_bits_is_missed(field: Field) -> None
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
 def test_what_is_checked_is_what_is_used_while_memory_changes(field: Field) -> None:
-    # So many that reading them takes longer than changing one; the loops of lattice are slower.
-    features = 100_000 if field is LATTICE else 400_000
+    # So many that reading them takes longer than changing one; lattice has slower loops, and hints.
+    features = 25_000 if field is LATTICE else 400_000
     weight_FD = torch.randint(-127, 128, (features, 4), dtype=torch.int8)
     checked = Checked(
         LinearGroup(0, "o", features, 4), IntegerWeights(weight_FD, torch.ones(features)), field
@@ -173,7 +173,7 @@ def test_what_is_checked_is_what_is_used_while_memory_changes(field: Field) -> N
     refused = taken = 0
     end = time.monotonic() + DEADLINE_S
     try:
-        while min(refused, taken) < 20 and time.monotonic() < end:
+        while min(refused, taken) < 6 and time.monotonic() < end:
             try:
                 y_1F = checked.product()
             except IntegrityError:

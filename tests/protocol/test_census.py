@@ -88,13 +88,13 @@ def zeros(group: LinearGroup, rows: int) -> Tensor:
 def test_no_row_of_thousands_of_calls_comes_twice(field: Field, received: Received) -> None:
     calls = 0
     with closing(pad_linear(InprocChannel(small_worker(), hello()), field)) as linear:
-        for _ in range(1200):
+        for _ in range(800):
             for key in (QKV, DOWN, HEAD):
                 ask(linear, key, zeros(key, 1))
                 calls += 1
         for rows in (2, 17, 128, 129, 400) * 4:
             ask(linear, DOWN, zeros(DOWN, rows))
-    assert calls > 3000
+    assert calls > 2000
     assert received.assert_nothing_comes_twice(field) == calls + 4 * 676
 
 
@@ -145,12 +145,12 @@ def test_every_block_of_every_request_has_a_seed_of_its_own_for_every_worker(
     channels = [InprocChannel(small_worker(), hello()) for _ in range(3)]
     blocks = rows = 0
     with closing(shares_linear(channels, field)) as linear:
-        for number in range(150):
+        for number in range(80):
             for key in (QKV, DOWN, HEAD):
                 asked = (1, 1, 1, 1, 2, 127, 128, 129, 300, 513)[number % 10]
                 ask(linear, key, zeros(key, asked))
                 blocks += -(-asked // BLOCK_ROWS)
                 rows += asked
-    assert len(received.seeds) == 2 * blocks > 1000
+    assert len(received.seeds) == 2 * blocks > 500
     assert all(len(seed) == 32 for seed in received.seeds)
     assert received.assert_nothing_comes_twice(field) == rows

@@ -8,6 +8,7 @@ import select
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -51,15 +52,13 @@ class Screen:
         self._unread = self._unread.partition(text)[2]
 
 
-@pytest.fixture(scope="module")
-def screen(shared_commands: Commands, speaking: Path) -> Iterator[Screen]:
-    """A chat with a model that reads slowly and answers at length; Ctrl-D ends it."""
-    commands = shared_commands
+@contextmanager
+def screen_of(commands: Commands, *arguments: str) -> Iterator[Screen]:
+    """A program of Python in a terminal; Ctrl-D ends it."""
     ours, theirs = pty.openpty()
-    options = ["--privacy", "tee", "--seed", "1", "--max-tokens", "50000", "--prefill-chunk", "1"]
     kept = {name: value for name, value in os.environ.items() if not is_setting(name)}
     process = processes.start(
-        [sys.executable, "-m", "tsqp", "chat", str(speaking), *options],
+        [sys.executable, *arguments],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -79,6 +78,14 @@ def screen(shared_commands: Commands, speaking: Path) -> Iterator[Screen]:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+@pytest.fixture(scope="module")
+def screen(shared_commands: Commands, speaking: Path) -> Iterator[Screen]:
+    """A chat with a model that reads slowly and answers at length."""
+    options = ["--privacy", "tee", "--seed", "1", "--max-tokens", "50000", "--prefill-chunk", "1"]
+    with screen_of(shared_commands, "-m", "tsqp", "chat", str(speaking), *options) as screen:
+        yield screen
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(screen: Screen) -> None:
@@ -101,6 +108,23 @@ def test_ctrl_c_while_a_prompt_is_read_keeps_nothing(screen: Screen) -> None:
     screen.shows(b"[stopped before the answer; the message is not kept]\r\n> ")
     screen.type(b"/undo\n")
     screen.shows(b"There is nothing to undo.\r\n> ")
+
+
+WITHOUT_READLINE = """
+import sys
+assert "readline" not in sys.modules
+sys.modules["readline"] = None
+from tsqp.cli import chat, streams
+streams.open_streams()
+streams.hide_native_messages()
+chat._talk(None, None, "")
+"""
+
+
+def test_a_python_without_readline_shows_the_prompt(commands: Commands) -> None:
+    with screen_of(commands, "-c", WITHOUT_READLINE) as screen:
+        screen.type(b"/undo\n")
+        screen.shows(b"There is nothing to undo.\r\n> ")
 
 
 @pytest.fixture

@@ -7,7 +7,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from protocol_helpers import SHARED, START_S, Commands, Main, Result, Running, write_ids
+from protocol_helpers import (
+    SHARED,
+    START_S,
+    Commands,
+    Main,
+    Result,
+    Running,
+    eventually,
+    write_ids,
+)
 
 from tsqp.cli.console import say
 
@@ -259,8 +268,9 @@ def test_a_demo_that_is_ended_keeps_no_recording(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     running = commands.start("demo", env={"TMPDIR": str(temporary)})
-    running.says("worker at ")
+    running.says("starting two workers")
     [folder] = temporary.glob("tsqp-demo-*")
+    assert eventually(lambda: any(folder.rglob("*.jsonl")))
     assert folder.stat().st_mode & 0o077 == 0
     running.send(signal.SIGTERM)
     running.ends()

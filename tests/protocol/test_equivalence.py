@@ -25,7 +25,7 @@ from tsqp.tee.text.tokenizer import Tokenizer
 Answers = list[tuple[int, ...]]
 Reference = Callable[[Sequence[int], int], Answers]
 
-TOKENS, SOME_TOKENS = 64, 24
+TOKENS, SOME_TOKENS = 64, 10
 CLEAR_GAP = 1e-3  # between the two largest logits; below, rounding may decide
 LICENSE = (Path(__file__).parents[2] / "LICENSE").read_text()
 PLAIN = [
@@ -43,7 +43,7 @@ CHAT = [
 LONG_PLAIN, SHORT_CHAT = 3, 5
 SHORT = [number for number in range(8) if number not in (3, 7)]
 EVERY = list(range(8))
-FEW_TOKENS = 16
+FEW_TOKENS = 8
 SMALL_PROMPTS = [[5, 6, 7], list(range(1, 51)), [9], [n % 101 for n in range(400, 100, -1)]]
 TRANSPORTS = {
     ("tee", True): "none",
@@ -238,8 +238,8 @@ def test_every_combination_gives_the_tokens_of_transformers(
     ) as llm:
         assert llm.transport == TRANSPORTS[where, shm]
         assert together(llm, SMALL_PROMPTS, FEW_TOKENS) == expected
-        for prompt, answer in zip(SMALL_PROMPTS, expected, strict=True):
-            assert together(llm, [prompt], FEW_TOKENS) == [answer]
+        for number in (1, 3):
+            assert together(llm, [SMALL_PROMPTS[number]], FEW_TOKENS) == [expected[number]]
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_a_worker_that_accepts_and_never_answers_is_an_error(commands: Commands,
     ]
     with ExitStack() as workers:
         endpoints = [workers.enter_context(worker) for worker, _, _ in cases]
-        options = ["--prompt-ids", ids, "--timeout", 4]
+        options = ["--prompt-ids", ids, "--timeout", 2]
         running = [generate(commands, "random:tiny", each, *options) for each in endpoints]
         for endpoint, each, (_, after, sentence) in zip(endpoints, running, cases, strict=True):
             reason = error(each, after)

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -45,14 +46,17 @@ FAILING: dict[str, list[str]] = {
 }
 
 
-def options() -> Iterator[tuple[str, str]]:
-    """Every command and every option that takes a value."""
+def options() -> Iterator[Any]:
+    """Every command and every option that takes a value; slow if an earlier command has it."""
+    seen: set[str] = set()
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, command in commands.items():
         for parameter in command.params:
             is_option = parameter.param_type_name == "option" and not parameter.is_flag
             if name in FAILING and is_option:
-                yield name, parameter.opts[0]
+                option = parameter.opts[0]
+                yield pytest.param(name, option, marks=pytest.mark.slow if option in seen else ())
+                seen.add(option)
 
 
 @pytest.mark.parametrize("value", [CANARY, WORDS])

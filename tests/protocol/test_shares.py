@@ -12,6 +12,7 @@ import torch
 from protocol_helpers import SHARED
 from torch import Tensor
 
+from pairwise import pairs
 from tsqp import LLM, SamplingParams
 from tsqp.algebra import residue_bytes
 from tsqp.algebra.params import DIRECT_FIELDS, FIELDS
@@ -104,10 +105,9 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     workers.close()
 
 
-@BOTH
-@pytest.mark.parametrize("shm", [True, False], ids=[SHARED, "inline"])
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize(
+    ("kind", "count", "shm", "field"), pairs(["ipc", "tcp"], [2, 3], [True, False], NAMES)
+)
 def test_whole_answers_over_links_equal_the_fixed_point_reference(
     kind: str,
     count: int,

@@ -11,6 +11,7 @@ from liars import LyingWorker
 from lies import MODEL, WRONG_PRODUCTS, Order
 from protocol_helpers import DEADLINE_S, eventually
 
+from pairwise import turns
 from tsqp import LLM, SamplingParams
 from tsqp.errors import IntegrityError, ProtocolError, RemoteError, TSQPError, WorkerError
 from tsqp.tee.crypto.freivalds import MAX_FAILURES, FailureLimit
@@ -90,17 +91,23 @@ def test_a_worker_that_does_not_lie_is_believed(
     assert limit._left == MAX_FAILURES
 
 
-@pytest.mark.parametrize(("field", "place"), [("wide", 0), ("compact", 1), ("wide", 2)])
-@pytest.mark.parametrize("lie", sorted(set(WRONG_PRODUCTS) - {"the answer of another session"}))
+@pytest.mark.parametrize(
+    ("lie", "where"),
+    # What is checked is the sum of all answers, wherever the lie is.
+    turns(
+        sorted(set(WRONG_PRODUCTS) - {"the answer of another session"}),
+        [("wide", 0), ("compact", 1), ("wide", 2)],
+    ),
+)
 def test_a_wrong_product_is_blamed_on_all_workers(
     lie: str,
-    field: str,
-    place: int,
+    where: tuple[str, int],
     liar: LyingWorker,
     tiny_worker: str,
     sampled: list[int],
     limit: FailureLimit,
 ) -> None:
+    field, place = where
     three = endpoints(liar, tiny_worker, place)
     message = fails(liar, Order(lie), IntegrityError, three, sampled, field)
     assert message.startswith(
@@ -110,30 +117,29 @@ def test_a_wrong_product_is_blamed_on_all_workers(
     assert limit._left == MAX_FAILURES - 1
 
 
-@PLACES
-@pytest.mark.parametrize(("lie", "error", "words"), OTHER_ENDS, ids=[c[0] for c in OTHER_ENDS])
+@pytest.mark.parametrize(("end", "place"), turns(OTHER_ENDS, [0, 1, 2]))
 def test_other_lies_end_the_generation_too(
-    lie: str,
-    error: type[WorkerError],
-    words: str,
+    end: tuple[str, type[WorkerError], str],
     place: int,
     liar: LyingWorker,
     tiny_worker: str,
     sampled: list[int],
 ) -> None:
+    lie, error, words = end
     three = endpoints(liar, tiny_worker, place)
     message = fails(liar, Order(lie), error, three, sampled)
     assert re.search(words, message)
     assert liar.endpoint in message
 
 
-@PLACES
 @pytest.mark.parametrize(
-    ("layer", "group"), [(1, "o"), (0, "gate_up"), (1, "down"), (-1, "lm_head")]
+    ("at", "place"),
+    turns([(1, "o"), (0, "gate_up"), (1, "down"), (-1, "lm_head")], [0, 1, 2]),
 )
 def test_every_group_is_checked_and_named(
-    layer: int, group: str, place: int, liar: LyingWorker, tiny_worker: str, sampled: list[int]
+    at: tuple[int, str], place: int, liar: LyingWorker, tiny_worker: str, sampled: list[int]
 ) -> None:
+    layer, group = at
     order = Order("one element off by one", layer, group)
     three = endpoints(liar, tiny_worker, place)
     message = fails(liar, order, IntegrityError, three, sampled)

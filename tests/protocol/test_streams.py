@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from protocol_helpers import Commands, write_ids
 
+import processes
+
 WITH_STREAMS = "from tsqp.cli.streams import open_streams; open_streams()\n"
 
 
@@ -42,7 +44,8 @@ def test_standard_output_that_is_full_or_closed_is_one_error(commands: Commands)
 def test_an_answer_that_cannot_be_written_is_one_error(commands: Commands) -> None:
     ids = write_ids(commands.folder / "ids.json", [1, 2, 3])
     command = ["generate", "random:tiny", "--privacy", "tee", "--prompt-ids", ids, "--json"]
-    result = commands.run(*command, before=shell(">/dev/full"))
+    with Path("/dev/full").open("w") as full:
+        result = commands.run(*command, streams={"stdout": full})
     assert result.status == 1
     assert result.error == "Cannot write to standard output: No space left on device."
 
@@ -65,7 +68,8 @@ def test_messages_that_cannot_be_written_cost_no_answer(
 def test_a_whole_answer_without_standard_input_and_standard_error(commands: Commands) -> None:
     ids = write_ids(commands.folder / "ids.json", [1, 2, 3])
     command = ["generate", "random:tiny", "--privacy", "open", "--worker", "local", "--json"]
-    result = commands.run(*command, "--prompt-ids", ids, before=shell("<&- 2>&-"))
+    closed = {"stdin": processes.CLOSED, "stderr": processes.CLOSED}
+    result = commands.run(*command, "--prompt-ids", ids, streams=closed)
     assert result.status == 0
     assert len(json.loads(result.stdout)["outputs"][0]["token_ids"]) == 128
 

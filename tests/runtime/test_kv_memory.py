@@ -9,7 +9,7 @@ from tsqp.errors import OutOfMemory, PromptTooLong, UsageError
 from tsqp.nn.kv_cache import KV_BLOCK
 
 MODEL = "random:tiny"
-GREEDY = SamplingParams(temperature=0, max_tokens=180, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 PROMPTS = [[n % 90 for n in range(start, start + 100)] for start in (1, 20)]
 MODES: dict[str, dict[str, Any]] = {
     "tee": {"privacy": "tee"},

@@ -49,7 +49,7 @@ def test_text_comes_with_the_place_of_its_answer(real: Engine, tokenizer: Tokeni
     def collect(place: int, text: str) -> None:
         pieces[place] = pieces.get(place, "") + text
 
-    answers = generate(real, prompts, sampled(1, n=2), collect)
+    answers = generate(real, prompts, replace(sampled(1, n=2), max_tokens=3), collect)
     assert pieces == {place: answer.text for place, answer in enumerate(answers)}
     assert len(pieces) == 4
 

@@ -8,6 +8,7 @@ import torch
 from tee_helpers import make_engine
 from transformers import LlamaForCausalLM
 
+from pairwise import pairs
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.errors import OutOfMemory, PromptTooLong, WorkerLost
 from tsqp.nn.kv_cache import KvCache
@@ -52,9 +53,10 @@ def expected(tiny: Tiny) -> list[Completion]:
     return [generate(engine, [prompt], GREEDY)[0] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("blocks", [5, 6, 8, 11, 21])
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk": 16, "microbatches": 2}], ids=str)
-@pytest.mark.parametrize("tenants", ["", "a", "abcde"])
+@pytest.mark.parametrize(
+    ("blocks", "options", "tenants"),
+    pairs([5, 6, 8, 11, 21], [{}, {"prefill_chunk": 16, "microbatches": 2}], ["", "a", "abcde"]),
+)
 def test_all_answers_are_those_of_unlimited_memory(
     blocks: int, options: dict[str, int], tenants: str, tiny: Tiny, expected: list[Completion]
 ) -> None:

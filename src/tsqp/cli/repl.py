@@ -130,7 +130,7 @@ class Repl:
                 if self._interrupted:  # after the last line was handled
                     self._interrupted = False
                     raise KeyboardInterrupt
-                line = input("> " if self._interactive else "")
+                line = self._read()
                 signal.signal(signal.SIGINT, self._interrupt)
                 line.encode()
             except EOFError:
@@ -148,6 +148,14 @@ class Repl:
                 continue
             dropped = False
             yield line
+
+    def _read(self) -> str:
+        prompt = "> " if self._interactive else ""
+        if sys.modules.get("readline") is None:
+            # Then `input` writes it to descriptor 2 itself: see `hide_native_messages`.
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
+        return input(prompt)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         """The first Ctrl-C stops the answer; a second one interrupts the program."""

@@ -28,6 +28,7 @@ IDLE_BYTES_S = 256  # allowed for heartbeats; they take about 80 with CURVE, 16 
 _INFO_BYTES = 136  # bytes of struct tcp_info, up to the end of tcpi_bytes_received
 _RECEIVED = struct.Struct("=Q")
 _UNREAD = struct.Struct("=i")
+_LINGER = struct.Struct("=ii")  # struct linger: whether, and seconds
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
 
 
@@ -99,7 +100,7 @@ class Guard:
     def _look(self) -> None:
         if self._inflow.excess(connection=self._connection) > 0:
             self._inflow.is_over = True
-            shut_down(self._connection)
+            hang_up(self._connection)
 
     def close(self) -> None:
         """End the connection and the thread, and look a last time; safe to call twice.
@@ -131,6 +132,17 @@ def shut_down(connection: socket.socket) -> None:
     """End a connection for all who hold a descriptor of it."""
     with suppress(OSError):  # it has ended
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a TCP connection whose peer sends too much, by a reset once all descriptors are closed.
+
+    Otherwise a peer that has filled its window learns of the end only after a minute: Linux
+    announces no new window for a connection that was shut down.
+    """
+    with suppress(OSError):  # it has ended
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER.pack(1, 0))
+    shut_down(connection)
 
 
 def end_connection(descriptor: int) -> None:

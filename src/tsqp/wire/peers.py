@@ -5,7 +5,15 @@ import socket
 from contextlib import suppress
 
 from tsqp.checkpoint.memory import available_bytes
-from tsqp.wire.inflow import SLACK, Inflow, duplicate, end_connection, is_trusted_user, shut_down
+from tsqp.wire.inflow import (
+    SLACK,
+    Inflow,
+    duplicate,
+    end_connection,
+    hang_up,
+    is_trusted_user,
+    shut_down,
+)
 
 MAX_INFLOW = 2**30  # bytes of one connection that were not yet received as messages
 
@@ -84,7 +92,7 @@ class Peers:
             if not is_much and not is_short:
                 return
             is_short = False  # what was taken for this one is free again a little later
-            shut_down(self._connections[descriptor])
+            hang_up(self._connections[descriptor])
             self.remove(descriptor)
             del unread[descriptor]
 

@@ -20,7 +20,7 @@ from tsqp.tee.crypto.pads import Pads, row_bytes_in_stock
 from tsqp.tee.offload.lattice_load import LatticeLoad
 from tsqp.wire.seeds import SEED_BYTES
 
-TAKES = 6_000
+TAKES = 3_000
 MOST_NOISE = 127 * 16  # of one product with a weight
 WIDTH = 8  # residues of a row: no two rows are alike by chance
 QKV, HEAD = LinearGroup(0, "qkv", 3, WIDTH), LinearGroup(None, "lm_head", 5, WIDTH)

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tsqp.errors import PromptError, TokenizerError
 from tsqp.tee.text.tokenizer import Tokenizer
@@ -15,7 +15,7 @@ CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def reference(demo_file: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(demo_file.parent, gguf_file=demo_file.name)
+    return PreTrainedTokenizerFast.from_pretrained(demo_file.parent, gguf_file=demo_file.name)
 
 
 @pytest.fixture(scope="module")
