@@ -338,16 +338,20 @@ class _Blocks(Generic[Block, Sent]):
             raise
 
     def __enter__(self) -> Tensor:
-        y_TF = torch.empty(self._rows, self._group.features)
+        y_TF = torch.empty(self._rows, self._group.features, dtype=self._dtype)
+        exact = self._dtype is torch.float32
         try:
             for block_TF in _split(y_TF, self._step):
-                self.waited_s += self._sender.receive(self._group, self._out[0], block_TF)
+                block = block_TF if exact else torch.empty(block_TF.shape)
+                self.waited_s += self._sender.receive(self._group, self._out[0], block)
                 self._out.popleft()  # only now: until it is here, `cancel` gives it up too
+                if not exact:  # block by block: all rows in float32 would not stay in a cache
+                    block_TF.copy_(block)
                 self._send_ahead()
         except BaseException:
             self.cancel()
             raise
-        return y_TF.to(self._dtype)
+        return y_TF
 
     def __exit__(
         self,
