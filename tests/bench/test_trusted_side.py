@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 from tsqp import LLM, SamplingParams
 from tsqp.bench.replay_backend import NAME, ReplayBackend
-from tsqp.bench.replay_session import ReplayProcess
+from tsqp.bench.replay_session import ReplayModel, ReplayProcess
 from tsqp.bench.trusted_side import MODES, measure_trusted_side, parse_modes
 from tsqp.bench.trusted_side_figures import Floor, at_depth
 from tsqp.bench.trusted_side_table import _cell
@@ -19,7 +20,9 @@ from tsqp.errors import HandshakeError, IntegrityError, UsageError
 from tsqp.gpu.backends import parse_device
 from tsqp.gpu.worker import Worker
 from tsqp.gpu.worker_weights import IntegerModel
+from tsqp.model.shard import all_shards
 from tsqp.runtime import build
+from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto.freivalds import FailureLimit
 
@@ -61,6 +64,20 @@ def test_answers_of_a_replay_worker_pass_the_checks_of_every_mode() -> None:
         device = result.prediction.device[mode]
         assert simulated.prefill_s > device.prefill_s > 9 * 18e-6
         assert simulated.decode_s > device.decode_s > 9 * 18e-6
+
+
+def test_replay_workers_with_shards_answer_together() -> None:
+    checkpoint = ZeroCheckpoint.parse("random:tiny")
+    with ExitStack() as stack:
+        workers = [ReplayProcess(checkpoint, "float32", None, shard) for shard in all_shards(2)]
+        for worker in workers:
+            stack.callback(worker.close)
+            worker.await_ready()
+        ends = tuple(worker.endpoint for worker in workers)
+        options = Options(privacy="pad", worker=ends, dtype="float32", threads=1, pad_memory=0)
+        session = stack.enter_context(ReplayModel(checkpoint, options, shards=2).session(0))
+        session.run([1, 2, 3], 2, lambda: None)
+        assert session.calls() == 2 * 2 * 9
 
 
 @pytest.mark.parametrize("field", PRIVATE)

@@ -1,5 +1,6 @@
 """`tsqp cluster` with a real Ray cluster of this machine, real actors and real workers."""
 
+import asyncio
 import json
 import os
 import secrets
@@ -12,11 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tsqp import LLM, AsyncLLM, SamplingParams
 from tsqp.model.shard import Shard
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.keys import write_key_pair
@@ -29,6 +32,7 @@ pytestmark = [
 ]
 NAMES = [f"shard{shard}-replica{replica}" for shard in (1, 2) for replica in (1, 2)]
 PATIENCE_S = 120.0
+PROMPT = [5, 6, 7, 8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,62 @@ def test_a_killed_worker_comes_back_and_only_its_line_changes(place: Place, vict
     assert after == before and key == same_key and endpoint != old
     served = ask_what_is_served(parse_endpoint(endpoint), key, "int8", timeout=30)
     assert served.shard == Shard(2, 2)
+
+
+async def stream(llm: AsyncLLM, expected: list[int], stop: asyncio.Event) -> tuple[int, float]:
+    """One request after the other; the number of right answers, and the longest wait for a token.
+
+    A request that is lost raises.
+    """
+    params = SamplingParams(max_tokens=len(expected), temperature=0, ignore_eos=True)
+    right, longest_s, last = 0, 0.0, time.monotonic()
+    while not stop.is_set():
+        found: list[int] = []
+        async for output in llm.add(PROMPT, params):
+            now = time.monotonic()
+            longest_s, last = max(longest_s, now - last), now
+            found += output.token_ids
+        assert found == expected
+        right += 1
+    return right, longest_s
+
+
+async def whether_all_serve(llm: AsyncLLM, wanted: bool) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while all(each.state == "in use" for each in llm.workers) != wanted:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.usefixtures("watcher")
+def test_streams_lose_nothing_when_a_worker_is_killed_under_load(place: Place) -> None:
+    with LLM("random:tiny", privacy="tee", fixed_point=True, threads=1) as llm:
+        params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
+        expected = list(llm.generate([PROMPT], params)[0].token_ids)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        given = {"workers_file": place.file, "threads": 1, "pad_memory": 2**24}
+        llm = await asyncio.to_thread(partial(AsyncLLM, "random:tiny", **given))
+        async with llm:
+            await whether_all_serve(llm, True)
+            streams = [asyncio.create_task(stream(llm, expected, stop)) for _ in range(8)]
+            for name in ("shard1-replica1", "shard2-replica2"):
+                await asyncio.sleep(2.0)
+                place.worker_processes()[name].send_signal(signal.SIGKILL)
+                killed = time.monotonic()
+                await whether_all_serve(llm, False)
+                await whether_all_serve(llm, True)
+                back_s = time.monotonic() - killed
+                print(f"{name}: all workers were used again {back_s:.1f} s after it was killed")
+            stop.set()
+            done = await asyncio.gather(*streams)
+            assert llm.reconnects == 0  # no session ended: the replicas took the calls
+        answers, longest_s = sum(right for right, _ in done), max(each for _, each in done)
+        assert answers > 8
+        print(f"{answers} answers, none lost or wrong; the longest wait was {longest_s:.2f} s")
+
+    asyncio.run(run())
 
 
 @pytest.mark.usefixtures("watcher")

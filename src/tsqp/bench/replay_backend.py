@@ -18,13 +18,14 @@ from tsqp.bench.simulated_gpu import Gpu, wait_until
 from tsqp.checkpoint.checkpoint import Checkpoint
 from tsqp.checkpoint.integer_cache import load_integers
 from tsqp.checkpoint.memory import available_bytes
+from tsqp.checkpoint.shard_digests import ShardDigests
 from tsqp.checkpoint.weights import check_memory
 from tsqp.checkpoint.weights_digest import weights_digest
 from tsqp.gpu.worker import Worker
 from tsqp.gpu.worker_weights import IntegerModel, Weights
 from tsqp.model.config import linear_groups
 from tsqp.model.linear_group import LinearGroup
-from tsqp.model.shard import WHOLE
+from tsqp.model.shard import WHOLE, Shard
 from tsqp.wire.call_limit import CALL_MACS
 
 NAME = "replay"  # the device that a replay worker announces
@@ -88,14 +89,21 @@ class ReplayBackend:
             wait_until(began + self._gpu.product_s(len(out), features, width, crossing, field))
 
 
-def replay_worker(checkpoint: Checkpoint, dtype: torch.dtype, backend: ReplayBackend) -> Worker:
+def replay_worker(
+    checkpoint: Checkpoint, dtype: torch.dtype, backend: ReplayBackend, shard: Shard = WHOLE
+) -> Worker:
     """A worker with the shapes and digests of a model, for private modes and for `open` in `dtype`.
 
-    Its limit for one call is that of a GPU.
+    With a shard of a model it serves private modes only. Its limit for one call is that of a GPU.
     """
     config = checkpoint.config
-    digest = load_integers(checkpoint, lambda group, weights: None)
+    digests = ShardDigests(shard.count)
+    digest = load_integers(checkpoint, digests.add)
     groups = linear_groups(config)
+    if not shard.is_whole:
+        digest = digests.hexdigests()[shard.number - 1]
+        integers = IntegerModel(backend, _shapes(groups, torch.int8, shard), digest, shard)
+        return Worker(None, integers, max_call_macs=CALL_MACS["cuda"])
     integers = IntegerModel(backend, _shapes(groups, torch.int8), digest)
     embedding_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
     floats = Weights(
@@ -110,6 +118,11 @@ def replay_worker(checkpoint: Checkpoint, dtype: torch.dtype, backend: ReplayBac
     return Worker(floats, integers, max_call_macs=CALL_MACS["cuda"])
 
 
-def _shapes(groups: Sequence[LinearGroup], dtype: torch.dtype) -> dict[LinearGroup, Tensor]:
-    """For each group a tensor of its shape, without memory."""
-    return {group: torch.empty(group.shape, dtype=dtype, device="meta") for group in groups}
+def _shapes(
+    groups: Sequence[LinearGroup], dtype: torch.dtype, shard: Shard = WHOLE
+) -> dict[LinearGroup, Tensor]:
+    """For each group a tensor of the shard's shape, without memory."""
+    return {
+        group: torch.empty(shard.size_of(group), group.width, dtype=dtype, device="meta")
+        for group in groups
+    }

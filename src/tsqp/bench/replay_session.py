@@ -13,12 +13,15 @@ import torch
 
 from tsqp.bench.zero_model import ZeroCheckpoint
 from tsqp.checkpoint.weights_digest import WeightsDigest
+from tsqp.model.shard import WHOLE, Shard
 from tsqp.nn.layers import Layers
 from tsqp.runtime.build import Builder
 from tsqp.runtime.failover import Alternative, Begin, Failover
 from tsqp.runtime.generate import generate
+from tsqp.runtime.links import Link
 from tsqp.runtime.local_worker import LocalWorker
 from tsqp.runtime.options import Options
+from tsqp.runtime.replicas import Replicas
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto.pad_pool import PadPool
 from tsqp.tee.decoder import Decoder
@@ -33,13 +36,17 @@ class ReplayProcess(LocalWorker):
 
     PROGRAM = ("-m", "tsqp.bench.serve_replay")
 
-    def __init__(self, model: ZeroCheckpoint, dtype: str, gpu: str | None = None) -> None:
+    def __init__(
+        self, model: ZeroCheckpoint, dtype: str, gpu: str | None = None, shard: Shard = WHOLE
+    ) -> None:
         """Start it; `await_ready` says when it serves.
 
         Args:
             gpu: one of `simulated_gpu.GPUS`, whose times it takes; None to answer at once.
+            shard: the part of the model that it serves.
         """
         arguments = [model.random.name, "--layers", str(model.layers), "--dtype", dtype]
+        arguments += ["--shard", f"{shard.number}/{shard.count}"]
         super().__init__([*arguments, *([] if gpu is None else ["--gpu", gpu])])
 
 
@@ -78,20 +85,23 @@ class ReplayModel:
     Args:
         options: the options of the run. Its workers are replay workers that serve this model.
             There is one session at a time.
+        shards: how many shards the workers hold; each session is then with all of them.
     """
 
-    def __init__(self, checkpoint: ZeroCheckpoint, options: Options) -> None:
+    def __init__(self, checkpoint: ZeroCheckpoint, options: Options, shards: int = 1) -> None:
         self._checkpoint = checkpoint
         self._dtype: torch.dtype = getattr(torch, options.dtype)
         weights_dtype = torch.int8 if options.masked else self._dtype
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self._failover = Failover(
-            [
-                Alternative([WorkerProcess(link, checkpoint.name, weights_dtype)])
-                for link in options.links
-            ]
-        )
+
+        def process_of(link: Link) -> WorkerProcess:
+            return WorkerProcess(link, checkpoint.name, weights_dtype)
+
+        workers = [process_of(link) for link in options.links]
+        self._replicas = Replicas(workers, shards, options, process_of) if shards > 1 else None
+        alternatives = [self._replicas] if self._replicas else [Alternative([w]) for w in workers]
+        self._failover = Failover(alternatives)
         norms = WeightsDigest()
         self._layers = Layers(checkpoint, self._dtype, norms)
         builder = Builder(options, checkpoint, self._dtype, norms)
@@ -100,10 +110,10 @@ class ReplayModel:
 
     @contextmanager
     def session(self, number: int) -> Iterator[ReplaySession]:
-        """A session with the worker of this number."""
+        """A session with the worker of this number, or with all shards."""
         with ExitStack() as stack:
-            [worker] = self._failover.alternatives[number].workers
-            stack.callback(worker.close)
+            alternative = self._failover.alternatives[number]
+            stack.callback(alternative.close if self._replicas is None else self._replicas.stop)
             offload, pads = self._begins[number]()
             stack.callback(offload.close)
             config = self._checkpoint.config
@@ -119,7 +129,4 @@ class ReplayModel:
                 prefill_chunk=self._options.prefill_chunk,
             )
             stack.callback(engine.close)
-            channel = worker.channel
-            assert channel is not None
-            counters = channel.counters
-            yield ReplaySession(engine, pads, lambda: sum(counters.calls.values()))
+            yield ReplaySession(engine, pads, lambda: sum(alternative.rpc.calls.values()))

@@ -11,6 +11,7 @@ from tsqp.bench.zero_model import ZeroCheckpoint
 from tsqp.checkpoint.weights import parse_dtype
 from tsqp.gpu.ready import READY
 from tsqp.gpu.serve import stop_at_end_of_input
+from tsqp.model.shard import WHOLE, parse_shard
 from tsqp.wire.endpoint import parse_endpoint
 from tsqp.wire.server import Server
 
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--gpu")
+    parser.add_argument("--shard", type=parse_shard, default=WHOLE)
     parser.add_argument("--listen", required=True)
     parser.add_argument("--supervised", action="store_true", required=True)
     given = parser.parse_args()
@@ -33,7 +35,7 @@ def main() -> None:
     gpu = None if given.gpu is None else find_gpu(given.gpu)
     server = Server(parse_endpoint(given.listen))
     try:
-        worker = replay_worker(checkpoint, dtype, ReplayBackend(gpu))
+        worker = replay_worker(checkpoint, dtype, ReplayBackend(gpu), given.shard)
         print(READY, server.address, flush=True)
         server.serve(worker, stop.is_set)
     finally:

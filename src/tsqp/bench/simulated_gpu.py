@@ -67,6 +67,8 @@ GPUS = {
     "h100-pcie": Gpu("H100 PCIe", 80e9, 2.0e12, 1513e12, 756e12, _LINK, _CALL_S, _EFFICIENCY),
     "h100-sxm": Gpu("H100 SXM", 80e9, 3.35e12, 1979e12, 989e12, _LINK, _CALL_S, _EFFICIENCY),
     "h200-sxm": Gpu("H200 SXM", 141e9, 4.8e12, 1979e12, 989e12, _LINK, _CALL_S, _EFFICIENCY),
+    # No device that exists: so slow that two cores are enough to wait for several of them.
+    "slow": Gpu("a slow device", 8e9, 0.1e9, 0.5e12, 0.25e12, _LINK, _CALL_S, _EFFICIENCY),
 }
 
 

@@ -202,7 +202,18 @@ class WatchedGroup(Generic[Kept]):
         return self._group.row_bytes
 
     def mask(self, x_TD: Tensor, r_TD: NDArray[Any], c_TB: Tensor, row_pool: RowPool) -> Kept:
-        kept = self._group.mask(x_TD, r_TD, c_TB, row_pool)
+        [kept] = self.mask_for((), x_TD, r_TD, c_TB, row_pool)
+        return kept
+
+    def mask_for(
+        self,
+        others: Sequence[Group[Kept]],
+        x_TD: Tensor,
+        r_TD: NDArray[Any],
+        c_TB: Tensor,
+        row_pool: RowPool,
+    ) -> list[Kept]:
+        kept = self._group.mask_for(others, x_TD, r_TD, c_TB, row_pool)
         self._view.masked(x_TD, c_TB, self.field)
         return kept
 

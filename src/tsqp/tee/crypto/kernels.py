@@ -4,10 +4,11 @@ Only a finished row of c is ever copied to memory that the worker can map. A row
 copied from there once, and everything is computed from the copy: the worker may change the shared
 one at any moment.
 
-Shape suffixes: T tokens; D input and F output features; N of either; P pairs of them; B bytes of
-a row.
+Shape suffixes: T tokens; K of them that are kept; D input and F output features; N of either; P
+pairs of them; B bytes of a row.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,20 +25,21 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 ALL_ROWS = -1  # what a kernel returns if no row is at fault
+KEPT_ROWS = 8  # of an input that several shards get: they stay in the cache for all check vectors
 BLOCK = 128  # pairs of products k · xq that add up without overflow: 2^31 · 2^24 · 2 · 2^7 = 2^63
 
 
 def quantize_and_pad(
     x_TD: Float32,
     r_TD: Int32,
-    check_2P: Int64,
+    checks_2P: Sequence[Int64],
     l1: float,
     l2: float,
     room: float,
     field: Field,
     c_TB: Bytes,
     unit_T: Float64,
-    expected_T2: Int64,
+    expected_T2: Sequence[Int64],
     first: int,
     stop: int,
 ) -> int:
@@ -45,25 +47,28 @@ def quantize_and_pad(
 
     Args:
         r_TD: the pad, in [0, p).
-        check_2P: k_iW, in [0, P), `as_pairs`.
+        checks_2P: k_iW, in [0, P), `as_pairs`, of each shard that gets c.
         l1, l2: the bounds of the group's weights, and `room` what they leave.
         c_TB: shared memory; receives the rows of c as bytes.
         unit_T: receives 1/a, the size of one step of xq; 0 for a row of zeros.
-        expected_T2: receives k_iW · xq mod P.
+        expected_T2: for each shard, receives k_iW · xq mod P.
         first, stop: the rows to do.
 
     Returns:
         the first row with NaN or Inf, or ALL_ROWS. Rows from there on are to be discarded.
     """
     c_words_TD, bits_TD = as_words(c_TB, field), x_TD.view(np.int32)
-    xq_P, xq_D = _pairs(x_TD.shape[1])
+    kept, step = rows_to_keep(len(checks_2P), stop - first)
+    xq_KP = np.zeros((kept, -(-x_TD.shape[1] // 2)), np.int64)
+    xq_KD = xq_KP.view(np.int32)
     c_D = np.empty(x_TD.shape[1], np.int32)
-    return int(
-        _quantize_and_pad(
+    for begin in range(first, stop, step):
+        end = min(begin + step, stop)
+        fault = _quantize_and_pad(
             x_TD,
             bits_TD,
             r_TD,
-            check_2P,
+            checks_2P[0],
             l1,
             l2,
             room,
@@ -71,14 +76,28 @@ def quantize_and_pad(
             c_words_TD,
             c_TB,
             unit_T,
-            expected_T2,
-            first,
-            stop,
-            xq_P,
-            xq_D,
+            expected_T2[0],
+            begin,
+            end,
+            xq_KP,
+            xq_KD,
             c_D,
         )
-    )
+        if fault != ALL_ROWS:
+            return int(fault)
+        for check_2P, expected in zip(checks_2P[1:], expected_T2[1:], strict=True):
+            _check_inputs(check_2P, xq_KP, expected, begin, end)
+    return ALL_ROWS
+
+
+def rows_to_keep(shards: int, rows: int) -> tuple[int, int]:
+    """How many rows of integers a loop over the input keeps, and how many it does at a time.
+
+    One shard needs the row that was made last, and several need all rows of a step.
+    """
+    if shards == 1:
+        return 1, max(1, rows)
+    return KEPT_ROWS, KEPT_ROWS
 
 
 def unpad_and_check(
@@ -109,7 +128,8 @@ def unpad_and_check(
     """
     z_words_TF = as_words(z_TB, field)
     z_F = np.empty(u_TF.shape[1], np.int32)
-    yq_P, yq_F = _pairs(u_TF.shape[1])
+    yq_P = np.zeros(-(-u_TF.shape[1] // 2), np.int64)
+    yq_F = yq_P.view(np.int32)[: u_TF.shape[1]]
     return int(
         _unpad_and_check(
             z_words_TF,
@@ -156,12 +176,6 @@ def as_pairs(k_2N: Int32) -> Int64:
     return np.pad(k_2N, ((0, 0), (0, k_2N.shape[1] % 2))).view(np.int64)
 
 
-def _pairs(width: int) -> tuple[Int64, Int32]:
-    """Memory for the pairs of a row, the last filled up with a 0, and the row in it."""
-    row_P = np.zeros(-(-width // 2), np.int64)
-    return row_P, row_P.view(np.int32)[:width]
-
-
 def compile_loops(field: Field, *, shares: bool) -> None:
     """Compile the loops, which would otherwise be done while somebody waits for an answer.
 
@@ -169,6 +183,7 @@ def compile_loops(field: Field, *, shares: bool) -> None:
         shares: also what adds up the answers of several workers [P8].
     """
     _quantize_and_pad.compile()
+    _check_inputs.compile()
     _unpad_and_check.compile()
     if shares:
         _subtract.compile()
@@ -312,7 +327,7 @@ def _check_answer(k_2P: Int64, yq_P: Int64, expected_2: Int64) -> Any:
 @compiled(
     "int64(float32[:, ::1], int32[:, ::1], int32[:, ::1], int64[:, ::1], float64, float64,"
     " float64, int64, int32[:, ::1], uint8[:, ::1], float64[::1], int64[:, ::1], int64, int64,"
-    " int64[::1], int32[::1], int32[::1])"
+    " int64[:, ::1], int32[:, ::1], int32[::1])"
 )
 def _quantize_and_pad(
     x_TD: Float32,
@@ -329,18 +344,26 @@ def _quantize_and_pad(
     expected_T2: Int64,
     first: int,
     stop: int,
-    xq_P: Int64,
-    xq_D: Int32,
+    xq_KP: Int64,
+    xq_KD: Int32,
     c_D: Int32,
 ) -> int:
     for t in range(first, stop):
+        k = (t - first) % xq_KP.shape[0]
+        xq_D = xq_KD[k, : x_TD.shape[1]]
         unit_T[t] = quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
         if unit_T[t] < 0.0:
             return t
         _pad_row(xq_D, r_TD[t], p, c_D)
         write_row(c_D, c_words_TD, c_TB, t)
-        _check_input(check_2P, xq_P, expected_T2[t])
+        _check_input(check_2P, xq_KP[k], expected_T2[t])
     return ALL_ROWS
+
+
+@compiled("void(int64[:, ::1], int64[:, ::1], int64[:, ::1], int64, int64)")
+def _check_inputs(check_2P: Int64, xq_KP: Int64, expected_T2: Int64, first: int, stop: int) -> None:
+    for t in range(first, stop):
+        _check_input(check_2P, xq_KP[t - first], expected_T2[t])
 
 
 @compiled(

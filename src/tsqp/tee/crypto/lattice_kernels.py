@@ -4,11 +4,12 @@ The answer is checked as it crossed, every row of it, before any of it is unmask
 after the rounding would tell a worker, by its errors, about the noise. Both sides of that check are
 public, except for the check vectors. Answers are copied into private memory before use.
 
-Shape suffixes: T tokens; D input and F output features; P pairs of features; B bytes of a row, as
-`residue_bytes` has them; G blocks of features, W words and H halves of words of a block, as
-`residue_blocks` has them.
+Shape suffixes: T tokens; K of them that are kept; D input and F output features; P pairs of
+features; B bytes of a row, as `residue_bytes` has them; G blocks of features, W words and H halves
+of words of a block, as `residue_blocks` has them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tsqp.algebra.native import compiled, inlined
 from tsqp.algebra.params import CHECK_MODULUS
 from tsqp.algebra.residue_blocks import BLOCK, halves
 from tsqp.algebra.residue_bytes import Bytes, high_words, low_words
-from tsqp.tee.crypto.kernels import ALL_ROWS, fold, high_of, low_of, quantize_row
+from tsqp.tee.crypto.kernels import ALL_ROWS, fold, high_of, low_of, quantize_row, rows_to_keep
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -39,7 +40,7 @@ def as_halves(k_2N: Int64) -> Int32:
 
 def compile_loops() -> None:
     """Compile the loops."""
-    for kernel in (_quantize_and_mask, _verify, _unmask):
+    for kernel in (_quantize_and_mask, _check_inputs, _verify, _unmask):
         kernel.compile()
 
 
@@ -98,8 +99,8 @@ def _dot_of_pairs(k_P: Int64, xq_P: Int64) -> Any:
 def quantize_and_mask(
     x_TD: Float32,
     r_GTW: UInt32,
-    kw_22D: Int32,
-    after_P: Int64,
+    kw_22D: Sequence[Int32],
+    after_P: Sequence[Int64],
     l1: float,
     l2: float,
     room: float,
@@ -107,8 +108,8 @@ def quantize_and_mask(
     q: int,
     c_TB: Bytes,
     unit_T: Float64,
-    expected_T2: Int64,
-    expected_after_T: Int64,
+    expected_T2: Sequence[Int64],
+    expected_after_T: Sequence[Int64],
     first: int,
     stop: int,
 ) -> int:
@@ -116,29 +117,31 @@ def quantize_and_mask(
 
     Args:
         r_GTW: the mask, in [0, q).
-        kw_22D: k_iW mod q, `as_halves`.
-        after_P: kW mod P of the check after rounding, as pairs.
+        kw_22D: k_iW mod q, `as_halves`, of each shard that gets c.
+        after_P: the same of kW mod P of the check after rounding, as pairs.
         l1, l2, room: the bounds of the group's weights, and what they leave [P2], [P12].
         delta_bits: log2 Δ; |Δ · xq| < q.
         c_TB: shared memory; receives finished rows of c only.
         unit_T: receives 1/a; 0 for a row of zeros.
-        expected_T2: receives k_iW · c mod q.
-        expected_after_T: receives kW · xq mod P.
+        expected_T2: for each shard, receives k_iW · c mod q.
+        expected_after_T: for each shard, receives kW · xq mod P.
         first, stop: the rows to do.
 
     Returns:
         the first row with NaN or Inf, or ALL_ROWS. Rows from there on are to be discarded.
     """
     padded = len(r_GTW) * BLOCK
-    xq_P = np.zeros(padded // 2, np.int64)
-    return int(
-        _quantize_and_mask(
+    kept, step = rows_to_keep(len(kw_22D), stop - first)
+    xq_KP, c_KD = np.zeros((kept, padded // 2), np.int64), np.empty((kept, padded), np.int64)
+    for begin in range(first, stop, step):
+        end = min(begin + step, stop)
+        fault = _quantize_and_mask(
             x_TD,
             x_TD.view(np.int32),
             r_GTW,
             halves(r_GTW),
-            kw_22D,
-            after_P,
+            kw_22D[0],
+            after_P[0],
             l1,
             l2,
             room,
@@ -146,15 +149,20 @@ def quantize_and_mask(
             q,
             c_TB,
             unit_T,
-            expected_T2,
-            expected_after_T,
-            first,
-            stop,
-            xq_P,
-            xq_P.view(np.int32),
-            np.empty(padded, np.int64),
+            expected_T2[0],
+            expected_after_T[0],
+            begin,
+            end,
+            xq_KP,
+            xq_KP.view(np.int32),
+            c_KD,
         )
-    )
+        if fault != ALL_ROWS:
+            return int(fault)
+        others = zip(kw_22D, after_P, expected_T2, expected_after_T, strict=True)
+        for kw, after, expected, expected_after in list(others)[1:]:
+            _check_inputs(kw, after, q, expected, expected_after, begin, end, xq_KP, c_KD)
+    return ALL_ROWS
 
 
 def verify(
@@ -232,7 +240,8 @@ def unmask(
 @compiled(
     "int64(float32[:, ::1], int32[:, ::1], uint32[:, :, ::1], uint16[:, :, ::1],"
     " int32[:, :, ::1], int64[::1], float64, float64, float64, int64, int64, uint8[:, ::1],"
-    " float64[::1], int64[:, ::1], int64[::1], int64, int64, int64[::1], int32[::1], int64[::1])"
+    " float64[::1], int64[:, ::1], int64[::1], int64, int64, int64[:, ::1], int32[:, ::1],"
+    " int64[:, ::1])"
 )
 def _quantize_and_mask(
     x_TD: Float32,
@@ -252,12 +261,14 @@ def _quantize_and_mask(
     expected_after_T: Int64,
     first: int,
     stop: int,
-    xq_P: Int64,
-    xq_D: Int32,
-    c_D: Int64,
+    xq_KP: Int64,
+    xq_KD: Int32,
+    c_KD: Int64,
 ) -> int:
-    width, block = x_TD.shape[1], c_D.size // words_GTW.shape[0]
+    width, block = x_TD.shape[1], c_KD.shape[1] // words_GTW.shape[0]
     for t in range(first, stop):
+        k = (t - first) % c_KD.shape[0]
+        xq_D, c_D = xq_KD[k], c_KD[k]
         unit_T[t] = quantize_row(x_TD[t], bits_TD[t], l1, l2, room, xq_D)
         if unit_T[t] < 0.0:
             return t
@@ -272,8 +283,28 @@ def _quantize_and_mask(
             low_D[i] = np.uint32(c_D[i])
             high_D[i] = np.uint16(c_D[i] >> np.int64(32))
         expected_T2[t, 0], expected_T2[t, 1] = _two_dots(kw_22D, c_D, q)
-        expected_after_T[t] = _dot_of_pairs(after_P, xq_P)
+        expected_after_T[t] = _dot_of_pairs(after_P, xq_KP[k])
     return ALL_ROWS
+
+
+@compiled(
+    "void(int32[:, :, ::1], int64[::1], int64, int64[:, ::1], int64[::1], int64, int64,"
+    " int64[:, ::1], int64[:, ::1])"
+)
+def _check_inputs(
+    kw_22D: Int32,
+    after_P: Int64,
+    q: int,
+    expected_T2: Int64,
+    expected_after_T: Int64,
+    first: int,
+    stop: int,
+    xq_KP: Int64,
+    c_KD: Int64,
+) -> None:
+    for t in range(first, stop):
+        expected_T2[t, 0], expected_T2[t, 1] = _two_dots(kw_22D, c_KD[t - first], q)
+        expected_after_T[t] = _dot_of_pairs(after_P, xq_KP[t - first])
 
 
 @compiled(

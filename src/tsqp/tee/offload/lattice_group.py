@@ -5,8 +5,10 @@ G blocks of features; W words of a block.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +67,7 @@ class Switch:
 process_switch = Switch()  # for all sessions of the process
 
 
-class LatticeGroup(CheckedGroup):
+class LatticeGroup(CheckedGroup[MaskedRows]):
     """Check vectors, scales and bounds of one group; the weights themselves are not kept.
 
     Attributes:
@@ -121,28 +123,26 @@ class LatticeGroup(CheckedGroup):
         """Bytes of one row's residues, in both directions."""
         return LATTICE.residue_bytes * (self.width + self.features)
 
-    def mask(self, x_TD: Tensor, r_GTW: UInt32, c_TB: Tensor, row_pool: RowPool) -> MaskedRows:
-        """[P12]: write c = Δ · xq + r mod q, the only value that leaves the TEE.
-
-        Args:
-            x_TD: float32, contiguous.
-            r_GTW: masks, as `residue_blocks` has them.
-            c_TB: uint8, may be shared memory.
+    def mask_for(
+        self, others: Sequence[Self], x_TD: Tensor, r_GTW: UInt32, c_TB: Tensor, row_pool: RowPool
+    ) -> list[MaskedRows]:
+        """[P12]: c = Δ · xq + r mod q.
 
         Raises:
             NumericalError: a row of x is not finite.
             LatticeError: a mask was wrong before, in any session of this process.
         """
         self._switch.check()
-        x_np = x_TD.numpy()
-        unit_T, expected_T2 = np.empty(len(x_np)), np.empty((len(x_np), VECTORS), np.int64)
-        expected_after_T = np.empty(len(x_np), np.int64)
+        shards, x_np = [self, *others], x_TD.numpy()
+        unit_T = np.empty(len(x_np))
+        expected_T2 = [np.empty((len(x_np), VECTORS), np.int64) for _ in shards]
+        expected_after_T = [np.empty(len(x_np), np.int64) for _ in shards]
         kernel = partial(
             lattice_kernels.quantize_and_mask,
             x_np,
             r_GTW,
-            self._kw_22D,
-            self._after_D,
+            [each._kw_22D for each in shards],
+            [each._after_D for each in shards],
             self._l1,
             self._l2,
             self._room,
@@ -158,7 +158,8 @@ class LatticeGroup(CheckedGroup):
                 f"The input of {self.linear} holds NaN or infinity; try --dtype float32, or check "
                 "the model."
             )
-        return MaskedRows(unit_T, expected_T2, expected_after_T)
+        pairs = zip(expected_T2, expected_after_T, strict=True)
+        return [MaskedRows(unit_T, expected, after) for expected, after in pairs]
 
     def check_and_unmask(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from tsqp.model.linear_group import LinearGroup
 from tsqp.nn.attention import CachedAttention
 from tsqp.nn.kv_cache import KvCache
 from tsqp.tee.crypto import kernels
-from tsqp.tee.crypto.freivalds import CheckVectors
+from tsqp.tee.crypto.freivalds import VECTORS, CheckVectors
 from tsqp.tee.crypto.row_pool import RowPool
 from tsqp.tee.offload.checked_group import CheckedGroup
 from tsqp.tee.offload.offload import (
@@ -80,6 +80,17 @@ class Group(Protocol[Kept]):
         """Write the masked x; raises NumericalError if x is not finite."""
         ...
 
+    def mask_for(
+        self,
+        others: Sequence[Any],
+        x_TD: Tensor,
+        r_TD: NDArray[Any],
+        c_TB: Tensor,
+        row_pool: RowPool,
+    ) -> list[Kept]:
+        """The same for several shards at once; see `CheckedGroup.mask_for`."""
+        ...
+
     def check_and_unmask(
         self,
         z_TB: Tensor,
@@ -110,7 +121,7 @@ class Masked:
     expected_T2: NDArray[np.int64]
 
 
-class MaskedGroup(CheckedGroup):
+class MaskedGroup(CheckedGroup[Masked]):
     """One group of linear layers: its integers, and the secret vectors that check products.
 
     Attributes:
@@ -151,24 +162,19 @@ class MaskedGroup(CheckedGroup):
         """Bytes of one row's residues, in both directions."""
         return self.field.residue_bytes * (self.width + self.features)
 
-    def mask(self, x_TD: Tensor, r_TD: Int32, c_TB: Tensor, row_pool: RowPool) -> Masked:
-        """[P2], [P5]: write c = xq + r mod p, the only value that leaves the TEE.
-
-        Args:
-            x_TD: float32, contiguous.
-            r_TD: residues.
-            c_TB: uint8, may be shared memory.
-
-        Raises:
-            NumericalError: a row of x is not finite.
-        """
+    def mask_for(
+        self, others: Sequence[Self], x_TD: Tensor, r_TD: Int32, c_TB: Tensor, row_pool: RowPool
+    ) -> list[Masked]:
+        """[P2], [P5]: c = xq + r mod p."""
+        shards = [self, *others]
         x_np, c_np = x_TD.numpy(), c_TB.numpy()
-        unit_T, expected_T2 = np.empty(len(x_np)), np.empty((len(x_np), 2), np.int64)
+        unit_T = np.empty(len(x_np))
+        expected_T2 = [np.empty((len(x_np), VECTORS), np.int64) for _ in shards]
         kernel = partial(
             kernels.quantize_and_pad,
             x_np,
             r_TD,
-            self._kw_2P,
+            [each._kw_2P for each in shards],
             self._l1,
             self._l2,
             self._room,
@@ -182,7 +188,7 @@ class MaskedGroup(CheckedGroup):
                 f"The input of {self.linear} holds NaN or infinity; try --dtype float32, or check "
                 "the model."
             )
-        return Masked(unit_T, expected_T2)
+        return [Masked(unit_T, expected) for expected in expected_T2]
 
     def check_and_unmask(
         self,

@@ -224,16 +224,16 @@ class ShardsLinear(Generic[Kept]):
                 slots.append((i, *self._reserve(group, i, len(x_TD))))
             pads = self.pool.take(group.linear, len(x_TD))
             end_stage(slots[0][2].times, PADS)
-            c_TB = torch.empty_like(slots[0][2].inputs[0])
-            masked = [self._masked(group, slots[0][1], x_TD, pads, c_TB)]
-            # Only the expected values differ. One mask hides one input, so only the first c is
-            # sent.
-            unsent_TB = torch.empty_like(c_TB)
-            masked += [self._masked(group, r, x_TD, pads, unsent_TB) for _, r, _ in slots[1:]]
+            c_TB = slots[0][2].inputs[0]
+            if len(slots) > 1:  # a worker may change its memory before the others get their copies
+                c_TB = torch.empty_like(c_TB)
+            first, *others = (replica.groups[group.linear] for _, replica, _ in slots)
+            masked = first.mask_for(others, x_TD, pads.r_ND, c_TB, self._row_pool)
             for (i, replica, slot), kept in zip(list(slots), masked, strict=True):
                 if i != places[0]:
                     end_stage(slot.times, AWAY)  # masks count as time of the first call
-                slot.inputs[0].copy_(c_TB)
+                if len(masked) > 1:
+                    slot.inputs[0].copy_(c_TB)
                 slots.pop(0)  # no matter what comes, it cannot be given back any more
                 try:
                     ticket = replica.channel.submit(slot)
@@ -250,11 +250,6 @@ class ShardsLinear(Generic[Kept]):
             for _, replica, slot in slots:
                 replica.channel.discard(slot)
         return sent
-
-    def _masked(
-        self, group: ShardedGroup, replica: Replica[Kept], x_TD: Tensor, pads: Pads, c_TB: Tensor
-    ) -> Kept:
-        return replica.groups[group.linear].mask(x_TD, pads.r_ND, c_TB, self._row_pool)
 
     def _reserve(self, group: ShardedGroup, i: int, rows: int) -> tuple[Replica[Kept], Slot]:
         while True:
