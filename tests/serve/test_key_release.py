@@ -31,13 +31,17 @@ SIMULATED = 'platforms = ["sgx"]\nany_measurement = true\nallow_simulated = true
 REAL = 'platforms = ["sgx"]\nany_measurement = true\n'
 
 
-def start_broker(commands: Commands, folder: Path, policy: str) -> tuple[str, str]:
-    """A broker with one secret; returns its URL and the hash of its key."""
+def start_broker(
+    commands: Commands, folder: Path, policy: str, **files: Path
+) -> tuple[str, str]:
+    """A broker with these secrets and `SECRET`; returns its URL and the hash of its key."""
     certfile, keyfile = write_certificate(folder)
     (folder / "policy.toml").write_text(policy)
     (folder / "secret").write_bytes(SECRET)
+    secrets = {"weights": folder / "secret", **files}
     running = commands.start(
-        "keys", "serve", "--policy", folder / "policy.toml", "--secret", f"weights={folder}/secret",
+        "keys", "serve", "--policy", folder / "policy.toml",
+        *(word for name, path in secrets.items() for word in ("--secret", f"{name}={path}")),
         "--ssl-certfile", certfile, "--ssl-keyfile", keyfile, "--port", 0,
     )  # fmt: skip
     running.says("--broker-key ")

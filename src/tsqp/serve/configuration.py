@@ -84,6 +84,8 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "shm_place": lambda _: LEFT_OUT,  # what `shm_name` means
     "hints": _hints,
     "model_key_file": _is_given,
+    "model_key": lambda _: LEFT_OUT,  # a server gets it by `fetch_model_key`
+    "broker_url": _is_given,  # as of workers: the key decides who can answer
     "rpc_log": _is_given,
     "uds": _is_given,
     "ssl_certfile": _is_given,
