@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from packaging.tags import compatible_tags, cpython_tags
+from packaging.utils import parse_wheel_filename
 
 from tsqp.cli import app
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 VM = DEPLOY / "vm"
+IMAGE_PYTHON, GLIBC_MINOR = "3.13", 41  # of Debian 13
 SHELLS = {"/usr/bin/sh", "/usr/bin/bash", "/usr/bin/dash", "/usr/lib/systemd/systemd-sulogin-shell"}
 SECTIONS = {  # of mkosi.conf, with the settings that are used
     "Distribution": {"Distribution", "Release", "Architecture"},
@@ -118,10 +121,12 @@ def test_only_the_server_and_the_network_start() -> None:
 
 
 def test_every_setting_of_the_server_is_an_option() -> None:
-    settings = tomllib.loads((VM / "mkosi.extra/etc/tsqp/serve.toml").read_text())
+    text = (VM / "mkosi.extra/etc/tsqp/serve.toml").read_text()
+    settings = tomllib.loads(re.sub(r"^# ([a-z-]+ = )", r"\1", text, flags=re.M))
     parameters = typer.main.get_command(app).commands["serve"].params  # type: ignore[attr-defined]
     known = {option.removeprefix("--") for each in parameters for option in each.opts}
     own = settings.pop("serve")
+    assert {"broker-url", "broker-key", "fetch-api-keys", "fetch-model-key"} <= own.keys()
     assert set(settings) | set(own) <= known
     assert settings["privacy"] == "pad"
     assert re.fullmatch("sha256:[0-9a-f]{64}", settings["expect-model"])
@@ -137,11 +142,30 @@ def test_each_wheel_of_the_lock_file_has_a_hash_and_the_version_that_is_tested()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     assert len(lines) >= 40
     for line in lines:
-        found = re.fullmatch(r"(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}", line)
+        found = re.fullmatch(r"(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}  # \S+\.whl", line)
         assert found is not None, line
         name, version = found[1].replace("_", "-"), found[2].partition("+")[0]
         assert pinned[name] == version, line
     assert "torch==" in text and "nvidia" not in text
+
+
+def test_each_wheel_of_the_lock_file_is_for_the_python_of_the_image() -> None:
+    text = (DEPLOY / "requirements.lock").read_text()
+    assert f"for Python {IMAGE_PYTHON} on x86_64." in text
+    abi = f"cp{IMAGE_PYTHON.replace('.', '')}"
+    version = tuple(map(int, IMAGE_PYTHON.split(".")))
+    places = [f"manylinux_2_{minor}_x86_64" for minor in range(5, GLIBC_MINOR + 1)]
+    places += ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64"]
+    fitting = {
+        *cpython_tags(version, [abi], places), *compatible_tags(version, abi, places),
+    }  # fmt: skip
+    wheels = re.findall(r"# (\S+\.whl)$", text, flags=re.M)
+    assert len(wheels) >= 40
+    for wheel in wheels:
+        name, number, _, tags = parse_wheel_filename(wheel)
+        assert f"{name}=={number} --hash" in text
+        assert tags & fitting, wheel
+        assert name != "torch" or str(number) == "2.13.0+cpu"
 
 
 def test_the_lock_file_has_every_package_that_the_server_needs() -> None:
@@ -172,7 +196,8 @@ def make_site(folder: Path, locked: str, python: str) -> "subprocess.CompletedPr
 
 
 def test_wheels_are_those_of_the_python_in_the_image(tmp_path: Path) -> None:
-    version = {"trixie": "3.13"}[read(VM / "mkosi.conf")["Distribution"]["Release"]]
+    assert read(VM / "mkosi.conf")["Distribution"]["Release"] == "trixie"
+    version = IMAGE_PYTHON
     assert f"IMAGE_PYTHON := {version}\n" in (VM / "Makefile").read_text()
     for number, (locked, python, says) in enumerate(
         (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from attested_server import AttestedServer
+from key_brokers import SIMULATED, start_broker
 from protocol_helpers import Commands
 from serve_client import Server
-from test_key_release import SIMULATED, start_broker
 
 from tsqp.api.claims import Claims
 from tsqp.api.evidence import Evidence
@@ -18,8 +18,8 @@ API_KEY = "key-from-the-broker"
 # What an owner of weights demands of whoever gets the key of them.
 POLICY = f"""{SIMULATED}privacy = ["tee"]
 
-[configuration.server]
-show_worker_view = false
+[configuration]
+command = "serve"
 """
 
 

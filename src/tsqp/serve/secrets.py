@@ -46,11 +46,11 @@ def fetch_secrets(options: Options, served: ServeOptions) -> Secrets:
     if (name := served.fetch_model_key) is not None:
         secret = fetch_secret(url, name, key, provider, asker)
         model_key = parse_model_key(secret, f"The broker's secret {name}")
-        log.info("fetched the model's key from the broker")
+        log.info("the broker gave the model's key")
     if (name := served.fetch_api_keys) is not None:
         text = fetch_secret(url, name, key, provider, asker).decode("utf-8", "replace")
         api_keys = tuple(split_api_keys(text, f"the broker's secret {name}"))
-        log.info("fetched %d API keys from the broker", len(api_keys))
+        log.info("the broker gave API keys: %d", len(api_keys))
     return Secrets(model_key, api_keys)
 
 
