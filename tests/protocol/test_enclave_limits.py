@@ -15,10 +15,10 @@ from pathlib import Path
 
 import enclave_jail
 import pytest
-from key_brokers import SIMULATED, start_broker
 from protocol_helpers import SHARED, SHM, Commands, Result, Running, socket_endpoint, write_ids
 
 import processes
+from key_brokers import SIMULATED, start_broker
 from tsqp import LLM, SamplingParams
 
 pytestmark = pytest.mark.skipif(

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 from attested_server import AttestedServer
-from key_brokers import SIMULATED, start_broker
 from protocol_helpers import Commands
 from serve_client import Server
 
+from key_brokers import SIMULATED, start_broker
 from tsqp.api.claims import Claims
 from tsqp.api.evidence import Evidence
-
 
 API_KEY = "key-from-the-broker"
 # What an owner of weights demands of whoever gets the key of them.

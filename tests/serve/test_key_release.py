@@ -10,9 +10,9 @@ import pytest
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from key_brokers import SECRET, SIMULATED, start_broker
 from protocol_helpers import Commands
 
+from key_brokers import SECRET, SIMULATED, start_broker
 from tsqp.api.claims import Claims, report_data
 from tsqp.api.evidence import Evidence
 from tsqp.api.key_release import NO_MODEL, SUITE, ReleaseRequest, binding

@@ -11,7 +11,6 @@ from tsqp.errors import UsageError
 from tsqp.serve.middleware import Gate, Keys
 from tsqp.serve.options import ServeOptions, read_api_keys
 
-
 BROKER = {
     "attest": "simulated", "broker_url": "https://192.0.2.1:1", "broker_key": "ab" * 32,
     "fetch_api_keys": "keys",

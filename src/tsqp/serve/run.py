@@ -56,8 +56,8 @@ def run_server(
 
     Raises:
         UsageError: the address cannot be used, or the certificate.
-        AttestationError: the platform gives no evidence, and the options ask for it; or a key broker
-            gives no secret.
+        AttestationError: the platform gives no evidence, or a key broker no secret, and the options
+            ask for it.
         TSQPError: the model cannot be loaded, or there is no worker.
     """
     secrets = fetch_secrets(options, served)

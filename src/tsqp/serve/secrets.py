@@ -42,7 +42,8 @@ def fetch_secrets(options: Options, served: ServeOptions) -> Secrets:
         raise UsageError("Give --model-key-file or --fetch-model-key, but not both.")
     url, key = served.broker_url, bytes.fromhex(served.broker_key)
     provider, asker = choose_provider(served.attest), _asker(options, served)
-    model_key, api_keys = None, ()
+    model_key: ModelKey | None = None
+    api_keys: tuple[str, ...] = ()
     if (name := served.fetch_model_key) is not None:
         secret = fetch_secret(url, name, key, provider, asker)
         model_key = parse_model_key(secret, f"The broker's secret {name}")
