@@ -102,6 +102,14 @@ def test_a_worker_has_no_capability_and_few_devices() -> None:
     assert all("nvidia" in device for device in found["DeviceAllow"])
 
 
+def test_a_server_is_started_until_the_network_and_its_workers_are_there() -> None:
+    found = settings(DEPLOY / "systemd" / "tsqp-serve.service")
+    names = ("After", "Wants", "Restart", "StartLimitIntervalSec")
+    assert [found[name] for name in names] == [
+        ["network-online.target"], ["network-online.target"], ["always"], ["0"],
+    ]  # fmt: skip
+
+
 @each_unit
 def test_its_command_has_these_options(unit: Path) -> None:
     words = settings(unit)["ExecStart"][0].split()

@@ -116,7 +116,8 @@ def test_only_the_server_and_the_network_start() -> None:
     folder = VM / "mkosi.extra/usr/lib/systemd/system-preset"
     [preset] = folder.iterdir()
     assert preset.read_text().splitlines() == [
-        "enable tsqp-serve.service", "enable systemd-networkd.service", "disable *",
+        "enable tsqp-serve.service", "enable systemd-networkd.service",
+        "enable systemd-networkd-wait-online.service", "disable *",
     ]  # fmt: skip
 
 
