@@ -25,7 +25,8 @@ COMMANDS = {
         --workers-file MODEL
     """,
     "serve": """
-        --api-key --api-key-file --attention --attest --debug --device --dtype --expect-model
+        --api-key --api-key-file --attention --attest --broker-key --broker-url --debug --device
+        --dtype --expect-model --fetch-api-keys --fetch-model-key
         --field --fixed-point --fuse --hints --host --insecure --insecure-same-host --kv-memory
         --max-connections --max-model-len
         --max-num-batched-tokens --max-num-queued-reqs --max-num-seqs --model-key-file --no-shm

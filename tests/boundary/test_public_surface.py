@@ -71,6 +71,7 @@ def test_the_arguments_of_llm_are_frozen() -> None:
         "microbatches",
         "expect_model",
         "model_key_file",
+        "model_key",
         "hints",
         "rpc_log",
     ]

@@ -179,6 +179,9 @@ def test_collateral_may_not_be_older_than_the_policy_says() -> None:
     for days, wrong in ((15.0, set()), (14.0, {"collateral age"}), (0.0, {"collateral age"})):
         policy = msgspec.structs.replace(ANYTHING, max_collateral_age_days=days)
         assert failed(IntelSample.read("sgx_quote").verdict(policy)) == wrong
+    # The list of revoked keys is older than the rest.
+    policy = msgspec.structs.replace(ANYTHING, max_collateral_age_days=14.58)
+    assert failed(IntelSample.read("tdx_quote").verdict(policy)) == {"collateral age"}
     policy = msgspec.structs.replace(ANYTHING, max_collateral_age_days=1000.0)
     assert failed(amd_verdict(milan_report(), policy)) == {"collateral"}
 
@@ -206,6 +209,14 @@ def test_an_enclave_under_debug_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_guest_under_debug_is_refused(monkeypatch: pytest.MonkeyPatch, bit: int) -> None:
     add_attribute(monkeypatch, "td_attributes", 0, 1 << bit)
     assert failed(IntelSample.read("tdx_quote").verdict()) == {"debug"}
+
+
+@pytest.mark.parametrize("field", ["mr_signer_seam", "seam_attributes"])
+def test_a_tdx_module_that_is_not_a_release_of_intel_is_refused(
+    monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    add_attribute(monkeypatch, field, 0, 1)
+    assert failed(IntelSample.read("tdx_quote").verdict()) == {"TDX module"}
 
 
 def test_a_guest_that_may_be_moved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

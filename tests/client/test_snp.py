@@ -32,6 +32,7 @@ def judge(platform: FakePlatform, tmp_path: Path) -> Callable[..., Verdict]:
         at: object = NOW,
         crls: tuple[object, ...] = (),
         table: bytes | None = None,
+        certificates: tuple[object, ...] = (),
         **demands: object,
     ) -> Verdict:
         ark = tmp_path / "ark.pem"
@@ -43,7 +44,7 @@ def judge(platform: FakePlatform, tmp_path: Path) -> Callable[..., Verdict]:
             evidence,
             msgspec.structs.replace(policy, sev_snp=snp),
             at=at,  # type: ignore[arg-type]
-            collateral=Collateral(amd=Material([], list(crls))),  # type: ignore[arg-type]
+            collateral=Collateral(amd=Material(list(certificates), list(crls))),  # type: ignore[arg-type]
         )
 
     return verdict
@@ -56,6 +57,15 @@ def test_an_honest_report_is_accepted(platform: FakePlatform, judge: Judge) -> N
     assert judge(platform.report()).accepted
     for version in (3, 4, 5):
         assert judge(platform.report(at_0x0=("<I", version))).accepted
+
+
+def test_the_key_certificates_of_other_machines_may_lie_beside(
+    platform: FakePlatform, judge: Judge
+) -> None:
+    others = FakePlatform(chip=bytes(64)).vcek, FakePlatform(tcb={**TCB, "3.1": 2}).vcek
+    assert judge(platform.report(), certificates=others).accepted
+    twin = FakePlatform().vcek  # of this chip and TCB, with another key
+    assert failed(judge(platform.report(), certificates=(twin,))) == {"certificates"}
 
 
 def test_an_unknown_root_is_refused(platform: FakePlatform) -> None:

@@ -43,6 +43,7 @@ def render(command: str = "serve", **changes: str) -> str:
         "model": str(Path(__file__)),
         "model_path": "/model.gguf",
         "model_digest": DIGEST,
+        "privacy": "pad",
         "field": "wide",
         "worker": "tcp://127.0.0.1:5555",
         "shm_name": "tsqp",
@@ -52,9 +53,40 @@ def render(command: str = "serve", **changes: str) -> str:
         "kv_memory": "4",
         "edmm": "true",
         "enclave_size": "16G",
+        "broker": "",
+        "broker_key": "",
+        "model_key_secret": "",
+        "api_keys_secret": "",
     }
     template = environment.from_string((GRAMINE / "tsqp.manifest.template").read_text())
     return template.render(gramine=Gramine(), **(values | changes))
+
+
+BROKER = {
+    "broker": "https://192.0.2.8:8002", "broker_key": "cd" * 32, "model_key_secret": "model",
+    "api_keys_secret": "api-keys",
+}  # fmt: skip
+
+
+def written(manifest: Manifest) -> Manifest:
+    """What gramine-manifest 1.9 writes: all defaults, and files as tables."""
+    features = {"avx": "unspecified", "avx512": "unspecified", "amx": "unspecified",
+                "mpx": "disabled", "pkru": "disabled"}  # fmt: skip
+    defaults = {"isvprodid": 0, "isvsvn": 0, "enable_stats": False, "cpu_features": features}
+    manifest = copy.deepcopy(manifest)
+    manifest["sgx"] = {**defaults, **manifest["sgx"]}
+    manifest["sgx"]["trusted_files"] = [{"uri": uri} for uri in manifest["sgx"]["trusted_files"]]
+    return manifest
+
+
+def signed(manifest: Manifest) -> Manifest:
+    """What gramine-sgx-sign 1.9 writes: each file of a folder with its hash, here of one."""
+    manifest = written(manifest)
+    for file in manifest["sgx"]["trusted_files"]:
+        file["uri"] += "a" if file["uri"].endswith("/") else ""
+        file["sha256"] = "0" * 64
+    manifest["loader"]["entrypoint"]["sha256"] = "0" * 64
+    return manifest
 
 
 @cache
@@ -109,6 +141,15 @@ BAD: dict[str, Callable[[Manifest], object]] = {
     "an option twice": lambda m: m["loader"]["argv"].extend(["--privacy", "pad"]),
     "a name to resolve": lambda m: set_option(m, "--worker", "tcp://worker:5555"),
     "a worker by ipc": lambda m: set_option(m, "--worker", "ipc:///run/tsqp.sock"),
+    "a worker in a mode without": lambda m: set_option(m, "--privacy", "tee"),
+    "a broker by name": lambda m: m["loader"]["argv"].extend(
+        ["--broker-url", "https://broker:8002", "--broker-key", "ab" * 32]
+    ),
+    "any broker": lambda m: m["loader"]["argv"].extend(["--broker-url", "https://192.0.2.8:8002"]),
+    "a secret of nobody": lambda m: m["loader"]["argv"].extend(["--fetch-model-key", "model"]),
+    "a key in a file": lambda m: m["loader"]["argv"].extend(["--model-key-file", "/tmp/key"]),
+    "memory protection keys": lambda m: m["sgx"].update(cpu_features={"pkru": "required"}),
+    "no shared memory": lambda m: m["sgx"].pop("allowed_files"),
     "a worker in the enclave": lambda m: set_option(m, "--worker", "local"),
     "any model": lambda m: drop_option(m, "--expect-model"),
     "no evidence": lambda m: drop_option(m, "--attest"),

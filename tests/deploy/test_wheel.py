@@ -1,6 +1,7 @@
 """The wheel holds the package and nothing else, and works where nothing else is installed."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -73,3 +74,44 @@ def test_an_installed_wheel_generates_through_a_worker_process(wheel: Path, tmp_
     assert len(json.loads(last)["outputs"][0]["token_ids"]) == 4
     for command in ("serve", "proxy", "audit", "chat"):
         run(tsqp, command, "--help")
+
+
+def install_site(
+    wheel: Path, folder: Path, locked: str, umask: int
+) -> "subprocess.CompletedProcess[str]":
+    """Run `deploy/site` in a folder of its own, with a lock file without packages."""
+    deploy = folder / "deploy"
+    deploy.mkdir(parents=True)
+    shutil.copy(ROOT / "deploy" / "site", deploy)
+    (deploy / "requirements.lock").write_text(f"# Written by deploy/lock, for Python {locked} on\n")
+    python = folder / "python"  # has built the wheel already
+    build = f'case "$*" in *"pip wheel"*) shift 6; exec cp {wheel} "$1";; esac'
+    python.write_text(f'#!/bin/sh\n{build}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return subprocess.run(
+        [deploy / "site", python, folder / "site"], capture_output=True, text=True, umask=umask
+    )
+
+
+def test_what_is_installed_does_not_depend_on_where_and_by_whom(
+    wheel: Path, tmp_path: Path
+) -> None:
+    found = []
+    for name, umask in (("a", 0o22), ("b", 0o77)):
+        done = install_site(wheel, tmp_path / name, f"3.{sys.version_info.minor}", umask)
+        assert done.returncode == 0, done.stderr
+        site = tmp_path / name / "site"
+        paths = [path for path in sorted(site.rglob("*")) if path.is_file()]
+        found.append({
+            str(path.relative_to(site)): (path.stat().st_mode, path.read_bytes()) for path in paths
+        })  # fmt: skip
+    assert found[0] == found[1]
+    assert "tsqp/cli/serve.py" in found[0]
+    assert {name.partition("/")[0] for name in found[0]} == {"tsqp", "tsqp-0.1.0.dist-info"}
+
+
+def test_a_lock_file_for_another_python_is_refused(wheel: Path, tmp_path: Path) -> None:
+    done = install_site(wheel, tmp_path, "3.1", 0o22)
+    assert done.returncode == 1
+    assert "error: requirements.lock is for another Python" in done.stderr
+    assert not (tmp_path / "site").exists()

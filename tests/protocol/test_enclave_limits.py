@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import pytest
 from protocol_helpers import SHARED, SHM, Commands, Result, Running, socket_endpoint, write_ids
 
 import processes
+from key_brokers import SIMULATED, start_broker
 from tsqp import LLM, SamplingParams
 
 pytestmark = pytest.mark.skipif(
@@ -82,7 +84,7 @@ class Jail:
     def start(self, commands: Commands, *arguments: object) -> Running:
         """Start a command as a new interpreter: its imports are in the jail too."""
         with processes.from_nothing():
-            env = {"TSQP_CACHE": str(self.tmpfs / "cache")}
+            env = {"TSQP_CACHE": str(self.tmpfs / "cache"), "TMPDIR": str(self.tmpfs)}
             return commands.start(*arguments, before=self.before, env=env)
 
     def run(self, commands: Commands, *arguments: object) -> Result:
@@ -154,16 +156,20 @@ def test_generate_runs_in_the_jail_with_its_worker_outside(
 
 
 def test_serve_runs_in_the_jail_with_its_worker_outside(
-    jail: Jail, commands: Commands, speaking: Path
+    jail: Jail, commands: Commands, speaking: Path, tmp_path: Path
 ) -> None:
-    """A checkpoint from files, with a tokenizer, a template, and its cache in the tmpfs."""
+    """A checkpoint from files, its cache in the tmpfs, attested TLS, and a key from a broker."""
+    (tmp_path / "keys").write_text("key-from-the-broker")
+    url, broker_key = start_broker(commands, tmp_path, SIMULATED, keys=tmp_path / "keys")
     endpoint = start_worker(commands, speaking, jail)
     server = jail.start(
         commands, "serve", speaking, "--privacy", "pad", "--worker", endpoint, "--port", 0,
         "--shm-name", jail.name, "--served-model-name", "m", "--pad-memory", "0.01",
+        "--attest", "simulated", "--broker-url", url, "--broker-key", broker_key,
+        "--fetch-api-keys", "keys",
     )  # fmt: skip
     server.says(f"transport {SHARED} (").says("serving m at ")
-    address = re.search(r"http://127\.0\.0\.1:\d+", server.stderr)
+    address = re.search(r"https://127\.0\.0\.1:\d+", server.stderr)
     assert address is not None
     body = {
         "model": "m",
@@ -175,9 +181,11 @@ def test_serve_runs_in_the_jail_with_its_worker_outside(
     request = urllib.request.Request(
         f"{address[0]}/v1/chat/completions",
         json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        {"Content-Type": "application/json", "Authorization": "Bearer key-from-the-broker"},
     )
-    with urllib.request.urlopen(request, timeout=LONGEST_S) as answer:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with urllib.request.urlopen(request, timeout=LONGEST_S, context=context) as answer:
         assert answer.read().endswith(b"data: [DONE]\n\n")
     server.send(signal.SIGTERM)
     assert server.ends(LONGEST_S).status == 0, server.stderr

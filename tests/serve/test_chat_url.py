@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from certificates import write_certificate
 from plain_http import PlainServer, models, refused, stream_of
 from protocol_helpers import Commands, Result, eventually
 from serve_client import KEY, Server
 from serve_process import begin
 from typed_chat import chatting
+
+from certificates import write_certificate
 
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
 WITH_KEY = {"TSQP_API_KEY": KEY}

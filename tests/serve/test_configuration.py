@@ -10,6 +10,7 @@ import pytest
 
 from tsqp import __version__
 from tsqp.api.evidence import canonical_json, configuration_digest
+from tsqp.checkpoint.model_key import ModelKey
 from tsqp.cli import app, with_options
 from tsqp.errors import UsageError
 from tsqp.runtime.environment import keep_known, measured_variables
@@ -44,10 +45,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "microbatches": {"microbatches": 2},
     "expect_model": {"expect_model": f"sha256:{'0' * 64}"},
     "model_key_file": {"model_key_file": "model.key"},
+    "model_key": {"worker": "ipc:///a", "model_key": ModelKey(bytes(32))},
     "hints": {"field": "lattice", "hints": "worker"},
     "rpc_log": {"rpc_log": "calls.jsonl"},
     "shm_name": {"worker": "ipc:///tmp/a", "shm_name": "tsqp"},
 }
+BROKER = {
+    "attest": "simulated", "broker_url": "https://192.0.2.1:1", "broker_key": "ab" * 32,
+    "fetch_api_keys": "keys",
+}  # fmt: skip
 SERVED: dict[str, dict[str, Any]] = {
     "host": {"host": "0.0.0.0"},
     "port": {"port": 1},
@@ -60,6 +66,10 @@ SERVED: dict[str, dict[str, Any]] = {
     "ssl_certfile": {"ssl_certfile": Path(__file__), "ssl_keyfile": Path(__file__)},
     "ssl_keyfile": {"ssl_certfile": Path(__file__), "ssl_keyfile": Path(__file__)},
     "attest": {"attest": "simulated"},
+    "broker_url": BROKER,
+    "broker_key": BROKER,
+    "fetch_model_key": BROKER | {"fetch_model_key": "model"},
+    "fetch_api_keys": BROKER,
     "receipts": {"attest": "simulated", "receipts": True},
     "root_path": {"root_path": "/a"},
     "tool_call_parser": {"tool_call_parser": "hermes"},
@@ -164,6 +174,16 @@ def test_an_attested_server_removes_them_before_its_options_load_libraries(
     with pytest.raises(UsageError, match="enough"):
         app(["serve", "model", "--privacy", "tee", *flags], standalone_mode=False)
     assert seen == [not flags]
+
+
+@pytest.mark.parametrize(
+    "change", [{"broker_key": "cd" * 32}, {"fetch_api_keys": "b"}, {"fetch_model_key": "m"}]
+)
+def test_another_broker_or_secret_changes_the_hash_and_its_address_does_not(
+    change: dict[str, str],
+) -> None:
+    moved = configure(served=BROKER | {"broker_url": "https://192.0.2.9:1"})
+    assert moved == configure(served=BROKER) != configure(served=BROKER | change)
 
 
 def test_a_variable_that_is_not_unicode_is_measured() -> None:

@@ -4,8 +4,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from protocol_helpers import Commands
-from test_life import write_certificate
 
+from key_brokers import SECRET, SIMULATED, start_broker
 from tsqp.api.claims import Claims, report_data
 from tsqp.api.evidence import Evidence
 from tsqp.api.key_release import NO_MODEL, SUITE, ReleaseRequest, binding
@@ -26,25 +24,7 @@ from tsqp.errors import AttestationError, UsageError
 from tsqp.tee.attest.simulated import Simulated
 from tsqp.tee.attest.tls_key import TlsKey
 
-SECRET = bytes(range(256))
-SIMULATED = 'platforms = ["sgx"]\nany_measurement = true\nallow_simulated = true\n'
 REAL = 'platforms = ["sgx"]\nany_measurement = true\n'
-
-
-def start_broker(commands: Commands, folder: Path, policy: str) -> tuple[str, str]:
-    """A broker with one secret; returns its URL and the hash of its key."""
-    certfile, keyfile = write_certificate(folder)
-    (folder / "policy.toml").write_text(policy)
-    (folder / "secret").write_bytes(SECRET)
-    running = commands.start(
-        "keys", "serve", "--policy", folder / "policy.toml", "--secret", f"weights={folder}/secret",
-        "--ssl-certfile", certfile, "--ssl-keyfile", keyfile, "--port", 0,
-    )  # fmt: skip
-    running.says("--broker-key ")
-    found = re.search(r"(https://\S+); --broker-key (\w+)", running.stderr)
-    assert found is not None
-    assert ("ANYBODY" in running.stderr) == ("allow_simulated" in policy)
-    return found[1], found[2]
 
 
 def test_a_tee_gets_the_secret(commands: Commands, tmp_path: Path) -> None:
@@ -60,20 +40,6 @@ def test_a_tee_gets_the_secret(commands: Commands, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     assert "refuses" in commands.fails("keys", "fetch", url, "other", "--out", absent, *flags)
     assert not absent.exists()
-
-
-def test_the_unit_of_a_virtual_machine_gets_the_secret(commands: Commands, tmp_path: Path) -> None:
-    url, key = start_broker(commands, tmp_path, SIMULATED)
-    unit = Path(__file__).parents[2] / "deploy" / "systemd" / "tsqp-serve-secrets.conf"
-    line = next(each for each in unit.read_text().splitlines() if each.startswith("ExecStartPre="))
-    out = tmp_path / "out"
-    _, _, _, _, _, *words = line.split()  # python3 -P -s -m tsqp
-    command, flags = words[:2], words[4:]
-    mine = {"--out": str(out), "--broker-key": key}
-    flags = [mine.get(before, word) for before, word in pairwise(["", *flags])]
-    result = commands.run(*command, url, "weights", *flags, "--attest", "simulated")
-    assert result.status == 0, result
-    assert out.read_bytes() == SECRET
 
 
 def test_a_policy_can_demand_where_the_secret_is_written(

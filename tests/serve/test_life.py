@@ -11,10 +11,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from certificates import write_certificate
 from protocol_helpers import Commands
 from serve_client import DEADLINE_S, KEY, OTHER_KEY, Server
 from serve_process import begin
+
+from certificates import write_certificate
 
 ENDLESS = {"max_tokens": 4000, "ignore_eos": True, "temperature": 0}
 

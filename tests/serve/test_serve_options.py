@@ -11,6 +11,11 @@ from tsqp.errors import UsageError
 from tsqp.serve.middleware import Gate, Keys
 from tsqp.serve.options import ServeOptions, read_api_keys
 
+BROKER = {
+    "attest": "simulated", "broker_url": "https://192.0.2.1:1", "broker_key": "ab" * 32,
+    "fetch_api_keys": "keys",
+}  # fmt: skip
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
@@ -85,6 +90,15 @@ def test_a_server_that_others_can_reach_says_what_it_lacks(
         {"api_keys": [""]},
         {"root_path": "a"},
         {"ssl_keyfile": Path("key.pem")},
+        BROKER | {"attest": None},
+        {"attest": "simulated", "broker_url": "https://192.0.2.1:1", "broker_key": "ab" * 32},
+        {"attest": "simulated", "fetch_api_keys": "keys"},
+        BROKER | {"broker_key": "ab"},
+        BROKER | {"broker_url": "http://192.0.2.1:1"},
+        BROKER | {"broker_url": "https://192.0.2.1:99999"},
+        BROKER | {"broker_url": "https://a@192.0.2.1:1"},
+        BROKER | {"broker_url": "https://192.0.2.1:1/v1"},
+        BROKER | {"fetch_api_keys": "../keys"},
     ],
 )
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certificates import write_certificate
 from serve_client import DEADLINE_S, Server
 from serve_here import serving
 
+from certificates import write_certificate
 from tsqp import AsyncLLM, RequestStats
 from tsqp.serve.connections import REFUSAL
 from tsqp.serve.options import ServeOptions

@@ -11,13 +11,14 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives import hpke
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from tsqp.api.evidence import MAX_JSON, Evidence
-from tsqp.errors import AttestationError
+from tsqp.errors import AttestationError, UsageError
 
 NONCE_PATH, RELEASE_PATH = "/v1/keys/nonce", "/v1/keys/release"
 NONCE_BYTES = 32
@@ -26,6 +27,7 @@ MAX_REQUEST = 2 * MAX_JSON  # bytes
 NO_MODEL = f"sha256:{'0' * 64}"  # the model's digest in these claims: none is loaded yet
 SUITE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
 _LABEL = b"tsqp key release 1"
 
 
@@ -37,6 +39,26 @@ def check_name(name: object) -> str:
             "or a digit."
         )
     return name
+
+
+def broker_address(url: str) -> tuple[str, int | None]:
+    """The host and port of a broker's URL. Raises UsageError if it is not https://HOST:PORT."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or url.rstrip("/") != f"https://{parts.netloc}" or "@" in parts.netloc:
+        raise UsageError("The broker's URL must be https://HOST:PORT.")
+    return host, port
+
+
+def parse_broker_key(text: str) -> bytes:
+    """The 32 bytes of --broker-key. Raises UsageError if they are not 64 hexadecimal digits."""
+    found = _KEY.fullmatch(text)
+    if found is None:
+        raise UsageError("--broker-key must be 64 hexadecimal digits.")
+    return bytes.fromhex(found[1])
 
 
 def binding(name: str, claims: bytes) -> bytes:

@@ -60,17 +60,28 @@ def read_model_key(path: str | Path) -> ModelKey:
         raise UsageError(
             f"Cannot read the model's key from {printable_path(path)}: {exc.strerror}."
         ) from exc
-    lines = content.decode("ascii", "replace").splitlines()
-    found = [_LINE.fullmatch(line.strip()) for line in lines if line and line[0] != "#"]
-    if len(found) != 1 or found[0] is None:
-        raise UsageError(
-            f"{printable_path(path)} does not hold the key of a model; `tsqp encrypt` makes one."
-        )
+    key = parse_model_key(content, printable_path(path))
     if is_open_to_others(status):
         raise UsageError(
             f"Other users have access to the key in {path}; run `chmod 600 {path}`, and encrypt "
             "the model with a new key if anyone may have read it."
         )
+    return key
+
+
+def parse_model_key(content: bytes, what: str) -> ModelKey:
+    """Read a key from the content of its file.
+
+    Args:
+        what: names the content in errors, at the beginning of a sentence.
+
+    Raises:
+        UsageError: it is not the key of a model.
+    """
+    lines = content.decode("ascii", "replace").splitlines()
+    found = [_LINE.fullmatch(line.strip()) for line in lines if line and line[0] != "#"]
+    if len(found) != 1 or found[0] is None:
+        raise UsageError(f"{what} does not hold the key of a model; `tsqp encrypt` makes one.")
     return ModelKey(bytes.fromhex(found[0][1]))
 
 

@@ -1,7 +1,6 @@
 """`tsqp keys serve` and `tsqp keys fetch`."""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -76,15 +75,22 @@ def keys_fetch(
 ) -> None:
     """Fetch a secret from a broker into this TEE, which proves itself by its evidence."""
     keep_known(os.environ)
-    if not re.fullmatch(r"(?:sha256:)?[0-9a-fA-F]{64}", broker_key):
-        raise UsageError("--broker-key must be 64 hexadecimal digits.")
     with needed_packages():
-        from tsqp.runtime.fetch_secret import fetch_secret, write_secret
+        from tsqp.api.key_release import parse_broker_key
+        from tsqp.runtime.fetch_secret import (
+            Asker,
+            configuration_of_fetch,
+            fetch_secret,
+            write_secret,
+        )
         from tsqp.tee.attest.choose import choose_provider
         from tsqp.tee.attest.provider import CHOICES
     if attest not in CHOICES:
         raise UsageError("--attest takes auto or simulated.")
-    digest = bytes.fromhex(broker_key.removeprefix("sha256:"))
-    measured = {"out": str(out.absolute()), "attest": attest}
-    secret = fetch_secret(url, name, digest, choose_provider(attest), measured)
+    key = parse_broker_key(broker_key)
+    settings = {
+        "name": name, "broker_key": key.hex(), "out": str(out.absolute()), "attest": attest,
+    }  # fmt: skip
+    asker = Asker(configuration=configuration_of_fetch(settings))
+    secret = fetch_secret(url, name, key, choose_provider(attest), asker)
     write_secret(out, secret)

@@ -119,6 +119,29 @@ def serve(
             "simulated is for trying it out, and proves nothing.",
         ),
     ] = None,
+    broker_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Key broker, https://HOST:PORT, from which the server fetches secrets at its "
+            "start. It keeps them in memory. Needs --attest.",
+        ),
+    ] = None,
+    broker_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHA256",
+            help="SHA-256 of the broker's TLS key, as `tsqp keys serve` prints it.",
+        ),
+    ] = None,
+    fetch_model_key: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the broker's secret for --model-key-file."),
+    ] = None,
+    fetch_api_keys: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the broker's secret for --api-key-file."),
+    ] = None,
     receipts: Annotated[
         bool,
         typer.Option(
@@ -171,6 +194,10 @@ def serve(
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         attest=attest,
+        broker_url=broker_url,
+        broker_key=broker_key,
+        fetch_model_key=fetch_model_key,
+        fetch_api_keys=fetch_api_keys,
         receipts=receipts,
         root_path=root_path,
         shutdown_timeout=shutdown_timeout,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cryptography import x509
+
 from tsqp.client.x509_files import Material
 from tsqp.errors import AttestationError, printable_path
 
@@ -26,7 +28,8 @@ class IntelCollateral:
         text: the file.
         platform: sgx or tdx.
         fmspc: the kind of processor, 12 hexadecimal digits.
-        issued: when its older part was issued.
+        issued: when the oldest of the TCB information, the identity of the quoting enclave, and the
+            list of revoked processor keys was issued. The root's list is made once a year.
     """
 
     text: str
@@ -40,7 +43,9 @@ class IntelCollateral:
         outer = json.loads(text)
         tcb_info = json.loads(outer["tcb_info"])
         qe_identity = json.loads(outer["qe_identity"])
-        issued = min(_time(tcb_info["issueDate"]), _time(qe_identity["issueDate"]))
+        revoked = x509.load_der_x509_crl(bytes.fromhex(outer["pck_crl"]))
+        dates = _time(tcb_info["issueDate"]), _time(qe_identity["issueDate"])
+        issued = min(*dates, revoked.last_update_utc)
         platform = {"SGX": "sgx", "TDX": "tdx"}[tcb_info["id"]]
         return cls(text, platform, str(tcb_info["fmspc"]).upper(), issued)
 

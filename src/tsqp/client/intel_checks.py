@@ -59,6 +59,11 @@ def _check_enclave(genuine: dcap.Genuine, demands: SgxPolicy, checks: Checks) ->
 
 
 def _check_guest(genuine: dcap.Genuine, demands: TdxPolicy, checks: Checks) -> None:
+    # Intel's module has neither a signer nor attributes; of another one they are not zero.
+    if any(genuine.data("mr_signer_seam")) or any(genuine.data("seam_attributes")):
+        checks.failed("TDX module", "it is not a release module of Intel's")
+    else:
+        checks.passed("TDX module", "Intel's")
     attributes = int.from_bytes(genuine.data("td_attributes"), "little")
     check_debug(bool(attributes & _TDX_DEBUG), "guest", checks)
     if attributes & _TDX_MIGRATABLE and not demands.allow_migration:

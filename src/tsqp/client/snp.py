@@ -56,7 +56,7 @@ def verify_snp(
         are valid; None if there is none, or if one of them is wrong.
     """
     try:
-        chain = _find_chain(material.certificates, roots)
+        chain = _find_chain(material.certificates, roots, report)
     except (AttestationError, ValueError) as exc:
         checks.failed("certificates", str(exc))
         return None
@@ -79,9 +79,13 @@ def verify_snp(
     return issued[0] if issued else None
 
 
-def _find_chain(certificates: Sequence[x509.Certificate], roots: dict[str, str]) -> Chain:
+def _find_chain(
+    certificates: Sequence[x509.Certificate], roots: dict[str, str], report: SnpReport
+) -> Chain:
     """Tell the certificates apart. Nothing about them is trusted yet."""
     vceks = [each for each in certificates if _is_ec(each) and _common_name(each) != "SEV-VLEK"]
+    # A folder may have those of many machines, and of several versions of each.
+    vceks = [each for each in vceks if _fits(each, report)] or vceks
     signers = [each for each in certificates if not _is_ec(each)]
     arks = [each for each in signers if each.subject == each.issuer]
     # A file of the policy's and the platform's own table may both have the root.
@@ -98,6 +102,15 @@ def _find_chain(certificates: Sequence[x509.Certificate], roots: dict[str, str])
     if len({each.fingerprint(hashes.SHA256()) for each in vceks}) > 1:
         raise AttestationError("There are several key certificates (VCEK): give only one.")
     return Chain(arks[0], asks[0], vcek)
+
+
+def _fits(vcek: x509.Certificate, report: SnpReport) -> bool:
+    try:
+        _check_chip(vcek, report)
+        _check_key_tcb(vcek, report)
+    except AttestationError:
+        return False
+    return True
 
 
 def _is_ec(certificate: x509.Certificate) -> bool:

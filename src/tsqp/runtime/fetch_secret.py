@@ -5,9 +5,9 @@ import http.client
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -25,6 +25,7 @@ from tsqp.api.key_release import (
     SUITE,
     ReleaseRequest,
     binding,
+    broker_address,
     check_name,
     decode_secret,
 )
@@ -38,38 +39,48 @@ from tsqp.tee.attest.provider import Provider
 TIMEOUT_S = 30.0
 
 
-def fetch_secret(
-    url: str, name: str, broker_key: bytes, provider: Provider, measured: Mapping[str, str]
-) -> bytes:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """What a process that asks for a secret says about itself. Its platform attests this.
+
+    Attributes:
+        configuration: settings that the broker's policy may demand.
+        model_digest: of the only model that the process accepts; zeros if there is no such demand.
+        privacy, field: as in `Claims`.
+    """
+
+    configuration: Mapping[str, Any]
+    model_digest: str = NO_MODEL
+    privacy: str = "tee"
+    field: str | None = None
+
+
+def fetch_secret(url: str, name: str, key: bytes, provider: Provider, asker: Asker) -> bytes:
     """The secret of this name.
 
     Args:
         url: of the broker, https://HOST:PORT.
-        measured: what else the broker's policy may demand, such as where the secret is written.
-        broker_key: SHA-256 of the broker's TLS key. Nothing is sent to anybody else, so that
-            nobody can put a secret of their own in the place of the broker's.
+        key: SHA-256 of the broker's TLS key. Nothing is sent to anybody else, so that nobody can
+            put a secret of their own in the place of the broker's.
 
     Raises:
         UsageError: the URL is wrong.
         AttestationError: the broker cannot be reached or refuses, or there is no evidence.
     """
     check_name(name)
-    parts = urlsplit(url)
-    if parts.scheme != "https" or not parts.hostname or parts.path not in ("", "/"):
-        raise UsageError("The broker's URL must be https://HOST:PORT.")
+    host, port = broker_address(url)
     connection = http.client.HTTPSConnection(
-        parts.hostname, parts.port, timeout=TIMEOUT_S, context=pinned_context(broker_key)
+        host, port, timeout=TIMEOUT_S, context=pinned_context(key)
     )
     try:
         nonce = _nonce(_post(connection, NONCE_PATH, b""))
-        key = X25519PrivateKey.generate()
+        private = X25519PrivateKey.generate()
         form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
-        public = key.public_key().public_bytes(*form)
-        settings = {"name": name, "broker_key": broker_key.hex(), **measured}
-        evidence = _evidence(provider, public, nonce, settings)
+        public = private.public_key().public_bytes(*form)
+        evidence = _evidence(provider, public, nonce, asker)
         request = ReleaseRequest(name=name, public_key=public, evidence=evidence)
         ciphertext = decode_secret(_post(connection, RELEASE_PATH, request.to_json()))
-        return SUITE.decrypt(ciphertext, key, info=binding(name, evidence.claims))
+        return SUITE.decrypt(ciphertext, private, info=binding(name, evidence.claims))
     except KeyChanged:
         raise AttestationError(
             "The broker's TLS key is not that of --broker-key; nothing was sent."
@@ -96,21 +107,24 @@ def write_secret(path: Path, secret: bytes) -> None:
         raise UsageError(f"Cannot write {printable_path(path)}: {error.strerror}.") from None
 
 
-def _evidence(
-    provider: Provider, public: bytes, nonce: bytes, settings: Mapping[str, str]
-) -> Evidence:
-    configuration: dict[str, Any] = {
+def configuration_of_fetch(settings: Mapping[str, str]) -> dict[str, Any]:
+    """The measured configuration of `tsqp keys fetch` with these settings."""
+    return {
         "command": "keys fetch",
         "options": dict(settings),
         "environment": measured_variables(os.environ),
         "code": installed_code(),
     }
+
+
+def _evidence(provider: Provider, public: bytes, nonce: bytes, asker: Asker) -> Evidence:
+    configuration = dict(asker.configuration)
     claims = Claims(
         public_key=hashlib.sha256(public).digest(),
         nonce=nonce,
-        model_digest=NO_MODEL,
-        privacy="tee",
-        field=None,
+        model_digest=asker.model_digest,
+        privacy=asker.privacy,
+        field=asker.field,
         version=__version__,
         configuration=configuration_digest(configuration),
     ).encode()

@@ -89,7 +89,7 @@ class LoadedModel:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         key_file = options.model_key_file
-        self._key = None if key_file is None else read_model_key(key_file)
+        self._key = options.model_key if key_file is None else read_model_key(key_file)
         self.tokenizer = Tokenizer(model, key=self._key) if tokenizer is None else tokenizer
         self._at_end = at_end
         self._call_log = None if options.rpc_log is None else CallLog(Path(options.rpc_log))

@@ -18,6 +18,7 @@ from tsqp.tee.values import as_integer, as_number
 
 if TYPE_CHECKING:
     from tsqp.algebra.params import Field
+    from tsqp.checkpoint.model_key import ModelKey
     from tsqp.runtime.links import Link
 
 PRIVACY_MODES = ("pad", "shares", "open", "tee")
@@ -58,6 +59,7 @@ class Options:
         UsageError: a value is unknown, or values contradict each other.
 
     Attributes:
+        model_key: the key of an encrypted model that is in memory, instead of `model_key_file`.
         links: the links to the workers, made from `worker` and `worker_key`. Empty for `tee`.
     """
 
@@ -242,6 +244,7 @@ class Options:
             env=("TSQP_MODEL_KEY_FILE",),
         ),
     ] = None
+    model_key: "ModelKey | None" = dataclasses.field(default=None, repr=False)
     hints: Annotated[
         str | Path | None,
         Option(
@@ -317,6 +320,13 @@ class Options:
             raise UsageError(
                 "--device is for a worker that --worker local starts; give it to `tsqp worker` "
                 "instead."
+            )
+        if self.model_key is not None and self.model_key_file is not None:
+            raise UsageError("Give the key of the model in memory or as a file, but not both.")
+        if self.model_key is not None and any(e.endpoint.scheme == "local" for e in links):
+            raise UsageError(
+                "A worker that --worker local starts reads the model's key from a file: use "
+                "--model-key-file, or another worker."
             )
         if self.expect_model is not None:
             self._set(expect_model=check_digest(self.expect_model))

@@ -31,6 +31,7 @@ def effective_configuration(
         UsageError: it is too long to be served.
     """
     found = {
+        "command": "serve",
         "options": _fields(options),
         "server": _fields(served),
         "environment": measured_variables(environment),
@@ -67,7 +68,7 @@ def _links(links: tuple[Link, ...]) -> list[dict[str, str | None]]:
     return [{"scheme": link.endpoint.scheme, "key": link.key} for link in links]
 
 
-def _is_given(value: Path | str | None) -> bool:
+def _is_given(value: object) -> bool:
     return value is not None
 
 
@@ -84,6 +85,8 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "shm_place": lambda _: LEFT_OUT,  # what `shm_name` means
     "hints": _hints,
     "model_key_file": _is_given,
+    "model_key": _is_given,
+    "broker_url": _is_given,  # as of workers: the key decides who can answer
     "rpc_log": _is_given,
     "uds": _is_given,
     "ssl_certfile": _is_given,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsqp.errors import UsageError, printable_path
+from tsqp.errors import AttestationError, UsageError, printable_path
 from tsqp.runtime.admission import share
 from tsqp.serve.tools import tool_style
 from tsqp.tee.attest.provider import CHOICES
@@ -33,6 +33,8 @@ class ServeOptions:
         ssl_certfile, ssl_keyfile: PEM files for TLS.
         attest: which platform gives evidence for attested TLS, "auto" or "simulated"; None for a
             server without evidence.
+        broker_url, broker_key: a key broker, and SHA-256 of its TLS key; see `serve.secrets`.
+        fetch_model_key, fetch_api_keys: names of the broker's secrets that this process fetches.
         receipts: whether each answer comes with a signed receipt.
         root_path: the path under which a reverse proxy shows the server.
         tool_call_parser: how the model writes tool calls; None to see it in the chat template.
@@ -60,6 +62,10 @@ class ServeOptions:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     attest: str | None = None
+    broker_url: str | None = None
+    broker_key: str | None = None
+    fetch_model_key: str | None = None
+    fetch_api_keys: str | None = None
     receipts: bool = False
     root_path: str = ""
     tool_call_parser: str | None = None
@@ -89,6 +95,7 @@ class ServeOptions:
             )
         if self.receipts and self.attest is None:
             raise UsageError("--receipts needs --attest, which makes the key that signs them.")
+        self._check_broker()
         if not 0 <= self.port < 65536:
             raise UsageError("--port must be from 0 to 65535; 0 chooses a free port.")
         if self.max_num_seqs < 1 or self.max_num_queued_reqs < 0:
@@ -108,6 +115,28 @@ class ServeOptions:
         tool_style(None, self.tool_call_parser)
         if self.root_path and not self.root_path.startswith("/"):
             raise UsageError("--root-path must begin with a slash.")
+
+    def _check_broker(self) -> None:
+        from tsqp.api.key_release import broker_address, check_name, parse_broker_key
+
+        names = [each for each in (self.fetch_model_key, self.fetch_api_keys) if each is not None]
+        given = (self.broker_url is not None, self.broker_key is not None, bool(names))
+        if len(set(given)) > 1:
+            raise UsageError(
+                "A key broker needs --broker-url, --broker-key, and --fetch-model-key or "
+                "--fetch-api-keys."
+            )
+        if self.broker_url is None or self.broker_key is None:
+            return
+        if self.attest is None:
+            raise UsageError("--broker-url needs --attest: the broker gives secrets for evidence.")
+        try:
+            for name in names:
+                check_name(name)
+        except AttestationError as error:
+            raise UsageError(str(error)) from None
+        broker_address(self.broker_url)
+        object.__setattr__(self, "broker_key", parse_broker_key(self.broker_key).hex())
 
     @property
     def most_answers(self) -> int:
@@ -163,15 +192,20 @@ def read_api_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
         name = printable_path(file, "the file of --api-key-file")
         try:
             mode = file.stat().st_mode
-            lines = file.read_text(encoding="utf-8").split()
+            found = split_api_keys(file.read_text(encoding="utf-8"), name)
         except (OSError, ValueError):
             raise UsageError(f"Cannot read API keys from {name}.") from None
         if stat.S_ISREG(mode) and mode & stat.S_IROTH:
             raise UsageError(f"Everybody may read the API keys in {name}: run chmod 600 on it.")
-        if not lines:
-            raise UsageError(f"There is no API key in {name}; write one a line.")
-        keys += lines
+        keys += found
     return tuple(dict.fromkeys(keys))
+
+
+def split_api_keys(text: str, where: str) -> list[str]:
+    """The API keys in a text, one a line. Raises UsageError if there is none."""
+    if not (found := text.split()):
+        raise UsageError(f"There is no API key in {where}; write one a line.")
+    return found
 
 
 def tenant_of(key: str) -> str:

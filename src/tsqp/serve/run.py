@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from tsqp.serve.connections import REFUSAL, Connection, Listener
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.options import ServeOptions
 from tsqp.serve.receipts import ReceiptBook
+from tsqp.serve.secrets import fetch_secrets
 from tsqp.serve.state import MAX_TEXTS, State
 from tsqp.tee.worker_view import WorkerView
 from tsqp.wire.socket_file import remove_stale
@@ -54,9 +56,13 @@ def run_server(
 
     Raises:
         UsageError: the address cannot be used, or the certificate.
-        AttestationError: the platform gives no evidence, and the options ask for it.
+        AttestationError: the platform gives no evidence, or a key broker no secret, and the options
+            ask for it.
         TSQPError: the model cannot be loaded, or there is no worker.
     """
+    secrets = fetch_secrets(options, served)
+    options = replace(options, model_key=secrets.model_key) if secrets.model_key else options
+    served = replace(served, api_keys=(*served.api_keys, *secrets.api_keys))
     attestation = begin_attestation(options, served)
     server = _Server(model, options, served, on_load, attestation)
     if served.exposure:
