@@ -8,6 +8,7 @@ import torch
 
 from tsqp.bench import gpu_check
 from tsqp.bench.gpu_check import BUDGET_S, HINTS_PROGRAM, Step, main, run_step, steps
+from tsqp.bench.gpu_parts import PARTS
 
 LONG_S = 60.0
 
@@ -68,6 +69,33 @@ def test_a_rehearsal_leaves_one_file_whatever_ends_badly(
     assert found["beside_predictions"] == []
 
 
+def test_parts_and_goals_are_told_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"graph_registered_us": 20, "launched_registered_us": 10, "graph_us": 40}
+    good = {"part": "graphs", "works": True, "error": None, "figures": figures}
+    bad = {"part": "overlap", "works": False, "error": "it is wrong", "figures": {}}
+    some = [
+        Step("part graphs", ("-c", f"print({json.dumps(good)!r})"), LONG_S),
+        Step("part overlap", ("-c", f"print({json.dumps(bad)!r}); exit(1)"), LONG_S),
+        Step("part launches", ("-c", "exit(3)"), LONG_S),
+    ]
+    monkeypatch.setattr(gpu_check, "steps", lambda device, gpu_name: some)
+    out = tmp_path / "result.json"
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--out", str(out)])
+    found = json.loads(out.read_text())
+    words = ["part graphs: works", "part overlap: it is wrong", "part launches: failed"]
+    assert found["parts"] == words
+    met = {each["name"]: each["is_met"] for each in found["goals"]}
+    assert met["a call of one row, as a graph, from registered memory"] is True
+    assert met["a graph ÷ launches"] is False
+    assert met["two sessions overlapped ÷ in turn"] is None
+    said = capsys.readouterr().err
+    assert "part overlap: it is wrong\n" in said
+    assert "a graph ÷ launches: 2 (goal: at most 1), NOT met\n" in said
+
+
 def test_figures_of_a_gpu_lie_beside_the_predictions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +144,7 @@ def test_every_step_has_a_limit_and_the_tests_of_devices_come_first(device: str)
     assert Path(found[0].command[-1]).is_dir()
     names = {each.name for each in found}
     assert gpu_check.PREDICTED in names
+    assert {f"part {part}" for part in PARTS} < names
     assert {"tests", "doctor", "transport", "hints of the worker", "smollm2-135m lattice"} < names
     assert all(0 < each.limit_s < BUDGET_S < 8 * 60 for each in found)
 

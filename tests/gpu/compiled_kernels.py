@@ -30,16 +30,19 @@ class Use:
     capability: int
     field: str
     rows: int
+    in_bfloat16: bool
     registers: int
     spilled: int
     shared: int
     instructions: str
 
 
-def compile_kernel(capability: int, field: Field, rows: int) -> Use:
+def compile_kernel(capability: int, field: Field, rows: int, in_bfloat16: bool = False) -> Use:
     is_few = rows <= triton_product.FEW
     tile = triton_product.few_tile(rows, field) if is_few else triton_product.many_tile(field)
-    constants = triton_product.constants(field, tile, is_few)
+    constants = triton_product.constants(
+        field, tile, is_few, triton_product.BFLOAT16 if in_bfloat16 else None
+    )
     unit = UNITS[field.residue_bytes]
     arguments = {"c_units": unit, "weight_FD": "*i8", "out_units": unit}
     arguments |= dict.fromkeys(("rows", "features", "width"), "i32")
@@ -63,8 +66,8 @@ def compile_kernel(capability: int, field: Field, rows: int) -> Use:
     assert found is not None, said
     kinds = [kind for kind in ("wgmma", "tcgen05", "mma.sync") if kind in compiled.asm["ptx"]]
     return Use(
-        capability, field.name, rows, int(found[1]), int(found[2]), compiled.metadata.shared,
-        " ".join(kinds),
+        capability, field.name, rows, in_bfloat16, int(found[1]), int(found[2]),
+        compiled.metadata.shared, " ".join(kinds),
     )  # fmt: skip
 
 
@@ -72,7 +75,8 @@ def all_kernels() -> Iterator[Use]:
     for capability in CAPABILITIES:
         for field in FIELDS.values():
             for rows in ROWS:
-                yield compile_kernel(capability, field, rows)
+                for in_bfloat16 in (False, True):
+                    yield compile_kernel(capability, field, rows, in_bfloat16)
 
 
 if __name__ == "__main__":

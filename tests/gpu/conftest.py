@@ -1,9 +1,11 @@
 """The devices that a worker can compute on, each where there is one."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 
-from tsqp.gpu.backends.backend import Backend
+from tsqp.gpu.backends.backend import Backend, HostStream, Stream
 from tsqp.gpu.backends.cpu import CpuBackend
 from tsqp.gpu.backends.cuda import CudaBackend
 
@@ -18,10 +20,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 class CudaOnCpu(CudaBackend):
-    """What is written for CUDA, on tensors in host memory."""
+    """What is written for CUDA, on tensors in host memory, where there are no streams."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
+
+    def open_stream(self) -> Stream:
+        return HostStream()
+
+    def on(self, stream: Stream) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def check_room(self, required: int, what: str) -> None:
         CpuBackend().check_room(required, what)

@@ -43,9 +43,12 @@ def edges(field: Field, rows: int, width: int) -> Tensor:
 
 
 @BOTH
-@pytest.mark.parametrize("shape", [(1, 64, 48), (3, 64, 8), (67, 576, 80), (5, 61, 7), (33, 8, 9)])
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 48), (3, 64, 8), (67, 576, 80), (5, 61, 7), (33, 8, 9), (2, 2100, 8)]
+)
 def test_products_of_residues_are_those_of_big_integers(
-    field: Field, shape: tuple[int, int, int], device: torch.device
+    field: Field, shape: tuple[int, int, int], in_bfloat16: bool, device: torch.device
 ) -> None:
     rows, width, features = shape
     generator = torch.Generator().manual_seed(width)
@@ -53,9 +56,14 @@ def test_products_of_residues_are_those_of_big_integers(
     weight_FD[0], weight_FD[-1] = 127, -127
     c_TD = edges(field, rows, width)
     exact = (c_TD.numpy().astype(object) @ weight_FD.numpy().astype(object).T) % field.p
-    found = cuda_product.residue_product(c_TD.to(device), weight_FD.to(device, torch.int8), field)
-    assert found.dtype == c_TD.dtype
-    assert np.array_equal(found.cpu().numpy().astype(object), exact)
+    c_TB = torch.empty(rows, field.residue_bytes * width, dtype=torch.uint8)
+    residue_bytes.pack(c_TD.numpy(), field, c_TB.numpy())
+    z_TB = torch.empty(rows, field.residue_bytes * features, dtype=torch.uint8, device=device)
+    there_FD = weight_FD.to(device, torch.int8)
+    cuda_product.packed_product(c_TB.to(device), there_FD, field, z_TB, in_bfloat16=in_bfloat16)
+    found = np.empty(exact.shape, field.dtype)
+    residue_bytes.unpack(z_TB.cpu().numpy(), field, found)
+    assert np.array_equal(found.astype(object), exact)
 
 
 @BOTH

@@ -1,21 +1,25 @@
 """The program of `scripts/gpu-check`: runs device tests and benchmarks, and writes one JSON file.
 
 Each step is a separate process with a time limit, so a step that hangs or fails does not affect the
-others. The whole run ends within BUDGET_S.
+others. Each part of the CUDA worker is such a step, too: see `gpu_parts`. The whole run ends within
+BUDGET_S.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from tsqp.bench.beside_predictions import Beside, closest_gpu, lay_beside
+from tsqp.bench.gpu_goals import Verdict, goals, judge
+from tsqp.bench.gpu_parts import PARTS
 from tsqp.bench.host import describe_machine
 
 BUDGET_S = 460.0
@@ -90,6 +94,10 @@ def steps(device: str, gpu_name: str = "") -> list[Step]:
     found = [
         Step("tests", tests, 150, is_json=False),
         Step("doctor", (*tsqp, "doctor", "--json"), 60),
+        *(
+            Step(f"part {part}", ("-m", "tsqp.bench.gpu_parts", part, "--device", device), 60)
+            for part in PARTS
+        ),
         Step(
             "smollm2-135m float32",
             (*bench, "random:smollm2-135m", "--dtype", "float32", "--modes", MODES, *small),
@@ -156,19 +164,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         outcomes.append(outcome)
         print(f"{step.name}: {outcome.state}, {outcome.seconds:.0f} s", file=sys.stderr, flush=True)
         _write(options.out, options.device, gpu_name, outcomes)  # a crash loses no results
-    for each in _beside(outcomes):
-        print(each, file=sys.stderr)
+    for line in (*_parts(outcomes), *_beside(outcomes), *_goals(outcomes)):
+        print(line, file=sys.stderr)
     if any(outcome.state != "done" for outcome in outcomes):
         sys.exit(1)
 
 
-def _beside(outcomes: Sequence[Outcome]) -> list[Beside]:
-    """Measured figures beside predictions, if both steps were done."""
-    results = {
+def _results(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What the steps found that were done."""
+    return {
         each.name: each.result
         for each in outcomes
         if each.state == "done" and isinstance(each.result, dict)
     }
+
+
+def _parts(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """A line for each part of the CUDA worker: whether it works."""
+    for each in outcomes:
+        if each.name.startswith("part "):
+            result: Any = each.result
+            if isinstance(result, dict):
+                result = result.get("result", result)  # of a step that failed
+            error = result.get("error") if isinstance(result, dict) else each.state
+            yield f"{each.name}: {'works' if error is None else error}"
+
+
+def _goals(outcomes: Sequence[Outcome]) -> list[Verdict]:
+    return list(judge(goals(MEASURED), _results(outcomes)))
+
+
+def _beside(outcomes: Sequence[Outcome]) -> list[Beside]:
+    """Measured figures beside predictions, if both steps were done."""
+    results = _results(outcomes)
     if MEASURED not in results or PREDICTED not in results:
         return []
     return list(lay_beside(results[MEASURED], results[PREDICTED]))
@@ -180,6 +208,8 @@ def _write(out: Path, device: str, gpu_name: str, outcomes: Sequence[Outcome]) -
         "gpu": gpu_name or None,
         "machine": describe_machine(),
         "steps": [asdict(outcome) for outcome in outcomes],
+        "parts": list(_parts(outcomes)),
+        "goals": [asdict(each) for each in _goals(outcomes)],
         "beside_predictions": [asdict(each) for each in _beside(outcomes)],
     }
     out.write_text(json.dumps(result, indent=1) + "\n")

@@ -21,6 +21,7 @@ from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.shard_digests import ShardDigests
 from tsqp.checkpoint.weights import check_memory
 from tsqp.checkpoint.weights_digest import weights_digest
+from tsqp.gpu.backends.backend import HostBackend
 from tsqp.gpu.worker import Worker
 from tsqp.gpu.worker_weights import IntegerModel, Weights
 from tsqp.model.config import linear_groups
@@ -31,7 +32,7 @@ from tsqp.wire.call_limit import CALL_MACS
 NAME = "replay"  # the device that a replay worker announces
 
 
-class ReplayBackend:
+class ReplayBackend(HostBackend):
     """A `tsqp.gpu.backends.backend.Backend` that writes zeros. Its weights have only a shape.
 
     Args:

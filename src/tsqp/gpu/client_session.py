@@ -250,7 +250,8 @@ class KvSession:
         segments = [Segment(self._keys[s.sequence], s.start, s.length, s.known) for s in spans]
         if self._tables is None or self._tables[0] != spans:
             self._tables = spans, layers.tables(segments)
-        out_TD.copy_(layers.run(layer, x_TD, segments, self._tables[1]))
+        y_TD = layers.run(layer, x_TD, segments, self._tables[1])
+        self._store.backend.to_host(y_TD, out_TD)
 
 
 def _pairs(spans: Sequence[Span]) -> list[tuple[int, int]]:

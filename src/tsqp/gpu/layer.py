@@ -34,7 +34,7 @@ class FusedLayers:
     def run(self, layer: int, x_TD: Tensor, segments: Sequence[Segment], tables: Tables) -> Tensor:
         """x_TD after a layer, in fresh memory on the device of the weights."""
         layers, groups = self._weights.layers, self._groups[layer]
-        x_TD = x_TD.to(self._weights.backend.device, copy=True)
+        x_TD = self._weights.backend.to_device(x_TD)
         h_TD = layers.norm(layer, "attention", x_TD)
         qkv = layers.heads(layer, self._linear(groups.qkv, h_TD), tables)
         y_TD = self._attention.attend(layer, *qkv, segments)

@@ -8,13 +8,14 @@ from torch import Tensor
 from tsqp.algebra.params import FIELDS
 from tsqp.errors import HandshakeError, ProtocolError
 from tsqp.gpu.backends import residues
+from tsqp.gpu.backends.backend import Backend
 from tsqp.gpu.client_session import KvSession, KvStore
 from tsqp.gpu.self_test import check_device
 from tsqp.gpu.worker_weights import IntegerModel, ModelWeights, Weights
 from tsqp.model.linear_group import LinearGroup
 from tsqp.model.macs import dearest_row_macs
 from tsqp.wire.call_limit import call_macs, check_call, check_residues
-from tsqp.wire.channel import kind_of
+from tsqp.wire.channel import Completion, kind_of
 from tsqp.wire.messages import (
     Embed,
     Hello,
@@ -69,6 +70,13 @@ class Worker:
             self._store = KvStore(weights, self._max_call_macs, kv_shares)
         if integers is not None:
             integers.backend.prepare()
+
+    @property
+    def _backend(self) -> Backend:
+        """The one backend of all weights."""
+        held = self._weights or self._integers
+        assert held is not None
+        return held.backend
 
     def check_device(self) -> None:
         """Raise IntegrityError unless the device multiplies the integer weights rightly."""
@@ -134,7 +142,8 @@ class Worker:
 
     def open(self) -> "WorkerSession":
         """A session for one client's calls."""
-        return WorkerSession(self, None if self._store is None else KvSession(self._store))
+        kv = None if self._store is None else KvSession(self._store)
+        return WorkerSession(self, self._backend, kv)
 
     def check(self, operation: Stateless, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         """Raise ProtocolError unless the tensors have the shapes that `operation` wants.
@@ -256,12 +265,23 @@ class WorkerSession:
     """One client's calls. Its keys and values are its own; the weights are shared by all clients.
 
     Args:
+        backend: of the worker's weights.
         kv: None on a worker of the private modes.
     """
 
-    def __init__(self, worker: Worker, kv: KvSession | None) -> None:
+    def __init__(self, worker: Worker, backend: Backend, kv: KvSession | None) -> None:
         self._worker = worker
+        self._backend = backend
+        self._stream = backend.open_stream()
         self._kv = kv
+
+    def use_memory(self, memory: Tensor) -> None:
+        """Prepare shared memory for fast copies; see `tsqp.wire.channel.UsesMemory`."""
+        self._stream.use_memory(memory)
+
+    def forget_memory(self) -> None:
+        """End `use_memory`, after all calls."""
+        self._stream.forget_memory()
 
     def check(self, operation: Operation, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> None:
         """Raise ProtocolError unless the client may ask for this, with these tensors."""
@@ -277,15 +297,22 @@ class WorkerSession:
     @torch.inference_mode()
     def run(
         self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-    ) -> None:
-        """Compute `operation`, which has passed `check`, into `outputs`."""
-        if isinstance(operation, Stateless):
-            self._worker.run(operation, inputs, outputs)
-        elif self._kv is not None:
-            self._kv.run(operation, inputs, outputs)
+    ) -> Completion | None:
+        """Compute `operation`, which has passed `check`, into `outputs`.
+
+        Returns:
+            None if they are written, or what tells when they are.
+        """
+        with self._backend.on(self._stream):
+            if isinstance(operation, Stateless):
+                self._worker.run(operation, inputs, outputs)
+            elif self._kv is not None:
+                self._kv.run(operation, inputs, outputs)
+            return self._stream.completion()
 
     def close(self) -> None:
-        """Free what this client kept."""
+        """Free what this client kept, after its calls."""
+        self._stream.drain()
         if self._kv is not None:
             self._kv.close()
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -147,6 +147,39 @@ class Service(Protocol):
         ...
 
 
+class Completion(Protocol):
+    """Tells when a call is complete that a device still computes."""
+
+    def is_done(self) -> bool:
+        """Whether the outputs are written; does not wait.
+
+        Raises:
+            RuntimeError: the device failed.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Wait until `is_done`, which may raise the same."""
+        ...
+
+    def compute_ns(self) -> int:
+        """The time of this call on the device, once it is done."""
+        ...
+
+
+@runtime_checkable
+class UsesMemory(Protocol):
+    """A session that wants to know the memory that it shares with its client."""
+
+    def use_memory(self, memory: Tensor) -> None:
+        """Calls read and write this memory from now on: uint8, one dimension."""
+        ...
+
+    def forget_memory(self) -> None:
+        """The memory will be unmapped. Returns when no call uses it any more."""
+        ...
+
+
 class ServiceSession(Protocol):
     """Handles the calls of one client, and keeps its state between calls."""
 
@@ -156,8 +189,13 @@ class ServiceSession(Protocol):
 
     def run(
         self, operation: Operation, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-    ) -> None:
-        """Compute `operation` and write the outputs in place."""
+    ) -> Completion | None:
+        """Compute `operation` and write the outputs in place.
+
+        Returns:
+            None if they are written, or what tells when they are. Until then, no tensor may be
+            freed. The calls of a session are complete in their order.
+        """
         ...
 
     def close(self) -> None:
@@ -229,7 +267,9 @@ class InprocChannel:
         end_stage(times, MASK)
         start = time.perf_counter_ns()
         try:
-            self._session.run(slot.operation, slot.inputs, slot.outputs)
+            completion = self._session.run(slot.operation, slot.inputs, slot.outputs)
+            if completion is not None:
+                completion.wait()
         except Exception as exc:
             message = str(exc) if isinstance(exc, TSQPError) else repr(exc)
             slot.error = RemoteError(

@@ -4,10 +4,10 @@ Clients are not trusted. Each tensor reference of a client is checked against it
 the shapes of the operation, before anything is read or allocated.
 """
 
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +22,11 @@ from tsqp.errors import (
     RecordingError,
     TSQPError,
 )
-from tsqp.wire.channel import Service, ServiceSession
+from tsqp.wire.channel import Service
 from tsqp.wire.codec import encode, printable, worker_decoder
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.fixed_segment import FixedPlace
 from tsqp.wire.handshake import check_agreement
-from tsqp.wire.mailbox import MAILBOX_BYTES, Mailbox
 from tsqp.wire.messages import (
     INLINE,
     MAX_SENTENCE,
@@ -45,60 +44,21 @@ from tsqp.wire.messages import (
     Result,
     TensorRef,
 )
-from tsqp.wire.offers import OfferedSegment, Offers
+from tsqp.wire.offers import Offers
 from tsqp.wire.quotas import DEFAULT_QUOTAS, Quotas
+from tsqp.wire.server_session import Begun, Session
 from tsqp.wire.server_socket import ServerSocket
 from tsqp.wire.shm import SHM_FOLDER, NamedSegment, SealedSegment
 from tsqp.wire.tensors import raw, spec_of
 from tsqp.wire.zmq import MAX_FRAME
 
 LOOK_EVERY_S = 0.5  # how often a busy worker checks for clients that left
+MOST_BEGUN = 8  # calls of a session that a device computes while the next is read
+LOOKS_AT_BEGUN = 8  # for each look at the socket, which is slower
 LOOKS = 10  # more than one, as libzmq reports a broken connection before it drops the peer
 
 
 OnCall = Callable[[int, Operation, Sequence[Tensor]], None]
-
-
-@dataclass(slots=True)
-class Session:
-    """The state of one client's session."""
-
-    number: int  # from 1 on
-    service: ServiceSession
-    client: str  # the client whose limits it counts for
-    hello: Hello
-    segment: OfferedSegment | None = None
-    mailbox: Mailbox | None = None
-    last_sent: int = 0  # last ticket through the socket
-    last_posted: int = 0  # last ticket through the mailbox; either path may be faster
-
-    def attach(self, message: Attach) -> None:
-        """Record whether the client could map the segment."""
-        if self.segment is not None:
-            self.segment.withdraw()
-            if message.poll and self.mailbox is None:
-                self.mailbox = Mailbox(self.segment.memory(MAILBOX_BYTES), "worker")
-        if not message.mapped:
-            self.drop_segment()
-
-    def note(self, ticket: int, posted: bool) -> None:
-        """Record a ticket; refuse one that is not greater than the last one on its path."""
-        if ticket <= (self.last_posted if posted else self.last_sent):
-            raise ProtocolError("A client sent the same call twice.")
-        if posted:
-            self.last_posted = ticket
-        else:
-            self.last_sent = ticket
-
-    def close(self) -> None:
-        self.service.close()
-        self.drop_segment()
-
-    def drop_segment(self) -> None:
-        self.mailbox = None
-        if self.segment is not None:
-            self.segment.close()
-            self.segment = None
 
 
 class Server:
@@ -163,6 +123,9 @@ class Server:
         busy = False
         while not stop():
             active = self._serve_round(stop)
+            if any(session.begun for session in self.sessions.values()):
+                self._await_begun()
+                active = True
             if not active:
                 # Spin only if there was work just now: another call may follow soon.
                 self._put_off = self._socket.receive(self, wait=True, spin=busy)
@@ -172,6 +135,8 @@ class Server:
                 looks = LOOKS if self._socket.a_peer_left() else max(0, looks - 1)
                 if looks:
                     self._free_lost_sessions()
+        for identity, session in list(self.sessions.items()):
+            self._finish(identity, session, 0)
 
     def close(self) -> None:
         """End all sessions and stop listening; leaves nothing in /dev/shm or on disk."""
@@ -224,6 +189,39 @@ class Server:
                 found = True
         return found
 
+    def _await_begun(self) -> None:
+        """Answer calls that a device has computed; poll for a while if there are none."""
+        for _ in range(LOOKS_AT_BEGUN):
+            found = self.has_mail
+            for identity, session in list(self.sessions.items()):
+                while session.begun and self._is_done(identity, session):
+                    self._finish(identity, session, len(session.begun) - 1)
+                    found = True
+            if found:
+                return
+            os.sched_yield()
+
+    def _is_done(self, identity: bytes, session: Session) -> bool:
+        try:
+            return session.begun[0].completion.is_done()
+        except RuntimeError:
+            return True  # `wait` raises it again
+
+    def _finish(self, identity: bytes, session: Session, most: int) -> None:
+        """Answer begun calls, the oldest first, until there are `most` of them."""
+        while len(session.begun) > most:
+            begun = session.begun.popleft()
+            try:
+                begun.completion.wait()
+                compute_ns = begun.completion.compute_ns()
+            except Exception as exc:  # of the device
+                self._say_failed(identity, begun.ticket, exc)
+            else:
+                outputs = begun.held[1]
+                self._answer(
+                    identity, session, begun.ticket, begun.call, outputs, begun.posted, compute_ns
+                )
+
     def _handle(self, identity: bytes, frame: bytes | memoryview, *, posted: bool = False) -> None:
         """Handle one message, from the socket or posted."""
         ticket = 0
@@ -241,10 +239,14 @@ class Server:
             self._send(identity, Failure("error", _sentence(str(exc))), ticket)
             raise
         except Exception as exc:
-            text = str(exc) if isinstance(exc, TSQPError) else f"{type(exc).__name__}: {exc}"
-            trace = printable(traceback.format_exc()[-MAX_TRACEBACK:], keep="\n")
-            kind: Literal["memory", "error"] = "memory" if isinstance(exc, OutOfMemory) else "error"
-            self._send(identity, Failure(kind, _sentence(text), trace), ticket)
+            self._say_failed(identity, ticket, exc)
+
+    def _say_failed(self, identity: bytes, ticket: int, exc: Exception) -> None:
+        """Tell a client that its call failed, while `exc` is handled."""
+        text = str(exc) if isinstance(exc, TSQPError) else f"{type(exc).__name__}: {exc}"
+        trace = printable(traceback.format_exc()[-MAX_TRACEBACK:], keep="\n")
+        kind: Literal["memory", "error"] = "memory" if isinstance(exc, OutOfMemory) else "error"
+        self._send(identity, Failure(kind, _sentence(text), trace), ticket)
 
     def _dispatch(self, identity: bytes, ticket: int, message: FromTEE, posted: bool) -> None:
         if isinstance(message, Hello):
@@ -322,9 +324,28 @@ class Server:
         if self._on_call is not None:
             self._on_call(session.number, call.operation, inputs)
         start = time.perf_counter_ns()
-        session.service.run(call.operation, inputs, outputs)
-        # The time of this call only: waiting times would show what other clients do.
-        result = Result(time.perf_counter_ns() - start)
+        completion = session.service.run(call.operation, inputs, outputs)
+        if completion is None:
+            # The time of this call only: waiting times would show what other clients do.
+            compute_ns = time.perf_counter_ns() - start
+            self._answer(identity, session, ticket, call, outputs, posted, compute_ns)
+            return
+        session.begun.append(Begun(ticket, call, (inputs, outputs), posted, completion))
+        # Frames take memory, so there is one such call at a time.
+        is_shared = posted or not any(ref.offset == INLINE for ref in (*call.inputs, *call.outputs))
+        self._finish(identity, session, MOST_BEGUN if is_shared else 0)
+
+    def _answer(
+        self,
+        identity: bytes,
+        session: Session,
+        ticket: int,
+        call: Call,
+        outputs: list[Tensor],
+        posted: bool,
+        compute_ns: int,
+    ) -> None:
+        result = Result(compute_ns)
         if not posted or session.mailbox is None:
             self._send(identity, result, ticket, _inline(outputs, call.outputs))
         elif session.mailbox.post(encode(result, ticket)):

@@ -10,12 +10,34 @@ sequence; M rows of the query heads of one key/value head.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tsqp.algebra.params import Field
+from tsqp.wire.channel import Completion
+
+
+class Stream(Protocol):
+    """The calls of one session, which a device computes one after the other."""
+
+    def completion(self) -> Completion | None:
+        """Of all that the last `Backend.on` began; None if it has ended."""
+        ...
+
+    def use_memory(self, memory: Tensor) -> None:
+        """Prepare host memory (uint8, one dimension) for fast copies, if the device allows it."""
+        ...
+
+    def forget_memory(self) -> None:
+        """Wait for the calls of this session, and end `use_memory`; safe to call twice."""
+        ...
+
+    def drain(self) -> None:
+        """Wait for the calls of this session; a device that has failed has none."""
+        ...
 
 
 class Backend(Protocol):
@@ -34,6 +56,22 @@ class Backend(Protocol):
 
     def prepare(self) -> None:
         """Compile the loops for products of residues, before a client waits for them."""
+        ...
+
+    def open_stream(self) -> Stream:
+        """A stream for a new session."""
+        ...
+
+    def on(self, stream: Stream) -> AbstractContextManager[None]:
+        """Inside `with`, calls go to this stream, and may return before they are computed."""
+        ...
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """A copy of contiguous host memory on the device."""
+        ...
+
+    def to_host(self, y: Tensor, out: Tensor) -> None:
+        """Copy from the device into contiguous host memory of the same shape and dtype."""
         ...
 
     def free_bytes(self) -> int:
@@ -86,6 +124,38 @@ class Backend(Protocol):
     def seed_product(self, seed: bytes, weight_FD: Tensor, field: Field, out_TB: Tensor) -> None:
         """The same for the residues that a seed stands for, a row for each row of out [P8]."""
         ...
+
+
+class HostStream:
+    """A `Stream` where calls are computed when they return."""
+
+    def completion(self) -> None:
+        return None
+
+    def use_memory(self, memory: Tensor) -> None:
+        pass
+
+    def forget_memory(self) -> None:
+        pass
+
+    def drain(self) -> None:
+        pass
+
+
+class HostBackend:
+    """What backends in host memory have in common."""
+
+    def open_stream(self) -> Stream:
+        return HostStream()
+
+    def on(self, stream: Stream) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def to_device(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def to_host(self, y: Tensor, out: Tensor) -> None:
+        out.copy_(y)
 
 
 def group_queries(q_THK: Tensor, kv_heads: int) -> Tensor:

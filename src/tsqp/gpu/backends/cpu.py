@@ -10,10 +10,10 @@ from tsqp.algebra.params import Field
 from tsqp.checkpoint.memory import available_bytes
 from tsqp.checkpoint.weights import check_memory
 from tsqp.gpu.backends import residues
-from tsqp.gpu.backends.backend import group_queries, weigh_values
+from tsqp.gpu.backends.backend import HostBackend, group_queries, weigh_values
 
 
-class CpuBackend:
+class CpuBackend(HostBackend):
     """A `Backend` whose device memory is host memory, so that products are written in place."""
 
     name = "cpu"

@@ -5,6 +5,9 @@ by the weights with int32 accumulators, and writes packed residues mod p. `_few_
 digits of all tokens under each other, so that the weights are read once. `_many_rows` has one
 accumulator for each digit, which wastes no row of a tile.
 
+Where int8 is slow, the digits of a tile are multiplied as bfloat16. Their sums in float32 are
+exact, as a tile is narrower than `EXACT_WIDTH`; from tile to tile they are added as int32.
+
 Imports Triton, which needs a CUDA device, or TRITON_INTERPRET=1 for tests on a CPU.
 
 Shape suffixes: T tokens; D input and F output features; B bytes of a row; L digits. M rows of
@@ -12,6 +15,7 @@ digits, in which token t has the rows LEVELS·t to LEVELS·t + L - 1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,9 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tsqp.algebra.params import Field
+from tsqp.gpu.backends.cuda_product import EXACT_WIDTH
 
 FEW = 16  # tokens, up to which the weights are read once
 MIN_ROWS = 16  # of a tile, see tl.dot
+BFLOAT16 = tl.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +61,17 @@ def levels(field: Field) -> int:
     return int(triton.next_power_of_2(field.digits))
 
 
-def residue_product(c_TB: Tensor, weight_FD: Tensor, field: Field, out_TB: Tensor) -> None:
+def residue_product(
+    c_TB: Tensor, weight_FD: Tensor, field: Field, out_TB: Tensor, *, floats: tl.dtype | None = None
+) -> None:
     """Write out = Wq · c mod p.
 
     Args:
         c_TB, out_TB: uint8, contiguous rows of packed residues; see `tsqp.algebra.residue_bytes`.
             What is not a residue gives a wrong answer and no error.
         weight_FD: int8 in [-127, 127], contiguous, D ≤ MAX_WIDTH. All are on one device.
+        floats: multiply digits in this type: BFLOAT16, or float16 in the interpreter, which cannot
+            multiply bfloat16. Both hold digits and weights exactly. None: as int8.
     """
     rows, (features, width) = len(c_TB), weight_FD.shape
     is_few = rows <= FEW
@@ -70,13 +80,16 @@ def residue_product(c_TB: Tensor, weight_FD: Tensor, field: Field, out_TB: Tenso
     kernel = _few_rows if is_few else _many_rows
     kernel[grid](
         as_units(c_TB, field), weight_FD, as_units(out_TB, field), rows, features, width,
-        **constants(field, tile, is_few), **options(tile),
+        **constants(field, tile, is_few, floats), **options(tile),
     )  # fmt: skip
 
 
-def constants(field: Field, tile: Tile, is_few: bool) -> dict[str, int]:
+def constants(
+    field: Field, tile: Tile, is_few: bool, floats: tl.dtype | None = None
+) -> dict[str, Any]:
     """The constants of a kernel, by name."""
-    found = {
+    assert tile.width <= EXACT_WIDTH
+    found: dict[str, Any] = {
         "BYTES": field.residue_bytes,
         "BITS": field.bits,
         "GAP": field.gap,
@@ -85,6 +98,7 @@ def constants(field: Field, tile: Tile, is_few: bool) -> dict[str, int]:
         "TOKENS": tile.tokens,
         "FEATURES": tile.features,
         "WIDTH": tile.width,
+        "FLOATS": floats,
     }
     return found | {"LEVELS": levels(field)} if is_few else found
 
@@ -102,12 +116,13 @@ def as_units(rows_TB: Tensor, field: Field) -> Tensor:
     return rows_TB.view({4: torch.int32, 3: torch.uint8, 6: torch.int16}[field.residue_bytes])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # not compiled anew for one row, or 16
 def _few_rows(
     c_units, weight_FD, out_units, rows, features, width,
     BYTES: tl.constexpr, BITS: tl.constexpr, GAP: tl.constexpr, LARGEST: tl.constexpr,
     DIGITS: tl.constexpr, LEVELS: tl.constexpr,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+    FLOATS: tl.constexpr,
 ):  # fmt: skip
     rows_M: tl.constexpr = TOKENS * LEVELS
     m = tl.arange(0, rows_M)
@@ -123,7 +138,7 @@ def _few_rows(
         digits_MD = _digit(shifted_MD, level_M[:, None])
         digits_MD = tl.where(is_digit_MD, digits_MD, 0).to(tl.int8)
         weight_DF = _read_weights(weight_FD, feature_F, d, features, width)
-        sums_MF = tl.dot(digits_MD, weight_DF, sums_MF, out_dtype=tl.int32)
+        sums_MF = _add_product(sums_MF, digits_MD, weight_DF, FLOATS)
     parts_MF = sums_MF.to(tl.int64)
     for level in tl.static_range(1, DIGITS):  # Σ 256^l · sums, reduced after each factor
         parts_MF = tl.where(level_M[:, None] >= level, _fold(parts_MF * 256, BITS, GAP), parts_MF)
@@ -132,12 +147,13 @@ def _few_rows(
     _write(out_units, token_T, feature_F, rows, features, _residue(z_TF, BITS, GAP), BYTES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _many_rows(
     c_units, weight_FD, out_units, rows, features, width,
     BYTES: tl.constexpr, BITS: tl.constexpr, GAP: tl.constexpr, LARGEST: tl.constexpr,
     DIGITS: tl.constexpr,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+    FLOATS: tl.constexpr,
 ):  # fmt: skip
     token_T = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     feature_F = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
@@ -153,14 +169,14 @@ def _many_rows(
         c_TD = _read(c_units, token_T, d, width, is_there_TD, BYTES)
         shifted_TD = _shift(c_TD, BITS, GAP, LARGEST, DIGITS)
         weight_DF = _read_weights(weight_FD, feature_F, d, features, width)
-        s0_TF = tl.dot(_digit(shifted_TD, 0), weight_DF, s0_TF, out_dtype=tl.int32)
-        s1_TF = tl.dot(_digit(shifted_TD, 1), weight_DF, s1_TF, out_dtype=tl.int32)
-        s2_TF = tl.dot(_digit(shifted_TD, 2), weight_DF, s2_TF, out_dtype=tl.int32)
+        s0_TF = _add_product(s0_TF, _digit(shifted_TD, 0), weight_DF, FLOATS)
+        s1_TF = _add_product(s1_TF, _digit(shifted_TD, 1), weight_DF, FLOATS)
+        s2_TF = _add_product(s2_TF, _digit(shifted_TD, 2), weight_DF, FLOATS)
         if DIGITS > 3:
-            s3_TF = tl.dot(_digit(shifted_TD, 3), weight_DF, s3_TF, out_dtype=tl.int32)
+            s3_TF = _add_product(s3_TF, _digit(shifted_TD, 3), weight_DF, FLOATS)
         if DIGITS > 4:
-            s4_TF = tl.dot(_digit(shifted_TD, 4), weight_DF, s4_TF, out_dtype=tl.int32)
-            s5_TF = tl.dot(_digit(shifted_TD, 5), weight_DF, s5_TF, out_dtype=tl.int32)
+            s4_TF = _add_product(s4_TF, _digit(shifted_TD, 4), weight_DF, FLOATS)
+            s5_TF = _add_product(s5_TF, _digit(shifted_TD, 5), weight_DF, FLOATS)
     z_TF = tl.zeros((TOKENS, FEATURES), tl.int64)  # Horner's rule from the highest digit
     if DIGITS > 4:
         z_TF = _fold(s5_TF.to(tl.int64) * 256 + s4_TF, BITS, GAP) * 256
@@ -169,6 +185,15 @@ def _many_rows(
     z_TF = _fold(z_TF + s2_TF, BITS, GAP) * 256
     z_TF = _fold(z_TF + s1_TF, BITS, GAP) * 256 + s0_TF
     _write(out_units, token_T, feature_F, rows, features, _residue(z_TF, BITS, GAP), BYTES)
+
+
+@triton.jit
+def _add_product(sums, digits, weights, FLOATS: tl.constexpr):
+    """sums + digits · weights, in int32."""
+    if FLOATS is not None:
+        products = tl.dot(digits.to(FLOATS), weights.to(FLOATS), out_dtype=tl.float32)
+        return sums + products.to(tl.int32)
+    return tl.dot(digits, weights, sums, out_dtype=tl.int32)
 
 
 @triton.jit
