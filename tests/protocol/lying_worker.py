@@ -56,7 +56,8 @@ from tsqp.wire.messages import (
     Welcome,
 )
 from tsqp.wire.seeds import expand
-from tsqp.wire.server import Server, Session
+from tsqp.wire.server import Server
+from tsqp.wire.session import Session
 from tsqp.wire.tensors import Spec
 
 OTHER_MODEL = "random:tiny:1"

@@ -48,7 +48,7 @@ from tsqp.wire.messages import (
     WeightedValues,
     Welcome,
 )
-from tsqp.wire.server import Session
+from tsqp.wire.session import Session
 
 NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789_:-"
 dtypes = st.sampled_from(["float32", "float16", "bfloat16", "int64", "uint8"])
