@@ -93,7 +93,7 @@ class ReplayModel:
             ]
         )
         norms = WeightsDigest()
-        self._layers = Layers(checkpoint, self._dtype, norms)
+        self._layers = Layers(checkpoint, self._dtype, norms, compiled=options.masked)
         builder = Builder(options, checkpoint, self._dtype, norms)
         self._begins: list[Begin] = builder.build(self._failover)
         self._options = options
