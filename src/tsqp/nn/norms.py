@@ -31,18 +31,18 @@ class CompiledNorm:
     """
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
-        _rms_norm.compile()
+        self._run = _rms_norm.function
         self._weight_D = weight_D.float().numpy()
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.float().contiguous()
-        if rows.dim() != 2:
-            rows = rows.view(-1, self._weight_D.size)
-        y_TD = np.empty(rows.shape, np.float32)
-        _rms_norm(rows.numpy(), self._weight_D, self._eps, y_TD)
+        is_plain = x.dtype == torch.float32 and x.dim() == 2
+        rows = x if is_plain else x.float().reshape(-1, self._weight_D.size)
+        x_TD = rows.contiguous().numpy()
+        y_TD = np.empty_like(x_TD)
+        self._run(x_TD, self._weight_D, self._eps, y_TD)
         y = torch.from_numpy(y_TD)
-        return (y if x.dim() == 2 else y.view(x.shape)).to(x.dtype)
+        return y if is_plain else y.view(x.shape).to(x.dtype)
 
 
 @reordered
