@@ -10,6 +10,7 @@ import pytest
 from tsqp.algebra.compiler import numba
 from tsqp.wire import shared_words
 from tsqp.wire.mailbox import CAN_POLL, MAILBOX_BYTES, MAX_SKIPPED, Mailbox
+from tsqp.wire.patience import Patience
 from tsqp.wire.shared_words import CAN_ORDER, await_word, spins_in
 
 pytestmark = pytest.mark.skipif(not CAN_POLL or not CAN_ORDER, reason="no mailboxes here")
@@ -81,10 +82,25 @@ def test_a_side_spins_rarely_while_its_peer_is_slow() -> None:
     for _ in range(1000):
         assert mailbox.take_soon() is None
     assert 1000 // MAX_SKIPPED <= sum(map(bool, spins)) < 1000 // MAX_SKIPPED + 8
-    while not spins[-1]:
-        peer.post(b"now")
-        assert mailbox.take_soon() == b"now"
-    spins.clear()
-    peer.post(b"again")
-    assert mailbox.take_soon() == b"again"
-    assert spins[0] > 0
+    peer.post(b"now")  # this says nothing about the use of spinning
+    assert mailbox.take_soon() == b"now"
+    assert spins[-1] == 0
+
+
+def test_polling_is_skipped_for_longer_after_each_failure_until_it_is_of_use() -> None:
+    patience = Patience(7)
+
+    def skipped() -> int:
+        count = 0
+        while not patience.may_poll():
+            count += 1
+        return count
+
+    found = []
+    for _ in range(6):
+        found.append(skipped())
+        patience.note(polled=True, useful=False)
+    assert found == [0, 1, 3, 7, 7, 7]
+    assert skipped() == 7
+    patience.note(polled=False, useful=True)
+    assert skipped() == 0

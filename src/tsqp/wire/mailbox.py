@@ -118,7 +118,7 @@ class Mailbox:
         This keeps the core, which the peer may need. So it waits only if that was of use the last
         time, and once in MAX_SKIPPED times otherwise.
         """
-        if not self._patience.may_poll():
+        if self._in.has_frame or not self._patience.may_poll():
             return self._in.take()
         frame = self._in.take(self._spins)
         self._patience.note(polled=True, useful=frame is not None)
