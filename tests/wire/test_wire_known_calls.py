@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from wire_helpers import Echo, WorkerThread
+from wire_helpers import Echo, WorkerThread, eventually
 from wire_peers import PostingClient
 
 import tsqp.wire.known_calls
@@ -100,6 +100,8 @@ def test_a_call_about_kept_state_is_checked_each_time(client: PostingClient) -> 
     client.post(encode(Call(Truncate(1, 0), (), ()), 1))
     assert client.take()[0] == 1
     client.post(encode(Call(Truncate(1, 0), (), ()), 2))
+    assert eventually(lambda: client.mailbox.has_mail or client._socket.poll(1) != 0)
+    assert not client.mailbox.has_mail
     assert isinstance(client.receive(), Failure)
 
 
