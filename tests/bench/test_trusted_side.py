@@ -10,7 +10,7 @@ import torch
 from tsqp import LLM, SamplingParams
 from tsqp.bench.replay_backend import NAME, ReplayBackend
 from tsqp.bench.replay_session import ReplayModel, ReplayProcess
-from tsqp.bench.trusted_side import MODES, measure_trusted_side, parse_modes
+from tsqp.bench.trusted_side import MODES, measure_trusted_side, parse_modes, stocked_rows
 from tsqp.bench.trusted_side_figures import Floor, at_depth
 from tsqp.bench.trusted_side_table import _cell
 from tsqp.bench.zero_model import ZeroCheckpoint
@@ -25,6 +25,7 @@ from tsqp.runtime import build
 from tsqp.runtime.options import Options
 from tsqp.runtime.worker_link import WorkerProcess
 from tsqp.tee.crypto.freivalds import FailureLimit
+from tsqp.tee.crypto.lattice import class_rows
 
 PRIVATE = [mode for mode in MODES if mode != "open"]
 MANY = {
@@ -146,3 +147,12 @@ def test_a_figure_that_does_not_grow_with_the_layers_is_left_out() -> None:
     assert math.isnan(found.prefill_s)
     assert found.prefill_wait_s == 32.0
     assert _cell(found.prefill_s, 1) == "–"
+
+
+def test_a_stock_has_masks_for_a_whole_run_in_whole_classes() -> None:
+    for rows in range(1, 5000):
+        stocked = stocked_rows("lattice", rows)
+        for memory_rows in range(stocked, stocked + 3):
+            of_a_class = class_rows(memory_rows)
+            assert rows <= memory_rows - memory_rows % of_a_class
+    assert stocked_rows("wide", 543) == 543

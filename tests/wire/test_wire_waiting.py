@@ -22,6 +22,9 @@ class Mail:
         self.looks += 1
         return time.perf_counter() >= self._there_at
 
+    def linger(self) -> bool:
+        return self.has_mail
+
     def say_asleep(self, asleep: bool) -> None:
         pass
 

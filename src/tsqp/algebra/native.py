@@ -30,10 +30,11 @@ class Kernel:
     The first call compiles it, if nobody has yet. Safe to use from several threads.
     """
 
-    def __init__(self, function: Callable[..., Any], signature: str) -> None:
+    def __init__(self, function: Callable[..., Any], signature: str, *, nogil: bool = True) -> None:
         self.name = f"{function.__module__}.{function.__name__}: {signature}"
         self._function = function
         self._signature = signature
+        self._options = _KERNEL | {"nogil": nogil}
         self._compiled = False
         self._run: Callable[..., Any] = self._compile_and_run
 
@@ -44,11 +45,17 @@ class Kernel:
         """Compile it now; does nothing the second time."""
         with _COMPILING:
             if not self._compiled:
-                dispatcher = numba().njit(**_KERNEL)(self._function)
+                dispatcher = numba().njit(**self._options)(self._function)
                 dispatcher.compile(self._signature)
                 dispatcher.disable_compile()
                 self._run = dispatcher
                 self._compiled = True
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The compiled function, whose call takes 0.3 µs less than one of this object."""
+        self.compile()
+        return self._run
 
     def _compile_and_run(self, *arguments: object) -> Any:
         self.compile()
@@ -73,7 +80,7 @@ class Inlined:
 
 
 class Instruction:
-    """One LLVM instruction in a kernel, in place of a numba call that is not vectorised.
+    """An LLVM instruction in a kernel that numba has no function for, or none that is vectorised.
 
     Args:
         signature: numba's, as "float64(float64)".
@@ -97,7 +104,9 @@ class Instruction:
             return self._build(builder, arguments)
 
         define = {
+            0: lambda _context: (signature, generate),
             1: lambda _context, a: (signature, generate),
+            2: lambda _context, a, b: (signature, generate),
             3: lambda _context, a, b, c: (signature, generate),
         }[len(types)]
         made = numba().extending.intrinsic(define)
@@ -106,9 +115,14 @@ class Instruction:
         return typing.resolve_value_type(made)
 
 
-def compiled(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """Make a function a kernel."""
-    return lambda function: Kernel(function, signature)
+def compiled(signature: str, *, nogil: bool = True) -> Callable[[Callable[..., Any]], Kernel]:
+    """Make a function a kernel.
+
+    Args:
+        nogil: whether it releases the interpreter. To get that back takes longer than a few
+            instructions do, and another thread may keep it for milliseconds.
+    """
+    return lambda function: Kernel(function, signature, nogil=nogil)
 
 
 def inlined(function: F) -> F:

@@ -103,7 +103,7 @@ class ReplayModel:
         alternatives = [self._replicas] if self._replicas else [Alternative([w]) for w in workers]
         self._failover = Failover(alternatives)
         norms = WeightsDigest()
-        self._layers = Layers(checkpoint, self._dtype, norms)
+        self._layers = Layers(checkpoint, self._dtype, norms, compiled=options.masked)
         builder = Builder(options, checkpoint, self._dtype, norms)
         self._begins: list[Begin] = builder.build(self._failover)
         self._options = options

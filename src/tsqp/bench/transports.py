@@ -3,8 +3,11 @@
 Used by `tsqp bench transport` and `tsqp doctor`.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import quantiles
@@ -14,25 +17,41 @@ from typing import Self
 import torch
 from rich.table import Table
 
+from tsqp.bench.echo import ECHO, MOST_FLOATS, EchoMailbox, EchoWorker, hello
 from tsqp.bench.hardware_limits import copy_bytes_per_s
 from tsqp.bench.host import describe_machine
 from tsqp.bench.output import new_table
-from tsqp.checkpoint.checkpoint import open_checkpoint
-from tsqp.checkpoint.weights_digest import weights_digest
-from tsqp.runtime.links import Link
-from tsqp.runtime.local_worker import LocalWorker
-from tsqp.runtime.worker_link import WorkerProcess
+from tsqp.errors import WorkerLost
 from tsqp.wire.channel import Channel
+from tsqp.wire.client import RemoteChannel
 from tsqp.wire.endpoint import parse_endpoint
-from tsqp.wire.messages import Embed
+from tsqp.wire.mailbox import CAN_POLL, MAILBOX_BYTES, Mailbox
+from tsqp.wire.shm import MIN_SEGMENT, SealedSegment
 from tsqp.wire.tensors import Spec
 
-MODEL = "random:tiny"
 SHM_BYTES = 2**26
-MANY_ROWS = 2**15
-ANSWER_BYTES = 2**23  # bytes of MANY_ROWS rows
+FLOATS = 16  # of a small call, in each direction
+CALL_BYTES = 4 * FLOATS
+ANSWER_BYTES = 4 * MOST_FLOATS
+BUSY_PART = 10  # with all cores busy, a part of the calls is enough: they take much longer
 TIMEOUT_S = 10.0
 LISTENING = {"ipc": None, "tcp": "tcp://127.0.0.1:0"}
+BUSY = "import os, sys, threading\nthreading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)))"
+BUSY += ".start()\nwhile True: pass"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTrips:
+    """Round-trip times of many calls, in microseconds."""
+
+    median_us: float
+    p99_us: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Self:
+        """The figures of at least two round trips."""
+        found = quantiles(seconds, n=100)
+        return cls(1e6 * found[49], 1e6 * found[98])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +62,8 @@ class Transport:
         socket: "ipc" or "tcp".
         transport: name of the transport, as in `LLM.transport`.
         reason: why this transport was chosen.
-        median_us, p99_us: round-trip time of a call for one embedding row.
-        bytes_per_s: bandwidth of an answer of MANY_ROWS rows.
+        median_us, p99_us: round-trip time of a call of CALL_BYTES in each direction.
+        bytes_per_s: bandwidth of an answer of ANSWER_BYTES, which the worker copies once.
     """
 
     socket: str
@@ -56,21 +75,18 @@ class Transport:
 
 
 class Ways:
-    """Local workers with a tiny model, and the transports to them. A context manager.
+    """Local workers that only copy, and the transports to them. A context manager.
 
     Raises:
         WorkerUnavailable: on entering, if a worker does not start.
     """
 
     def __init__(self) -> None:
-        self._workers: dict[str, LocalWorker] = {}
+        self._workers: dict[str, EchoWorker] = {}
 
     def __enter__(self) -> Self:
-        self._checkpoint = open_checkpoint(MODEL)
-        self._digest = weights_digest(self._checkpoint, torch.float32)
-        arguments = [MODEL, "--serve", "open", "--dtype", "float32", "--threads", "1"]
         with ExitStack() as stack:
-            workers = {name: LocalWorker(arguments, at) for name, at in LISTENING.items()}
+            workers = {name: EchoWorker(at) for name, at in LISTENING.items()}
             for worker in workers.values():
                 stack.callback(worker.close)
             for worker in workers.values():
@@ -87,24 +103,53 @@ class Ways:
         return product(self._workers, (True, False))
 
     def measure(self, socket: str, shared: bool, calls: int) -> Transport:
-        """Measure one transport with `calls` calls for one row (at least 2)."""
-        link = Link(parse_endpoint(self._workers[socket].endpoint), None)
-        process = WorkerProcess(link, MODEL, torch.float32, None)
+        """Measure one transport with `calls` small calls (at least 2)."""
+        with self._channel(socket, shared) as channel:
+            found = RoundTrips.of(_small_calls(channel, calls))
+            large_s = min(_call(channel, FLOATS, MOST_FLOATS) for _ in range(5))
+            return Transport(
+                socket=socket,
+                transport=channel.transport,
+                reason=channel.reason,
+                median_us=found.median_us,
+                p99_us=found.p99_us,
+                bytes_per_s=ANSWER_BYTES / large_s,
+            )
+
+    def measure_busy(self, socket: str, shared: bool, calls: int) -> RoundTrips:
+        """The same calls while other processes keep all cores busy."""
+        with self._channel(socket, shared) as channel, _busy_cores():
+            return RoundTrips.of(_small_calls(channel, calls))
+
+    @contextmanager
+    def _channel(self, socket: str, shared: bool) -> Iterator[Channel]:
+        channel = RemoteChannel(
+            parse_endpoint(self._workers[socket].endpoint),
+            hello(SHM_BYTES if shared else 0),
+            no_shm_reason="not asked for",
+        )
         try:
-            reason = "" if shared else "not asked for"
-            shm_bytes = SHM_BYTES if shared else 0
-            channel = process.connect(self._checkpoint, self._digest, shm_bytes, reason)
-            return _measure(socket, channel, self._checkpoint.config.hidden_size, calls)
+            yield channel
         finally:
-            process.close()
+            channel.close()
 
 
 @dataclass(frozen=True, slots=True)
 class TransportResult:
-    """All transports, and the speed of a plain memory copy of the same size."""
+    """All transports, and the speed of a plain memory copy of the same size.
+
+    Attributes:
+        transports: each transport.
+        busy: round trips of each transport while all cores are busy.
+        mailbox: a frame of CALL_BYTES through the mailbox only, there and back: what is left of a
+            call without encoding, checks and tensors. None where there is no mailbox.
+    """
 
     transports: list[Transport]
+    busy: list[RoundTrips]
+    mailbox: RoundTrips | None
     calls: int
+    call_bytes: int
     answer_bytes: int
     copy_bytes_per_s: float
     machine: dict[str, str]
@@ -115,25 +160,36 @@ class TransportResult:
 
 
 def measure_transports(calls: int) -> TransportResult:
-    """Measure every transport with `calls` calls for one row (at least 2).
+    """Measure every transport with `calls` small calls (at least 100).
 
     Raises:
         WorkerUnavailable: a worker does not start.
     """
     with Ways() as ways:
         found = [ways.measure(socket, shared, calls) for socket, shared in ways]
-    copy = copy_bytes_per_s(ANSWER_BYTES)
-    return TransportResult(found, calls, ANSWER_BYTES, copy, describe_machine())
+        busy = [ways.measure_busy(socket, shared, calls // BUSY_PART) for socket, shared in ways]
+    return TransportResult(
+        transports=found,
+        busy=busy,
+        mailbox=_mailbox_only(calls) if CAN_POLL else None,
+        calls=calls,
+        call_bytes=CALL_BYTES,
+        answer_bytes=ANSWER_BYTES,
+        copy_bytes_per_s=copy_bytes_per_s(ANSWER_BYTES),
+        machine=describe_machine(),
+    )
 
 
 def tables(result: TransportResult) -> Iterator[Table]:
     """One row for each transport."""
     table = new_table(
-        "Calls to a worker", "socket", "transport", "µs", "p99, µs", "GB/s", "of copying"
-    )
-    for each in result.transports:
+        "Calls to a worker", "socket", "transport", "µs", "p99, µs", "busy, µs", "p99", "GB/s",
+        "of copying",
+    )  # fmt: skip
+    for each, busy in zip(result.transports, result.busy, strict=True):
         table.add_row(
-            each.socket, each.transport, f"{each.median_us:.0f}", f"{each.p99_us:.0f}",
+            each.socket, each.transport, f"{each.median_us:.1f}", f"{each.p99_us:.1f}",
+            f"{busy.median_us:.0f}", f"{busy.p99_us:.0f}",
             f"{each.bytes_per_s / 1e9:.2f}", f"{each.bytes_per_s / result.copy_bytes_per_s:.0%}",
         )  # fmt: skip
     yield table
@@ -142,32 +198,62 @@ def tables(result: TransportResult) -> Iterator[Table]:
 def notes(result: TransportResult) -> Iterator[str]:
     """How it was measured, and the limit of the hardware."""
     yield (
-        f"µs: a call for one row of an embedding, there and back, the median of {result.calls}. "
+        f"µs: a call of {result.call_bytes} bytes, there and back, the median of {result.calls}. "
+        "Busy: the same while other processes keep all cores busy. "
         f"GB/s: an answer of {result.answer_bytes >> 20} MiB; one core copies as much at "
         f"{result.copy_bytes_per_s / 1e9:.1f} GB/s."
     )
+    if result.mailbox is not None:
+        yield (
+            f"The mailbox only, without the messages: {result.mailbox.median_us:.1f} µs there and "
+            f"back, p99 {result.mailbox.p99_us:.1f}. The rest of a call is Python on both sides."
+        )
 
 
-def _measure(socket: str, channel: Channel, width: int, calls: int) -> Transport:
-    assert 4 * MANY_ROWS * width == ANSWER_BYTES
-    _fetch(channel, 1, width)
-    round_trips = quantiles([_fetch(channel, 1, width) for _ in range(calls)], n=100)
-    large_s = min(_fetch(channel, MANY_ROWS, width) for _ in range(3))
-    return Transport(
-        socket=socket,
-        transport=channel.transport,
-        reason=channel.reason,
-        median_us=1e6 * round_trips[49],
-        p99_us=1e6 * round_trips[98],
-        bytes_per_s=ANSWER_BYTES / large_s,
-    )
+def _small_calls(channel: Channel, calls: int) -> list[float]:
+    _call(channel, FLOATS, FLOATS)
+    return [_call(channel, FLOATS, FLOATS) for _ in range(calls)]
 
 
-def _fetch(channel: Channel, rows: int, width: int) -> float:
-    """Seconds of a call for `rows` embedding rows."""
-    inputs, outputs = Spec((rows,), torch.int64), Spec((rows, width), torch.float32)
-    began = perf_counter()
-    slot = channel.reserve(Embed(), [inputs], [outputs])
-    slot.inputs[0].zero_()
+def _call(channel: Channel, given: int, wanted: int) -> float:
+    """Seconds of a call with so many numbers in each direction."""
+    inputs, outputs = (Spec((given,), torch.float32),), (Spec((wanted,), torch.float32),)
+    began = perf_counter()  # the modes keep such descriptions, too
+    slot = channel.reserve(ECHO, inputs, outputs)
     with channel.wait(channel.submit(slot), monotonic() + TIMEOUT_S):
         return perf_counter() - began
+
+
+def _mailbox_only(calls: int) -> RoundTrips:
+    segment = SealedSegment.create(MIN_SEGMENT)
+    peer = EchoMailbox(segment)
+    try:
+        peer.await_ready()
+        mailbox = Mailbox(segment.memory(MAILBOX_BYTES), "tee")
+        frame = bytes(CALL_BYTES)
+        return RoundTrips.of([_post(mailbox, frame) for _ in range(calls)])
+    finally:
+        peer.close()
+        segment.close()
+
+
+def _post(mailbox: Mailbox, frame: bytes) -> float:
+    began = perf_counter()
+    mailbox.post(frame)
+    while mailbox.take_soon() is None:
+        mailbox.linger()
+        if perf_counter() - began > TIMEOUT_S:
+            raise WorkerLost("The other side of the mailbox does not answer.")
+    return perf_counter() - began
+
+
+@contextmanager
+def _busy_cores() -> Iterator[None]:
+    """Processes that use all cores, and end with this one."""
+    with ExitStack() as stack:
+        for _ in range(os.cpu_count() or 1):
+            process = stack.enter_context(
+                subprocess.Popen([sys.executable, "-I", "-c", BUSY], stdin=subprocess.PIPE)
+            )
+            stack.callback(process.kill)
+        yield

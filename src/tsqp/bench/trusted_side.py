@@ -26,6 +26,7 @@ from tsqp.checkpoint.weights import parse_dtype
 from tsqp.errors import UsageError
 from tsqp.model.config import ModelConfig, linear_groups
 from tsqp.runtime.options import WORKER_HINTS, Options
+from tsqp.tee.crypto.lattice import class_rows
 from tsqp.tee.crypto.pad_pool import PadPool
 
 MODES: dict[str, FieldName | None] = {  # the field of residues; None in `open`
@@ -186,7 +187,18 @@ def _bytes(config: ModelConfig, mode: str, setting: Setting) -> int:
     if field is None:
         return 0
     weights = trusted_bytes(config, dtype, "pad", lattice=field == LATTICE.name)
-    return weights + stock_bytes(config, setting.forwards, field)
+    return weights + stock_bytes(config, stocked_rows(field, setting.forwards), field)
+
+
+def stocked_rows(field: FieldName, rows: int) -> int:
+    """The rows of the smallest stock that is never without a mask in a run of `rows` tokens.
+
+    Lattice masks are stocked in whole classes, of which two fit.
+    """
+    if field != LATTICE.name:
+        return rows
+    of_a_class = class_rows(rows)
+    return max(2 * of_a_class, -(-rows // of_a_class) * of_a_class)
 
 
 def _measure(
@@ -199,6 +211,8 @@ def _measure(
     masks = 0.0, 0.0
     for number in range(len(endpoints)):
         with model.session(number) as session:
+            if session.pads is not None:
+                session.pads.hold()
             runs = [
                 _run(session, prompt_ids, setting.new_tokens) for _ in range(setting.rounds + 1)
             ]
@@ -221,7 +235,7 @@ def _options(config: ModelConfig, mode: str, setting: Setting, endpoints: Sequen
     field = MODES[mode]
     if field is None:
         return common
-    rows, is_lattice = setting.forwards, field == LATTICE.name
+    rows, is_lattice = stocked_rows(field, setting.forwards), field == LATTICE.name
     most = stock_bytes(config, max(rows, LATTICE_ROWS) if is_lattice else rows, field)
     return replace(
         common,
@@ -233,9 +247,15 @@ def _options(config: ModelConfig, mode: str, setting: Setting, endpoints: Sequen
 
 
 def _run(session: ReplaySession, prompt_ids: Sequence[int], new_tokens: int) -> Floor:
-    """One run from a full stock, without the times of masks."""
+    """One run from a full stock, which is held: no mask is made meanwhile.
+
+    Raises:
+        UsageError: the stock was too small for it.
+    """
+    made_rows = 0
     if session.pads is not None:
         session.pads.fill()
+        made_rows = session.pads.stats.made_rows
     stats = session.stats
     stats.reset()
     wait_s, calls = 0.0, 0
@@ -245,6 +265,11 @@ def _run(session: ReplaySession, prompt_ids: Sequence[int], new_tokens: int) -> 
         wait_s, calls = stats.wait_s, session.calls()
 
     session.run(prompt_ids, new_tokens, note)
+    if session.pads is not None and session.pads.stats.made_rows != made_rows:
+        raise UsageError(
+            "Memory is too short for the masks of one run, so some were made during it; ask for "
+            "fewer tokens or layers."
+        )
     new = new_tokens - 1
     return Floor(
         prefill_s=stats.prefill_s,
@@ -262,7 +287,8 @@ def _run(session: ReplaySession, prompt_ids: Sequence[int], new_tokens: int) -> 
 def _masks(pads: PadPool | None, config: ModelConfig) -> tuple[float, float]:
     """Wall and processor seconds to make one row of every group, in a stock that was full before.
 
-    The stock was full, because memory that is used for the first time costs more.
+    This thread makes all of them. The stock was full, because memory that is used for the first
+    time costs more.
     """
     if pads is None:
         return 0.0, 0.0

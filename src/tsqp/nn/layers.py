@@ -16,6 +16,7 @@ from tsqp.model.config import FINAL_NORM, layer_norms
 from tsqp.model.rope import Rope
 from tsqp.nn import ops
 from tsqp.nn.attention import Segment
+from tsqp.nn.norms import CompiledNorm, Norm, torch_norm
 from tsqp.nn.rotary import Rotary
 
 CPU = torch.device("cpu")
@@ -32,20 +33,29 @@ class Layers:
         dtype: torch.dtype,
         digest: WeightsDigest | None = None,
         device: torch.device = CPU,
+        *,
+        compiled: bool = False,
     ) -> None:
-        """Read the norms, and add them to `digest`."""
+        """Read the norms, and add them to `digest`.
+
+        Args:
+            compiled: compute norms by `CompiledNorm`; on the CPU only.
+        """
         config = self._config = checkpoint.config
         self._dtype = dtype
         self._device = device
 
-        def read(name: str) -> Tensor:
-            return norm_weight(config, read_norm(checkpoint, name, dtype, digest)).to(device)
+        def read(name: str) -> Norm:
+            weight_D = norm_weight(config, read_norm(checkpoint, name, dtype, digest))
+            if compiled:
+                return CompiledNorm(weight_D, config.rms_norm_eps)
+            return torch_norm(weight_D.to(device), config.rms_norm_eps)
 
         self._norms = [
             {use: read(name) for use, name in layer_norms(config, layer).items()}
             for layer in range(config.num_layers)
         ]
-        self._final_norm_D = read(FINAL_NORM)
+        self.final_norm = read(FINAL_NORM)  # gives the input of the output projection
         ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         self._rotary = {rope: Rotary(rope, config.head_dim) for rope in ropes}
         self._gated = ops.GATED[config.hidden_act]
@@ -60,11 +70,7 @@ class Layers:
 
     def norm(self, layer: int, use: str, x_TD: Tensor) -> Tensor:
         """The normed input of "attention" or "mlp"."""
-        return self._norm(x_TD, self._norms[layer][use])
-
-    def final_norm(self, x_TD: Tensor) -> Tensor:
-        """The normed input of the output projection."""
-        return self._norm(x_TD, self._final_norm_D)
+        return self._norms[layer][use](x_TD)
 
     def heads(self, layer: int, qkv_TF: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
         """q_THK, k_TJK and v_TJK; q and k are normed and rotated if the model does so."""
@@ -74,8 +80,7 @@ class Layers:
         qk_TNK, v_TJK = qkv_TNK.tensor_split([heads + kv_heads], dim=1)
         if self._config.qk_norm:
             q_THK, k_TJK = qk_TNK.tensor_split([heads], dim=1)
-            both = self._norm(q_THK, norms["q"]), self._norm(k_TJK, norms["k"])
-            qk_TNK = torch.cat(both, dim=1)
+            qk_TNK = torch.cat((norms["q"](q_THK), norms["k"](k_TJK)), dim=1)
         if rope is not None:
             qk_TNK = ops.rope(qk_TNK, *tables[rope])
         q_THK, k_TJK = qk_TNK.tensor_split([heads], dim=1)
@@ -87,10 +92,7 @@ class Layers:
 
     def add(self, layer: int, use: str, x_TD: Tensor, branch_TD: Tensor) -> None:
         """Add the output of "attention" or "mlp" to x in place; some families norm it first."""
-        norm_D = self._norms[layer].get(f"{use}_out")
-        if norm_D is not None:
-            branch_TD = self._norm(branch_TD, norm_D)
+        norm = self._norms[layer].get(f"{use}_out")
+        if norm is not None:
+            branch_TD = norm(branch_TD)
         x_TD.add_(branch_TD, alpha=self._config.residual_multiplier)
-
-    def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
-        return ops.rms_norm(x_TD, weight_D, self._config.rms_norm_eps)

@@ -156,7 +156,7 @@ class LoadedModel:
             if self.workers or self.tokenizer.files is not None:
                 self.tokenizer.preload()  # while the workers load, and before the digest is taken
             norms = WeightsDigest()  # read once: what is used is what is hashed
-            layers = Layers(checkpoint, self.dtype, norms)
+            layers = Layers(checkpoint, self.dtype, norms, compiled=options.masked)
             builder = Builder(options, checkpoint, self.dtype, norms, progress, worker_view)
             self.sessions = WorkerSessions(self.failover, builder.build(self.failover))
             self._at_end(self.offload.close)

@@ -21,6 +21,7 @@ from tsqp.errors import (
     WorkerError,
     WorkerLost,
 )
+from tsqp.wire.call_forms import CallForms, PlacedForm
 from tsqp.wire.call_times import (
     AWAY,
     MASK,
@@ -32,16 +33,14 @@ from tsqp.wire.call_times import (
     OnTimes,
     end_stage,
 )
-from tsqp.wire.channel import Counters, Slot, kind_of
-from tsqp.wire.codec import encode, printable, tee_decoder
+from tsqp.wire.channel import Counters, Slot
+from tsqp.wire.codec import encode, printable, tee_decoder, wrap
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.handshake import check_agreement, no_answer
 from tsqp.wire.mailbox import CAN_POLL, MAILBOX_BYTES, MAX_FRAME, SLOTS, Mailbox
 from tsqp.wire.messages import (
-    INLINE,
     Attach,
     Bye,
-    Call,
     Failure,
     Hello,
     Message,
@@ -54,7 +53,7 @@ from tsqp.wire.messages import (
 )
 from tsqp.wire.offered import map_offered
 from tsqp.wire.remote_call import RemoteCall
-from tsqp.wire.shm import ALIGNMENT, SHM_FOLDER, Arena, Segment
+from tsqp.wire.shm import SHM_FOLDER, Arena, Segment
 from tsqp.wire.tensors import Spec, raw
 from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import ClientSocket
@@ -118,6 +117,7 @@ class RemoteChannel:
         self._segment: Segment | None = None
         self._arena: Arena | None = None
         self._mailbox: Mailbox | None = None
+        self._forms = CallForms()
         self._calls: dict[int, RemoteCall] = {}
         self._cancelled: dict[int, RemoteCall] = {}
         self._last_ticket = 0
@@ -142,41 +142,37 @@ class RemoteChannel:
     ) -> RemoteCall:
         self._check_open()  # a forked process still maps its parent's segment
         times = CallTimes(self.on_times, operation, inputs, outputs) if self.on_times else None
-        specs = [*inputs, *outputs]
-        place = self._arena.take(sum(map(_room, specs))) if self._arena else None
-        tensors, refs = [], []
-        offset = INLINE if place is None else place
-        for spec in specs:
-            refs.append(spec.at(offset))
-            if place is None or self._segment is None:
-                tensors.append(torch.empty(spec.shape, dtype=spec.dtype))
-            else:
-                tensors.append(self._segment.tensor(offset, spec.shape, spec.dtype))
-                offset += _room(spec)
-        split = len(inputs)
-        return RemoteCall(
-            self.release, operation, place, tensors[:split], tensors[split:], tuple(refs), times
-        )
+        form = self._forms.find(operation, inputs, outputs)
+        place = self._arena.take(form.room) if self._arena else None
+        if place is None or self._segment is None:
+            tensors = [[torch.empty(spec.shape, dtype=spec.dtype) for spec in specs]
+                       for specs in (inputs, outputs)]  # fmt: skip
+            refs = form.refs(None)
+            placed = PlacedForm(tuple(tensors[0]), tuple(tensors[1]), refs, form.body(refs))
+        else:
+            placed = form.at(place, self._segment)
+        return RemoteCall(self.release, form, placed, place, times)
 
     def submit(self, slot: Slot) -> int:
         assert isinstance(slot, RemoteCall)
-        split, times = len(slot.inputs), slot.times
+        times, form = slot.times, slot.form
         end_stage(times, MASK)
         self._last_ticket += 1
         ticket = self._last_ticket
-        frame = encode(Call(slot.operation, slot.refs[:split], slot.refs[split:]), ticket)
+        frame = wrap(slot.body, ticket)
         inline = [] if slot.place is not None else [raw(tensor) for tensor in slot.inputs]
         end_stage(times, SERIALISE)
         try:
             self._calls[ticket] = slot  # before sending: the answer may come at once
-            self._socket.inflow.expect(slot.inline_bytes)
+            if slot.inline_bytes:
+                self._socket.inflow.expect(slot.inline_bytes)
             if not (slot.place is not None and self._post(frame)):
                 self._send_frames([frame, *inline])
         except BaseException:  # a partly sent message cannot be taken back
             self.close()
             raise
-        self.counters.count_call(kind_of(slot.operation))
-        self.counters.sent_bytes += sum(tensor.nbytes for tensor in slot.inputs)
+        self.counters.count_call(form.kind)
+        self.counters.sent_bytes += form.sent_bytes
         end_stage(times, SEND)
         return ticket
 
@@ -212,7 +208,7 @@ class RemoteChannel:
         if call.place is not None and self._arena is not None:
             self._arena.give_back(call.place)
             call.place = None
-        call.inputs, call.outputs = [], []
+        call.inputs = call.outputs = ()
 
     def close(self) -> None:
         if self._is_forked:
@@ -226,6 +222,7 @@ class RemoteChannel:
         if self._segment is not None:
             self._segment.close()
         self._segment = self._arena = self._mailbox = None
+        self._forms.forget()
         self._calls.clear()
         self._cancelled.clear()
 
@@ -261,6 +258,8 @@ class RemoteChannel:
         """The first frame of the next message, valid until the next call."""
         self._check_open()
         mailbox = self._mailbox
+        if mailbox is not None and (mail := mailbox.take_soon()) is not None:
+            return mail
         while mailbox is None or (mail := mailbox.take()) is None:
             frame = self._socket.receive(deadline, mailbox or NO_WAKEUP)
             if frame is not None:
@@ -276,12 +275,19 @@ class RemoteChannel:
         """
         frame = self._next(deadline)
         try:
-            self._take(frame, deadline, waiting)
+            self._take(frame, deadline, waiting, is_posted=isinstance(frame, bytes))
         except BaseException:  # the rest of a partly read message would be misread
             self.close()
             raise
 
-    def _take(self, frame: bytes | memoryview, deadline: float, waiting: CallTimes | None) -> None:
+    def _take(
+        self,
+        frame: bytes | memoryview,
+        deadline: float,
+        waiting: CallTimes | None,
+        *,
+        is_posted: bool,
+    ) -> None:
         end_stage(waiting, WAIT)
         ticket, message = self._decoder.decode(frame)
         if isinstance(message, Probe):
@@ -304,11 +310,14 @@ class RemoteChannel:
         else:
             if call.times is not None:
                 call.times.compute_ns = message.compute_ns
-            self.counters.count_compute(kind_of(call.operation), message.compute_ns / 1e9)
-            self.counters.received_bytes += sum(tensor.nbytes for tensor in call.outputs)
-        self._receive_inline(call.outputs if call.place is None and call.error is None else [])
+            self.counters.count_compute(call.form.kind, message.compute_ns / 1e9)
+            self.counters.received_bytes += call.form.received_bytes
+        if not is_posted or call.place is None:
+            has_tensors = call.place is None and call.error is None
+            self._receive_inline(call.outputs if has_tensors else ())
         call.answered = True
-        self._socket.inflow.expect(-call.inline_bytes)
+        if call.inline_bytes:
+            self._socket.inflow.expect(-call.inline_bytes)
         end_stage(call.times, RECEIVE)
         if call.times is not waiting:
             end_stage(waiting, AWAY)  # this time belongs to the other call
@@ -320,7 +329,7 @@ class RemoteChannel:
         trace = printable(failure.traceback, keep="\n")
         return RemoteError(text, trace, out_of_memory=failure.kind == "memory")
 
-    def _receive_inline(self, tensors: list[Tensor]) -> None:
+    def _receive_inline(self, tensors: Sequence[Tensor]) -> None:
         buffers = [raw(tensor) for tensor in tensors]
         self._socket.receive_exactly(buffers, f"The worker at {self.endpoint}")
         self.counters.socket_bytes += sum(buffer.nbytes for buffer in buffers)
@@ -374,7 +383,3 @@ class RemoteChannel:
                 raise ProtocolError(
                     f"The worker at {self.endpoint} answered the handshake wrongly."
                 )
-
-
-def _room(spec: Spec) -> int:
-    return -(-spec.nbytes // ALIGNMENT) * ALIGNMENT

@@ -30,8 +30,17 @@ _encoder = msgspec.msgpack.Encoder()
 
 def encode(message: Message, ticket: int = 0) -> bytes:
     """Encode a message as one frame."""
-    body = _encoder.encode(message)
+    return wrap(body_of(message), ticket)
+
+
+def wrap(body: bytes, ticket: int) -> bytes:
+    """The frame of an encoded message; see `body_of`."""
     return HEADER.pack(MAGIC, PROTOCOL_VERSION, 0, ticket, len(body)) + body
+
+
+def body_of(message: Message) -> bytes:
+    """Encode a message without its header, for those who send it with many tickets."""
+    return _encoder.encode(message)
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -60,6 +69,11 @@ class Decoder(Generic[M]):
             ProtocolError: the frame is not exactly one valid message.
             HandshakeError: the message has another protocol version.
         """
+        ticket, body = self.unwrap(frame)
+        return ticket, self.read(body)
+
+    def unwrap(self, frame: bytes | memoryview) -> tuple[int, bytes | memoryview]:
+        """The ticket and the body of a frame, whose header is checked; raises as `decode` does."""
         if not HEADER.size <= len(frame) <= MAX_MESSAGE:
             raise ProtocolError(
                 f"{self._sender} sent a message of {len(frame)} bytes, but "
@@ -77,8 +91,12 @@ class Decoder(Generic[M]):
             )
         if zero != 0 or length != len(frame) - HEADER.size:
             raise ProtocolError(f"{self._sender} sent a message whose header is wrong.")
+        return ticket, frame[HEADER.size :]
+
+    def read(self, body: bytes | memoryview) -> M:
+        """Decode the body of a frame; raises as `decode` does."""
         try:
-            return ticket, self._decoder.decode(memoryview(frame)[HEADER.size :])
+            return self._decoder.decode(body)
         except (msgspec.DecodeError, ValueError, RecursionError) as exc:
             reason = printable(str(exc)[:200])  # it may quote the message
             raise ProtocolError(f"{self._sender} sent an invalid message: {reason}") from exc

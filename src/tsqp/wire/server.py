@@ -27,6 +27,8 @@ from tsqp.wire.codec import encode, printable, worker_decoder
 from tsqp.wire.endpoint import Endpoint
 from tsqp.wire.fixed_segment import FixedPlace
 from tsqp.wire.handshake import check_agreement
+from tsqp.wire.known_calls import Tensors
+from tsqp.wire.mailbox import CAN_POLL, YIELDS, prepare
 from tsqp.wire.messages import (
     INLINE,
     MAX_SENTENCE,
@@ -50,11 +52,13 @@ from tsqp.wire.server_session import Begun, Session
 from tsqp.wire.server_socket import ServerSocket
 from tsqp.wire.shm import SHM_FOLDER, NamedSegment, SealedSegment
 from tsqp.wire.tensors import raw, spec_of
+from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import MAX_FRAME
 
 LOOK_EVERY_S = 0.5  # how often a busy worker checks for clients that left
 MOST_BEGUN = 8  # calls of a session that a device computes while the next is read
 LOOKS_AT_BEGUN = 8  # for each look at the socket, which is slower
+ASK_EVERY_S = 0.001  # how often the socket is asked while the only session posts calls
 LOOKS = 10  # more than one, as libzmq reports a broken connection before it drops the peer
 
 
@@ -96,6 +100,8 @@ class Server:
         self._quotas = quotas
         self._offers = Offers(quotas, shm_folder, shm_place)
         self._log = log
+        if CAN_POLL:
+            prepare()  # now, so that no session waits for it
         self._socket = ServerSocket(endpoint, secret_key)
 
     @property
@@ -122,7 +128,8 @@ class Server:
         looks = 0
         busy = False
         while not stop():
-            active = self._serve_round(stop)
+            posted = self._serve_posted()
+            active = self._serve_round(stop) or posted
             if any(session.begun for session in self.sessions.values()):
                 self._await_begun()
                 active = True
@@ -149,11 +156,43 @@ class Server:
         """Whether any session has posted a call."""
         return any(s.mailbox is not None and s.mailbox.has_mail for s in self.sessions.values())
 
+    def linger(self) -> bool:
+        """Offer the core to others for some µs, or until a call is posted; whether one is."""
+        boxes = [s.mailbox for s in self.sessions.values() if s.mailbox is not None]
+        if len(boxes) == 1:
+            return boxes[0].linger()
+        looks = range(max(1, YIELDS // len(boxes))) if boxes else ()
+        return any(box.linger(1) for _ in looks for box in boxes) or NO_WAKEUP.linger()
+
     def say_asleep(self, asleep: bool) -> None:
         """Tell all sessions with a mailbox whether this worker sleeps."""
         for session in self.sessions.values():
             if session.mailbox is not None:
                 session.mailbox.say_asleep(asleep)
+
+    def _serve_posted(self) -> bool:
+        """Do what the only session posts, as long as its calls come soon; whether there were any.
+
+        Asking the socket takes longer than a small call, so it is asked after ASK_EVERY_S only.
+        With more sessions it is asked in each round, and they take turns.
+        """
+        if len(self.sessions) != 1:
+            return False
+        [(identity, session)] = self.sessions.items()
+        found = False
+        end = time.monotonic() + ASK_EVERY_S
+        while (mailbox := session.mailbox) is not None and time.monotonic() < end:
+            if session.begun and self._is_done(session):
+                self._finish(identity, session, len(session.begun) - 1)
+            frame = mailbox.take() if session.begun else mailbox.take_soon()
+            if frame is not None:
+                self._handle(identity, frame, posted=True)
+                found = True
+            elif session.begun:
+                os.sched_yield()
+            else:
+                break
+        return found
 
     def _serve_round(self, stop: Callable[[], bool]) -> bool:
         """Do one waiting call of each session; returns whether there was something to do.
@@ -194,14 +233,14 @@ class Server:
         for _ in range(LOOKS_AT_BEGUN):
             found = self.has_mail
             for identity, session in list(self.sessions.items()):
-                while session.begun and self._is_done(identity, session):
+                while session.begun and self._is_done(session):
                     self._finish(identity, session, len(session.begun) - 1)
                     found = True
             if found:
                 return
             os.sched_yield()
 
-    def _is_done(self, identity: bytes, session: Session) -> bool:
+    def _is_done(self, session: Session) -> bool:
         try:
             return session.begun[0].completion.is_done()
         except RuntimeError:
@@ -226,9 +265,9 @@ class Server:
         """Handle one message, from the socket or posted."""
         ticket = 0
         try:
-            ticket, message = self._decoder.decode(frame)
-            if posted and not isinstance(message, Call):
-                raise ProtocolError("A client posted something that is not a call.")
+            number, body = self._decoder.unwrap(frame)
+            message = self._posted(identity, body) if posted else self._decoder.read(body)
+            ticket = number
             self._dispatch(identity, ticket, message, posted)
         except HandshakeError as exc:
             self._send(identity, Failure("refused", _sentence(str(exc))), ticket)
@@ -247,6 +286,18 @@ class Server:
         trace = printable(traceback.format_exc()[-MAX_TRACEBACK:], keep="\n")
         kind: Literal["memory", "error"] = "memory" if isinstance(exc, OutOfMemory) else "error"
         self._send(identity, Failure(kind, _sentence(text), trace), ticket)
+
+    def _posted(self, identity: bytes, body: bytes | memoryview) -> Call:
+        """The call that a session has posted."""
+        assert isinstance(body, bytes)
+        known = self.sessions[identity].known
+        call = known.call(body)
+        if call is None:
+            message = self._decoder.read(body)
+            if not isinstance(message, Call):
+                raise ProtocolError("A client posted something that is not a call.")
+            known.remember(body, call := message)
+        return call
 
     def _dispatch(self, identity: bytes, ticket: int, message: FromTEE, posted: bool) -> None:
         if isinstance(message, Hello):
@@ -312,15 +363,8 @@ class Server:
         self, identity: bytes, session: Session, ticket: int, call: Call, posted: bool
     ) -> None:
         session.note(ticket, posted)
-        if posted and any(ref.offset == INLINE for ref in (*call.inputs, *call.outputs)):
-            raise ProtocolError("A client posted a call whose tensors are not in shared memory.")
-        specs = [spec_of(ref) for ref in (*call.inputs, *call.outputs)]
-        session.service.check(call.operation, specs[: len(call.inputs)], specs[len(call.inputs) :])
-        inputs = [self._place(session, ref) for ref in call.inputs]
-        if not posted:  # otherwise the frames in the socket belong to a message that was put off
-            self._called.add(identity)
-            self._socket.receive_exactly(_inline(inputs, call.inputs), "A client")
-        outputs = [self._place(session, ref) for ref in call.outputs]
+        tensors = session.known.tensors(call) if posted else None
+        inputs, outputs = tensors or self._tensors(identity, session, call, posted)
         if self._on_call is not None:
             self._on_call(session.number, call.operation, inputs)
         start = time.perf_counter_ns()
@@ -341,7 +385,7 @@ class Server:
         session: Session,
         ticket: int,
         call: Call,
-        outputs: list[Tensor],
+        outputs: Sequence[Tensor],
         posted: bool,
         compute_ns: int,
     ) -> None:
@@ -350,6 +394,21 @@ class Server:
             self._send(identity, result, ticket, _inline(outputs, call.outputs))
         elif session.mailbox.post(encode(result, ticket)):
             self._socket.probe(identity, encode(Probe()))
+
+    def _tensors(self, identity: bytes, session: Session, call: Call, posted: bool) -> Tensors:
+        """Check a call, and receive its inline inputs."""
+        if posted and any(ref.offset == INLINE for ref in (*call.inputs, *call.outputs)):
+            raise ProtocolError("A client posted a call whose tensors are not in shared memory.")
+        specs = [spec_of(ref) for ref in (*call.inputs, *call.outputs)]
+        session.service.check(call.operation, specs[: len(call.inputs)], specs[len(call.inputs) :])
+        inputs = [self._place(session, ref) for ref in call.inputs]
+        if not posted:  # otherwise the frames in the socket belong to a message that was put off
+            self._called.add(identity)
+            self._socket.receive_exactly(_inline(inputs, call.inputs), "A client")
+        outputs = [self._place(session, ref) for ref in call.outputs]
+        if posted:
+            session.known.remember_tensors(call, (inputs, outputs))
+        return inputs, outputs
 
     def _place(self, session: Session, ref: TensorRef) -> Tensor:
         spec = spec_of(ref)
@@ -382,7 +441,7 @@ class Server:
             self._log(f"session ended ({why}), {len(self.sessions)} left")
 
 
-def _inline(tensors: list[Tensor], refs: tuple[TensorRef, ...]) -> list[memoryview]:
+def _inline(tensors: Sequence[Tensor], refs: tuple[TensorRef, ...]) -> list[memoryview]:
     """The bytes of the tensors that are sent as frames."""
     pairs = zip(tensors, refs, strict=True)
     return [raw(tensor) for tensor, ref in pairs if ref.offset == INLINE]

@@ -4,10 +4,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from tsqp.errors import ProtocolError
 from tsqp.wire.channel import Completion, ServiceSession, UsesMemory
+from tsqp.wire.known_calls import KnownCalls, Tensors
 from tsqp.wire.mailbox import MAILBOX_BYTES, Mailbox
 from tsqp.wire.messages import Attach, Call, Hello
 from tsqp.wire.offers import OfferedSegment
@@ -23,7 +23,7 @@ class Begun:
 
     ticket: int
     call: Call
-    held: tuple[list[Tensor], list[Tensor]]
+    held: Tensors
     posted: bool
     completion: Completion
 
@@ -38,6 +38,7 @@ class Session:
     hello: Hello
     segment: OfferedSegment | None = None
     mailbox: Mailbox | None = None
+    known: KnownCalls = field(default_factory=KnownCalls)
     last_sent: int = 0  # last ticket through the socket
     last_posted: int = 0  # last ticket through the mailbox; either path may be faster
     begun: deque[Begun] = field(default_factory=deque)
@@ -71,6 +72,7 @@ class Session:
 
     def drop_segment(self) -> None:
         self.mailbox = None
+        self.known = KnownCalls()
         if self.segment is not None:
             try:
                 if isinstance(self.service, UsesMemory):

@@ -1,5 +1,6 @@
 """The interface of a mailbox to a thread that waits for messages on a socket."""
 
+import os
 from typing import Protocol
 
 
@@ -9,11 +10,19 @@ class Wakeup(Protocol):
     @property
     def has_mail(self) -> bool: ...
 
+    def linger(self) -> bool:
+        """Offer the core to others for some µs, or until there is mail; whether there is."""
+        ...
+
     def say_asleep(self, asleep: bool) -> None: ...
 
 
 class _NoWakeup:
     has_mail = False
+
+    def linger(self) -> bool:
+        os.sched_yield()
+        return False
 
     def say_asleep(self, asleep: bool) -> None:
         pass

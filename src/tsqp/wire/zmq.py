@@ -7,7 +7,6 @@ numeric TCP address. libzmq's own thread sends heartbeats, which detect a peer t
 stopped even during a long computation.
 """
 
-import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -30,15 +29,16 @@ from tsqp.wire.inflow import (
     Guard,
     Inflow,
 )
+from tsqp.wire.patience import Patience
 from tsqp.wire.relay import CAN_RELAY, Relay, no_worker_at
-from tsqp.wire.wakeup import NO_WAKEUP, Wakeup
+from tsqp.wire.wakeup import Wakeup
 
 HEARTBEAT_MS = 1000
 SILENCE_MS = 4000  # a peer without heartbeats for this long counts as gone
 TICK_MS = 100  # how often a wait checks its deadline and the connection
 SEND_MS = 1000  # how long to wait for a peer that does not read
-SPIN_S = 0.001  # how long a wait polls before it sleeps, if the last wait was shorter than that
-LOOKS = 8  # looks at the mailbox for each look at the socket
+SPIN_S = 0.001  # how long a wait polls before it sleeps, if that was of use the last time
+MAX_SKIPPED = 15  # waits without polling after that was of no use
 MAX_UNREAD = 16  # maximum number of messages that a worker queues for a peer that does not read
 MAX_FRAME = 2**30
 KEY_LENGTH = 40  # characters of Z85 for 32 bytes
@@ -117,12 +117,9 @@ class BaseSocket:
         while. Each poll yields the core, so a peer on the same core is not delayed.
         """
         end = time.perf_counter() + (SPIN_S if spin else 0)
-        looks = 1 if wakeup is NO_WAKEUP else LOOKS  # a look at the socket is slower
         while time.perf_counter() < end:
-            for _ in range(looks):
-                if wakeup.has_mail:
-                    return False
-                os.sched_yield()
+            if wakeup.linger():
+                return False
             if self._has_message:
                 return True
         wakeup.say_asleep(True)
@@ -195,7 +192,7 @@ class ClientSocket(BaseSocket):
         """
         super().__init__(zmq.DEALER, endpoint)
         self._name = str(endpoint)
-        self._is_quick = True  # whether the last wait was short
+        self._patience = Patience(MAX_SKIPPED)
         self.inflow = self._inflow = Inflow(SLACK, encrypted=worker_key is not None)
         self._guard: Guard | Relay | None = None
         deadline = time.monotonic() + timeout
@@ -272,7 +269,8 @@ class ClientSocket(BaseSocket):
         Raises:
             WorkerLost: the connection broke, or `deadline` (of time.monotonic) passed.
         """
-        began, spin = time.perf_counter(), self._is_quick
+        began = time.perf_counter()
+        spin = polled = self._patience.may_poll()
         try:
             while not self._wait(wakeup, spin=spin):
                 spin = False
@@ -289,7 +287,7 @@ class ClientSocket(BaseSocket):
             raise WorkerLost(f"The link to {self._name} failed: {exc.strerror}.") from exc
         finally:
             # Polling for an answer that takes longer would only keep the core from others.
-            self._is_quick = time.perf_counter() - began < SPIN_S
+            self._patience.note(polled=polled, useful=time.perf_counter() - began < SPIN_S)
         if length > len(self._message):
             self.drain()
             raise ProtocolError(

@@ -253,3 +253,15 @@ def test_what_is_copied_for_a_caller_is_wiped_where_it_was(
     for pads in made:
         left = pads is not taken  # all of it was copied, or nothing
         assert bool((pads.r_ND == pads._used).all()) == left
+
+
+def test_a_pool_that_is_held_makes_pads_only_when_it_is_asked_to(kind: Kind, pool: PadPool) -> None:
+    pool.hold()
+    pool.fill()
+    made = pool.stats.made_rows
+    pool.take(QKV, 90).wipe()
+    assert eventually(pool._wake.empty)  # the thread has seen it
+    time.sleep(0.02)
+    assert pool.stats.made_rows == made
+    pool.fill()
+    assert pool.stats.made_rows > made

@@ -214,13 +214,17 @@ class LatticeProvider:
 
 
 def rows_of_a_class(shapes: Mapping[LinearGroup, tuple[int, int]], memory_bytes: int) -> int:
-    """M for a stock of this much memory: the largest of which two fit, so that one is always ready.
+    """M for a stock of this much memory.
 
     Args:
         shapes: (F, D) of each group.
     """
     row_bytes = sum(row_bytes_in_stock(LATTICE, *shape) for shape in shapes.values())
-    rows = memory_bytes // row_bytes
+    return class_rows(memory_bytes // row_bytes)
+
+
+def class_rows(rows: int) -> int:
+    """M for a stock of so many rows: the largest of which two fit, so that one is always ready."""
     most = DEGREE
     while most > MIN_ROWS and 2 * most > rows:
         most //= 2

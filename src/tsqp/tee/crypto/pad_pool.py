@@ -94,6 +94,7 @@ class PadPool:
         self._wake: SimpleQueue[None] = SimpleQueue()  # something to look at for the thread
         self._in_making: deque[int] = deque()  # batches that have their places in a stock
         self._closed = False
+        self._is_held = False
         self._pid = os.getpid()
         _pools.add(self)
         self._thread = threading.Thread(target=self._refill, name="tsqp-pads", daemon=True)
@@ -162,6 +163,13 @@ class PadPool:
         """
         return process_time() - self._clock.seconds()
 
+    def hold(self) -> None:
+        """Let the background thread make no more pads, so that it does not disturb a measurement.
+
+        `fill` still makes them, and so does `take` if the stock is empty.
+        """
+        self._is_held = True
+
     def fill(self) -> None:
         """Wait until the stock is full."""
         while not self._closed:
@@ -197,7 +205,8 @@ class PadPool:
         if stock is None:
             raise TSQPError("The pads of this session are gone; begin a new one.")
         taken = stock.take(rows)
-        if self._wake.empty():
+        # Waking the thread takes longer than taking a row, so only if it has something to do.
+        if self._room(key, stock, whole=True) and not self._is_held and self._wake.empty():
             self._wake.put(None)
         return taken
 
@@ -240,7 +249,7 @@ class PadPool:
         self._clock.mark()
         failed = False
         while not self._closed:
-            batch = self._next(whole=True)
+            batch = None if self._is_held else self._next(whole=True)
             if batch is None:
                 self._wake.get()
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tsqp.algebra.native import compiled
 from tsqp.algebra.params import LATTICE, Field
 from tsqp.algebra.residue_blocks import BLOCK, WORDS, blocks
 
@@ -56,6 +57,21 @@ class Pads:
         """Some rows, in memory of their own."""
         return Pads(self.r_ND[..., place, :].copy(), self.u_NF[..., place, :].copy())
 
+    def taken(self, place: list[int]) -> "Pads":
+        """Some rows, in memory of their own, and overwritten here.
+
+        Raises:
+            AssertionError: one of them had been overwritten before.
+        """
+        r_GNW, u_GNW = _as_words(self.r_ND), _as_words(self.u_NF)
+        taken = Pads(_like(self.r_ND, len(place)), _like(self.u_NF, len(place)))
+        places_N = np.array(place, np.int64)
+        any_used = _move_rows(r_GNW, places_N, _as_words(taken.r_ND))
+        _move_rows(u_GNW, places_N, _as_words(taken.u_NF))
+        if any_used:
+            raise AssertionError("A pad was about to be given out twice.")
+        return taken
+
     def products(self, columns: slice) -> NDArray[Any]:
         """u of some output features, contiguous. In the lattice field they begin with a block."""
         if self.u_NF.ndim == 3:
@@ -72,7 +88,11 @@ class Pads:
 
         Whoever finds one row of u of a lattice mask can solve for the secret of all its rows.
         """
-        self.r_ND[..., place, :] = self.u_NF[..., place, :] = self._used
+        if place is ALL:  # of one call's rows, where each µs counts
+            self.r_ND.view(np.int32).fill(USED)
+            self.u_NF.view(np.int32).fill(USED)
+        else:
+            self.r_ND[..., place, :] = self.u_NF[..., place, :] = self._used
 
     @property
     def any_used(self) -> bool:
@@ -100,3 +120,38 @@ def row_bytes_in_stock(field: Field, *residues: int) -> int:
     if field is LATTICE:
         return sum(4 * WORDS * blocks(each) for each in residues)
     return 4 * sum(residues)
+
+
+def compile_stock() -> None:
+    """Compile the loop that takes rows out of a stock."""
+    _move_rows.compile()
+
+
+def _like(rows: NDArray[Any], count: int) -> NDArray[Any]:
+    """Memory for this many rows."""
+    return np.empty((*rows.shape[:-2], count, rows.shape[-1]), rows.dtype)
+
+
+def _as_words(rows: NDArray[Any]) -> NDArray[np.int32]:
+    """A view as blocks [G, N, W] of words; rows that are not in blocks are one block."""
+    words = rows.view(np.int32)
+    return words if words.ndim == 3 else words[None]
+
+
+@compiled("boolean(int32[:, :, ::1], int64[::1], int32[:, :, ::1])")
+def _move_rows(
+    from_GNW: NDArray[np.int32], places_N: NDArray[np.int64], to_GNW: NDArray[np.int32]
+) -> bool:
+    """Copy rows and overwrite them; returns whether the last word of one was overwritten before.
+
+    Whoever reads this memory later should not find what an earlier call was masked with.
+    """
+    any_used = False
+    for g in range(from_GNW.shape[0]):
+        for n in range(places_N.size):
+            from_W, to_W = from_GNW[g, places_N[n]], to_GNW[g, n]
+            for w in range(from_W.size):
+                to_W[w] = from_W[w]
+                from_W[w] = USED
+            any_used |= to_W[to_W.size - 1] == USED  # it holds the highest bits of a residue
+    return any_used

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from tsqp.algebra.params import WIDE, Field
-from tsqp.tee.crypto.pads import Pads
+from tsqp.tee.crypto.pads import Pads, compile_stock
 
 
 class Stock:
@@ -27,6 +27,7 @@ class Stock:
         self, numbers: Sequence[int], features: int, width: int, field: Field = WIDE
     ) -> None:
         """Make room for rows, whose numbers from 0 all stocks of a pool may share."""
+        compile_stock()
         self._pads = Pads.empty(len(numbers), width, features, field)
         self._empty = deque(numbers)
         self._ready: deque[int] = deque()
@@ -66,13 +67,7 @@ class Stock:
         numbers = _pop(self._ready, rows)
         if not numbers:
             return None
-        place = _place(numbers)
-        pads = self._pads.copy(place)
-        if pads.any_used:
-            raise AssertionError("A pad was about to be given out twice.")
-        # Whoever reads this memory later should not find what an earlier call was masked with. It
-        # costs half a copy; and a row that came twice after all would be noticed above.
-        self._pads.wipe(place)
+        pads = self._pads.taken(numbers)
         self._empty.extend(numbers)
         return pads
 

@@ -70,6 +70,7 @@ class PadLinear(Generic[Kept]):
         self._timeout = timeout
         self._row_pool = row_pool
         self._trust = trust
+        self._forms: dict[LinearGroup, tuple[Product, tuple[Spec, ...], tuple[Spec, ...]]] = {}
 
     def start(self, request: Linear) -> Pending:
         self._trust.check()
@@ -87,12 +88,8 @@ class PadLinear(Generic[Kept]):
     def send(self, group: Group[Kept], x_TD: Tensor) -> _Block[Kept]:
         """[P4], [P5], [P12]: take fresh pads, mask, and submit."""
         self._trust.check()
-        rows, each = x_TD.shape[0], group.field.residue_bytes
-        slot = self._channel.reserve(
-            Product(*place_of(group.linear), group.field.name),
-            [Spec((rows, each * group.width), torch.uint8)],
-            [Spec((rows, each * group.features), torch.uint8)],
-        )
+        rows = x_TD.shape[0]
+        slot = self._channel.reserve(*self._form(group, rows))
         pads: Pads | None = None
         try:
             pads = self._pool.take(group.linear, rows)
@@ -108,6 +105,22 @@ class PadLinear(Generic[Kept]):
         except BaseException:
             pads.wipe()
             raise
+
+    def _form(
+        self, group: Group[Kept], rows: int
+    ) -> tuple[Product, tuple[Spec, ...], tuple[Spec, ...]]:
+        """The operation, inputs and outputs of a call; remembered for one row, as in decode."""
+        form = self._forms.get(group.linear) if rows == 1 else None
+        if form is None:
+            each = group.field.residue_bytes
+            form = (
+                Product(*place_of(group.linear), group.field.name),
+                (Spec((rows, each * group.width), torch.uint8),),
+                (Spec((rows, each * group.features), torch.uint8),),
+            )
+            if rows == 1:
+                self._forms[group.linear] = form
+        return form
 
     def receive(self, group: Group[Kept], block: _Block[Kept], y_TF: Tensor) -> float:
         """Wait for the answer, check it, and unmask it ([P5], [P7], or [P13], [P12]).
