@@ -230,6 +230,7 @@ class KvSession:
         parts = (*(x.split_with_sizes(lengths) for x in inputs), _parts(out_N, shapes))
         for span, q_THK, k_TJK, v_TJK, out_HTS in zip(spans, *parts, strict=True):
             key = self._keys[span.sequence]
+            k_TJK, v_TJK = map(self._store.backend.to_device, (k_TJK, v_TJK))
             k_JSK, _ = self._cache.append(key, layer, span.start, k_TJK, v_TJK)
             self._store.backend.attention_scores(q_THK, k_JSK, out_HTS)
 

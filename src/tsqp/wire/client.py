@@ -120,6 +120,7 @@ class RemoteChannel:
         self._forms = CallForms()
         self._calls: dict[int, RemoteCall] = {}
         self._cancelled: dict[int, RemoteCall] = {}
+        self._in_socket: set[int] = set()  # tickets of calls through the socket, not yet answered
         self._last_ticket = 0
         if connect_timeout is None:
             connect_timeout = CONNECT_S
@@ -167,6 +168,7 @@ class RemoteChannel:
             if slot.inline_bytes:
                 self._socket.inflow.expect(slot.inline_bytes)
             if not (slot.place is not None and self._post(frame)):
+                self._in_socket.add(ticket)
                 self._send_frames([frame, *inline])
         except BaseException:  # a partly sent message cannot be taken back
             self.close()
@@ -225,6 +227,7 @@ class RemoteChannel:
         self._forms.forget()
         self._calls.clear()
         self._cancelled.clear()
+        self._in_socket.clear()
 
     def _send(self, message: Message) -> None:
         self._send_frames([encode(message)])
@@ -235,8 +238,13 @@ class RemoteChannel:
         self._socket.send(frames)
 
     def _post(self, frame: bytes) -> bool:
-        """Send a call through the mailbox; returns False if there is no mailbox or no room."""
+        """Send a call through the mailbox; returns False if there is no mailbox or no room.
+
+        A posted call may overtake one in the socket, on whose outcome it may depend.
+        """
         if self._mailbox is None or len(self._calls) + len(self._cancelled) > SLOTS:
+            return False
+        if self._in_socket:
             return False
         self._check_open()
         if len(frame) > MAX_FRAME:
@@ -316,6 +324,7 @@ class RemoteChannel:
             has_tensors = call.place is None and call.error is None
             self._receive_inline(call.outputs if has_tensors else ())
         call.answered = True
+        self._in_socket.discard(ticket)
         if call.inline_bytes:
             self._socket.inflow.expect(-call.inline_bytes)
         end_stage(call.times, RECEIVE)

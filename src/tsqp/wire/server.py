@@ -56,7 +56,7 @@ from tsqp.wire.wakeup import NO_WAKEUP
 from tsqp.wire.zmq import MAX_FRAME
 
 LOOK_EVERY_S = 0.5  # how often a busy worker checks for clients that left
-MOST_BEGUN = 8  # calls of a session that a device computes while the next is read
+MOST_BEGUN = 2  # calls of a session that a device computes while the next is read
 LOOKS_AT_BEGUN = 8  # for each look at the socket, which is slower
 ASK_EVERY_S = 0.001  # how often the socket is asked while the only session posts calls
 LOOKS = 10  # more than one, as libzmq reports a broken connection before it drops the peer
@@ -184,6 +184,8 @@ class Server:
         while (mailbox := session.mailbox) is not None and time.monotonic() < end:
             if session.begun and self._is_done(session):
                 self._finish(identity, session, len(session.begun) - 1)
+                if session.mailbox is None:  # it has ended
+                    break
             frame = mailbox.take() if session.begun else mailbox.take_soon()
             if frame is not None:
                 self._handle(identity, frame, posted=True)

@@ -42,6 +42,7 @@ class Session:
     last_sent: int = 0  # last ticket through the socket
     last_posted: int = 0  # last ticket through the mailbox; either path may be faster
     begun: deque[Begun] = field(default_factory=deque)
+    uses_memory: bool = False  # whether the service was told where the segment is
 
     def attach(self, message: Attach) -> None:
         """Record whether the client could map the segment."""
@@ -51,7 +52,12 @@ class Session:
                 self.mailbox = Mailbox(self.segment.memory(MAILBOX_BYTES), "worker")
         if not message.mapped:
             self.drop_segment()
-        elif self.segment is not None and isinstance(self.service, UsesMemory):
+        elif (
+            self.segment is not None
+            and not self.uses_memory  # a client may say so again, and registering takes long
+            and isinstance(self.service, UsesMemory)
+        ):
+            self.uses_memory = True
             self.service.use_memory(self.segment.tensor(0, (self.segment.size,), torch.uint8))
 
     def note(self, ticket: int, posted: bool) -> None:
@@ -73,6 +79,7 @@ class Session:
     def drop_segment(self) -> None:
         self.mailbox = None
         self.known = KnownCalls()
+        self.uses_memory = False
         if self.segment is not None:
             try:
                 if isinstance(self.service, UsesMemory):

@@ -97,12 +97,15 @@ class CudaStream:
 
     def forget_memory(self) -> None:
         """Wait for all calls, and unregister the memory."""
+        self.drain()
         if self._memory is not None:
-            self.drain()
             self._memory.unregister()
             self._memory = None
 
     def drain(self) -> None:
-        """Wait for the calls of this session, and no others; a failed device has none."""
+        """Wait for the calls of this session; a failed device has none.
+
+        torch has 32 streams, so with more sessions than that some share one.
+        """
         with suppress(RuntimeError):
             self._stream.synchronize()

@@ -84,6 +84,8 @@ class ProductGraphs:
             if static.graph is None:
                 static.graph = self._capture(static, weight_FD, field)
             static.graph.replay()
+        except torch.OutOfMemoryError:  # another session's, perhaps, and not for ever
+            self._compute(static, weight_FD, field)
         except Exception as exc:  # of the driver, or a library that cannot be captured
             self._refusals.add((weight_FD.data_ptr(), field.name), exc)
             self._compute(static, weight_FD, field)
@@ -114,9 +116,12 @@ class ProductGraphs:
         shape = rows, width, features
         found = self._buffers.get(shape)
         if found is None and self._bytes + rows * (width + features) <= MOST_BYTES:
+            try:
+                c_TB = torch.zeros(rows, width, dtype=torch.uint8, device=self._device)
+                found = self._buffers[shape] = c_TB, c_TB.new_empty(rows, features)
+            except torch.OutOfMemoryError:
+                return None
             self._bytes += rows * (width + features)
-            c_TB = torch.zeros(rows, width, dtype=torch.uint8, device=self._device)
-            found = self._buffers[shape] = c_TB, c_TB.new_empty(rows, features)
         return found
 
 
