@@ -1,6 +1,7 @@
 """The wheel holds the package and nothing else, and works where nothing else is installed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def test_the_metadata_of_a_wheel_names_the_command_the_licence_and_the_extras(wh
 @pytest.mark.slow
 def test_an_installed_wheel_generates_through_a_worker_process(wheel: Path, tmp_path: Path) -> None:
     def run(*command: str, timeout: float = 60) -> str:
-        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **pip}
         done = subprocess.run(
             command,
             cwd=tmp_path,

@@ -23,6 +23,12 @@ def run_cases(server: Server, cases: int) -> int:
     schema = schemathesis.openapi.from_dict(document)
     sent: list[str] = []
 
+    def answers(context: Any, response: Any, case: Any) -> bool | None:
+        """No 5xx, but 503 of a full queue, which a slow machine may have."""
+        if response.status_code == 503 and b'"queue_full"' in response.content:
+            return None
+        return not_a_server_error(context, response, case)
+
     for result in schema.get_all_operations():
         operation = result.ok()
 
@@ -38,7 +44,7 @@ def run_cases(server: Server, cases: int) -> int:
                 headers={"Authorization": f"Bearer {KEY}"},
                 timeout=DEADLINE_S,  # a long answer on a machine that is busy
                 checks=[
-                    not_a_server_error,
+                    answers,
                     checks.status_code_conformance,
                     checks.content_type_conformance,
                     checks.response_schema_conformance,
