@@ -21,13 +21,14 @@ class FakeCuda:
 
     Attributes:
         refuses_capture: whether capturing fails.
+        is_full: whether capturing finds no memory.
         registrations: how many more ranges of memory it registers.
         registered: sizes of registered ranges, by where they begin.
         captures, replays, launches: how many there were.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.refuses_capture = False
+        self.refuses_capture = self.is_full = False
         self.registrations = 1000
         self.registered: dict[int, int] = {}
         self.captures = self.replays = self.launches = 0
@@ -113,6 +114,8 @@ class FakeGraph:
     def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
         if self._cuda.refuses_capture:
             raise RuntimeError("operation not permitted when stream is capturing")
+        if self._cuda.is_full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self._cuda.capturing = self
         self._cuda.captures += 1
 

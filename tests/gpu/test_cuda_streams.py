@@ -93,6 +93,17 @@ def test_a_group_that_cannot_be_captured_is_launched_and_said_once(
     assert caplog.text.count("cannot be captured as a CUDA graph") == 1
 
 
+def test_a_group_without_memory_for_its_graph_is_tried_again(
+    cuda: FakeCuda, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream, weight_FD = backend.open_stream(), weights(1)
+    cuda.is_full = True
+    assert is_right(backend, stream, 1, weight_FD, WIDE)
+    cuda.is_full = False
+    assert is_right(backend, stream, 1, weight_FD, WIDE)
+    assert (cuda.captures, cuda.replays, caplog.text) == (1, 1, "")
+
+
 @pytest.mark.parametrize("limit", ["MOST_GRAPHS", "MOST_BYTES"])
 def test_graphs_and_their_memory_are_bounded(
     limit: str, cuda: FakeCuda, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch

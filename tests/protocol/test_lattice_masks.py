@@ -198,7 +198,8 @@ def test_auto_measures_that_masks_save_more_in_wide_layers_than_in_narrow_ones()
         return pads_s / lattice_s
 
     # About thirty; and a few, since one call costs pads more than all products of a layer so small.
-    assert advantage(16_384, 4096) > advantage(16, 16)
+    # Times are measured, so a busy machine gets three tries.
+    assert any(advantage(16_384, 4096) > 2 * advantage(16, 16) for _ in range(3))
 
 
 def test_a_field_that_is_none_is_refused_with_the_choice() -> None:

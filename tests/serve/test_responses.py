@@ -66,7 +66,7 @@ def test_a_schema_holds_the_answer_and_is_given_back(client: OpenAI) -> None:
 
 
 def test_calls_are_items_that_may_be_sent_back_with_their_outputs(client: OpenAI) -> None:
-    wanted = {"model": "tiny", "tools": [FUNCTION], "tool_choice": "required"}
+    wanted = {"model": "tiny", "tools": [FUNCTION], "tool_choice": "required", "temperature": 0}
     asked = [{"role": "user", "content": "1 + 2?"}]
     answer = client.responses.create(**wanted, input=asked, parallel_tool_calls=False)
     [call] = answer.output
@@ -83,7 +83,7 @@ def test_calls_are_items_that_may_be_sent_back_with_their_outputs(client: OpenAI
 def test_a_stream_of_calls_has_the_events_of_openai(client: OpenAI) -> None:
     with client.responses.stream(
         model="tiny", tools=[FUNCTION], tool_choice={"type": "function", "name": "add"},
-        input="1 + 2?",
+        input="1 + 2?", temperature=0,
     ) as stream:  # fmt: skip
         events = list(stream)
     [call] = events[-1].response.output

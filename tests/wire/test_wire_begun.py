@@ -12,7 +12,7 @@ from wire_helpers import SHARED, Echo, WorkerThread, begin, eventually, finish, 
 import tsqp.wire.server
 from tsqp.errors import RemoteError
 from tsqp.wire.client import RemoteChannel
-from tsqp.wire.messages import Hello, Linear, Operation, Welcome
+from tsqp.wire.messages import Attach, Hello, Linear, Operation, Welcome
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
@@ -48,6 +48,7 @@ class Device:
         self.begun: list[int] = []
         self.computed: list[int] = []
         self.memory: list[int] = []
+        self.told = 0
 
     def welcome(self, hello: Hello) -> Welcome:
         return Echo().welcome(hello)
@@ -71,6 +72,7 @@ class DeviceSession(Echo):
 
     def use_memory(self, memory: Tensor) -> None:
         self._memory = memory
+        self._device.told += 1
         self._device.memory.append(memory.nbytes)
 
     def forget_memory(self) -> None:
@@ -159,5 +161,27 @@ def test_a_session_knows_its_memory_as_long_as_it_is_mapped(
     begin(channel, torch.ones(3), group=WAITS)
     assert eventually(lambda: bool(device.begun))
     assert len(device.memory) == 1
+    channel._send(Attach(mapped=True, poll=True))  # again: preparing memory takes long
+    device.go.set()
+    assert eventually(lambda: device.computed == [0])
+    begin(channel, torch.ones(3), layer=1)
+    assert eventually(lambda: device.computed == [0, 1])
+    assert device.told == 1
     channel.close()
     assert eventually(lambda: device.memory == [])
+
+
+def test_no_posted_call_overtakes_one_in_the_socket(
+    device: Device, own: WorkerThread, shm_folder: Path
+) -> None:
+    channel = connect(own, shm_folder)
+    long = begin(channel, *[torch.ones(1, 1, 1, 3)] * 8, group=WAITS)  # too long for the mailbox
+    short = begin(channel, torch.ones(3), layer=1)
+    assert channel._in_socket == {long, short}
+    device.go.set()
+    finish(channel, long)
+    finish(channel, short)
+    assert channel._in_socket == set()
+    finish(channel, begin(channel, torch.ones(3), layer=2))
+    assert device.begun == [0, 1, 2]
+    channel.close()

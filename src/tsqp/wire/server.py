@@ -182,7 +182,7 @@ class Server:
         found = False
         end = time.monotonic() + ASK_EVERY_S
         while (mailbox := session.mailbox) is not None and time.monotonic() < end:
-            if session.begun and self._is_done(session):
+            if session.begun and session.oldest_is_done():
                 self._finish(identity, session, len(session.begun) - 1)
                 if session.mailbox is None:  # it has ended
                     break
@@ -235,18 +235,12 @@ class Server:
         for _ in range(LOOKS_AT_BEGUN):
             found = self.has_mail
             for identity, session in list(self.sessions.items()):
-                while session.begun and self._is_done(session):
+                while session.begun and session.oldest_is_done():
                     self._finish(identity, session, len(session.begun) - 1)
                     found = True
             if found:
                 return
             os.sched_yield()
-
-    def _is_done(self, session: Session) -> bool:
-        try:
-            return session.begun[0].completion.is_done()
-        except RuntimeError:
-            return True  # `wait` raises it again
 
     def _finish(self, identity: bytes, session: Session, most: int) -> None:
         """Answer begun calls, the oldest first, until there are `most` of them."""

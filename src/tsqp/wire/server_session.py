@@ -69,6 +69,13 @@ class Session:
         else:
             self.last_sent = ticket
 
+    def oldest_is_done(self) -> bool:
+        """Whether the first begun call is complete, or has failed; there must be one."""
+        try:
+            return self.begun[0].completion.is_done()
+        except RuntimeError:
+            return True  # `wait` raises it again
+
     def close(self) -> None:
         try:
             self.service.close()

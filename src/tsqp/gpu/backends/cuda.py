@@ -57,7 +57,7 @@ class CudaBackend:
         assert isinstance(stream, CudaStream)
         self._stream = stream
         try:
-            with stream:
+            with stream.current():
                 yield
         except BaseException:
             # The client may use the memory again once it knows that its call has failed.
@@ -149,7 +149,8 @@ class CudaBackend:
         refusals = Refusals()
         graphs = ProductGraphs(self.device, self._product, refusals)
         torch.cuda.current_stream(self.device).synchronize()
-        with CudaStream(self.device, graphs) as stream:
+        stream = CudaStream(self.device, graphs)
+        with stream.current():
             for rows_TB in (torch.zeros_like(c_TB), c_TB):
                 stream.multiply(rows_TB, weight_FD, field, out_TB)
             stream.drain()

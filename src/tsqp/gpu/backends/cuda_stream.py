@@ -1,8 +1,7 @@
 """The calls of one session on a CUDA device: a stream, its graphs, and its host memory."""
 
-from contextlib import suppress
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class CudaCompletion:
 
 
 class CudaStream:
-    """A stream, current inside `with`. Its calls follow one another; those of others overlap.
+    """A stream. Its calls follow one another; those of others overlap.
 
     Nothing here waits for the device, except `drain` and copies of memory that is not
     registered.
@@ -45,23 +44,16 @@ class CudaStream:
         self._memory: RegisteredMemory | None = None
         self._begin: torch.cuda.Event | None = None
 
-    def __enter__(self) -> Self:
-        self._context = torch.cuda.stream(self._stream)
-        self._context.__enter__()
-        self._begin = torch.cuda.Event(enable_timing=True)
-        self._begin.record(self._stream)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._context.__exit__(kind, error, trace)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Inside `with`, torch launches on this stream."""
+        with torch.cuda.stream(self._stream):
+            self._begin = torch.cuda.Event(enable_timing=True)
+            self._begin.record(self._stream)
+            yield
 
     def completion(self) -> CudaCompletion:
-        """Of all that was begun in the last `with`."""
+        """Of all that was begun in the last `current`."""
         assert self._begin is not None
         end = torch.cuda.Event(enable_timing=True)
         end.record(self._stream)
