@@ -19,20 +19,13 @@ from tsqp.model.linear_group import LinearGroup
 
 DEADLINE_S = 60
 PAUSED = """
-import select
 import sys
 from pathlib import Path
 from tsqp.checkpoint.prepared import prepare
 
-paused = []
-
 def progress(done, total):
-    if done > total / 2 and not paused:
-        paused.append(True)
+    if done > total / 2:
         print("half", flush=True)
-        # A signal just before a read that blocks would be noticed only after it.
-        while not select.select([sys.stdin], [], [], 0.05)[0]:
-            pass
         sys.stdin.readline()
 
 prepare(sys.argv[1], Path(sys.argv[2]), progress)
